@@ -1,0 +1,98 @@
+"""What the stages' command lines share: one-line errors, option groups, progress bars, figures for people."""
+
+import functools
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+
+class StageCommand(click.Command):
+    """A click command whose every error is one line on stderr, with a non-zero exit code and no traceback."""
+
+    def main(self, *args, standalone_mode: bool = True, **kwargs):
+        if not standalone_mode:
+            return super().main(*args, standalone_mode=False, **kwargs)
+        try:
+            code = super().main(*args, standalone_mode=False, **kwargs)
+        except click.ClickException as error:
+            click.echo(f"Error: {' '.join(error.format_message().split())}", err=True)
+            code = error.exit_code
+        except click.Abort:
+            click.echo("Interrupted.", err=True)
+            code = 130
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+class Interrupted(click.ClickException):
+    """Ctrl-C, with a message that says what was left and how to go on."""
+
+    exit_code = 130
+
+
+def stage_command(function: Callable) -> click.Command:
+    """Decorator for a stage's `main`: `-h`, shown defaults, one-line errors."""
+    settings = {"help_option_names": ["-h", "--help"], "show_default": True}
+    return click.command(cls=StageCommand, context_settings=settings)(function)
+
+
+def calib_dir_option(function: Callable) -> Callable:
+    """`--calib-dir`, where every stage reads and writes."""
+    return click.option(
+        "--calib-dir",
+        type=click.Path(path_type=Path, file_okay=False),
+        default="calibration_data",
+        help="Folder that all stages share.",
+    )(function)
+
+
+def resume_options(function: Callable) -> Callable:
+    """`--resume` and `--force`, which exclude each other, and `--dry-run`."""
+
+    @functools.wraps(function)
+    def checked(*args, resume: bool, force: bool, **kwargs):
+        if resume and force:
+            raise click.UsageError("--resume goes on with a run and --force starts over: give one of them")
+        return function(*args, resume=resume, force=force, **kwargs)
+
+    for decorator in (
+        click.option("--dry-run", is_flag=True, help="Say what would be done, how long it takes, how many bytes; write nothing."),
+        click.option("--force", is_flag=True, help="Start over: delete what this stage wrote to the folder."),
+        click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped."),
+    ):
+        checked = decorator(checked)
+    return checked
+
+
+def progress_bar(total: int, description: str, unit: str, initial: int = 0, leave: bool = True):
+    """A tqdm bar with rate and time to go; in a log file a line every ten seconds instead of ten a second."""
+    from tqdm import tqdm
+
+    interval = 0.1 if sys.stderr.isatty() else 10
+    return tqdm(total=total, desc=description, unit=unit, initial=initial, leave=leave, mininterval=interval, dynamic_ncols=True)
+
+
+def resume_command() -> str:
+    """The command line that continues this run."""
+    kept = [argument for argument in sys.argv[1:] if argument not in ("--force", "--resume")]
+    return shlex.join(["python", Path(sys.argv[0]).name, *kept, "--resume"])
+
+
+def format_bytes(count: float) -> str:
+    """1234567 -> '1.2 MB' (decimal units)."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def format_seconds(seconds: float) -> str:
+    """75 -> '1 min 15 s'."""
+    if seconds < 60:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"

@@ -1,0 +1,485 @@
+"""The one door to DiffusionKit: load a model, encode text, own the modulation cache, take Euler steps.
+
+Everything else in the toolkit sees plain MLX arrays. Importing this module takes about 3 s
+(torch and coremltools come along), so scripts import it inside their stage, never at the top.
+
+Shapes: B images are sampled together; the model sees R rows, 2B with guidance (B conditional, then
+B unconditional) and B without. Latents are (B, h, w, 16), text tokens (R, tokens, 4096).
+"""
+
+import contextlib
+import copy
+import ctypes
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import os
+import platform
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+def _load_fast_blas() -> None:
+    """Put torch's BLAS in front of the reference BLAS in MLX's Linux CPU wheel (benchmarks/blas_speed.py).
+
+    libmlx calls `cblas_sgemm` through the dynamic linker, so a library loaded globally before MLX takes
+    its place. torch is installed anyway: DiffusionKit imports it.
+    """
+    torch = importlib.util.find_spec("torch")
+    if platform.system() != "Linux" or torch is None or "mlx.core" in sys.modules:
+        return
+    try:
+        importlib.metadata.distribution("mlx-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return  # CUDA: matrix products never reach the BLAS
+    ctypes.CDLL(str(Path(torch.origin).parent / "lib" / "libtorch_cpu.so"), mode=ctypes.RTLD_GLOBAL)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep coremltools' "Failed to load _ML…" and version warnings off the terminal."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+_load_fast_blas()
+
+import mlx.core as mx  # noqa: E402  (the BLAS comes first)
+import numpy as np  # noqa: E402
+from mlx.utils import tree_flatten, tree_map  # noqa: E402
+
+with _quiet():
+    import torch
+    from diffusionkit.mlx import MMDIT_CKPT, CFGDenoiser, DiffusionPipeline, SD3LatentFormat, append_dims
+    from diffusionkit.mlx.clip import CLIPTextModel
+    from diffusionkit.mlx.config import CLIPTextModelConfig, MMDiTConfig
+    from diffusionkit.mlx.mmdit import MMDiT
+    from diffusionkit.mlx.model_io import _CONFIG as HUB_MMDIT_CONFIGS
+    from diffusionkit.mlx.sampler import ModelSamplingDiscreteFlow
+    from diffusionkit.mlx.scripts.generate_images import HEIGHT, SHIFT, WIDTH
+    from diffusionkit.mlx.tokenizer import Tokenizer
+    from diffusionkit.mlx.vae import VAEDecoder
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from PIL import Image
+
+for _name in logging.root.manager.loggerDict:
+    if _name.split(".")[0] in ("diffusionkit", "argmaxtools"):
+        logging.getLogger(_name).setLevel(logging.ERROR)  # their INFO lines cut through progress bars
+
+BUNDLED_MODEL = "sd3-emoji"
+BUNDLED_FOLDER = Path(__file__).resolve().parent / "models" / BUNDLED_MODEL
+HUB_MODELS = tuple(key for key in MMDIT_CKPT if "FLUX" not in key and "4bit" not in key)
+HUB_CFG_WEIGHT = 5.0  # the default of DiffusionKit's own command line
+HUB_VAE_DOWNSCALE = 8
+LOCAL_FILES = ("mmdit", "clip_l", "clip_g", "decoder")
+
+
+class ModelError(Exception):
+    """The model cannot be had or used; the message is one line that says why and what to do."""
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What is known of a model before its weights are read."""
+
+    version: str  # sd3-emoji, a hub id, or the absolute path of a local folder
+    folder: Path | None  # None for a hub id
+    latent_size: tuple[int, int]
+    max_latent_size: int
+    patch_size: int
+    vae_downscale: int  # image pixels per latent, each way
+    cfg_weight: float
+    use_t5: bool
+    sampler_shift: float
+    captions: Path | None  # prompts that the model was made for, if it brings any
+
+
+def describe_model(name: str) -> ModelInfo:
+    """Look a `--model` value up: `sd3-emoji`, a folder in its layout, or a hub id that DiffusionKit knows.
+
+    Raises ModelError for anything else. Reads no weights and needs no network.
+    """
+    if name in HUB_MODELS:
+        config = HUB_MMDIT_CONFIGS[name]
+        return ModelInfo(
+            version=name,
+            folder=None,
+            latent_size=(HEIGHT[name] // HUB_VAE_DOWNSCALE, WIDTH[name] // HUB_VAE_DOWNSCALE),
+            max_latent_size=config.max_latent_resolution,
+            patch_size=config.patch_size,
+            vae_downscale=HUB_VAE_DOWNSCALE,
+            cfg_weight=HUB_CFG_WEIGHT,
+            use_t5=True,
+            sampler_shift=SHIFT[name],
+            captions=None,
+        )
+    folder = BUNDLED_FOLDER if name == BUNDLED_MODEL else Path(name).expanduser().resolve()
+    if not folder.is_dir():
+        known = ", ".join((BUNDLED_MODEL, *HUB_MODELS))
+        raise ModelError(f"--model {name}: no such folder, and not one of {known}")
+    config = _read_config(folder)
+    captions = folder / "captions.txt"
+    try:
+        return ModelInfo(
+            version=BUNDLED_MODEL if folder == BUNDLED_FOLDER else str(folder),
+            folder=folder,
+            latent_size=tuple(config["latent_size"]),
+            max_latent_size=config["mmdit"]["max_latent_resolution"],
+            patch_size=config["mmdit"]["patch_size"],
+            vae_downscale=config["vae"]["downscale"],
+            cfg_weight=float(config["default_cfg_weight"]),
+            use_t5=False,
+            sampler_shift=float(config["sampler_shift"]),
+            captions=captions if captions.exists() else None,
+        )
+    except KeyError as error:
+        raise ModelError(f"{folder / 'config.json'}: no entry {error}; models/{BUNDLED_MODEL} shows the layout") from None
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "config.json").read_text())
+    except FileNotFoundError:
+        raise ModelError(f"{folder}: no config.json; models/{BUNDLED_MODEL} shows a model folder's layout") from None
+    except ValueError as error:
+        raise ModelError(f"{folder / 'config.json'}: not valid JSON ({error})") from None
+
+
+def default_dtype() -> str:
+    """float16 on Metal and CUDA; float32 on a CPU, where only float32 products have a fast BLAS."""
+    return "float32" if mx.default_device() == mx.Device(mx.cpu) else "float16"
+
+
+class LocalPipeline(DiffusionPipeline):
+    """DiffusionKit's pipeline over a folder in sd3-emoji's layout instead of the hub's files."""
+
+    def __init__(self, info: ModelInfo, dtype: mx.Dtype):
+        self.model_version = info.version
+        self.folder, self.model_config = info.folder, _read_config(info.folder)
+        self.float16_dtype = mx.float16
+        self.dtype = self.activation_dtype = dtype
+        self.use_t5, self.use_clip_g, self.low_memory_mode = False, True, False
+        self.sampler = ModelSamplingDiscreteFlow(shift=info.sampler_shift)
+        self.latent_format = SD3LatentFormat()
+        vars(self.latent_format).update(self.model_config["latent_format"])
+        self.load_mmdit()
+        self.clip_l = self._load(CLIPTextModel(CLIPTextModelConfig(**self.model_config["clip_l"])), "clip_l")
+        self.clip_g = self._load(CLIPTextModel(CLIPTextModelConfig(**self.model_config["clip_g"])), "clip_g")
+        vae = self.model_config["vae"]
+        decoder = VAEDecoder(
+            block_out_channels=vae["block_out_channels"],
+            layers_per_block=vae["decoder_layers_per_block"],
+            resnet_groups=vae["resnet_groups"],
+        )
+        self.decoder = self._load(decoder, "decoder")
+        self.tokenizer_l = self._load_tokenizer(pad_with_eos=True)
+        self.tokenizer_g = self._load_tokenizer(pad_with_eos=False)
+
+    def load_mmdit(self, only_modulation_dict: bool = False):
+        """Load the transformer; with `only_modulation_dict` return its adaLN weights, as DiffusionKit's does."""
+        if only_modulation_dict:
+            weights = mx.load(str(self.folder / "mmdit.safetensors"))
+            return [(key, value.astype(self.dtype)) for key, value in weights.items() if "adaLN" in key]
+        config = dict(self.model_config["mmdit"])
+        config["hidden_size_override"] = config.pop("hidden_size")
+        model = MMDiT(MMDiTConfig(**config, low_memory_mode=False, dtype=self.dtype))
+        self.mmdit = self._load(model, "mmdit")
+
+    def _load(self, model, part: str):
+        path = self.folder / f"{part}.safetensors"
+        try:
+            weights = [(key, value.astype(self.dtype)) for key, value in mx.load(str(path)).items()]
+            model.load_weights(weights)
+            mx.eval(model.parameters())
+        except (RuntimeError, ValueError) as error:
+            raise ModelError(f"cannot load {path}: {' '.join(str(error).split())[:200]}") from None
+        return model
+
+    def _load_tokenizer(self, pad_with_eos: bool) -> Tokenizer:
+        vocab = json.loads((self.folder / "vocab.json").read_text(encoding="utf-8"))
+        merges = (self.folder / "merges.txt").read_text(encoding="utf-8").strip().split("\n")[1:]
+        ranks = {tuple(merge.split()): rank for rank, merge in enumerate(merges)}
+        tokenizer = Tokenizer(ranks, vocab, pad_with_eos)
+        tokenizer.max_length = self.model_config["clip_l"]["max_length"]
+        return tokenizer
+
+
+class _T5Encoder:
+    """DiffusionKit's T5 without its `mx.metal` memory limits, which raise KeyError off macOS.
+
+    The same layers in the same order as diffusionkit.mlx.t5.TransformerEncoder.__call__.
+    """
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        encoder = self.model.encoder
+        x = self.model.wte(tokens)
+        dtype, bias = x.dtype, encoder.relative_attention_bias(x.shape[1], x.shape[1])
+        for layer in encoder.layers:
+            x = layer(x, mask=bias)
+        return encoder.ln(x).astype(dtype)
+
+
+def load_pipeline(
+    info: ModelInfo, dtype: str, use_t5: bool = False, local_checkpoint: Path | None = None
+) -> DiffusionPipeline:
+    """Load a model ready to sample: weights and activations in `dtype` ("float16" or "float32").
+
+    local_checkpoint replaces the hub's transformer and VAE file, as DiffusionKit's `--local-ckpt` does.
+    Raises ModelError when the files cannot be had.
+    """
+    if info.folder is not None:
+        if local_checkpoint is not None:
+            raise ModelError("--local-checkpoint goes with a hub model; a model folder brings its own weights")
+        if use_t5:
+            raise ModelError(f"--t5: {info.version} has no T5 text encoder; use --no-t5")
+        missing = [f for f in (*(f"{p}.safetensors" for p in LOCAL_FILES), "vocab.json", "merges.txt") if not (info.folder / f).exists()]
+        if missing:
+            raise ModelError(f"{info.folder}: no {', '.join(missing)}; models/{BUNDLED_MODEL} shows the layout")
+        return LocalPipeline(info, getattr(mx, dtype))
+    half = dtype == "float16"
+    try:
+        pipeline = DiffusionPipeline(
+            w16=half, a16=half, shift=info.sampler_shift, use_t5=use_t5, model_version=info.version,
+            low_memory_mode=False, local_ckpt=str(local_checkpoint) if local_checkpoint else None,
+        )  # fmt: skip
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().split("\n")[0][:160]
+        raise ModelError(
+            f"cannot get {info.version} from the Hugging Face hub ({reason}): accept the licence on the model's page and "
+            f"log in with `hf auth login`, or run now with --model {BUNDLED_MODEL}"
+        ) from None
+    except (RuntimeError, ValueError, KeyError) as error:
+        source = local_checkpoint or info.version
+        raise ModelError(f"cannot load {source}: {' '.join(str(error).split())[:200]}") from None
+    if use_t5:
+        pipeline.t5_encoder = _T5Encoder(pipeline.t5_encoder)
+    pipeline.ensure_models_are_loaded()
+    return pipeline
+
+
+# --- text ---------------------------------------------------------------------------------------------------
+
+
+def check_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str]) -> int:
+    """Tokenize every prompt with both CLIP tokenizers before any work is done.
+
+    Returns how many prompts are longer than the tokenizer's positions and will be cut. Raises ModelError
+    that names the prompt and the character when one is outside the vocabulary.
+    """
+    cut = set()
+    for tokenizer in (pipeline.tokenizer_l, pipeline.tokenizer_g):
+        unlimited = copy.copy(tokenizer)
+        unlimited.max_length = sys.maxsize
+        for index, prompt in enumerate(prompts):
+            try:
+                length = len(unlimited.tokenize(prompt))
+            except KeyError as error:
+                character = error.args[0].replace("</w>", "")
+                raise ModelError(
+                    f"prompt {index + 1} {prompt!r}: the character {character!r} is not in the tokenizer's vocabulary; "
+                    "replace it"
+                ) from None
+            if length > tokenizer.max_length:
+                cut.add(index)
+    return len(cut)
+
+
+@dataclass(frozen=True)
+class TextConditioning:
+    """Conditioning of one forward pass: tokens (R, tokens, 4096) and pooled (R, channels), activation dtype."""
+
+    tokens: mx.array
+    pooled: mx.array
+
+
+def encode_prompts(
+    pipeline: DiffusionPipeline, prompts: Sequence[str], cfg_weight: float, negative_prompt: str = ""
+) -> TextConditioning:
+    """Encode prompts one by one (as a batch of one would be) and stack them: conditional rows first.
+
+    With `cfg_weight` <= 0 the unconditional rows that DiffusionKit always returns are left out.
+    """
+    rows = 2 if cfg_weight > 0 else 1
+    tokens, pooled = [], []
+    for prompt in prompts:
+        prompt_tokens, prompt_pooled = pipeline.encode_text(prompt, cfg_weight, negative_prompt)
+        tokens.append(prompt_tokens)
+        pooled.append(prompt_pooled)
+    stacked = [
+        mx.concatenate([array[row : row + 1] for row in range(rows) for array in arrays]).astype(
+            pipeline.activation_dtype
+        )
+        for arrays in (tokens, pooled)
+    ]
+    mx.eval(stacked)
+    return TextConditioning(*stacked)
+
+
+# --- the modulation cache -----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def modulation_cache(
+    pipeline: DiffusionPipeline, pooled: Sequence[mx.array], timesteps: mx.array
+) -> Iterator[Callable[[int], None]]:
+    """Own DiffusionKit's modulation cache: built here, adaLN weights back on exit, also after an exception.
+
+    pooled: one (R, channels) array per group of rows that is run on its own. timesteps (steps,) in the
+    activation dtype: a lookup needs the very same float. Yields `select(group)`, to be called before the
+    model runs on that group's rows.
+
+    DiffusionKit empties the live adaLN weights when it builds the cache and re-reads them from disk; here
+    they are kept by reference instead, so nothing is loaded twice.
+    """
+    mmdit = pipeline.mmdit
+    linears = [module for name, module in mmdit.named_modules() if name.endswith("adaLN_modulation.layers.1")]
+    weights = [tree_map(lambda array: array, linear.parameters()) for linear in linears]
+    groups: list[list[tuple[Any, dict]]] = []
+
+    def restore() -> None:
+        for linear, parameters in zip(linears, weights, strict=True):
+            linear.update(parameters)
+        mmdit.pop("to_offload", None)  # aliases that would show up in parameters()
+        mmdit.clear_modulation_params_cache()
+
+    try:
+        for rows in pooled:
+            mmdit.cache_modulation_params(rows, timesteps)
+            owners = [module for _, module in mmdit.named_modules() if "_modulation_params" in module]
+            groups.append([(module, module["_modulation_params"]) for module in owners])
+            restore()
+
+        def select(group: int) -> None:
+            for module, params in groups[group]:
+                module["_modulation_params"] = params
+
+        select(0)
+        yield select
+    finally:
+        restore()
+
+
+# --- sampling -----------------------------------------------------------------------------------------------
+
+
+def sigma_schedule(pipeline: DiffusionPipeline, num_steps: int) -> tuple[mx.array, mx.array]:
+    """DiffusionKit's schedule: sigmas (num_steps + 1,) float32, the last 0, and timesteps in the activation dtype."""
+    sigmas = pipeline.get_sigmas(pipeline.sampler, num_steps)
+    timesteps = pipeline.sampler.timestep(sigmas).astype(pipeline.activation_dtype)
+    mx.eval(sigmas, timesteps)
+    return sigmas, timesteps
+
+
+def initial_noise(seed: int, latent_size: tuple[int, int]) -> mx.array:
+    """The noise (1, h, w, 16) float32 that DiffusionKit draws for `seed`, without reseeding NumPy's global state."""
+    h, w = latent_size
+    return mx.array(np.random.RandomState(seed).randn(1, 16, h, w)).transpose(0, 2, 3, 1)
+
+
+@dataclass(frozen=True)
+class EulerStep:
+    """State before step `step_index`; `is_final` marks the finished latent after the last one (sigma 0)."""
+
+    step_index: int
+    x: mx.array  # (B, h, w, 16) float32, evaluated
+    timestep: mx.array  # () activation dtype, the key of the modulation cache
+    sigma: mx.array  # () float32
+    is_final: bool
+
+
+def _row_groups(images: int) -> list[slice]:
+    """Split the images of one pass over the CPU's cores; one group elsewhere.
+
+    Most of MLX's CPU operations use one thread of their stream, so groups on streams of their own run side by
+    side. Which group an image falls in depends on nothing but `images`.
+    """
+    cores = min(images, os.cpu_count() or 1) if mx.default_device() == mx.Device(mx.cpu) else 1
+    edges = [images * core // cores for core in range(cores + 1)]
+    return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+
+
+@contextlib.contextmanager
+def _blas_threads(groups: int) -> Iterator[None]:
+    """One BLAS thread per group when several run side by side; the result then never depends on their timing."""
+    threads = torch.get_num_threads()
+    try:
+        if groups > 1:
+            torch.set_num_threads(1)
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def euler_steps(
+    pipeline: DiffusionPipeline, text: TextConditioning, noise: mx.array, num_steps: int, cfg_weight: float
+) -> Iterator[EulerStep]:
+    """Sample B images (Euler method, Karras et al. 2022, Algorithm 2): yields num_steps + 1 states.
+
+    text: R rows; noise (B, h, w, 16). The modulation cache lives as long as the generator: close it (or run
+    it to its end) before the model is used for anything else. For B = 1 every state equals that of
+    DiffusionKit's `sample_euler` bit for bit.
+    """
+    images = noise.shape[0]
+    rows_per_image = text.pooled.shape[0] // images
+    sigmas, timesteps = sigma_schedule(pipeline, num_steps)
+    start = pipeline.get_empty_latent(*noise.shape[1:3])
+    x = pipeline.sampler.noise_scaling(sigmas[0], noise, start, pipeline.max_denoise(sigmas))
+    mx.eval(x)
+
+    groups = _row_groups(images)
+    streams = [mx.default_stream(mx.default_device())] if len(groups) == 1 else [mx.new_stream(mx.cpu) for _ in groups]
+
+    def rows_of(array: mx.array, group: slice) -> mx.array:
+        return mx.concatenate([array[r * images + group.start : r * images + group.stop] for r in range(rows_per_image)])
+
+    tokens = [rows_of(text.tokens, group) for group in groups]
+    pooled = [rows_of(text.pooled, group) for group in groups]
+    mx.eval(tokens, pooled)
+    denoise = CFGDenoiser(pipeline)
+    with _blas_threads(len(groups)), modulation_cache(pipeline, pooled, timesteps) as select:
+        for i in range(num_steps):
+            yield EulerStep(i, x, timesteps[i], sigmas[i], is_final=False)
+            parts = []
+            for index, group in enumerate(groups):
+                select(index)
+                with mx.stream(streams[index]):
+                    part = x[group]
+                    denoised = denoise(part, timesteps[i], sigmas[i], tokens[index], cfg_weight=cfg_weight)
+                    derivative = (part - denoised) / append_dims(sigmas[i], part.ndim)
+                    parts.append(part + derivative * (sigmas[i + 1] - sigmas[i]))
+            x = parts[0] if len(parts) == 1 else mx.concatenate(parts)
+            mx.eval(x)
+        yield EulerStep(num_steps, x, timesteps[num_steps], sigmas[num_steps], is_final=True)
+
+
+def decode_latents(pipeline: DiffusionPipeline, x: mx.array) -> list[Image.Image]:
+    """Turn finished latents (B, h, w, 16) in model space into B RGB images, one decoder pass each."""
+    images = []
+    for row in range(x.shape[0]):
+        latent = pipeline.latent_format.process_out(x[row : row + 1]).astype(pipeline.activation_dtype)
+        pixels = pipeline.decode_latents_to_image(latent)
+        images.append(Image.fromarray(np.array((pixels[0].astype(mx.float32) * 255).astype(mx.uint8))))
+    return images
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that decide the numbers."""
+    return {name: importlib.metadata.version(name) for name in ("mlx", "diffusionkit", "numpy")}
+
+
+def num_parameters(pipeline: DiffusionPipeline) -> int:
+    """Parameters of the transformer."""
+    return sum(array.size for _, array in tree_flatten(pipeline.mmdit.parameters()))
