@@ -102,10 +102,12 @@ def locked_folder(folder: Path) -> Iterator[None]:
             raise StoreError(f"cannot write to {folder}: no right to, or a read-only disk")
         if not filelock.lock_descriptor(descriptor, blocking=False):
             raise StoreError(f"{folder}: another process is writing here; wait for it to end or use another folder")
-        yield
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # refuses unless empty
     finally:
-        with contextlib.suppress(OSError):
-            folder.rmdir()  # refuses unless empty
         os.close(descriptor)
 
 

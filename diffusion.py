@@ -23,12 +23,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
+
 
 def _load_fast_blas() -> None:
     """Put torch's BLAS in front of the reference BLAS in MLX's Linux CPU wheel (benchmarks/blas_speed.py).
 
-    libmlx calls `cblas_sgemm` through the dynamic linker, so a library loaded globally before MLX takes
-    its place. torch is installed anyway: DiffusionKit imports it.
+    libmlx calls `sgemm_` through the dynamic linker, so a library loaded globally before MLX takes its place.
+    torch is installed anyway: DiffusionKit imports it.
     """
     torch = importlib.util.find_spec("torch")
     if platform.system() != "Linux" or torch is None or "mlx.core" in sys.modules:
@@ -84,8 +86,10 @@ HUB_VAE_DOWNSCALE = 8
 LOCAL_FILES = ("mmdit", "clip_l", "clip_g", "decoder")
 
 
-class ModelError(Exception):
+class ModelError(click.ClickException):
     """The model cannot be had or used; the message is one line that says why and what to do."""
+
+    exit_code = 2
 
 
 @dataclass(frozen=True)

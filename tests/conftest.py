@@ -1,0 +1,37 @@
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+ROOT = Path(__file__).resolve().parent.parent
+
+import diffusion  # noqa: E402, F401  (first: it loads the BLAS before MLX)
+
+
+@pytest.fixture(scope="session")
+def emoji():
+    """The bundled model, float32, shared by the tests that leave it as they found it."""
+    return diffusion.load_pipeline(diffusion.describe_model("sd3-emoji"), "float32")
+
+
+def invoke(script: str, *arguments):
+    """Run a stage's command line in this process; returns exit_code, stdout and stderr."""
+    return CliRunner().invoke(importlib.import_module(script).main, list(map(str, arguments)))
+
+
+def start(script: str, *arguments, **options) -> subprocess.Popen:
+    """Start a stage in a process of its own."""
+    command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def generate(*arguments):
+    return invoke("generate_calibration_data", "--model", "sd3-emoji", *arguments)
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    """Every file below `folder` with its content."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
