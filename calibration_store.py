@@ -6,13 +6,14 @@ contract (calibration_data/README.md); extra keys may be added, existing ones ke
 
 import contextlib
 import errno
+import hashlib
 import io
 import os
 import re
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,9 @@ import numpy as np
 import orjson
 
 MANIFEST_FORMAT = "calibration_manifest_v1"
+STATISTICS_FORMAT = "per_timestep_npz_v2"
+PARTIAL_FORMAT = "activation_partials_v1"
+CACHE_FORMAT = "adaround_cache_v2"
 TEMP_SUFFIX = ".tmp"
 GENERATE = "generate_calibration_data.py"
 
@@ -81,8 +85,8 @@ class CalibrationPaths:
 def _matching(folder: Path, pattern: str) -> list[Path]:
     if not folder.is_dir():
         return []
-    temp = rf"\.{pattern}\.[a-z0-9_]+{re.escape(TEMP_SUFFIX)}"
-    return sorted(path for path in folder.iterdir() if re.fullmatch(f"{pattern}|{temp}", path.name))
+    temp = rf"\.(?:{pattern})\.[a-z0-9_]+{re.escape(TEMP_SUFFIX)}"
+    return sorted(path for path in folder.iterdir() if re.fullmatch(f"(?:{pattern})|{temp}", path.name))
 
 
 @contextlib.contextmanager
@@ -318,6 +322,256 @@ def _is_whole_png(path: Path) -> bool:
     return content.startswith(b"\x89PNG\r\n\x1a\n") and content.endswith(b"IEND\xaeB`\x82")
 
 
+def run_identity(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 over what the samples follow from: two runs with the same one have the same samples."""
+    keys = ("model_version", "local_checkpoint", "num_steps", "cfg_scale", "negative_prompt", "latent_size", "use_t5")
+    keys += ("sampler_shift", "seed_base", "activation_dtype", "stride", "batch_size")
+    prompts = [image["prompt"] for image in manifest["images"]]
+    return hashlib.sha256(orjson.dumps([*(manifest.get(key) for key in keys), prompts])).hexdigest()
+
+
+def select_images(manifest: Mapping[str, Any], num_images: int) -> list[dict[str, Any]]:
+    """num_images entries of a finished run's images, evenly over the whole run, first and last included, no repeats.
+
+    Raises StoreError when the run is unfinished or has fewer images.
+    """
+    images = manifest["images"]
+    if len(images) < manifest["num_images"]:
+        raise StoreError(
+            f"the calibration run has {len(images)} of {manifest['num_images']} images; "
+            f"finish it with {GENERATE} --resume (TROUBLESHOOTING_GUIDE Issue 9)"
+        )
+    if num_images > len(images):
+        raise StoreError(f"--num-images {num_images}: the calibration run has {len(images)} images")
+    return [images[round(i)] for i in np.linspace(0, len(images) - 1, num_images)]
+
+
+def select_steps(manifest: Mapping[str, Any], stride: int) -> list[int]:
+    """Every stride-th of the model inputs that stage 1 saved, as step indices."""
+    return saved_steps(manifest["num_steps"], manifest.get("stride", 1))[:-1][::stride]
+
+
 def read_manifest(root: Path) -> dict[str, Any]:
     """Read the manifest of a calibration folder. Raises StoreError."""
     return read_json(CalibrationPaths(root).manifest, MANIFEST_FORMAT, GENERATE)
+
+
+def read_run_sample(
+    paths: CalibrationPaths, manifest: Mapping[str, Any], image_id: int, step_index: int, schedule: list[float]
+) -> dict[str, np.ndarray]:
+    """`read_sample`, and its timestep must be the schedule's. Raises StoreError that names the file."""
+    sample = read_sample(paths, manifest, image_id, step_index)
+    if float(sample["timestep"]) != schedule[step_index]:
+        raise StoreError(
+            f"{paths.sample(image_id, step_index)}: a sample of another run (timestep {float(sample['timestep'])}, "
+            f"expected {schedule[step_index]}); run {GENERATE} with --force to make the run anew"
+        )
+    return sample
+
+
+# --- stages that follow: what a run is, and whether to go on with it ----------------------------------------
+
+
+def open_stage(paths, record: Path, plan: Mapping[str, Any], options: Mapping[str, str], resume: bool, force: bool,
+               write: bool = True) -> None:  # fmt: skip
+    """Begin, resume or restart a stage in its folder, as --resume and --force say.
+
+    record is the JSON file that says what the stage's run is (`plan`); options names the flag behind a key of
+    it. Raises StoreError when the folder is used and neither flag is given, or when --resume would mix two runs.
+    """
+    owned = paths.owned_files()
+    finished = [path for path in owned if path.suffix != TEMP_SUFFIX]
+    if finished and not (resume or force):
+        raise StoreError(f"{paths.root} holds a run already: --resume goes on with it, --force starts over")
+    if finished and resume:
+        if not record.exists():
+            raise StoreError(f"{paths.root}: files without {record.name}; use --force to start over")
+        before = read_json(record, plan["format"], "the stage")
+        for key, flag in options.items():
+            if before.get(key) != plan[key]:
+                raise StoreError(f"--resume: the run in {paths.root} has {flag} {before.get(key)}, not {plan[key]}; use --force")
+        if before.get("calibration_run") != plan["calibration_run"]:
+            raise StoreError(f"--resume: {paths.root} was made from another calibration run; use --force")
+    if write:
+        for path in sorted(owned, key=lambda path: path != record):
+            if force or path.suffix == TEMP_SUFFIX:
+                path.unlink()
+        if force or not record.exists():
+            write_json(record, plan)
+
+
+# --- stage 2A: activation statistics ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ActivationPaths:
+    """Where stage 2A keeps what; `calib_dir` is the folder that all stages share."""
+
+    calib_dir: Path
+
+    @property
+    def root(self) -> Path:
+        return self.calib_dir / "activations"
+
+    @property
+    def statistics(self) -> Path:
+        return self.root / "layer_statistics.json"
+
+    @property
+    def timestep_stats(self) -> Path:
+        return self.root / "timestep_stats"
+
+    def step_arrays(self, key: str) -> Path:
+        return self.timestep_stats / f"step_{key}.npz"
+
+    def step_index(self, key: str) -> Path:
+        return self.timestep_stats / f"step_{key}_index.json"
+
+    @property
+    def partials(self) -> Path:
+        return self.root / "partial"
+
+    @property
+    def collection(self) -> Path:
+        return self.partials / "collection.json"
+
+    def partial(self, image_id: int, step_index: int) -> Path:
+        return self.partials / f"{image_id:04d}_{step_index:03d}.npz"
+
+    def owned_files(self) -> list[Path]:
+        """Every file that stage 2A wrote, its half-written temporary files included."""
+        patterns = {
+            self.root: r"layer_statistics\.json",
+            self.timestep_stats: r"step_\d+(\.npz|_index\.json)",
+            self.partials: r"\d{4,}_\d{3,}\.npz|collection\.json",
+        }
+        return [path for folder, pattern in patterns.items() for path in _matching(folder, pattern)]
+
+
+PARTIAL_KEYS = {"layers", "inputs", "channels", "min", "max", "counts", "grids"}
+
+
+def read_partial(paths: ActivationPaths, image_id: int, step_index: int) -> dict[str, np.ndarray]:
+    """The statistics of one pass (arrays: PARTIAL_KEYS). Raises StoreError that names the file."""
+    path = paths.partial(image_id, step_index)
+    remedy = "run collect_layer_activations.py with --resume to make it anew"
+    arrays = read_npz(path, remedy)
+    if set(arrays) != PARTIAL_KEYS:
+        raise StoreError(f"{path}: not a partial result; {remedy}")
+    return arrays
+
+
+def is_partial_complete(paths: ActivationPaths, image_id: int, step_index: int) -> bool:
+    """Whether the result of one pass is on disk and valid."""
+    try:
+        read_partial(paths, image_id, step_index)
+    except StoreError:
+        return False
+    return True
+
+
+# --- stage 2W: the block cache ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BlockCachePaths:
+    """Where stage 2W keeps what; `calib_dir` is the folder that all stages share."""
+
+    calib_dir: Path
+
+    @property
+    def root(self) -> Path:
+        return self.calib_dir / "adaround_cache"
+
+    @property
+    def metadata(self) -> Path:
+        return self.root / "metadata.json"
+
+    @property
+    def plan(self) -> Path:
+        return self.root / "plan.json"
+
+    @property
+    def samples(self) -> Path:
+        return self.root / "samples"
+
+    def sample(self, image_id: int, step_index: int) -> Path:
+        return self.samples / f"{image_id:04d}_{step_index:03d}.npz"
+
+    def owned_files(self) -> list[Path]:
+        """Every file that stage 2W wrote, its half-written temporary files included."""
+        patterns = {self.root: r"(metadata|plan)\.json", self.samples: r"\d{4,}_\d{3,}\.npz"}
+        return [path for folder, pattern in patterns.items() for path in _matching(folder, pattern)]
+
+
+CACHE_REMEDY = "run cache_adaround_data.py with --resume to make it anew"
+
+
+def map_npz(path: Path, keys: Sequence[str], remedy: str) -> dict[str, np.ndarray]:
+    """Members of an uncompressed NPZ, mapped read-only where they lie in the file: only what is used is read.
+
+    Raises StoreError when the file or a member is missing or damaged, or when members are compressed.
+    """
+    arrays = {}
+    try:
+        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            for key in keys:
+                member = archive.getinfo(f"{key}.npy")
+                if member.compress_type != zipfile.ZIP_STORED:
+                    raise StoreError(f"{path}: compressed members cannot be mapped; {remedy}")
+                file.seek(member.header_offset)
+                header = file.read(30)
+                file.seek(int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little"), os.SEEK_CUR)
+                version = np.lib.format.read_magic(file)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, fortran, dtype = read(file)
+                if dtype.hasobject:
+                    raise StoreError(f"{path}: holds a pickled array, which is not read; {remedy}")
+                order = "F" if fortran else "C"
+                arrays[key] = np.memmap(path, dtype, "r", offset=file.tell(), shape=shape, order=order)
+    except FileNotFoundError:
+        raise StoreError(f"{path}: missing; {remedy}") from None
+    except KeyError as error:
+        raise StoreError(f"{path}: {error.args[0]}; {remedy}") from None
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise StoreError(f"{path}: truncated or damaged ({error}); {remedy}") from None
+    return arrays
+
+
+@dataclass(frozen=True)
+class CachedBlock:
+    """What one block saw and gave in one pass: tokens (R, tokens, 1, hidden) float16, mapped from the file."""
+
+    image_id: int
+    step_index: int
+    inputs: tuple[np.ndarray, ...]  # (image, text) for mm blocks, (tokens,) for uni blocks
+    outputs: tuple[np.ndarray, ...]  # (image, text), (image,) for the last mm block, (tokens,) for uni blocks
+    modulation_input: np.ndarray  # (R, 1, 1, hidden)
+
+
+def read_cached_block(calib_dir: Path, block: str) -> Iterator[CachedBlock]:
+    """One block's inputs and outputs over all samples of the cache, without loading any other block's."""
+    paths = BlockCachePaths(calib_dir)
+    metadata = read_json(paths.metadata, CACHE_FORMAT, "cache_adaround_data.py")
+    if block not in metadata["block_names"]:
+        raise StoreError(f"{paths.metadata}: block {block} is not cached (it has {', '.join(metadata['block_names'])})")
+    shapes = metadata["block_shapes"][block]
+    keys = [*shapes["input_keys"], *shapes["output_keys"]]
+    for sample in metadata["samples"]:
+        arrays = map_npz(paths.root / sample["file"], [*keys, "modulation_input"], CACHE_REMEDY)
+        yield CachedBlock(
+            sample["image_id"],
+            sample["step_index"],
+            tuple(arrays[key] for key in shapes["input_keys"]),
+            tuple(arrays[key] for key in shapes["output_keys"]),
+            arrays["modulation_input"],
+        )
+
+
+def is_cached(paths: BlockCachePaths, image_id: int, step_index: int, keys: Sequence[str]) -> bool:
+    """Whether a sample of the block cache is on disk, whole, with these keys."""
+    try:
+        map_npz(paths.sample(image_id, step_index), keys, CACHE_REMEDY)
+    except StoreError:
+        return False
+    return True

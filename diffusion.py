@@ -27,18 +27,21 @@ import click
 
 
 def _load_fast_blas() -> None:
-    """Put torch's BLAS in front of the reference BLAS in MLX's Linux CPU wheel (benchmarks/blas_speed.py).
+    """Put torch's BLAS in front of the reference BLAS in MLX's Linux CPU wheel (benchmarks/generation_speed.py).
 
     libmlx calls `sgemm_` through the dynamic linker, so a library loaded globally before MLX takes its place.
     torch is installed anyway: DiffusionKit imports it.
     """
     torch = importlib.util.find_spec("torch")
-    if platform.system() != "Linux" or torch is None or "mlx.core" in sys.modules:
+    if platform.system() != "Linux" or torch is None:
         return
     try:
         importlib.metadata.distribution("mlx-cpu")
     except importlib.metadata.PackageNotFoundError:
         return  # CUDA: matrix products never reach the BLAS
+    if "mlx.core" in sys.modules:
+        warnings.warn("mlx.core was imported before diffusion: matrix products stay slow (Issue 15)", stacklevel=2)
+        return
     ctypes.CDLL(str(Path(torch.origin).parent / "lib" / "libtorch_cpu.so"), mode=ctypes.RTLD_GLOBAL)
 
 
@@ -58,7 +61,7 @@ _load_fast_blas()
 
 import mlx.core as mx  # noqa: E402  (the BLAS comes first)
 import numpy as np  # noqa: E402
-from mlx.utils import tree_flatten, tree_map  # noqa: E402
+from mlx.utils import tree_map  # noqa: E402
 
 with _quiet():
     import torch
@@ -349,6 +352,7 @@ def modulation_cache(
     they are kept by reference instead, so nothing is loaded twice.
     """
     mmdit = pipeline.mmdit
+    mmdit.load_weights([], strict=False)  # changes nothing; raises when hooks are live
     linears = [module for name, module in mmdit.named_modules() if name.endswith("adaLN_modulation.layers.1")]
     weights = [tree_map(lambda array: array, linear.parameters()) for linear in linears]
     groups: list[list[tuple[Any, dict]]] = []
@@ -469,6 +473,53 @@ def euler_steps(
         yield EulerStep(num_steps, x, timesteps[num_steps], sigmas[num_steps], is_final=True)
 
 
+class Replay:
+    """Runs the model as it ran for one image of a calibration run; `replaying` makes it."""
+
+    def __init__(self, pipeline: DiffusionPipeline, text: TextConditioning):
+        self._mmdit = pipeline.mmdit
+        self._pooled = text.pooled
+        self._tokens = mx.expand_dims(text.tokens, 2)
+        self._rows = text.pooled.shape[0]
+
+    def forward(self, x: np.ndarray, timestep: np.ndarray) -> mx.array:
+        """x (1, h, w, 16) and timestep () as stored -> the transformer's output (R, h, w, 16), unevaluated."""
+        return self._mmdit(
+            latent_image_embeddings=mx.concatenate([mx.array(x)] * self._rows),
+            token_level_text_embeddings=self._tokens,
+            timestep=mx.broadcast_to(mx.array(timestep), [self._rows]),
+        )
+
+    def modulation_input(self, timestep: np.ndarray) -> mx.array:
+        """What feeds every adaLN layer: pooled text plus timestep embedding, (R, 1, 1, hidden), unevaluated."""
+        embedded = self._mmdit.t_embedder(mx.repeat(mx.array(timestep)[None], self._rows, axis=0))
+        return self._mmdit.y_embedder(self._pooled)[:, None, None, :] + embedded
+
+
+@contextlib.contextmanager
+def replaying(pipeline: DiffusionPipeline, image: dict[str, Any], timesteps: Sequence[np.ndarray]) -> Iterator[Replay]:
+    """Replay `image` (an entry of the manifest) with its own prompt and guidance: R = 2 rows with guidance
+    (conditional, unconditional), else 1.
+
+    timesteps are the stored ones that will be asked for. Hooks go inside this block: leaving it puts the adaLN
+    weights back.
+    """
+    text = encode_prompts(pipeline, [image["prompt"]], image["cfg_weight"], image["negative_prompt"])
+    with modulation_cache(pipeline, [text.pooled], mx.array(np.array(timesteps))):
+        yield Replay(pipeline, text)
+
+
+def load_run_pipeline(manifest: dict[str, Any]) -> DiffusionPipeline:
+    """The model of a calibration run, in the run's precision."""
+    checkpoint = manifest.get("local_checkpoint")
+    return load_pipeline(
+        describe_model(manifest["model_version"]),
+        manifest["activation_dtype"],
+        manifest["use_t5"],
+        Path(checkpoint) if checkpoint else None,
+    )
+
+
 def decode_latents(pipeline: DiffusionPipeline, x: mx.array) -> list[Image.Image]:
     """Turn finished latents (B, h, w, 16) in model space into B RGB images, one decoder pass each."""
     images = []
@@ -482,8 +533,3 @@ def decode_latents(pipeline: DiffusionPipeline, x: mx.array) -> list[Image.Image
 def package_versions() -> dict[str, str]:
     """Versions of the packages that decide the numbers."""
     return {name: importlib.metadata.version(name) for name in ("mlx", "diffusionkit", "numpy")}
-
-
-def num_parameters(pipeline: DiffusionPipeline) -> int:
-    """Parameters of the transformer."""
-    return sum(array.size for _, array in tree_flatten(pipeline.mmdit.parameters()))

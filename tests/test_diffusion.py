@@ -203,5 +203,7 @@ def test_imports_are_silent_and_the_fast_blas_is_in_front():
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stderr == ""
+    wrong_order = subprocess.run([sys.executable, "-c", "import mlx.core, diffusion"], cwd=ROOT, capture_output=True, text=True, check=True)
     if sys.platform == "linux" and mx.default_device() == mx.Device(mx.cpu):
         assert run.stdout == "True True\n"
+        assert "imported before diffusion" in wrong_order.stderr

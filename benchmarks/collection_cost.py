@@ -1,0 +1,148 @@
+"""What stages 2A and 2W cost beside a plain forward pass, taking turns in one process.
+
+    python benchmarks/collection_cost.py                       # the bundled model
+    python benchmarks/collection_cost.py --size sd3-medium     # 24 blocks, random weights, 512 px: for a GPU
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import click
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from cli_options import format_bytes, stage_command
+
+
+def load(size: str, text_tokens: int):
+    """(pipeline, conditioning, latent, timestep): sd3-emoji, or SD3-Medium with random weights and inputs."""
+    import diffusion
+
+    mx = diffusion.mx
+    if size == "sd3-emoji":
+        pipeline = diffusion.load_pipeline(diffusion.describe_model(size), diffusion.default_dtype())
+        text = diffusion.encode_prompts(pipeline, ["rocket"], 4.0)
+        latent = diffusion.initial_noise(0, (16, 16)).astype(pipeline.activation_dtype)
+        timestep = diffusion.sigma_schedule(pipeline, 50)[1][10]
+        return pipeline, text, latent, timestep
+    from mlx.utils import tree_map
+
+    config = diffusion.HUB_MMDIT_CONFIGS["argmaxinc/mlx-stable-diffusion-3-medium"]
+    config.low_memory_mode = False
+    dtype = getattr(mx, diffusion.default_dtype())
+    mmdit = diffusion.MMDiT(config)
+    mmdit.update(tree_map(lambda array: array.astype(dtype), mmdit.parameters()))
+    mx.eval(mmdit.parameters())
+    tokens = mx.random.normal((2, text_tokens, 4096), key=mx.random.key(0)).astype(dtype)
+    pooled = mx.random.normal((2, 2048), key=mx.random.key(1)).astype(dtype)
+    latent = mx.random.normal((1, 64, 64, 16), key=mx.random.key(2)).astype(dtype)
+    timestep = mx.array(700.0).astype(dtype)
+    mx.eval(tokens, pooled, latent, timestep)
+    return SimpleNamespace(mmdit=mmdit), diffusion.TextConditioning(tokens, pooled), latent, timestep
+
+
+def compare(ways: dict[str, Callable[[], None]], repeats: int) -> tuple[dict[str, float], dict[str, int]]:
+    """Median seconds and peak bytes of each way, measured in turns."""
+    import mlx.core as mx
+
+    seconds, peaks = {name: [] for name in ways}, {}
+    for way in ways.values():
+        way()
+    for _ in range(repeats):
+        for name, way in ways.items():
+            mx.reset_peak_memory()
+            start = time.perf_counter()
+            way()
+            seconds[name].append(time.perf_counter() - start)
+            peaks[name] = mx.get_peak_memory()
+    return {name: statistics.median(values) for name, values in seconds.items()}, peaks
+
+
+@stage_command
+@click.option("--size", type=click.Choice(["sd3-emoji", "sd3-medium"]), default="sd3-emoji", help="Which model.")
+@click.option("--repeats", type=click.IntRange(min=3), default=30, help="Passes of each kind; medians are printed.")
+@click.option("--text-tokens", type=click.IntRange(min=1), default=154, help="Text tokens for sd3-medium: 154 without T5, 589 with.")
+@click.option("--samples", type=click.IntRange(min=1), default=20, help="Samples of the block cache to write.")
+@click.option("--twin", is_flag=True, help="Time the plain MLX twin of the statistics, too (slow).")
+def main(size: str, repeats: int, text_tokens: int, samples: int, twin: bool) -> None:
+    """Time activation statistics and the block cache beside a plain forward pass."""
+    import diffusion
+    from cache_adaround_data import boundary_keys, record_pass
+    from calibration_store import BackgroundWriter, atomic_file, write_npz
+    from collect_layer_activations import choose_statistics, new_recorder
+    from hooks import block_slots, hooked_layers
+
+    mx = diffusion.mx
+    pipeline, text, latent, timestep = load(size, text_tokens)
+    implementation = choose_statistics()
+    replay = diffusion.Replay(pipeline, text)
+    click.echo(f"{size}, {latent.dtype}, {mx.default_device()}, statistics by {implementation}, MLX {mx.__version__}")
+    hooked: dict[int, int] = {}
+
+    def plain() -> None:
+        mx.eval(replay.forward(latent, timestep))
+
+    def hooks_only() -> None:
+        with hooked_layers(pipeline.mmdit, None):
+            mx.eval(replay.forward(latent, timestep))
+
+    def with_statistics(implementation: str) -> None:
+        recorder = new_recorder(implementation)
+        with hooked_layers(pipeline.mmdit, recorder.record):
+            recorder.finish(replay.forward(latent, timestep))
+
+    def measure(name: str, x) -> None:
+        hooked[id(x)] = x.nbytes
+        kept.append(x)
+
+    with diffusion.modulation_cache(pipeline, [text.pooled], timestep[None]):
+        kept: list = []
+        with hooked_layers(pipeline.mmdit, measure) as names:
+            mx.eval(replay.forward(latent, timestep))
+        kept.clear()
+        activations = sum(hooked.values())
+        ways = {"plain": plain, "hooks, nothing recorded": hooks_only, "statistics": lambda: with_statistics(implementation)}
+        if twin:
+            ways["statistics by the MLX twin"] = lambda: with_statistics("mlx")
+        seconds, peaks = compare(ways, repeats)
+        click.echo(f"{len(names)} linears, {len(hooked)} distinct inputs, {format_bytes(activations)} of activations a pass")
+        for name in ways:
+            extra = (peaks[name] - peaks["plain"]) / activations
+            click.echo(f"{name:28s} {seconds[name] * 1e3:8.2f} ms  {seconds[name] / seconds['plain']:.3f} x  peak memory {extra:+.1%} of the activations")
+
+        keys = boundary_keys(list(block_slots(pipeline.mmdit)))
+        sample = {"x": latent, "timestep": timestep}
+        arrays = record_pass(pipeline, replay, sample, keys, list(keys), "")
+        stored = sum(array.nbytes for array in arrays.values())
+        separate = sum(arrays[key].nbytes for part in keys.values() for half in part for key in half)
+        with tempfile.TemporaryDirectory(dir=ROOT) as folder:
+            content = [array.tobytes() for array in arrays.values()]
+            writes = []
+            for index in range(samples):
+                start = time.perf_counter()
+                with atomic_file(Path(folder) / f"plain_{index}") as file:
+                    for part in content:
+                        file.write(part)
+                writes.append(time.perf_counter() - start)
+            start = time.perf_counter()
+            with BackgroundWriter(pending=0) as writer:
+                for index in range(samples):
+                    arrays = record_pass(pipeline, replay, sample, keys, list(keys), "")
+                    writer.submit(write_npz, Path(folder) / f"{index}.npz", arrays)
+            per_sample = (time.perf_counter() - start) / samples
+        write, allowed = statistics.median(writes), seconds["plain"] + 1.1 * statistics.median(writes)
+        click.echo(
+            f"block cache: {format_bytes(stored)} a sample, {stored / separate:.3f} of inputs and outputs stored apart; "
+            f"{per_sample * 1e3:.1f} ms a sample = {per_sample / seconds['plain']:.2f} x plain; "
+            f"plain write {write * 1e3:.1f} ms, plain pass + 1.1 writes {allowed * 1e3:.1f} ms"
+        )
+
+
+if __name__ == "__main__":
+    main()
