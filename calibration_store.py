@@ -11,8 +11,10 @@ import io
 import os
 import re
 import shutil
+import struct
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -185,9 +187,57 @@ def read_json(path: Path, expected_format: str, made_by: str) -> dict[str, Any]:
 
 
 def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write an uncompressed NPZ atomically; equal arrays give equal bytes."""
-    with atomic_file(path) as file:
-        np.savez(file, **arrays)
+    """Write an uncompressed NPZ atomically; equal arrays give equal bytes.
+
+    np.savez computes the checksums between the writes, in one thread. Here threads compute them while the data
+    goes to the disk, and data begin at multiples of 64 bytes so that they can be mapped aligned. The format
+    is the same: a ZIP archive of stored .npy files.
+    """
+    members = [(f"{key}.npy", _npy_header(array), np.ascontiguousarray(array)) for key, array in arrays.items()]
+    if sum(array.nbytes + 1024 for *_, array in members) >= 2**32:
+        with atomic_file(path) as file:
+            np.savez(file, **arrays)  # ZIP64
+        return
+    with atomic_file(path) as file, ThreadPoolExecutor(max_workers=min(4, len(members))) as pool:
+        checksums = [pool.submit(_crc32, header, array) for _, header, array in members]
+        offsets = []
+        for name, header, array in members:
+            offsets.append(file.tell())
+            size = len(header) + array.nbytes
+            padding = -(file.tell() + _LOCAL_HEADER.size + len(name) + 4 + len(header)) % 64
+            extra = struct.pack("<HH", 0xD935, padding) + bytes(padding)  # the field Android's zipalign pads with
+            file.write(_LOCAL_HEADER.pack(b"PK\3\4", 20, 0, 0, 0, 33, 0, size, size, len(name), len(extra)))
+            file.write(name.encode() + extra + header)
+            file.write(_bytes_of(array))
+        directory = file.tell()
+        for (name, header, array), checksum, offset in zip(members, checksums, offsets, strict=True):
+            size, crc = len(header) + array.nbytes, checksum.result()
+            file.write(_CENTRAL_HEADER.pack(b"PK\1\2", 20, 20, 0, 0, 0, 33, crc, size, size, len(name), 0, 0, 0, 0, 0, offset))
+            file.write(name.encode())
+        end = file.tell()
+        file.write(struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, len(members), len(members), end - directory, directory, 0))
+        for checksum, offset in zip(checksums, offsets, strict=True):
+            file.seek(offset + 14)
+            file.write(struct.pack("<L", checksum.result()))
+
+
+_LOCAL_HEADER = struct.Struct("<4s5H3L2H")
+_CENTRAL_HEADER = struct.Struct("<4s6H3L5H2L")
+
+
+def _npy_header(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    fields = np.lib.format.header_data_from_array_1_0(np.ascontiguousarray(array) if array.ndim else array)
+    np.lib.format.write_array_header_1_0(buffer, fields)
+    return buffer.getvalue()
+
+
+def _bytes_of(array: np.ndarray) -> memoryview:
+    return memoryview(array.reshape(-1).view(np.uint8))
+
+
+def _crc32(header: bytes, array: np.ndarray) -> int:
+    return zlib.crc32(_bytes_of(array), zlib.crc32(header))
 
 
 def write_png(path: Path, image: Any) -> None:
@@ -197,10 +247,13 @@ def write_png(path: Path, image: Any) -> None:
 
 
 def npz_bytes(arrays: Mapping[str, np.ndarray]) -> int:
-    """Size in bytes of the file that `write_npz` would write."""
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    return buffer.tell()
+    """Size in bytes of the file that `write_npz` writes."""
+    size = 0
+    for key, array in arrays.items():
+        header = len(_npy_header(array))
+        size += _LOCAL_HEADER.size + len(key) + 4 + 4
+        size += -(size + header) % 64 + header + array.nbytes
+    return size + sum(_CENTRAL_HEADER.size + len(key) + 4 for key in arrays) + 22
 
 
 def read_npz(path: Path, remedy: str) -> dict[str, np.ndarray]:
@@ -448,7 +501,7 @@ class ActivationPaths:
         return [path for folder, pattern in patterns.items() for path in _matching(folder, pattern)]
 
 
-PARTIAL_KEYS = {"layers", "inputs", "channels", "min", "max", "counts", "grids"}
+PARTIAL_KEYS = {"layers", "inputs", "channels", "limits", "histograms"}
 
 
 def read_partial(paths: ActivationPaths, image_id: int, step_index: int) -> dict[str, np.ndarray]:

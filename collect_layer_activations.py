@@ -38,10 +38,11 @@ PARTIAL_MADE_BY = "collect_layer_activations.py"
 
 # --- statistics of one input --------------------------------------------------------------------------------
 #
-# One input x (rows, channels) gives: min and max per channel (channels,) float32, counts (256,) over the grid of
-# quantizers.histogram_grid, and info (3,) int32 = (exponent, first bin, number of values that are not finite).
-# Three implementations, the same results: a GPU kernel (Metal or CUDA), NumPy (CPU), and plain MLX operations.
-# Subnormal numbers count as 0 where a GPU flushes them.
+# One input x (rows, channels) gives two arrays: limits (2, channels) float32, the minimum and the maximum of each
+# channel, and histogram (259,) int32: 256 counts over quantizers.histogram_grid, then the grid's exponent, its
+# first bin, and the number of values that are not finite. Three implementations, the same results: a GPU kernel
+# (Metal or CUDA), NumPy and torch (CPU), and plain MLX operations. Where a GPU flushes subnormal numbers they count
+# as 0.
 
 KERNEL_HEADER = {
     "cuda": """
@@ -88,124 +89,125 @@ FUNCTION int grid_exponent(float low, float high) {
 FUNCTION bool is_finite(float value) { return (AS_INT(value) & 0x7f800000) != 0x7f800000; }
 """
 
-# One group takes 256 channels × TILE_ROWS rows: reads them for min and max, then again, from the cache, for the
-# histogram over the tile's own grid. x is read from memory once.
-TILE_ROWS = 256
+# One group of 1024 threads takes 256 channels × TILE_ROWS rows, four rows at a time: reads them for the limits, then
+# again, from the cache, for the histogram over the tile's own grid. x is read from memory once.
+TILE_ROWS = 128
 TILE_KERNEL = """
     const int rows = x_shape[0], channels = x_shape[1];
-    const int channel = GROUP_X * 256 + THREAD;
-    const int first_row = GROUP_Y * TILE_ROWS;
-    const int last_row = first_row + TILE_ROWS < rows ? first_row + TILE_ROWS : rows;
+    const int channel = GROUP_X * 256 + THREAD % 256;
+    const int first_row = GROUP_Y * TILE_ROWS + THREAD / 256;
+    const int end_row = (GROUP_Y + 1) * TILE_ROWS < rows ? (GROUP_Y + 1) * TILE_ROWS : rows;
     const int tile = GROUP_Y * ((channels + 255) / 256) + GROUP_X;
-    SHARED COUNTER histogram[4 * 256];
-    SHARED float lows[256];
-    SHARED float highs[256];
-    SHARED int bad[256];
-    for (int copy = 0; copy < 4; copy++) SET(histogram[copy * 256 + THREAD], 0);
+    SHARED COUNTER histogram[8 * 256];
+    SHARED COUNTER not_finite;
+    SHARED float lows[1024];
+    SHARED float highs[1024];
+    SET(histogram[THREAD], 0);
+    SET(histogram[THREAD + 1024], 0);
+    if (THREAD == 0) SET(not_finite, 0);
+    BARRIER;
     float low = 3.4e38f, high = -3.4e38f;
-    int not_finite = 0;
+    int bad = 0;
     if (channel < channels) {
-        for (int row = first_row; row < last_row; row++) {
+        for (int row = first_row; row < end_row; row += 4) {
             const float value = (float)x[(size_t)row * channels + channel];
-            if (is_finite(value)) {
-                low = value < low ? value : low;
-                high = value > high ? value : high;
-            } else {
-                not_finite++;
+            const bool good = is_finite(value);
+            low = good && value < low ? value : low;
+            high = good && value > high ? value : high;
+            bad += good ? 0 : 1;
+        }
+    }
+    if (bad > 0) ADD(not_finite, bad);
+    lows[THREAD] = low;
+    highs[THREAD] = high;
+    BARRIER;
+    for (int size = 512; size > 0; size /= 2) {
+        if (THREAD < size) {
+            lows[THREAD] = lows[THREAD + size] < lows[THREAD] ? lows[THREAD + size] : lows[THREAD];
+            highs[THREAD] = highs[THREAD + size] > highs[THREAD] ? highs[THREAD + size] : highs[THREAD];
+            if (size == 256 && channel < channels) {  // here index and channel agree
+                tile_limits[((size_t)GROUP_Y * 2) * channels + channel] = lows[THREAD];
+                tile_limits[((size_t)GROUP_Y * 2 + 1) * channels + channel] = highs[THREAD];
             }
         }
-        tile_min[(size_t)GROUP_Y * channels + channel] = low;
-        tile_max[(size_t)GROUP_Y * channels + channel] = high;
+        BARRIER;
     }
-    lows[THREAD] = low < 0.0f ? low : 0.0f;
-    highs[THREAD] = high > 0.0f ? high : 0.0f;
-    bad[THREAD] = not_finite;
+    const float tile_low = lows[0] < 0.0f ? lows[0] : 0.0f, tile_high = highs[0] > 0.0f ? highs[0] : 0.0f;
+    const int exponent = grid_exponent(tile_low, tile_high);
+    const float inverse_width = power_of_two(-exponent);
+    const int first_bin = (int)floor(tile_low * inverse_width);
+    const int copy = (THREAD / 32 % 8) * 256 - first_bin;
+    if (channel < channels) {
+        for (int row = first_row; row < end_row; row += 4) {
+            const float value = (float)x[(size_t)row * channels + channel];
+            if (is_finite(value)) ADD(histogram[copy + (int)floor(value * inverse_width)], 1);
+        }
+    }
     BARRIER;
-    for (int half_size = 128; half_size > 0; half_size /= 2) {
-        if (THREAD < half_size) {
-            lows[THREAD] = lows[THREAD + half_size] < lows[THREAD] ? lows[THREAD + half_size] : lows[THREAD];
-            highs[THREAD] = highs[THREAD + half_size] > highs[THREAD] ? highs[THREAD + half_size] : highs[THREAD];
-            bad[THREAD] += bad[THREAD + half_size];
+    if (THREAD < 256) {
+        int count = 0;
+        for (int other = THREAD; other < 8 * 256; other += 256) count += (int)GET(histogram[other]);
+        tile_histogram[(size_t)tile * 259 + THREAD] = count;
+    }
+    if (THREAD == 0) {
+        tile_histogram[(size_t)tile * 259 + 256] = exponent;
+        tile_histogram[(size_t)tile * 259 + 257] = first_bin;
+        tile_histogram[(size_t)tile * 259 + 258] = (int)GET(not_finite);
+    }
+"""
+
+# Reduces the tiles: a group of 1024 threads as many channels; group 0 also merges the histograms, whose grids nest.
+MERGE_KERNEL = """
+    const int tile_rows = tile_limits_shape[0], channels = tile_limits_shape[2], tiles = tile_histogram_shape[0];
+    SHARED COUNTER merged[256];
+    SHARED COUNTER not_finite;
+    SHARED float lows[1024];
+    SHARED float highs[1024];
+    float group_low = 3.4e38f, group_high = -3.4e38f;
+    for (int channel = THREAD; channel < channels; channel += 1024) {
+        if (GROUP_X != 0 && channel / 1024 != GROUP_X) continue;  // group 0 needs the limits of all channels
+        float low = 3.4e38f, high = -3.4e38f;
+        for (int row = 0; row < tile_rows; row++) {
+            const float other_low = tile_limits[((size_t)row * 2) * channels + channel];
+            const float other_high = tile_limits[((size_t)row * 2 + 1) * channels + channel];
+            low = other_low < low ? other_low : low;
+            high = other_high > high ? other_high : high;
+        }
+        group_low = low < group_low ? low : group_low;
+        group_high = high > group_high ? high : group_high;
+        if (channel / 1024 == GROUP_X) {
+            limits[channel] = low;
+            limits[channels + channel] = high;
+        }
+    }
+    if (GROUP_X != 0) return;
+    if (THREAD < 256) SET(merged[THREAD], 0);
+    if (THREAD == 0) SET(not_finite, 0);
+    lows[THREAD] = group_low < 0.0f ? group_low : 0.0f;
+    highs[THREAD] = group_high > 0.0f ? group_high : 0.0f;
+    BARRIER;
+    for (int size = 512; size > 0; size /= 2) {
+        if (THREAD < size) {
+            lows[THREAD] = lows[THREAD + size] < lows[THREAD] ? lows[THREAD + size] : lows[THREAD];
+            highs[THREAD] = highs[THREAD + size] > highs[THREAD] ? highs[THREAD + size] : highs[THREAD];
         }
         BARRIER;
     }
     const int exponent = grid_exponent(lows[0], highs[0]);
-    const float inverse_width = power_of_two(-exponent);
-    const int first_bin = (int)floor(lows[0] * inverse_width);
-    const int copy_start = (THREAD / 32 % 4) * 256;
-    if (channel < channels) {
-        for (int row = first_row; row < last_row; row++) {
-            const float value = (float)x[(size_t)row * channels + channel];
-            if (is_finite(value)) ADD(histogram[copy_start + (int)floor(value * inverse_width) - first_bin], 1);
-        }
+    const int first_bin = (int)floor(lows[0] * power_of_two(-exponent));
+    for (int tile = THREAD / 256; tile < tiles; tile += 4) {
+        const size_t start = (size_t)tile * 259;
+        const int bin = THREAD % 256, count = tile_histogram[start + bin];
+        const int shift = exponent - tile_histogram[start + 256];
+        if (count > 0) ADD(merged[((tile_histogram[start + 257] + bin) >> shift) - first_bin], count);
+        if (bin == 0 && tile_histogram[start + 258] > 0) ADD(not_finite, tile_histogram[start + 258]);
     }
     BARRIER;
-    tile_counts[(size_t)tile * 256 + THREAD] =
-        GET(histogram[THREAD]) + GET(histogram[256 + THREAD]) + GET(histogram[512 + THREAD]) + GET(histogram[768 + THREAD]);
+    if (THREAD < 256) histogram[THREAD] = (int)GET(merged[THREAD]);
     if (THREAD == 0) {
-        tile_range[tile * 2] = lows[0];
-        tile_range[tile * 2 + 1] = highs[0];
-        tile_bad[tile] = bad[0];
-    }
-"""
-
-# Reduces the tiles: every group its 256 channels; group 0 also merges the histograms, which nest (quantizers).
-MERGE_KERNEL = """
-    const int tile_rows = tile_min_shape[0], channels = tile_min_shape[1], tiles = tile_bad_shape[0];
-    const int channel = GROUP_X * 256 + THREAD;
-    if (channel < channels) {
-        float low = tile_min[channel], high = tile_max[channel];
-        for (int row = 1; row < tile_rows; row++) {
-            const float other_low = tile_min[(size_t)row * channels + channel];
-            const float other_high = tile_max[(size_t)row * channels + channel];
-            low = other_low < low ? other_low : low;
-            high = other_high > high ? other_high : high;
-        }
-        channel_min[channel] = low;
-        channel_max[channel] = high;
-    }
-    if (GROUP_X == 0) {
-        SHARED COUNTER histogram[256];
-        SHARED float lows[256];
-        SHARED float highs[256];
-        SHARED int bad[256];
-        SET(histogram[THREAD], 0);
-        float low = 0.0f, high = 0.0f;
-        int not_finite = 0;
-        for (int tile = THREAD; tile < tiles; tile += 256) {
-            low = tile_range[tile * 2] < low ? tile_range[tile * 2] : low;
-            high = tile_range[tile * 2 + 1] > high ? tile_range[tile * 2 + 1] : high;
-            not_finite += tile_bad[tile];
-        }
-        lows[THREAD] = low;
-        highs[THREAD] = high;
-        bad[THREAD] = not_finite;
-        BARRIER;
-        for (int half_size = 128; half_size > 0; half_size /= 2) {
-            if (THREAD < half_size) {
-                lows[THREAD] = lows[THREAD + half_size] < lows[THREAD] ? lows[THREAD + half_size] : lows[THREAD];
-                highs[THREAD] = highs[THREAD + half_size] > highs[THREAD] ? highs[THREAD + half_size] : highs[THREAD];
-                bad[THREAD] += bad[THREAD + half_size];
-            }
-            BARRIER;
-        }
-        const int exponent = grid_exponent(lows[0], highs[0]);
-        const int first_bin = (int)floor(lows[0] * power_of_two(-exponent));
-        for (int tile = 0; tile < tiles; tile++) {
-            const unsigned int count = tile_counts[(size_t)tile * 256 + THREAD];
-            if (count > 0) {
-                const int tile_exponent = grid_exponent(tile_range[tile * 2], tile_range[tile * 2 + 1]);
-                const int tile_first = (int)floor(tile_range[tile * 2] * power_of_two(-tile_exponent));
-                ADD(histogram[((tile_first + THREAD) >> (exponent - tile_exponent)) - first_bin], count);
-            }
-        }
-        BARRIER;
-        counts[THREAD] = GET(histogram[THREAD]);
-        if (THREAD == 0) {
-            info[0] = exponent;
-            info[1] = first_bin;
-            info[2] = bad[0];
-        }
+        histogram[256] = exponent;
+        histogram[257] = first_bin;
+        histogram[258] = (int)GET(not_finite);
     }
 """
 
@@ -216,91 +218,88 @@ def _gpu_kernels(backend: str) -> tuple[Callable, Callable]:
 
     build = mx.fast.metal_kernel if backend == "metal" else mx.fast.cuda_kernel
     header = KERNEL_HEADER[backend] + f"#define TILE_ROWS {TILE_ROWS}\n" + KERNEL_FUNCTIONS
-    tiles = ["tile_min", "tile_max", "tile_counts", "tile_range", "tile_bad"]
+    tiles, merged = ["tile_limits", "tile_histogram"], ["limits", "histogram"]
     return (
         build(name="activation_tiles", input_names=["x"], output_names=tiles, source=TILE_KERNEL, header=header),
-        build(
-            name="activation_merge",
-            input_names=tiles,
-            output_names=["channel_min", "channel_max", "counts", "info"],
-            source=MERGE_KERNEL,
-            header=header,
-        ),
+        build(name="activation_merge", input_names=tiles, output_names=merged, source=MERGE_KERNEL, header=header),
     )
 
 
 def gpu_statistics(x: "mx.array", backend: str) -> list["mx.array"]:
-    """[min, max, counts, info] of x (rows, channels), unevaluated, by the kernel of `backend` (metal or cuda)."""
+    """[limits, histogram] of x (rows, channels), unevaluated, by the kernel of `backend` (metal or cuda)."""
     import mlx.core as mx
 
     tile_kernel, merge_kernel = _gpu_kernels(backend)
     rows, channels = x.shape
     columns, tile_rows = -(-channels // 256), -(-rows // TILE_ROWS)
+    dtypes = [mx.float32, mx.int32]
     tiles = tile_kernel(
         inputs=[x],
-        grid=(columns * 256, tile_rows, 1),
-        threadgroup=(256, 1, 1),
-        output_shapes=[(tile_rows, channels), (tile_rows, channels), (columns * tile_rows, 256), (columns * tile_rows, 2), (columns * tile_rows,)],
-        output_dtypes=[mx.float32, mx.float32, mx.uint32, mx.float32, mx.int32],
-    )  # fmt: skip
+        grid=(columns * 1024, tile_rows, 1),
+        threadgroup=(1024, 1, 1),
+        output_shapes=[(tile_rows, 2, channels), (columns * tile_rows, 259)],
+        output_dtypes=dtypes,
+    )
     return merge_kernel(
         inputs=tiles,
-        grid=(columns * 256, 1, 1),
-        threadgroup=(256, 1, 1),
-        output_shapes=[(channels,), (channels,), (256,), (3,)],
-        output_dtypes=[mx.float32, mx.float32, mx.uint32, mx.int32],
+        grid=(-(-channels // 1024) * 1024, 1, 1),
+        threadgroup=(1024, 1, 1),
+        output_shapes=[(2, channels), (259,)],
+        output_dtypes=dtypes,
     )
 
 
 def mlx_statistics(x: "mx.array") -> list["mx.array"]:
-    """The plain twin: [min, max, counts, info] of x (rows, channels) from MLX operations alone, unevaluated."""
+    """The plain twin: [limits, histogram] of x (rows, channels) from MLX operations alone, unevaluated."""
     import mlx.core as mx
 
     x = x.astype(mx.float32)
     finite = mx.isfinite(x)
-    channel_min = mx.where(finite, x, 3.4e38).min(axis=0)
-    channel_max = mx.where(finite, x, -3.4e38).max(axis=0)
-    low, high = mx.minimum(channel_min.min(), 0.0), mx.maximum(channel_max.max(), 0.0)
+    limits = mx.stack([mx.where(finite, x, 3.4e38).min(axis=0), mx.where(finite, x, -3.4e38).max(axis=0)])
+    low, high = mx.minimum(limits[0].min(), 0.0), mx.maximum(limits[1].max(), 0.0)
 
     def power_of_two(exponent):
         return mx.view((exponent + 127) << 23, mx.float32)
 
     exponent = mx.maximum(((mx.view(high - low, mx.int32) >> 23) & 255) - 127 - 9, -24)
-    for _ in range(4):  # the start is at most four too small
+    for _ in range(4):  # the start is at most three too small
         bins = mx.floor(high * power_of_two(-exponent)) - mx.floor(low * power_of_two(-exponent))
         exponent = exponent + (bins > 255).astype(mx.int32)
     first_bin = mx.floor(low * power_of_two(-exponent)).astype(mx.int32)
     index = mx.floor(mx.where(finite, x, 0.0) * power_of_two(-exponent)).astype(mx.int32) - first_bin
-    counts = mx.zeros((256,), dtype=mx.uint32).at[index.reshape(-1)].add(finite.reshape(-1).astype(mx.uint32))
-    return [channel_min, channel_max, counts, mx.stack([exponent, first_bin, (~finite).sum().astype(mx.int32)])]
+    counts = mx.zeros((256,), dtype=mx.int32).at[index.reshape(-1)].add(finite.reshape(-1).astype(mx.int32))
+    return [limits, mx.concatenate([counts, mx.stack([exponent, first_bin, (~finite).sum().astype(mx.int32)])])]
 
 
-def numpy_statistics(x: "np.ndarray") -> list["np.ndarray"]:
-    """[min, max, counts, info] of x (rows, channels) at C speed on a CPU."""
+def cpu_statistics(x: "np.ndarray") -> list["np.ndarray"]:
+    """[limits, histogram] of x (rows, channels) at C speed on a CPU: NumPy, and torch's faster bincount."""
     import numpy as np
+    import torch
 
     from quantizers import histogram_grid
 
     x = x.astype(np.float32, copy=False)
-    channel_min, channel_max = x.min(axis=0), x.max(axis=0)
-    low, high = float(channel_min.min()), float(channel_max.max())  # NaN comes through
+    limits = np.stack([x.min(axis=0), x.max(axis=0)])
+    histogram = np.zeros(259, np.int32)
+    low, high = float(limits[0].min()), float(limits[1].max())  # NaN comes through
     if not (np.isfinite(low) and np.isfinite(high)):
-        bad = int(np.count_nonzero(~np.isfinite(x)))
-        return [channel_min, channel_max, np.zeros(256, np.uint32), np.array([0, 0, bad], np.int32)]
+        histogram[258] = np.count_nonzero(~np.isfinite(x))
+        return [limits, histogram]
     exponent, first_bin = histogram_grid(low, high)
     bins = x * np.float32(2.0**-exponent)  # a power of two: exact
     np.floor(bins, out=bins)
     bins -= np.float32(first_bin)
-    counts = np.bincount(bins.astype(np.uint8).ravel(), minlength=256)
-    return [channel_min, channel_max, counts.astype(np.uint32), np.array([exponent, first_bin, 0], np.int32)]
+    histogram[:256] = torch.bincount(torch.from_numpy(bins.astype(np.uint8).ravel()), minlength=256).numpy()
+    histogram[256:258] = exponent, first_bin
+    return [limits, histogram]
 
 
 def choose_statistics() -> str:
-    """Which implementation runs here: numpy, metal, cuda, or mlx when the GPU's kernel fails its self-check."""
+    """Which implementation runs here: cpu, metal, cuda, or mlx when the GPU's kernel fails its self-check."""
     import mlx.core as mx
 
     if mx.default_device() == mx.Device(mx.cpu):
-        return "numpy"
+        return "cpu"
     backend = "metal" if mx.metal.is_available() else "cuda"
     failure = kernel_self_check(backend)
     if failure is None:
@@ -330,9 +329,12 @@ def kernel_self_check(backend: str) -> str | None:
 class LazyRecorder:
     """Adds the statistics to the graph of the pass; one `mx.eval` takes everything pending.
 
-    Statistics come before the model's output in that call: each input is then used up, and freed, soon after it
-    is made, instead of living to the end of the pass.
+    Every EVERY inputs the GPU is set to work on what there is (`mx.async_eval` does not wait), so that it
+    computes while Python builds the rest of the graph. Statistics come before the model's output, so each input
+    is used up, and freed, soon after it is made, instead of living to the end of the pass.
     """
+
+    EVERY = 8  # the distinct inputs of one block
 
     def __init__(self, implementation: str):
         self._compute = mlx_statistics if implementation == "mlx" else functools.partial(gpu_statistics, backend=implementation)
@@ -341,23 +343,26 @@ class LazyRecorder:
         self._last = None
 
     def record(self, name: str, x: "mx.array") -> None:
+        import mlx.core as mx
+
         if x is not self._last:  # q, k and v get the same array
             self._pending.append(self._compute(x.reshape(-1, x.shape[-1])))
             self._last = x
+            if len(self._pending) % self.EVERY == 0:
+                mx.async_eval(self._pending[-self.EVERY :])
         self._layers[name] = len(self._pending) - 1
 
-    def finish(self, output: "mx.array") -> tuple[dict[str, int], list[list["np.ndarray"]]]:
-        """Evaluate the pass; returns layer -> index of its input, and the statistics of every distinct input."""
+    def finish(self, output: "mx.array") -> tuple[dict[str, int], list[list]]:
+        """Evaluate the pass; returns layer -> index of its input, and [limits, histogram] of every distinct input."""
         import mlx.core as mx
-        import numpy as np
 
         self._last = None
         mx.eval(self._pending, output)
-        return self._layers, [[np.array(array) for array in result] for result in self._pending]
+        return self._layers, self._pending
 
 
 class StreamingRecorder:
-    """For the CPU: hands each input to NumPy while MLX's own thread computes the next ones.
+    """For the CPU: hands each input to NumPy and torch while MLX's own thread computes the next ones.
 
     At most LOOKAHEAD inputs wait at a time, about those of one block. `mx.async_eval` only starts the work; the
     one blocking `mx.eval` of the pass is that of its output.
@@ -365,7 +370,7 @@ class StreamingRecorder:
 
     LOOKAHEAD = 6
 
-    def __init__(self, implementation: str = "numpy"):
+    def __init__(self):
         self._layers: dict[str, int] = {}
         self._results: list[list] = []
         self._waiting: deque = deque()
@@ -386,7 +391,7 @@ class StreamingRecorder:
         import numpy as np
 
         x = self._waiting.popleft()
-        self._results.append(numpy_statistics(np.array(x, copy=False).reshape(-1, x.shape[-1])))
+        self._results.append(cpu_statistics(np.array(x, copy=False).reshape(-1, x.shape[-1])))
 
     def finish(self, output: "mx.array") -> tuple[dict[str, int], list[list["np.ndarray"]]]:
         """As LazyRecorder.finish."""
@@ -401,28 +406,34 @@ class StreamingRecorder:
 
 def new_recorder(implementation: str) -> LazyRecorder | StreamingRecorder:
     """A recorder for one pass."""
-    return StreamingRecorder() if implementation == "numpy" else LazyRecorder(implementation)
+    return StreamingRecorder() if implementation == "cpu" else LazyRecorder(implementation)
 
 
-def partial_arrays(layers: dict[str, int], results: list[list["np.ndarray"]], where: str) -> dict[str, "np.ndarray"]:
+def partial_arrays(layers: dict[str, int], results: list[list], where: str) -> dict[str, "np.ndarray"]:
     """One pass's statistics as the arrays of a partial file. Raises StoreError when an activation is not finite."""
     import numpy as np
 
     from calibration_store import StoreError
 
+    limits = [np.asarray(result[0]) for result in results]
+    histograms = np.stack([np.asarray(result[1]) for result in results])
     for name, index in layers.items():
-        if results[index][3][2]:
-            raise StoreError(f"{name}: {results[index][3][2]} activations are not finite at {where}; try --dtype float32 in stage 1")
-    mins, maxs, counts, infos = zip(*results, strict=True)
+        if histograms[index, 258]:
+            raise StoreError(f"{name}: {histograms[index, 258]} activations are not finite at {where}; try --dtype float32 in stage 1")
     return {
         "layers": np.array(list(layers)),
         "inputs": np.array(list(layers.values()), np.int32),
-        "channels": np.array([len(array) for array in mins], np.int32),
-        "min": np.concatenate(mins),
-        "max": np.concatenate(maxs),
-        "counts": np.stack(counts),
-        "grids": np.stack(infos)[:, :2],
+        "channels": np.array([array.shape[1] for array in limits], np.int32),
+        "limits": np.concatenate(limits, axis=1),
+        "histograms": histograms,
     }
+
+
+def write_partial(path: Path, layers: dict[str, int], results: list[list], where: str) -> None:
+    """Write one pass's partial file; runs on the writer's thread while the next pass computes."""
+    from calibration_store import write_npz
+
+    write_npz(path, partial_arrays(layers, results, where))
 
 
 # --- merging ------------------------------------------------------------------------------------------------
@@ -442,9 +453,10 @@ def merge_partials(partials: list[dict[str, "np.ndarray"]]) -> tuple[dict[str, "
     total_min, total_max = (np.zeros(starts[-1], np.float64) for _ in range(2))
     shift = None
     for partial in partials:
-        total_min += partial["min"]
-        total_max += partial["max"]
-        centre = (partial["min"].astype(np.float64) + partial["max"]) / 2
+        low, high = partial["limits"].astype(np.float64)
+        total_min += low
+        total_max += high
+        centre = (low + high) / 2
         shift = centre if shift is None else SHIFT_MOMENTUM * shift + (1 - SHIFT_MOMENTUM) * centre
     avg_min, avg_max = (total / len(partials) for total in (total_min, total_max))
     inputs = []
@@ -464,10 +476,11 @@ def _merge_histograms(partials, index: int, part: slice) -> tuple["np.ndarray", 
     """Counts (256,) int64 and edges (257,) float64 of one input over all images."""
     from quantizers import histogram_edges, histogram_grid, regrid_histogram
 
-    low = min(float(partial["min"][part].min()) for partial in partials)
-    high = max(float(partial["max"][part].max()) for partial in partials)
+    low = min(float(partial["limits"][0, part].min()) for partial in partials)
+    high = max(float(partial["limits"][1, part].max()) for partial in partials)
     grid = histogram_grid(low, high)
-    counts = sum(regrid_histogram(partial["counts"][index], tuple(partial["grids"][index]), grid) for partial in partials)
+    histograms = [partial["histograms"][index] for partial in partials]
+    counts = sum(regrid_histogram(histogram[:256], histogram[256:258].tolist(), grid) for histogram in histograms)
     return counts, histogram_edges(*grid)
 
 
@@ -535,7 +548,7 @@ def collect(pipeline, paths, manifest: dict, plan: dict, images: list[dict], imp
 
 def collect_image(pipeline, paths, manifest, image, steps, implementation, writer, bar) -> None:
     """The passes of one image: replay its stored latents under hooks."""
-    from calibration_store import CalibrationPaths, read_run_sample, write_npz
+    from calibration_store import CalibrationPaths, read_run_sample
     from diffusion import replaying, sigma_schedule
     from hooks import hooked_layers
 
@@ -547,8 +560,8 @@ def collect_image(pipeline, paths, manifest, image, steps, implementation, write
             recorder = new_recorder(implementation)
             with hooked_layers(pipeline.mmdit, recorder.record):
                 layers, results = recorder.finish(replay.forward(sample["x"], sample["timestep"]))
-            arrays = partial_arrays(layers, results, f"step {step} of image {image['image_id']}")
-            writer.submit(write_npz, paths.partial(image["image_id"], step), arrays)
+            where = f"step {step} of image {image['image_id']}"
+            writer.submit(write_partial, paths.partial(image["image_id"], step), layers, results, where)
             bar.update()
 
 

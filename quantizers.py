@@ -1,5 +1,7 @@
 """The arithmetic of quantization. NumPy float64 in, plain functions out."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 HISTOGRAM_BINS = 256
@@ -25,7 +27,7 @@ def histogram_edges(exponent: int, first: int) -> np.ndarray:
     return (first + np.arange(HISTOGRAM_BINS + 1)) * 2.0**exponent
 
 
-def regrid_histogram(counts: np.ndarray, old: tuple[int, int], new: tuple[int, int]) -> np.ndarray:
+def regrid_histogram(counts: np.ndarray, old: Sequence[int], new: Sequence[int]) -> np.ndarray:
     """Move counts (256,) from one grid to a coarser or equal one: neighbouring bins merge, nothing is lost."""
     shift = new[0] - old[0]
     if shift < 0:
