@@ -11,6 +11,7 @@ import functools
 import warnings
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,15 +39,19 @@ PARTIAL_MADE_BY = "collect_layer_activations.py"
 
 # --- statistics of one input --------------------------------------------------------------------------------
 #
-# One input x (rows, channels) gives two arrays: limits (2, channels) float32, the minimum and the maximum of each
-# channel, and histogram (259,) int32: 256 counts over quantizers.histogram_grid, then the grid's exponent, its
-# first bin, and the number of values that are not finite. Three implementations, the same results: a GPU kernel
-# (Metal or CUDA), NumPy and torch (CPU), and plain MLX operations. Where a GPU flushes subnormal numbers they count
-# as 0.
+# Inputs x (rows, channels) give two arrays: limits (2, channels of all) float32, the minimum and the maximum of each
+# channel, and histograms (inputs, 259) int32: 256 counts over quantizers.histogram_grid, then the grid's exponent,
+# its first bin, and the number of values that are not finite. Three implementations, the same results: a GPU
+# kernel (Metal or CUDA), NumPy and torch (CPU), and plain MLX operations. Where a GPU flushes subnormal numbers they
+# count as 0.
+
+INPUTS_PER_KERNEL = 8  # the distinct inputs of one SD3 block: launches cost more than the work
+TILE_ROWS = 128
 
 KERNEL_HEADER = {
     "cuda": """
 #define FUNCTION __device__ inline
+#define DEVICE
 #define SHARED __shared__
 #define COUNTER unsigned int
 #define ADD(counter, value) atomicAdd(&(counter), (unsigned int)(value))
@@ -54,13 +59,13 @@ KERNEL_HEADER = {
 #define GET(counter) (counter)
 #define BARRIER __syncthreads()
 #define THREAD ((int)threadIdx.x)
-#define GROUP_X ((int)blockIdx.x)
-#define GROUP_Y ((int)blockIdx.y)
+#define GROUP ((int)blockIdx.x)
 #define AS_FLOAT(bits) __int_as_float(bits)
 #define AS_INT(value) __float_as_int(value)
 """,
     "metal": """
 #define FUNCTION inline
+#define DEVICE device
 #define SHARED threadgroup
 #define COUNTER atomic_uint
 #define ADD(counter, value) atomic_fetch_add_explicit(&(counter), (uint)(value), memory_order_relaxed)
@@ -68,8 +73,7 @@ KERNEL_HEADER = {
 #define GET(counter) atomic_load_explicit(&(counter), memory_order_relaxed)
 #define BARRIER threadgroup_barrier(mem_flags::mem_threadgroup)
 #define THREAD ((int)thread_position_in_threadgroup.x)
-#define GROUP_X ((int)threadgroup_position_in_grid.x)
-#define GROUP_Y ((int)threadgroup_position_in_grid.y)
+#define GROUP ((int)threadgroup_position_in_grid.x)
 #define AS_FLOAT(bits) as_type<float>(bits)
 #define AS_INT(value) as_type<int>(value)
 """,
@@ -89,15 +93,16 @@ FUNCTION int grid_exponent(float low, float high) {
 FUNCTION bool is_finite(float value) { return (AS_INT(value) & 0x7f800000) != 0x7f800000; }
 """
 
-# One group of 1024 threads takes 256 channels × TILE_ROWS rows, four rows at a time: reads them for the limits, then
-# again, from the cache, for the histogram over the tile's own grid. x is read from memory once.
-TILE_ROWS = 128
+# plan (inputs, 5) int32, per input: its first group, rows, channels, where its tile limits and its limits begin.
+#
+# One group of 1024 threads takes 256 channels × TILE_ROWS rows of one input, four rows at a time: reads them for the
+# limits, then again, from the cache, for the histogram over the tile's own grid. x is read from memory once.
 TILE_KERNEL = """
-    const int rows = x_shape[0], channels = x_shape[1];
-    const int channel = GROUP_X * 256 + THREAD % 256;
-    const int first_row = GROUP_Y * TILE_ROWS + THREAD / 256;
-    const int end_row = (GROUP_Y + 1) * TILE_ROWS < rows ? (GROUP_Y + 1) * TILE_ROWS : rows;
-    const int tile = GROUP_Y * ((channels + 255) / 256) + GROUP_X;
+    const int rows = plan[input * 5 + 1], channels = plan[input * 5 + 2];
+    const int columns = (channels + 255) / 256, tile = GROUP - plan[input * 5];
+    const int tile_row = tile / columns, channel = tile % columns * 256 + THREAD % 256;
+    const int first_row = tile_row * TILE_ROWS + THREAD / 256;
+    const int end_row = (tile_row + 1) * TILE_ROWS < rows ? (tile_row + 1) * TILE_ROWS : rows;
     SHARED COUNTER histogram[8 * 256];
     SHARED COUNTER not_finite;
     SHARED float lows[1024];
@@ -126,8 +131,9 @@ TILE_KERNEL = """
             lows[THREAD] = lows[THREAD + size] < lows[THREAD] ? lows[THREAD + size] : lows[THREAD];
             highs[THREAD] = highs[THREAD + size] > highs[THREAD] ? highs[THREAD + size] : highs[THREAD];
             if (size == 256 && channel < channels) {  // here index and channel agree
-                tile_limits[((size_t)GROUP_Y * 2) * channels + channel] = lows[THREAD];
-                tile_limits[((size_t)GROUP_Y * 2 + 1) * channels + channel] = highs[THREAD];
+                const int start = plan[input * 5 + 3] + tile_row * 2 * channels + channel;
+                tile_limits[start] = lows[THREAD];
+                tile_limits[start + channels] = highs[THREAD];
             }
         }
         BARRIER;
@@ -147,44 +153,41 @@ TILE_KERNEL = """
     if (THREAD < 256) {
         int count = 0;
         for (int other = THREAD; other < 8 * 256; other += 256) count += (int)GET(histogram[other]);
-        tile_histogram[(size_t)tile * 259 + THREAD] = count;
+        tile_histograms[GROUP * 259 + THREAD] = count;
     }
     if (THREAD == 0) {
-        tile_histogram[(size_t)tile * 259 + 256] = exponent;
-        tile_histogram[(size_t)tile * 259 + 257] = first_bin;
-        tile_histogram[(size_t)tile * 259 + 258] = (int)GET(not_finite);
+        tile_histograms[GROUP * 259 + 256] = exponent;
+        tile_histograms[GROUP * 259 + 257] = first_bin;
+        tile_histograms[GROUP * 259 + 258] = (int)GET(not_finite);
     }
 """
 
-# Reduces the tiles: a group of 1024 threads as many channels; group 0 also merges the histograms, whose grids nest.
+# Reduces the tiles, one group of 1024 threads an input: limits, and histograms, whose grids nest.
 MERGE_KERNEL = """
-    const int tile_rows = tile_limits_shape[0], channels = tile_limits_shape[2], tiles = tile_histogram_shape[0];
+    const int input = GROUP, rows = plan[input * 5 + 1], channels = plan[input * 5 + 2];
+    const int tile_rows = (rows + TILE_ROWS - 1) / TILE_ROWS, columns = (channels + 255) / 256;
+    const int first_tile = plan[input * 5], end_tile = first_tile + tile_rows * columns;
     SHARED COUNTER merged[256];
     SHARED COUNTER not_finite;
     SHARED float lows[1024];
     SHARED float highs[1024];
-    float group_low = 3.4e38f, group_high = -3.4e38f;
-    for (int channel = THREAD; channel < channels; channel += 1024) {
-        if (GROUP_X != 0 && channel / 1024 != GROUP_X) continue;  // group 0 needs the limits of all channels
-        float low = 3.4e38f, high = -3.4e38f;
-        for (int row = 0; row < tile_rows; row++) {
-            const float other_low = tile_limits[((size_t)row * 2) * channels + channel];
-            const float other_high = tile_limits[((size_t)row * 2 + 1) * channels + channel];
-            low = other_low < low ? other_low : low;
-            high = other_high > high ? other_high : high;
-        }
-        group_low = low < group_low ? low : group_low;
-        group_high = high > group_high ? high : group_high;
-        if (channel / 1024 == GROUP_X) {
-            limits[channel] = low;
-            limits[channels + channel] = high;
-        }
-    }
-    if (GROUP_X != 0) return;
     if (THREAD < 256) SET(merged[THREAD], 0);
     if (THREAD == 0) SET(not_finite, 0);
-    lows[THREAD] = group_low < 0.0f ? group_low : 0.0f;
-    highs[THREAD] = group_high > 0.0f ? group_high : 0.0f;
+    float input_low = 0.0f, input_high = 0.0f;
+    for (int channel = THREAD; channel < channels; channel += 1024) {
+        float low = 3.4e38f, high = -3.4e38f;
+        for (int row = 0; row < tile_rows; row++) {
+            const int start = plan[input * 5 + 3] + row * 2 * channels + channel;
+            low = tile_limits[start] < low ? tile_limits[start] : low;
+            high = tile_limits[start + channels] > high ? tile_limits[start + channels] : high;
+        }
+        input_low = low < input_low ? low : input_low;
+        input_high = high > input_high ? high : input_high;
+        limits[plan[input * 5 + 4] + channel] = low;
+        limits[total_channels + plan[input * 5 + 4] + channel] = high;
+    }
+    lows[THREAD] = input_low;
+    highs[THREAD] = input_high;
     BARRIER;
     for (int size = 512; size > 0; size /= 2) {
         if (THREAD < size) {
@@ -195,84 +198,106 @@ MERGE_KERNEL = """
     }
     const int exponent = grid_exponent(lows[0], highs[0]);
     const int first_bin = (int)floor(lows[0] * power_of_two(-exponent));
-    for (int tile = THREAD / 256; tile < tiles; tile += 4) {
-        const size_t start = (size_t)tile * 259;
-        const int bin = THREAD % 256, count = tile_histogram[start + bin];
-        const int shift = exponent - tile_histogram[start + 256];
-        if (count > 0) ADD(merged[((tile_histogram[start + 257] + bin) >> shift) - first_bin], count);
-        if (bin == 0 && tile_histogram[start + 258] > 0) ADD(not_finite, tile_histogram[start + 258]);
+    for (int tile = first_tile + THREAD / 256; tile < end_tile; tile += 4) {
+        const int bin = THREAD % 256, count = tile_histograms[tile * 259 + bin];
+        const int shift = exponent - tile_histograms[tile * 259 + 256];
+        if (count > 0) ADD(merged[((tile_histograms[tile * 259 + 257] + bin) >> shift) - first_bin], count);
+        if (bin == 0 && tile_histograms[tile * 259 + 258] > 0) ADD(not_finite, tile_histograms[tile * 259 + 258]);
     }
     BARRIER;
-    if (THREAD < 256) histogram[THREAD] = (int)GET(merged[THREAD]);
+    if (THREAD < 256) histograms[input * 259 + THREAD] = (int)GET(merged[THREAD]);
     if (THREAD == 0) {
-        histogram[256] = exponent;
-        histogram[257] = first_bin;
-        histogram[258] = (int)GET(not_finite);
+        histograms[input * 259 + 256] = exponent;
+        histograms[input * 259 + 257] = first_bin;
+        histograms[input * 259 + 258] = (int)GET(not_finite);
     }
 """
 
 
 @functools.cache
-def _gpu_kernels(backend: str) -> tuple[Callable, Callable]:
+def _gpu_kernels(backend: str, inputs: int) -> tuple[Callable, Callable]:
+    """The tile kernel for `inputs` inputs, and the merge kernel."""
     import mlx.core as mx
 
     build = mx.fast.metal_kernel if backend == "metal" else mx.fast.cuda_kernel
     header = KERNEL_HEADER[backend] + f"#define TILE_ROWS {TILE_ROWS}\n" + KERNEL_FUNCTIONS
-    tiles, merged = ["tile_limits", "tile_histogram"], ["limits", "histogram"]
+    names = [f"x{i}" for i in range(inputs)]
+    choose = "const DEVICE T* x = x0;\nint input = 0;\n" + "".join(
+        f"if (GROUP >= plan[{i} * 5]) {{ x = x{i}; input = {i}; }}\n" for i in range(1, inputs)
+    )
+    tiles = ["tile_limits", "tile_histograms"]
     return (
-        build(name="activation_tiles", input_names=["x"], output_names=tiles, source=TILE_KERNEL, header=header),
-        build(name="activation_merge", input_names=tiles, output_names=merged, source=MERGE_KERNEL, header=header),
+        build(f"activation_tiles_{inputs}", [*names, "plan"], tiles, choose + TILE_KERNEL, header),
+        build("activation_merge", [*tiles, "plan"], ["limits", "histograms"], MERGE_KERNEL, header),
     )
 
 
-def gpu_statistics(x: "mx.array", backend: str) -> list["mx.array"]:
-    """[limits, histogram] of x (rows, channels), unevaluated, by the kernel of `backend` (metal or cuda)."""
+@functools.cache
+def _gpu_plan(shapes: tuple[tuple[int, int], ...]) -> tuple["mx.array", int, int, int]:
+    """The kernels' plan for inputs of these shapes; and groups, tile limits and channels in all."""
     import mlx.core as mx
 
-    tile_kernel, merge_kernel = _gpu_kernels(backend)
-    rows, channels = x.shape
-    columns, tile_rows = -(-channels // 256), -(-rows // TILE_ROWS)
-    dtypes = [mx.float32, mx.int32]
+    plan, groups, tile_limits, channels = [], 0, 0, 0
+    for rows, width in shapes:
+        plan.append([groups, rows, width, tile_limits, channels])
+        tile_rows = -(-rows // TILE_ROWS)
+        groups += tile_rows * -(-width // 256)
+        tile_limits += tile_rows * 2 * width
+        channels += width
+    return mx.array(plan, dtype=mx.int32), groups, tile_limits, channels
+
+
+def gpu_statistics(inputs: list["mx.array"], backend: str) -> list["mx.array"]:
+    """[limits, histograms] of inputs (rows, channels) of one dtype, unevaluated, by the kernel of `backend`."""
+    import mlx.core as mx
+
+    plan, groups, tile_limits, channels = _gpu_plan(tuple(x.shape for x in inputs))
+    tile_kernel, merge_kernel = _gpu_kernels(backend, len(inputs))
     tiles = tile_kernel(
-        inputs=[x],
-        grid=(columns * 1024, tile_rows, 1),
+        inputs=[*inputs, plan],
+        template=[("T", inputs[0].dtype)],
+        grid=(groups * 1024, 1, 1),
         threadgroup=(1024, 1, 1),
-        output_shapes=[(tile_rows, 2, channels), (columns * tile_rows, 259)],
-        output_dtypes=dtypes,
+        output_shapes=[(tile_limits,), (groups, 259)],
+        output_dtypes=[mx.float32, mx.int32],
     )
     return merge_kernel(
-        inputs=tiles,
-        grid=(-(-channels // 1024) * 1024, 1, 1),
+        inputs=[*tiles, plan],
+        template=[("total_channels", channels)],
+        grid=(len(inputs) * 1024, 1, 1),
         threadgroup=(1024, 1, 1),
-        output_shapes=[(2, channels), (259,)],
-        output_dtypes=dtypes,
+        output_shapes=[(2, channels), (len(inputs), 259)],
+        output_dtypes=[mx.float32, mx.int32],
     )
 
 
-def mlx_statistics(x: "mx.array") -> list["mx.array"]:
-    """The plain twin: [limits, histogram] of x (rows, channels) from MLX operations alone, unevaluated."""
+def mlx_statistics(inputs: list["mx.array"]) -> list["mx.array"]:
+    """The plain twin: [limits, histograms] of inputs (rows, channels) from MLX operations alone, unevaluated."""
     import mlx.core as mx
-
-    x = x.astype(mx.float32)
-    finite = mx.isfinite(x)
-    limits = mx.stack([mx.where(finite, x, 3.4e38).min(axis=0), mx.where(finite, x, -3.4e38).max(axis=0)])
-    low, high = mx.minimum(limits[0].min(), 0.0), mx.maximum(limits[1].max(), 0.0)
 
     def power_of_two(exponent):
         return mx.view((exponent + 127) << 23, mx.float32)
 
-    exponent = mx.maximum(((mx.view(high - low, mx.int32) >> 23) & 255) - 127 - 9, -24)
-    for _ in range(4):  # the start is at most three too small
-        bins = mx.floor(high * power_of_two(-exponent)) - mx.floor(low * power_of_two(-exponent))
-        exponent = exponent + (bins > 255).astype(mx.int32)
-    first_bin = mx.floor(low * power_of_two(-exponent)).astype(mx.int32)
-    index = mx.floor(mx.where(finite, x, 0.0) * power_of_two(-exponent)).astype(mx.int32) - first_bin
-    counts = mx.zeros((256,), dtype=mx.int32).at[index.reshape(-1)].add(finite.reshape(-1).astype(mx.int32))
-    return [limits, mx.concatenate([counts, mx.stack([exponent, first_bin, (~finite).sum().astype(mx.int32)])])]
+    limits, histograms = [], []
+    for x in inputs:
+        x = x.astype(mx.float32)
+        finite = mx.isfinite(x)
+        limits.append(mx.stack([mx.where(finite, x, 3.4e38).min(axis=0), mx.where(finite, x, -3.4e38).max(axis=0)]))
+        low, high = mx.minimum(limits[-1][0].min(), 0.0), mx.maximum(limits[-1][1].max(), 0.0)
+        exponent = mx.maximum(((mx.view(high - low, mx.int32) >> 23) & 255) - 127 - 9, -24)
+        for _ in range(4):  # the start is at most three too small
+            bins = mx.floor(high * power_of_two(-exponent)) - mx.floor(low * power_of_two(-exponent))
+            exponent = exponent + (bins > 255).astype(mx.int32)
+        first_bin = mx.floor(low * power_of_two(-exponent)).astype(mx.int32)
+        index = mx.floor(mx.where(finite, x, 0.0) * power_of_two(-exponent)).astype(mx.int32) - first_bin
+        counts = mx.zeros((256,), dtype=mx.int32).at[index.reshape(-1)].add(finite.reshape(-1).astype(mx.int32))
+        grid = mx.stack([exponent, first_bin, (~finite).sum().astype(mx.int32)])
+        histograms.append(mx.concatenate([counts, grid]))
+    return [mx.concatenate(limits, axis=1), mx.stack(histograms)]
 
 
 def cpu_statistics(x: "np.ndarray") -> list["np.ndarray"]:
-    """[limits, histogram] of x (rows, channels) at C speed on a CPU: NumPy, and torch's faster bincount."""
+    """[limits (2, channels), histograms (1, 259)] of one x (rows, channels), at C speed: NumPy and torch's bincount."""
     import numpy as np
     import torch
 
@@ -280,18 +305,19 @@ def cpu_statistics(x: "np.ndarray") -> list["np.ndarray"]:
 
     x = x.astype(np.float32, copy=False)
     limits = np.stack([x.min(axis=0), x.max(axis=0)])
-    histogram = np.zeros(259, np.int32)
+    histograms = np.zeros((1, 259), np.int32)
+    histogram = histograms[0]
     low, high = float(limits[0].min()), float(limits[1].max())  # NaN comes through
     if not (np.isfinite(low) and np.isfinite(high)):
         histogram[258] = np.count_nonzero(~np.isfinite(x))
-        return [limits, histogram]
+        return [limits, histograms]
     exponent, first_bin = histogram_grid(low, high)
     bins = x * np.float32(2.0**-exponent)  # a power of two: exact
     np.floor(bins, out=bins)
     bins -= np.float32(first_bin)
     histogram[:256] = torch.bincount(torch.from_numpy(bins.astype(np.uint8).ravel()), minlength=256).numpy()
     histogram[256:258] = exponent, first_bin
-    return [limits, histogram]
+    return [limits, histograms]
 
 
 def choose_statistics() -> str:
@@ -313,9 +339,10 @@ def kernel_self_check(backend: str) -> str | None:
     import mlx.core as mx
 
     try:
-        for rows, channels, dtype in ((300, 259, mx.float32), (513, 512, mx.float16)):
-            x = (mx.random.normal((rows, channels), key=mx.random.key(rows)) * 3).astype(dtype)
-            for kernel, twin in zip(gpu_statistics(x, backend), mlx_statistics(x), strict=True):
+        for dtype in (mx.float32, mx.float16):
+            shapes = ((300, 259), (1, 5), (513, 512))
+            inputs = [(mx.random.normal(shape, key=mx.random.key(shape[0])) * 3).astype(dtype) for shape in shapes]
+            for kernel, twin in zip(gpu_statistics(inputs, backend), mlx_statistics(inputs), strict=True):
                 if not mx.array_equal(kernel, twin).item():
                     return "its results differ"
     except (RuntimeError, ValueError) as error:
@@ -326,39 +353,51 @@ def kernel_self_check(backend: str) -> str | None:
 # --- one forward pass ---------------------------------------------------------------------------------------
 
 
+@dataclass
+class PassStatistics:
+    """Statistics of one pass: `layers` maps a layer to its distinct input, `channels` are those of each distinct
+    input, `results` are [limits, histograms] of one or several distinct inputs, in order."""
+
+    layers: dict[str, int]
+    channels: list[int]
+    results: list[list]
+
+
 class LazyRecorder:
     """Adds the statistics to the graph of the pass; one `mx.eval` takes everything pending.
 
-    Every EVERY inputs the GPU is set to work on what there is (`mx.async_eval` does not wait), so that it
-    computes while Python builds the rest of the graph. Statistics come before the model's output, so each input
-    is used up, and freed, soon after it is made, instead of living to the end of the pass.
+    Statistics come before the model's output in that call, so each input is used up, and freed, soon after it is
+    made, instead of living to the end of the pass.
     """
-
-    EVERY = 8  # the distinct inputs of one block
 
     def __init__(self, implementation: str):
         self._compute = mlx_statistics if implementation == "mlx" else functools.partial(gpu_statistics, backend=implementation)
-        self._layers: dict[str, int] = {}
-        self._pending: list[list] = []
+        self._pass = PassStatistics({}, [], [])
+        self._waiting: list = []
         self._last = None
 
     def record(self, name: str, x: "mx.array") -> None:
-        import mlx.core as mx
-
         if x is not self._last:  # q, k and v get the same array
-            self._pending.append(self._compute(x.reshape(-1, x.shape[-1])))
             self._last = x
-            if len(self._pending) % self.EVERY == 0:
-                mx.async_eval(self._pending[-self.EVERY :])
-        self._layers[name] = len(self._pending) - 1
+            self._pass.channels.append(x.shape[-1])
+            self._waiting.append(x.reshape(-1, x.shape[-1]))
+            if len(self._waiting) == INPUTS_PER_KERNEL:
+                self._flush()
+        self._pass.layers[name] = len(self._pass.channels) - 1
 
-    def finish(self, output: "mx.array") -> tuple[dict[str, int], list[list]]:
-        """Evaluate the pass; returns layer -> index of its input, and [limits, histogram] of every distinct input."""
+    def _flush(self) -> None:
+        if self._waiting:
+            self._pass.results.append(self._compute(self._waiting))
+            self._waiting = []
+
+    def finish(self, output: "mx.array") -> PassStatistics:
+        """Evaluate the pass."""
         import mlx.core as mx
 
         self._last = None
-        mx.eval(self._pending, output)
-        return self._layers, self._pending
+        self._flush()
+        mx.eval(self._pass.results, output)
+        return self._pass
 
 
 class StreamingRecorder:
@@ -371,8 +410,7 @@ class StreamingRecorder:
     LOOKAHEAD = 6
 
     def __init__(self):
-        self._layers: dict[str, int] = {}
-        self._results: list[list] = []
+        self._pass = PassStatistics({}, [], [])
         self._waiting: deque = deque()
         self._last = None
 
@@ -380,20 +418,21 @@ class StreamingRecorder:
         import mlx.core as mx
 
         if x is not self._last:
+            self._last = x
+            self._pass.channels.append(x.shape[-1])
             mx.async_eval(x)
             self._waiting.append(x)
-            self._last = x
             if len(self._waiting) > self.LOOKAHEAD:
                 self._take_oldest()
-        self._layers[name] = len(self._results) + len(self._waiting) - 1
+        self._pass.layers[name] = len(self._pass.channels) - 1
 
     def _take_oldest(self) -> None:
         import numpy as np
 
         x = self._waiting.popleft()
-        self._results.append(cpu_statistics(np.array(x, copy=False).reshape(-1, x.shape[-1])))
+        self._pass.results.append(cpu_statistics(np.array(x, copy=False).reshape(-1, x.shape[-1])))
 
-    def finish(self, output: "mx.array") -> tuple[dict[str, int], list[list["np.ndarray"]]]:
+    def finish(self, output: "mx.array") -> PassStatistics:
         """As LazyRecorder.finish."""
         import mlx.core as mx
 
@@ -401,7 +440,7 @@ class StreamingRecorder:
         while self._waiting:
             self._take_oldest()
         mx.eval(output)
-        return self._layers, self._results
+        return self._pass
 
 
 def new_recorder(implementation: str) -> LazyRecorder | StreamingRecorder:
@@ -409,31 +448,31 @@ def new_recorder(implementation: str) -> LazyRecorder | StreamingRecorder:
     return StreamingRecorder() if implementation == "cpu" else LazyRecorder(implementation)
 
 
-def partial_arrays(layers: dict[str, int], results: list[list], where: str) -> dict[str, "np.ndarray"]:
+def partial_arrays(statistics: PassStatistics, where: str) -> dict[str, "np.ndarray"]:
     """One pass's statistics as the arrays of a partial file. Raises StoreError when an activation is not finite."""
     import numpy as np
 
     from calibration_store import StoreError
 
-    limits = [np.asarray(result[0]) for result in results]
-    histograms = np.stack([np.asarray(result[1]) for result in results])
-    for name, index in layers.items():
+    limits, histograms = ([np.asarray(array) for array in arrays] for arrays in zip(*statistics.results, strict=True))
+    histograms = np.concatenate(histograms)
+    for name, index in statistics.layers.items():
         if histograms[index, 258]:
             raise StoreError(f"{name}: {histograms[index, 258]} activations are not finite at {where}; try --dtype float32 in stage 1")
     return {
-        "layers": np.array(list(layers)),
-        "inputs": np.array(list(layers.values()), np.int32),
-        "channels": np.array([array.shape[1] for array in limits], np.int32),
+        "layers": np.array(list(statistics.layers)),
+        "inputs": np.array(list(statistics.layers.values()), np.int32),
+        "channels": np.array(statistics.channels, np.int32),
         "limits": np.concatenate(limits, axis=1),
         "histograms": histograms,
     }
 
 
-def write_partial(path: Path, layers: dict[str, int], results: list[list], where: str) -> None:
+def write_partial(path: Path, statistics: PassStatistics, where: str) -> None:
     """Write one pass's partial file; runs on the writer's thread while the next pass computes."""
     from calibration_store import write_npz
 
-    write_npz(path, partial_arrays(layers, results, where))
+    write_npz(path, partial_arrays(statistics, where))
 
 
 # --- merging ------------------------------------------------------------------------------------------------
@@ -559,9 +598,9 @@ def collect_image(pipeline, paths, manifest, image, steps, implementation, write
         for step, sample in zip(steps, samples, strict=True):
             recorder = new_recorder(implementation)
             with hooked_layers(pipeline.mmdit, recorder.record):
-                layers, results = recorder.finish(replay.forward(sample["x"], sample["timestep"]))
+                statistics = recorder.finish(replay.forward(sample["x"], sample["timestep"]))
             where = f"step {step} of image {image['image_id']}"
-            writer.submit(write_partial, paths.partial(image["image_id"], step), layers, results, where)
+            writer.submit(write_partial, paths.partial(image["image_id"], step), statistics, where)
             bar.update()
 
 
@@ -614,9 +653,9 @@ def probe_pass(pipeline, manifest: dict, image: dict, paths, step: int, implemen
             start = time.perf_counter()
             recorder = new_recorder(implementation)
             with hooked_layers(pipeline.mmdit, recorder.record):
-                layers, results = recorder.finish(replay.forward(sample["x"], sample["timestep"]))
+                statistics = recorder.finish(replay.forward(sample["x"], sample["timestep"]))
             seconds = time.perf_counter() - start
-    return seconds, npz_bytes(partial_arrays(layers, results, f"step {step}"))
+    return seconds, npz_bytes(partial_arrays(statistics, f"step {step}"))
 
 
 @stage_command

@@ -5,12 +5,12 @@
 """
 
 import gc
-import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 
 import click
@@ -64,7 +64,7 @@ def compare(ways: dict[str, Callable[[], None]], repeats: int) -> tuple[dict[str
             way()
             seconds[name].append(time.perf_counter() - start)
             peaks[name] = mx.get_peak_memory()
-    return {name: statistics.median(values) for name, values in seconds.items()}, peaks
+    return {name: median(values) for name, values in seconds.items()}, peaks
 
 
 @stage_command
@@ -101,8 +101,8 @@ def main(size: str, repeats: int, text_tokens: int, samples: int, twin: bool) ->
         """A pass as stage 2A runs it: its results are written while the next pass computes."""
         recorder = new_recorder(implementation)
         with hooked_layers(pipeline.mmdit, recorder.record):
-            layers, results = recorder.finish(replay.forward(latent, timestep))
-        writer.submit(write_partial, folder / "partial.npz", layers, results, "")
+            statistics = recorder.finish(replay.forward(latent, timestep))
+        writer.submit(write_partial, folder / "partial.npz", statistics, "")
 
     def measure(name: str, x) -> None:
         hooked[id(x)] = x.nbytes
@@ -146,7 +146,7 @@ def main(size: str, repeats: int, text_tokens: int, samples: int, twin: bool) ->
                 arrays = record_pass(pipeline, replay, sample, keys, list(keys), "")
                 one_writer.submit(write_sample, folder / f"{index}.npz", arrays)
         per_sample = (time.perf_counter() - start) / samples
-        write, allowed = statistics.median(writes), seconds["plain"] + 1.1 * statistics.median(writes)
+        write, allowed = median(writes), seconds["plain"] + 1.1 * median(writes)
         click.echo(
             f"block cache: {format_bytes(stored)} a sample, {stored / separate:.3f} of inputs and outputs stored apart; "
             f"{per_sample * 1e3:.1f} ms a sample = {per_sample / seconds['plain']:.2f} x plain; "
