@@ -366,24 +366,31 @@ class PassStatistics:
 class LazyRecorder:
     """Adds the statistics to the graph of the pass; one `mx.eval` takes everything pending.
 
-    Statistics come before the model's output in that call, so each input is used up, and freed, soon after it is
-    made, instead of living to the end of the pass.
+    Left alone, MLX computes statistics last, since nothing in the pass waits for them, and every input lives
+    until then. So each group's last layer is made to depend on the statistics of the group before: inputs are used
+    up, and freed, two groups after they were made, and the GPU may still run the two side by side.
     """
 
-    def __init__(self, implementation: str):
-        self._compute = mlx_statistics if implementation == "mlx" else functools.partial(gpu_statistics, backend=implementation)
+    def __init__(self, compute: Callable[[list["mx.array"]], list["mx.array"]]):
+        self._compute = compute
         self._pass = PassStatistics({}, [], [])
         self._waiting: list = []
         self._last = None
 
-    def record(self, name: str, x: "mx.array") -> None:
+    def record(self, name: str, x: "mx.array") -> "mx.array | None":
+        import mlx.core as mx
+
+        tied = None
         if x is not self._last:  # q, k and v get the same array
             self._last = x
             self._pass.channels.append(x.shape[-1])
             self._waiting.append(x.reshape(-1, x.shape[-1]))
             if len(self._waiting) == INPUTS_PER_KERNEL:
+                if self._pass.results:
+                    tied = mx.depends([x], self._pass.results[-1])[0]
                 self._flush()
         self._pass.layers[name] = len(self._pass.channels) - 1
+        return tied
 
     def _flush(self) -> None:
         if self._waiting:
@@ -444,8 +451,12 @@ class StreamingRecorder:
 
 
 def new_recorder(implementation: str) -> LazyRecorder | StreamingRecorder:
-    """A recorder for one pass."""
-    return StreamingRecorder() if implementation == "cpu" else LazyRecorder(implementation)
+    """A recorder for one pass; implementation is what `choose_statistics` gave."""
+    if implementation == "cpu":
+        return StreamingRecorder()
+    if implementation == "mlx":
+        return LazyRecorder(mlx_statistics)
+    return LazyRecorder(functools.partial(gpu_statistics, backend=implementation))
 
 
 def partial_arrays(statistics: PassStatistics, where: str) -> dict[str, "np.ndarray"]:

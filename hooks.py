@@ -18,7 +18,7 @@ import mlx.nn as nn
 ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_LINEARS = ("fc1", "fc2")
 
-LayerRecord = Callable[[str, mx.array], None]
+LayerRecord = Callable[[str, mx.array], mx.array | None]
 BlockRecord = Callable[[str, tuple, Any], None]
 
 
@@ -48,11 +48,15 @@ class _Proxy:
 
 
 class _HookedLayer(_Proxy):
-    """Stands for a linear layer: calls record(name, input), then the layer."""
+    """Stands for a linear layer: calls record(name, input), then the layer.
+
+    record returns None, or the input again, tied by `mx.depends` to work that must be done before the layer runs.
+    """
 
     def __call__(self, x: mx.array) -> mx.array:
         if self._record is not None:
-            self._record(self._name, x)
+            tied = self._record(self._name, x)
+            x = x if tied is None else tied
         return self._wrapped(x)
 
 

@@ -49,22 +49,23 @@ def load(size: str, text_tokens: int):
 
 
 def compare(ways: dict[str, Callable[[], None]], repeats: int) -> tuple[dict[str, float], dict[str, int]]:
-    """Median seconds and peak bytes of each way, measured in turns."""
+    """Median seconds, and median peak bytes above what was in use before, of each way, measured in turns."""
     import mlx.core as mx
 
-    seconds, peaks = {name: [] for name in ways}, {}
+    seconds, peaks = ({name: [] for name in ways} for _ in range(2))
     for way in ways.values():
         way()
     for _ in range(repeats):
         for name, way in ways.items():
             gc.collect()
             mx.synchronize()
+            active = mx.get_active_memory()
             mx.reset_peak_memory()
             start = time.perf_counter()
             way()
             seconds[name].append(time.perf_counter() - start)
-            peaks[name] = mx.get_peak_memory()
-    return {name: median(values) for name, values in seconds.items()}, peaks
+            peaks[name].append(mx.get_peak_memory() - active)
+    return tuple({name: median(values) for name, values in figures.items()} for figures in (seconds, peaks))
 
 
 @stage_command

@@ -154,6 +154,14 @@ def random_clip(width: int, heads: int, vocabulary: int, seed: int) -> tuple[dic
     return config, weights
 
 
+def whole_vocabulary(vocabulary: dict[str, int]) -> dict[str, int]:
+    """sd3-emoji's vocabulary with every printable ASCII character; the end token keeps the largest id."""
+    tokens = [token for token in vocabulary if token != "<|endoftext|>"]
+    characters = [chr(code) + end for code in range(33, 127) for end in ("", "</w>")]
+    tokens += [token for token in characters if token not in vocabulary]
+    return {token: index for index, token in enumerate([*tokens, "<|endoftext|>"])}
+
+
 def write_hub_cache(hf_home: Path, config, clip_widths: tuple[int, int] = (768, 1280)) -> Path:
     """Write everything that loading SD3-Medium without T5 asks the hub for; returns the checkpoint's path."""
     import mlx.core as mx
@@ -164,16 +172,16 @@ def write_hub_cache(hf_home: Path, config, clip_widths: tuple[int, int] = (768, 
     (snapshot / "config.json").write_text("{}")
     mx.save_safetensors(str(snapshot / "sd3_medium.safetensors"), random_checkpoint(config))
     encoders = hub_folder(hf_home, TEXT_ENCODERS)
-    vocabulary = len(json.loads((BUNDLED_FOLDER / "vocab.json").read_text(encoding="utf-8")))
+    vocabulary = whole_vocabulary(json.loads((BUNDLED_FOLDER / "vocab.json").read_text(encoding="utf-8")))
     for seed, (part, width) in enumerate(zip(("clip_l", "clip_g"), clip_widths, strict=True)):
         (encoders / part).mkdir(exist_ok=True)
-        clip_config, weights = random_clip(width, width // 64, vocabulary, seed)
+        clip_config, weights = random_clip(width, width // 64, len(vocabulary), seed)
         (encoders / part / "config.json").write_text(json.dumps(clip_config))
         mx.save_safetensors(str(encoders / part / "model.fp16.safetensors"), weights)
         tokenizer = encoders / part.replace("clip", "tokenizer")
         tokenizer.mkdir(exist_ok=True)
-        for file in ("vocab.json", "merges.txt"):
-            shutil.copy(BUNDLED_FOLDER / file, tokenizer / file)
+        (tokenizer / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+        shutil.copy(BUNDLED_FOLDER / "merges.txt", tokenizer / "merges.txt")
     return snapshot / "sd3_medium.safetensors"
 
 
