@@ -25,6 +25,7 @@ from cli_options import (
 
 if TYPE_CHECKING:
     import mlx.core as mx
+    import numpy as np
 
 
 def boundary_keys(names: list[str]) -> dict[str, tuple[list[str], list[str]]]:
@@ -60,10 +61,11 @@ class BlockRecorder:
         for key, array in zip([*input_keys, *output_keys], [*args[: len(input_keys)], *given], strict=False):
             self.boundaries[key] = array
 
-    def finish(self, output: "mx.array", modulation_input: "mx.array", where: str) -> dict[str, "mx.array"]:
-        """One `mx.eval` for everything; float16 arrays by key. Raises StoreError that names the block when a value
-        does not fit float16."""
+    def finish(self, output: "mx.array", modulation_input: "mx.array", where: str) -> dict[str, "np.ndarray"]:
+        """One `mx.eval` for everything; float16 copies in the computer's memory, by key. Raises StoreError that names
+        the block when a value does not fit float16."""
         import mlx.core as mx
+        import numpy as np
 
         from calibration_store import StoreError
 
@@ -76,19 +78,10 @@ class BlockRecorder:
                 block = key.split("__")[0]
                 raise StoreError(f"{block}: {key} does not fit float16 (above 65504 or not finite) at {where}")
         self.boundaries.clear()
-        return halves
+        return {key: np.array(array) for key, array in halves.items()}
 
 
-def write_sample(path: Path, arrays: dict[str, "mx.array"]) -> None:
-    """Write one sample file; runs on the writer's thread while the next pass computes."""
-    import numpy as np
-
-    from calibration_store import write_npz
-
-    write_npz(path, {key: np.asarray(array) for key, array in arrays.items()})
-
-
-def record_pass(pipeline, replay, sample, keys: dict, blocks: list[str], where: str) -> dict[str, "mx.array"]:
+def record_pass(pipeline, replay, sample, keys: dict, blocks: list[str], where: str) -> dict[str, "np.ndarray"]:
     """One pass at a stored latent; returns the sample file's arrays."""
     from hooks import hooked_blocks
 
@@ -135,7 +128,7 @@ def stored_keys(keys: dict, blocks: list[str]) -> list[str]:
 
 def cache(pipeline, paths, manifest: dict, plan: dict, images: list[dict], keys: dict, blocks: list[str]) -> None:
     """Run the model at every selected sample that is not cached yet; a thread writes while the next pass runs."""
-    from calibration_store import BackgroundWriter, CalibrationPaths, is_cached, read_run_sample
+    from calibration_store import BackgroundWriter, CalibrationPaths, is_cached, read_run_sample, write_npz
     from diffusion import replaying, sigma_schedule
 
     schedule = sigma_schedule(pipeline, manifest["num_steps"])[1].tolist()
@@ -153,7 +146,7 @@ def cache(pipeline, paths, manifest: dict, plan: dict, images: list[dict], keys:
             with replaying(pipeline, image, [sample["timestep"] for sample in samples]) as replay:
                 for step, sample in zip(steps, samples, strict=True):
                     arrays = record_pass(pipeline, replay, sample, keys, blocks, f"step {step} of image {image_id}")
-                    writer.submit(write_sample, paths.sample(image_id, step), arrays)
+                    writer.submit(write_npz, paths.sample(image_id, step), arrays)
                     bar.update()
 
 
@@ -195,8 +188,6 @@ def write_metadata(paths, manifest: dict, plan: dict, keys: dict, blocks: list[s
 
 def probe(pipeline, paths, manifest: dict, plan: dict, image: dict, keys: dict, blocks: list[str]) -> tuple[float, int]:
     """Seconds of one pass (the second of two) and the bytes of its sample file."""
-    import numpy as np
-
     from calibration_store import CalibrationPaths, npz_bytes, read_sample
     from diffusion import replaying
 
@@ -207,7 +198,7 @@ def probe(pipeline, paths, manifest: dict, plan: dict, image: dict, keys: dict, 
             start = time.perf_counter()
             arrays = record_pass(pipeline, replay, sample, keys, blocks, f"step {step} of image {image['image_id']}")
             seconds = time.perf_counter() - start
-    return seconds, npz_bytes({key: np.asarray(array) for key, array in arrays.items()})
+    return seconds, npz_bytes(arrays)
 
 
 @stage_command

@@ -77,10 +77,8 @@ def compare(ways: dict[str, Callable[[], None]], repeats: int) -> tuple[dict[str
 def main(size: str, repeats: int, text_tokens: int, samples: int, twin: bool) -> None:
     """Time activation statistics and the block cache beside a plain forward pass."""
     import diffusion
-    import numpy as np
-
-    from cache_adaround_data import boundary_keys, record_pass, write_sample
-    from calibration_store import BackgroundWriter, atomic_file
+    from cache_adaround_data import boundary_keys, record_pass
+    from calibration_store import BackgroundWriter, atomic_file, write_npz
     from collect_layer_activations import choose_statistics, new_recorder, write_partial
     from hooks import block_slots, hooked_layers
 
@@ -133,7 +131,7 @@ def main(size: str, repeats: int, text_tokens: int, samples: int, twin: bool) ->
         arrays = record_pass(pipeline, replay, sample, keys, list(keys), "")
         stored = sum(array.nbytes for array in arrays.values())
         separate = sum(arrays[key].nbytes for part in keys.values() for half in part for key in half)
-        content = [np.asarray(array).tobytes() for array in arrays.values()]
+        content = [array.tobytes() for array in arrays.values()]
         writes = []
         for index in range(samples):
             start = time.perf_counter()
@@ -145,7 +143,7 @@ def main(size: str, repeats: int, text_tokens: int, samples: int, twin: bool) ->
         with BackgroundWriter(pending=0) as one_writer:
             for index in range(samples):
                 arrays = record_pass(pipeline, replay, sample, keys, list(keys), "")
-                one_writer.submit(write_sample, folder / f"{index}.npz", arrays)
+                one_writer.submit(write_npz, folder / f"{index}.npz", arrays)
         per_sample = (time.perf_counter() - start) / samples
         write, allowed = median(writes), seconds["plain"] + 1.1 * median(writes)
         click.echo(

@@ -35,7 +35,7 @@ def copy_of(run, tmp_path):
 @pytest.fixture(scope="module")
 def raw(run):
     """Every input of every hooked linear, {(image, step): {layer: (rows, channels) float64}}, caught at nn.Linear itself."""
-    pipeline = diffusion.load_pipeline(diffusion.describe_model("sd3-emoji"), "float32")
+    pipeline = diffusion.load_run_pipeline(read_manifest(run))
     layer_of = {}
     for path, module in pipeline.mmdit.named_modules():
         match = re.match(r"multimodal_transformer_blocks\.(\d+)\.(image|text)_transformer_block\.(attn|mlp)\.(\w+)$", path)
@@ -166,7 +166,7 @@ def test_metal_and_cuda_share_their_source_and_define_the_same_words():
 def test_parts_merge_to_the_whole_bit_for_bit(run):
     """Statistics of image 0 and of images 1-2, collected apart, merge to those of the run."""
     paths = ActivationPaths(run)
-    pipeline = diffusion.load_pipeline(diffusion.describe_model("sd3-emoji"), "float32")
+    pipeline = diffusion.load_run_pipeline(read_manifest(run))
     images = read_manifest(run)["images"]
     whole = np.load(paths.step_arrays("1"))
     parts = []
