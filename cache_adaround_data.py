@@ -25,7 +25,6 @@ from cli_options import (
 
 if TYPE_CHECKING:
     import mlx.core as mx
-    import numpy as np
 
 
 def boundary_keys(names: list[str]) -> dict[str, tuple[list[str], list[str]]]:
@@ -61,11 +60,10 @@ class BlockRecorder:
         for key, array in zip([*input_keys, *output_keys], [*args[: len(input_keys)], *given], strict=False):
             self.boundaries[key] = array
 
-    def finish(self, output: "mx.array", modulation_input: "mx.array", where: str) -> dict[str, "np.ndarray"]:
-        """One `mx.eval` for everything; float16 copies in the computer's memory, by key. Raises StoreError that names
-        the block when a value does not fit float16."""
+    def finish(self, output: "mx.array", modulation_input: "mx.array", where: str) -> dict[str, "mx.array"]:
+        """One `mx.eval` for everything; float16 arrays by key. Raises StoreError that names the block when a value
+        does not fit float16."""
         import mlx.core as mx
-        import numpy as np
 
         from calibration_store import StoreError
 
@@ -78,10 +76,19 @@ class BlockRecorder:
                 block = key.split("__")[0]
                 raise StoreError(f"{block}: {key} does not fit float16 (above 65504 or not finite) at {where}")
         self.boundaries.clear()
-        return {key: np.array(array) for key, array in halves.items()}
+        return halves
 
 
-def record_pass(pipeline, replay, sample, keys: dict, blocks: list[str], where: str) -> dict[str, "np.ndarray"]:
+def write_sample(path: Path, arrays: dict[str, "mx.array"]) -> None:
+    """Write one sample file; runs on the writer's thread while the next pass computes."""
+    import numpy as np
+
+    from calibration_store import write_npz
+
+    write_npz(path, {key: np.asarray(array) for key, array in arrays.items()})
+
+
+def record_pass(pipeline, replay, sample, keys: dict, blocks: list[str], where: str) -> dict[str, "mx.array"]:
     """One pass at a stored latent; returns the sample file's arrays."""
     from hooks import hooked_blocks
 
@@ -123,12 +130,12 @@ def choose_blocks(pipeline, blocks: str | None) -> tuple[dict[str, tuple[list[st
 
 def stored_keys(keys: dict, blocks: list[str]) -> list[str]:
     """Keys of a sample file, each boundary once."""
-    return list(dict.fromkeys(key for block in blocks for part in keys[block] for key in part)) + ["modulation_input"]
+    return [*dict.fromkeys(key for block in blocks for part in keys[block] for key in part), "modulation_input"]
 
 
 def cache(pipeline, paths, manifest: dict, plan: dict, images: list[dict], keys: dict, blocks: list[str]) -> None:
     """Run the model at every selected sample that is not cached yet; a thread writes while the next pass runs."""
-    from calibration_store import BackgroundWriter, CalibrationPaths, is_cached, read_run_sample, write_npz
+    from calibration_store import BackgroundWriter, CalibrationPaths, is_cached, read_run_sample
     from diffusion import replaying, sigma_schedule
 
     schedule = sigma_schedule(pipeline, manifest["num_steps"])[1].tolist()
@@ -146,7 +153,7 @@ def cache(pipeline, paths, manifest: dict, plan: dict, images: list[dict], keys:
             with replaying(pipeline, image, [sample["timestep"] for sample in samples]) as replay:
                 for step, sample in zip(steps, samples, strict=True):
                     arrays = record_pass(pipeline, replay, sample, keys, blocks, f"step {step} of image {image_id}")
-                    writer.submit(write_npz, paths.sample(image_id, step), arrays)
+                    writer.submit(write_sample, paths.sample(image_id, step), arrays)
                     bar.update()
 
 
@@ -188,6 +195,8 @@ def write_metadata(paths, manifest: dict, plan: dict, keys: dict, blocks: list[s
 
 def probe(pipeline, paths, manifest: dict, plan: dict, image: dict, keys: dict, blocks: list[str]) -> tuple[float, int]:
     """Seconds of one pass (the second of two) and the bytes of its sample file."""
+    import numpy as np
+
     from calibration_store import CalibrationPaths, npz_bytes, read_sample
     from diffusion import replaying
 
@@ -198,18 +207,29 @@ def probe(pipeline, paths, manifest: dict, plan: dict, image: dict, keys: dict, 
             start = time.perf_counter()
             arrays = record_pass(pipeline, replay, sample, keys, blocks, f"step {step} of image {image['image_id']}")
             seconds = time.perf_counter() - start
-    return seconds, npz_bytes(arrays)
+    return seconds, npz_bytes({key: np.asarray(array) for key, array in arrays.items()})
 
 
 @stage_command
 @calib_dir_option
-@click.option("--num-images", type=click.IntRange(min=1), default=5, help="Images to use, evenly over the whole calibration run.")
+@click.option(
+    "--num-images", type=click.IntRange(min=1), default=5, help="Images to use, evenly over the whole calibration run."
+)
 @click.option("--stride", type=click.IntRange(min=1), default=5, help="Use every Nth saved step.")
 @click.option("--blocks", help="Blocks to cache, such as mm0,mm5.  [default: all]")
 @resume_options
-def main(calib_dir: Path, num_images: int, stride: int, blocks: str | None, resume: bool, force: bool, dry_run: bool) -> None:
+def main(
+    calib_dir: Path, num_images: int, stride: int, blocks: str | None, resume: bool, force: bool, dry_run: bool
+) -> None:
     """Stage 2W: cache the inputs and outputs of every block."""
-    from calibration_store import BlockCachePaths, locked_folder, open_stage, read_manifest, require_space, select_images
+    from calibration_store import (
+        BlockCachePaths,
+        locked_folder,
+        open_stage,
+        read_manifest,
+        require_space,
+        select_images,
+    )
 
     manifest = read_manifest(calib_dir)
     images = select_images(manifest, num_images)
@@ -229,7 +249,9 @@ def main(calib_dir: Path, num_images: int, stride: int, blocks: str | None, resu
     keys, chosen = choose_blocks(pipeline, blocks)
     seconds, sample_bytes = probe(pipeline, paths, manifest, plan, images[0], keys, chosen)
     total = sample_bytes * passes
-    click.echo(f"{format_bytes(total)} in {paths.root} ({format_bytes(sample_bytes)} a sample), about {format_seconds(seconds * passes)}")
+    click.echo(
+        f"{format_bytes(total)} in {paths.root} ({format_bytes(sample_bytes)} a sample), about {format_seconds(seconds * passes)}"
+    )
     if dry_run:
         require_space(paths.root, total)
         return
@@ -240,7 +262,9 @@ def main(calib_dir: Path, num_images: int, stride: int, blocks: str | None, resu
             cache(pipeline, paths, manifest, plan, images, keys, chosen)
             write_metadata(paths, manifest, plan, keys, chosen)
         except KeyboardInterrupt:
-            raise Interrupted(f"interrupted: finished samples are kept in {paths.samples}; go on with: {resume_command()}") from None
+            raise Interrupted(
+                f"interrupted: finished samples are kept in {paths.samples}; go on with: {resume_command()}"
+            ) from None
     click.echo(f"wrote {paths.metadata} and {paths.samples}/")
 
 

@@ -212,7 +212,9 @@ def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
         directory = file.tell()
         for (name, header, array), checksum, offset in zip(members, checksums, offsets, strict=True):
             size, crc = len(header) + array.nbytes, checksum.result()
-            file.write(_CENTRAL_HEADER.pack(b"PK\1\2", 20, 20, 0, 0, 0, 33, crc, size, size, len(name), 0, 0, 0, 0, 0, offset))
+            file.write(
+                _CENTRAL_HEADER.pack(b"PK\1\2", 20, 20, 0, 0, 0, 33, crc, size, size, len(name), 0, 0, 0, 0, 0, offset)
+            )
             file.write(name.encode())
         end = file.tell()
         file.write(struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, len(members), len(members), end - directory, directory, 0))
@@ -442,7 +444,9 @@ def open_stage(paths, record: Path, plan: Mapping[str, Any], options: Mapping[st
         before = read_json(record, plan["format"], "the stage")
         for key, flag in options.items():
             if before.get(key) != plan[key]:
-                raise StoreError(f"--resume: the run in {paths.root} has {flag} {before.get(key)}, not {plan[key]}; use --force")
+                raise StoreError(
+                    f"--resume: the run in {paths.root} has {flag} {before.get(key)}, not {plan[key]}; use --force"
+                )
         if before.get("calibration_run") != plan["calibration_run"]:
             raise StoreError(f"--resume: {paths.root} was made from another calibration run; use --force")
     if write:
@@ -574,7 +578,9 @@ def map_npz(path: Path, keys: Sequence[str], remedy: str) -> dict[str, np.ndarra
                     raise StoreError(f"{path}: compressed members cannot be mapped; {remedy}")
                 file.seek(member.header_offset)
                 header = file.read(30)
-                file.seek(int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little"), os.SEEK_CUR)
+                file.seek(
+                    int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little"), os.SEEK_CUR
+                )
                 version = np.lib.format.read_magic(file)
                 read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
                 shape, fortran, dtype = read(file)

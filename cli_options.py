@@ -58,7 +58,9 @@ def resume_options(function: Callable) -> Callable:
         return function(*args, resume=resume, force=force, **kwargs)
 
     for decorator in (
-        click.option("--dry-run", is_flag=True, help="Say what would be done, how long it takes, how many bytes; write nothing."),
+        click.option(
+            "--dry-run", is_flag=True, help="Say what would be done, how long it takes, how many bytes; write nothing."
+        ),
         click.option("--force", is_flag=True, help="Start over: delete what this stage wrote to the folder."),
         click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped."),
     ):
@@ -71,7 +73,9 @@ def progress_bar(total: int, description: str, unit: str, initial: int = 0, leav
     from tqdm import tqdm
 
     interval = 0.1 if sys.stderr.isatty() else 10
-    return tqdm(total=total, desc=description, unit=unit, initial=initial, leave=leave, mininterval=interval, dynamic_ncols=True)
+    return tqdm(
+        total=total, desc=description, unit=unit, initial=initial, leave=leave, mininterval=interval, dynamic_ncols=True
+    )
 
 
 def resume_command() -> str:

@@ -330,7 +330,9 @@ def choose_statistics() -> str:
     failure = kernel_self_check(backend)
     if failure is None:
         return backend
-    warnings.warn(f"the {backend} kernel failed its self-check ({failure}): using the slower MLX operations", stacklevel=2)
+    warnings.warn(
+        f"the {backend} kernel failed its self-check ({failure}): using the slower MLX operations", stacklevel=2
+    )
     return "mlx"
 
 
@@ -367,8 +369,8 @@ class LazyRecorder:
     """Adds the statistics to the graph of the pass; one `mx.eval` takes everything pending.
 
     Left alone, MLX computes statistics last, since nothing in the pass waits for them, and every input lives
-    until then. So each group's last layer is made to depend on the statistics of the group before: inputs are used
-    up, and freed, two groups after they were made, and the GPU may still run the two side by side.
+    until then. So the last layer of each group of inputs is made to depend on the group's statistics: its inputs
+    are used up, and freed, before the pass goes on.
     """
 
     def __init__(self, compute: Callable[[list["mx.array"]], list["mx.array"]]):
@@ -386,9 +388,8 @@ class LazyRecorder:
             self._pass.channels.append(x.shape[-1])
             self._waiting.append(x.reshape(-1, x.shape[-1]))
             if len(self._waiting) == INPUTS_PER_KERNEL:
-                if self._pass.results:
-                    tied = mx.depends([x], self._pass.results[-1])[0]
                 self._flush()
+                tied = mx.depends([x], self._pass.results[-1])[0]
         self._pass.layers[name] = len(self._pass.channels) - 1
         return tied
 
@@ -469,7 +470,9 @@ def partial_arrays(statistics: PassStatistics, where: str) -> dict[str, "np.ndar
     histograms = np.concatenate(histograms)
     for name, index in statistics.layers.items():
         if histograms[index, 258]:
-            raise StoreError(f"{name}: {histograms[index, 258]} activations are not finite at {where}; try --dtype float32 in stage 1")
+            raise StoreError(
+                f"{name}: {histograms[index, 258]} activations are not finite at {where}; try --dtype float32 in stage 1"
+            )
     return {
         "layers": np.array(list(statistics.layers)),
         "inputs": np.array(list(statistics.layers.values()), np.int32),
@@ -499,7 +502,9 @@ def merge_partials(partials: list[dict[str, "np.ndarray"]]) -> tuple[dict[str, "
 
     first = partials[0]
     starts = np.concatenate([[0], np.cumsum(first["channels"])])
-    post_gelu = {int(i) for name, i in zip(first["layers"], first["inputs"], strict=True) if name.endswith(POST_GELU_SUFFIX)}
+    post_gelu = {
+        int(i) for name, i in zip(first["layers"], first["inputs"], strict=True) if name.endswith(POST_GELU_SUFFIX)
+    }
     total_min, total_max = (np.zeros(starts[-1], np.float64) for _ in range(2))
     shift = None
     for partial in partials:
@@ -513,7 +518,9 @@ def merge_partials(partials: list[dict[str, "np.ndarray"]]) -> tuple[dict[str, "
     for index in range(len(first["channels"])):
         part = slice(starts[index], starts[index + 1])
         histogram = _merge_histograms(partials, index, part)
-        inputs.append(_describe_input(avg_min[part], avg_max[part], shift[part] if index in post_gelu else None, *histogram))
+        inputs.append(
+            _describe_input(avg_min[part], avg_max[part], shift[part] if index in post_gelu else None, *histogram)
+        )
     arrays, entries = {}, {}
     for name, index in zip(first["layers"], first["inputs"], strict=True):
         fields, entry = inputs[index]
@@ -585,7 +592,9 @@ def collect(pipeline, paths, manifest: dict, plan: dict, images: list[dict], imp
     from calibration_store import BackgroundWriter, is_partial_complete
 
     todo = {
-        image["image_id"]: [step for step in plan["key_timesteps"] if not is_partial_complete(paths, image["image_id"], step)]
+        image["image_id"]: [
+            step for step in plan["key_timesteps"] if not is_partial_complete(paths, image["image_id"], step)
+        ]
         for image in images
     }
     total = len(images) * len(plan["key_timesteps"])
@@ -671,7 +680,9 @@ def probe_pass(pipeline, manifest: dict, image: dict, paths, step: int, implemen
 
 @stage_command
 @calib_dir_option
-@click.option("--num-images", type=click.IntRange(min=1), default=5, help="Images to use, evenly over the whole calibration run.")
+@click.option(
+    "--num-images", type=click.IntRange(min=1), default=5, help="Images to use, evenly over the whole calibration run."
+)
 @click.option("--stride", type=click.IntRange(min=1), default=2, help="Use every Nth saved step.")
 @resume_options
 def main(calib_dir: Path, num_images: int, stride: int, resume: bool, force: bool, dry_run: bool) -> None:
@@ -691,7 +702,9 @@ def main(calib_dir: Path, num_images: int, stride: int, resume: bool, force: boo
         pipeline, implementation = load_model(manifest)
         seconds, size = probe_pass(pipeline, manifest, images[0], paths, plan["key_timesteps"][0], implementation)
         total = size * (passes + 2 * len(plan["key_timesteps"]))
-        click.echo(f"about {format_seconds(seconds * passes)} on this machine, at most {format_bytes(total)} in {paths.root}")
+        click.echo(
+            f"about {format_seconds(seconds * passes)} on this machine, at most {format_bytes(total)} in {paths.root}"
+        )
         require_space(paths.root, total)
         return
     with locked_folder(paths.root):
@@ -703,7 +716,9 @@ def main(calib_dir: Path, num_images: int, stride: int, resume: bool, force: boo
 
             write_statistics(paths, manifest, plan, sigma_schedule(pipeline, manifest["num_steps"])[0].tolist())
         except KeyboardInterrupt:
-            raise Interrupted(f"interrupted: finished passes are kept in {paths.partials}; go on with: {resume_command()}") from None
+            raise Interrupted(
+                f"interrupted: finished passes are kept in {paths.partials}; go on with: {resume_command()}"
+            ) from None
     click.echo(f"wrote {paths.statistics} and {paths.timestep_stats}/")
 
 

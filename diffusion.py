@@ -20,6 +20,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,9 @@ def describe_model(name: str) -> ModelInfo:
             captions=captions if captions.exists() else None,
         )
     except KeyError as error:
-        raise ModelError(f"{folder / 'config.json'}: no entry {error}; models/{BUNDLED_MODEL} shows the layout") from None
+        raise ModelError(
+            f"{folder / 'config.json'}: no entry {error}; models/{BUNDLED_MODEL} shows the layout"
+        ) from None
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -252,7 +255,11 @@ def load_pipeline(
             raise ModelError("--local-checkpoint goes with a hub model; a model folder brings its own weights")
         if use_t5:
             raise ModelError(f"--t5: {info.version} has no T5 text encoder; use --no-t5")
-        missing = [f for f in (*(f"{p}.safetensors" for p in LOCAL_FILES), "vocab.json", "merges.txt") if not (info.folder / f).exists()]
+        missing = [
+            f
+            for f in (*(f"{p}.safetensors" for p in LOCAL_FILES), "vocab.json", "merges.txt")
+            if not (info.folder / f).exists()
+        ]
         if missing:
             raise ModelError(f"{info.folder}: no {', '.join(missing)}; models/{BUNDLED_MODEL} shows the layout")
         return LocalPipeline(info, getattr(mx, dtype))
@@ -416,7 +423,7 @@ def _row_groups(images: int) -> list[slice]:
     """
     cores = min(images, os.cpu_count() or 1) if mx.default_device() == mx.Device(mx.cpu) else 1
     edges = [images * core // cores for core in range(cores + 1)]
-    return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    return [slice(a, b) for a, b in pairwise(edges)]
 
 
 @contextlib.contextmanager
@@ -451,7 +458,9 @@ def euler_steps(
     streams = [mx.default_stream(mx.default_device())] if len(groups) == 1 else [mx.new_stream(mx.cpu) for _ in groups]
 
     def rows_of(array: mx.array, group: slice) -> mx.array:
-        return mx.concatenate([array[r * images + group.start : r * images + group.stop] for r in range(rows_per_image)])
+        return mx.concatenate(
+            [array[r * images + group.start : r * images + group.stop] for r in range(rows_per_image)]
+        )
 
     tokens = [rows_of(text.tokens, group) for group in groups]
     pooled = [rows_of(text.pooled, group) for group in groups]

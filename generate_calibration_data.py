@@ -261,9 +261,7 @@ def write_step(writer, paths: "CalibrationPaths", batch: list[dict], step: "Eule
     timestep, sigma = np.array(step.timestep), float(step.sigma)
     for row, image in enumerate(batch):
         if image["image_id"] not in complete:
-            arrays = sample_arrays(
-                x[row : row + 1], timestep, sigma, step.step_index, image["image_id"], step.is_final
-            )
+            arrays = sample_arrays(x[row : row + 1], timestep, sigma, step.step_index, image["image_id"], step.is_final)
             writer.submit(write_npz, paths.sample(image["image_id"], step.step_index), arrays)
 
 
@@ -365,19 +363,43 @@ def print_plan(plan: dict[str, Any], info: "ModelInfo", paths: "CalibrationPaths
 
 
 @stage_command
-@click.option("--model", default=DEFAULT_MODEL, help="sd3-emoji, a folder in its layout, or a hub id that DiffusionKit knows.")
-@click.option("--local-checkpoint", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Safetensors file with a hub model's transformer and VAE.")
-@click.option("--prompts", "prompt_file", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Text file, one prompt a line, or CSV with a column 'prompt'.  [default: built-in list, drawn by --seed]")
+@click.option(
+    "--model", default=DEFAULT_MODEL, help="sd3-emoji, a folder in its layout, or a hub id that DiffusionKit knows."
+)
+@click.option(
+    "--local-checkpoint",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Safetensors file with a hub model's transformer and VAE.",
+)
+@click.option(
+    "--prompts",
+    "prompt_file",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Text file, one prompt a line, or CSV with a column 'prompt'.  [default: built-in list, drawn by --seed]",
+)
 @click.option("--num-images", type=click.IntRange(min=1), default=10, help="Images to sample.")
 @click.option("--num-steps", type=click.IntRange(min=1), default=50, help="Euler steps per image.")
 @click.option("--cfg-weight", type=click.FloatRange(min=0), help="Guidance; 0 turns it off.  [default: the model's]")
 @click.option("--negative-prompt", default="", help="What guidance steers away from.")
-@click.option("--seed", type=click.IntRange(min=0, max=2**31), default=42, help="Image i is drawn with seed + i; also orders the built-in prompts.")
-@click.option("--latent-size", type=int, nargs=2, metavar="H W", help="Latent height and width.  [default: the model's]")
-@click.option("--stride", type=click.IntRange(min=1), default=1, help="Save every Nth step; the finished latent always.")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0, max=2**31),
+    default=42,
+    help="Image i is drawn with seed + i; also orders the built-in prompts.",
+)
+@click.option(
+    "--latent-size", type=int, nargs=2, metavar="H W", help="Latent height and width.  [default: the model's]"
+)
+@click.option(
+    "--stride", type=click.IntRange(min=1), default=1, help="Save every Nth step; the finished latent always."
+)
 @click.option("--batch-size", type=click.IntRange(min=1), default=1, help="Images in one forward pass.")
 @click.option("--t5/--no-t5", "use_t5", default=None, help="Use the T5 text encoder.  [default: the model's]")
-@click.option("--dtype", type=click.Choice(["float16", "float32"]), help="Weights and activations.  [default: float16 on Metal and CUDA, float32 on a CPU]")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float16", "float32"]),
+    help="Weights and activations.  [default: float16 on Metal and CUDA, float32 on a CPU]",
+)
 @click.option("--images/--no-images", "save_images", default=True, help="Decode the finished latents to PNG.")
 @calib_dir_option
 @resume_options

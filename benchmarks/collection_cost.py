@@ -1,7 +1,7 @@
 """What stages 2A and 2W cost beside a plain forward pass, taking turns in one process.
 
-    python benchmarks/collection_cost.py                       # the bundled model
-    python benchmarks/collection_cost.py --size sd3-medium     # 24 blocks, random weights, 512 px: for a GPU
+python benchmarks/collection_cost.py                       # the bundled model
+python benchmarks/collection_cost.py --size sd3-medium     # 24 blocks, random weights, 512 px: for a GPU
 """
 
 import gc
@@ -71,14 +71,21 @@ def compare(ways: dict[str, Callable[[], None]], repeats: int) -> tuple[dict[str
 @stage_command
 @click.option("--size", type=click.Choice(["sd3-emoji", "sd3-medium"]), default="sd3-emoji", help="Which model.")
 @click.option("--repeats", type=click.IntRange(min=3), default=30, help="Passes of each kind; medians are printed.")
-@click.option("--text-tokens", type=click.IntRange(min=1), default=154, help="Text tokens for sd3-medium: 154 without T5, 589 with.")
+@click.option(
+    "--text-tokens",
+    type=click.IntRange(min=1),
+    default=154,
+    help="Text tokens for sd3-medium: 154 without T5, 589 with.",
+)
 @click.option("--samples", type=click.IntRange(min=1), default=20, help="Samples of the block cache to write.")
 @click.option("--twin", is_flag=True, help="Time the plain MLX twin of the statistics, too (slow).")
 def main(size: str, repeats: int, text_tokens: int, samples: int, twin: bool) -> None:
     """Time activation statistics and the block cache beside a plain forward pass."""
+    import numpy as np
+
     import diffusion
-    from cache_adaround_data import boundary_keys, record_pass
-    from calibration_store import BackgroundWriter, atomic_file, write_npz
+    from cache_adaround_data import boundary_keys, record_pass, write_sample
+    from calibration_store import BackgroundWriter, atomic_file
     from collect_layer_activations import choose_statistics, new_recorder, write_partial
     from hooks import block_slots, hooked_layers
 
@@ -117,21 +124,29 @@ def main(size: str, repeats: int, text_tokens: int, samples: int, twin: bool) ->
             mx.eval(replay.forward(latent, timestep))
         kept.clear()
         activations = sum(hooked.values())
-        ways = {"plain": plain, "hooks, nothing recorded": hooks_only, "statistics": lambda: with_statistics(implementation)}
+        ways = {
+            "plain": plain,
+            "hooks, nothing recorded": hooks_only,
+            "statistics": lambda: with_statistics(implementation),
+        }
         if twin:
             ways["statistics by the MLX twin"] = lambda: with_statistics("mlx")
         seconds, peaks = compare(ways, repeats)
-        click.echo(f"{len(names)} linears, {len(hooked)} distinct inputs, {format_bytes(activations)} of activations a pass")
+        click.echo(
+            f"{len(names)} linears, {len(hooked)} distinct inputs, {format_bytes(activations)} of activations a pass"
+        )
         for name in ways:
             extra = (peaks[name] - peaks["plain"]) / activations
-            click.echo(f"{name:28s} {seconds[name] * 1e3:8.2f} ms  {seconds[name] / seconds['plain']:.3f} x  peak memory {extra:+.1%} of the activations")
+            click.echo(
+                f"{name:28s} {seconds[name] * 1e3:8.2f} ms  {seconds[name] / seconds['plain']:.3f} x  peak memory {extra:+.1%} of the activations"
+            )
 
         keys = boundary_keys(list(block_slots(pipeline.mmdit)))
         sample = {"x": latent, "timestep": timestep}
         arrays = record_pass(pipeline, replay, sample, keys, list(keys), "")
         stored = sum(array.nbytes for array in arrays.values())
         separate = sum(arrays[key].nbytes for part in keys.values() for half in part for key in half)
-        content = [array.tobytes() for array in arrays.values()]
+        content = [np.asarray(array).tobytes() for array in arrays.values()]
         writes = []
         for index in range(samples):
             start = time.perf_counter()
@@ -143,7 +158,7 @@ def main(size: str, repeats: int, text_tokens: int, samples: int, twin: bool) ->
         with BackgroundWriter(pending=0) as one_writer:
             for index in range(samples):
                 arrays = record_pass(pipeline, replay, sample, keys, list(keys), "")
-                one_writer.submit(write_npz, folder / f"{index}.npz", arrays)
+                one_writer.submit(write_sample, folder / f"{index}.npz", arrays)
         per_sample = (time.perf_counter() - start) / samples
         write, allowed = median(writes), seconds["plain"] + 1.1 * median(writes)
         click.echo(

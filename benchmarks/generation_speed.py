@@ -1,6 +1,6 @@
 """Speed of stage 1 beside DiffusionKit's own loop, in one process, the two taking turns.
 
-    python benchmarks/generation_speed.py
+python benchmarks/generation_speed.py
 """
 
 import contextlib
@@ -59,7 +59,9 @@ def main(model: str, num_steps: int, repeats: int, batch_sizes: str, use_t5: boo
     mx = diffusion.mx
     if mx.default_device() == mx.Device(mx.cpu):
         stock, fast = matmul_gflops(""), matmul_gflops("import diffusion")
-        click.echo(f"float32 matmul: stock MLX wheel {stock:.1f} GFLOP/s, with diffusion.py {fast:.0f}: {fast / stock:.0f} x")
+        click.echo(
+            f"float32 matmul: stock MLX wheel {stock:.1f} GFLOP/s, with diffusion.py {fast:.0f}: {fast / stock:.0f} x"
+        )
 
     info = diffusion.describe_model(model)
     pipeline = diffusion.load_pipeline(info, diffusion.default_dtype(), use_t5)
@@ -86,8 +88,12 @@ def main(model: str, num_steps: int, repeats: int, batch_sizes: str, use_t5: boo
         f"ours ÷ DiffusionKit {ratio:.3f}"
     )
     for batch in map(int, batch_sizes.split(",")):
-        per_image = statistics.median(seconds(lambda: ours(batch)) for _ in range(max(1, repeats // 2))) / batch
-        click.echo(f"batch {batch:2d}: {1 / per_image:.3f} images/s, {one_at_a_time / per_image:.2f} x DiffusionKit's one at a time")
+        per_image = (
+            statistics.median(seconds(lambda batch=batch: ours(batch)) for _ in range(max(1, repeats // 2))) / batch
+        )
+        click.echo(
+            f"batch {batch:2d}: {1 / per_image:.3f} images/s, {one_at_a_time / per_image:.2f} x DiffusionKit's one at a time"
+        )
 
 
 if __name__ == "__main__":

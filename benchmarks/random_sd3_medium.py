@@ -127,7 +127,10 @@ def random_clip(width: int, heads: int, vocabulary: int, seed: int) -> tuple[dic
         return {f"{name}.weight": weight.astype(mx.float16), f"{name}.bias": mx.zeros((rows,), dtype=mx.float16)}
 
     def norm(name: str) -> dict:
-        return {f"{name}.weight": mx.ones((width,), dtype=mx.float16), f"{name}.bias": mx.zeros((width,), dtype=mx.float16)}
+        return {
+            f"{name}.weight": mx.ones((width,), dtype=mx.float16),
+            f"{name}.bias": mx.zeros((width,), dtype=mx.float16),
+        }
 
     weights = {
         "text_model.embeddings.token_embedding.weight": linear("w", vocabulary, width)["w.weight"],
@@ -186,13 +189,20 @@ def write_hub_cache(hf_home: Path, config, clip_widths: tuple[int, int] = (768, 
 
 
 @stage_command
-@click.option("--hf-home", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder to write; give it to HF_HOME afterwards.")
+@click.option(
+    "--hf-home",
+    type=click.Path(path_type=Path, file_okay=False),
+    required=True,
+    help="Folder to write; give it to HF_HOME afterwards.",
+)
 def main(hf_home: Path) -> None:
     """Write a random-weight SD3-Medium into a hub cache."""
     from diffusion import HUB_MMDIT_CONFIGS
 
     checkpoint = write_hub_cache(hf_home, HUB_MMDIT_CONFIGS[SD3_MEDIUM])
-    click.echo(f"wrote {checkpoint} ({checkpoint.stat().st_size / 1e9:.2f} GB); use it with HF_HOME={hf_home} HF_HUB_OFFLINE=1")
+    click.echo(
+        f"wrote {checkpoint} ({checkpoint.stat().st_size / 1e9:.2f} GB); use it with HF_HOME={hf_home} HF_HUB_OFFLINE=1"
+    )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 ROOT = Path(__file__).resolve().parent.parent
 
-import diffusion  # noqa: E402, F401  (first: it loads the BLAS before MLX)
+import diffusion  # first: it loads the BLAS before MLX
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,9 @@ import sys
 import diffusion
 from benchmarks.random_sd3_medium import SD3_MEDIUM, write_hub_cache
 
-TINY = dataclasses.replace(diffusion.HUB_MMDIT_CONFIGS[SD3_MEDIUM], depth_multimodal=2, num_heads=2, max_latent_resolution=64)
+TINY = dataclasses.replace(
+    diffusion.HUB_MMDIT_CONFIGS[SD3_MEDIUM], depth_multimodal=2, num_heads=2, max_latent_resolution=64
+)
 
 if __name__ == "__main__":
     if sys.argv[1] == "write":

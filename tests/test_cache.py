@@ -31,13 +31,24 @@ def test_files_keep_their_contract(run):
     assert metadata["selected_image_ids"] == [0, 2] and metadata["key_timesteps"] == [0, 2]
     assert (metadata["stride"], metadata["cfg_weight"], metadata["num_steps"]) == (2, 4.0, 4)
     assert [(s["image_id"], s["step_index"]) for s in metadata["samples"]] == [(0, 0), (0, 2), (2, 0), (2, 2)]
-    keys = {"mm0__arg0", "mm0__arg1", "modulation_input", *(f"mm{i}__out0" for i in range(8)), *(f"mm{i}__out1" for i in range(7))}
+    keys = {
+        "mm0__arg0",
+        "mm0__arg1",
+        "modulation_input",
+        *(f"mm{i}__out0" for i in range(8)),
+        *(f"mm{i}__out1" for i in range(7)),
+    }
     for sample in metadata["samples"]:
         arrays = np.load(run / "adaround_cache" / sample["file"], allow_pickle=False)
         assert set(arrays.files) == keys and all(arrays[key].dtype == np.float16 for key in keys)
         assert arrays["mm0__arg0"].shape == (2, 64, 1, 192) and arrays["mm3__out1"].shape == (2, 32, 1, 192)
         assert arrays["modulation_input"].shape == (2, 1, 1, 192)
-    separate = sum(arrays[k].nbytes for i in range(8) for k in boundary_keys(metadata["block_names"])[f"mm{i}"][0] + boundary_keys(metadata["block_names"])[f"mm{i}"][1])
+    separate = sum(
+        arrays[k].nbytes
+        for i in range(8)
+        for k in boundary_keys(metadata["block_names"])[f"mm{i}"][0]
+        + boundary_keys(metadata["block_names"])[f"mm{i}"][1]
+    )
     assert sum(arrays[key].nbytes for key in keys) < 0.56 * separate  # (n + 1) / 2n boundaries: 0.52 for 24 blocks
 
 
@@ -77,7 +88,9 @@ def test_the_reader_maps_one_block_and_nothing_else(run):
     cached = next(iter(read_cached_block(run, "mm5")))
     assert all(isinstance(array, np.memmap) and array.flags.aligned for array in (*cached.inputs, *cached.outputs))
     with np.load(run / "adaround_cache/samples/0000_000.npz") as arrays:
-        assert np.array_equal(cached.inputs[1], arrays["mm4__out1"]) and np.array_equal(cached.outputs[0], arrays["mm5__out0"])
+        assert np.array_equal(cached.inputs[1], arrays["mm4__out1"]) and np.array_equal(
+            cached.outputs[0], arrays["mm5__out0"]
+        )
     with pytest.raises(StoreError, match="block mm9 is not cached"):
         next(iter(read_cached_block(run, "mm9")))
 
@@ -87,8 +100,20 @@ def test_only_the_boundaries_of_the_chosen_blocks_are_stored(run, tmp_path):
     shutil.copy(run / "manifest.json", tmp_path)
     done = invoke("cache_adaround_data", "--calib-dir", tmp_path, *ARGUMENTS, "--blocks", "mm4,mm7")
     assert done.exit_code == 0, done.output
-    with np.load(tmp_path / "adaround_cache/samples/0002_002.npz") as some, np.load(run / "adaround_cache/samples/0002_002.npz") as whole:
-        assert set(some.files) == {"mm3__out0", "mm3__out1", "mm4__out0", "mm4__out1", "mm6__out0", "mm6__out1", "mm7__out0", "modulation_input"}
+    with (
+        np.load(tmp_path / "adaround_cache/samples/0002_002.npz") as some,
+        np.load(run / "adaround_cache/samples/0002_002.npz") as whole,
+    ):
+        assert set(some.files) == {
+            "mm3__out0",
+            "mm3__out1",
+            "mm4__out0",
+            "mm4__out1",
+            "mm6__out0",
+            "mm6__out1",
+            "mm7__out0",
+            "modulation_input",
+        }
         assert all(np.array_equal(some[key], whole[key]) for key in some.files)
     assert [c.step_index for c in read_cached_block(tmp_path, "mm7")] == [0, 2, 0, 2]
     done = invoke("cache_adaround_data", "--calib-dir", tmp_path, *ARGUMENTS, "--blocks", "mm4,mm9", "--force")
@@ -122,7 +147,10 @@ def test_resume_makes_what_is_missing_anew_and_refuses_another_run(run, tmp_path
     done = invoke("cache_adaround_data", "--calib-dir", folder, *ARGUMENTS, "--resume")
     assert done.exit_code == 0, done.output
     assert folder_bytes(folder) == before
-    for arguments, message in ((["--num-images", 3, "--stride", 2], "--num-images 2, not 3"), ([*ARGUMENTS, "--blocks", "mm0"], "--blocks None, not mm0")):
+    for arguments, message in (
+        (["--num-images", 3, "--stride", 2], "--num-images 2, not 3"),
+        ([*ARGUMENTS, "--blocks", "mm0"], "--blocks None, not mm0"),
+    ):
         done = invoke("cache_adaround_data", "--calib-dir", folder, *arguments, "--resume")
         assert done.exit_code == 2 and message in done.stderr
     assert invoke("cache_adaround_data", "--calib-dir", folder, *ARGUMENTS).exit_code == 2
@@ -136,7 +164,13 @@ def test_a_damaged_cache_is_named_by_the_reader(run, tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(StoreError, match="0002_000.npz: truncated or damaged"):
         list(read_cached_block(folder, "mm0"))
-    np.savez_compressed(path, **{key: np.zeros(3, np.float16) for key in ("mm0__arg0", "mm0__arg1", "mm0__out0", "mm0__out1", "modulation_input")})
+    np.savez_compressed(
+        path,
+        **{
+            key: np.zeros(3, np.float16)
+            for key in ("mm0__arg0", "mm0__arg1", "mm0__out0", "mm0__out1", "modulation_input")
+        },
+    )
     with pytest.raises(StoreError, match="compressed members cannot be mapped"):
         list(read_cached_block(folder, "mm0"))
 

@@ -64,7 +64,9 @@ def test_equal_arrays_give_equal_bytes_and_the_size_is_known_before(tmp_path):
 
 
 def test_a_second_writer_is_refused_and_the_lock_leaves_nothing(tmp_path):
-    code = f"import calibration_store as s, pathlib\nwith s.locked_folder(pathlib.Path({str(tmp_path / 'run')!r})): pass"
+    code = (
+        f"import calibration_store as s, pathlib\nwith s.locked_folder(pathlib.Path({str(tmp_path / 'run')!r})): pass"
+    )
     with locked_folder(tmp_path / "run"):
         run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
         assert "another process is writing here" in run.stderr
@@ -122,7 +124,9 @@ def test_a_sample_of_another_run_is_named(tmp_path):
     put()
     assert read_sample(paths, MANIFEST, 0, 0)["x"].dtype == np.float16
     put(image=3)
-    with pytest.raises(StoreError, match="0000_000.npz: a sample of another run .image_id 3, expected 0.; run generate"):
+    with pytest.raises(
+        StoreError, match="0000_000.npz: a sample of another run .image_id 3, expected 0.; run generate"
+    ):
         read_sample(paths, MANIFEST, 0, 0)
     put(x=np.zeros((1, 8, 8, 16), np.float32))
     with pytest.raises(StoreError, match="shape of x .*; dtype of x float32, expected float16"):
@@ -160,7 +164,17 @@ def test_saved_steps_keep_the_final_latent():
 def test_temporary_files_are_recognised_as_ours(tmp_path):
     paths = CalibrationPaths(tmp_path)
     (tmp_path / "samples").mkdir()
-    for name in ("samples/.0000_001.npz.ab12_x.tmp", "samples/0000_000.npz", ".manifest.json.q8.tmp", "notes.txt", "samples/mine.npz"):
+    for name in (
+        "samples/.0000_001.npz.ab12_x.tmp",
+        "samples/0000_000.npz",
+        ".manifest.json.q8.tmp",
+        "notes.txt",
+        "samples/mine.npz",
+    ):
         (tmp_path / name).write_text("")
-    assert [p.name for p in paths.owned_files()] == [".manifest.json.q8.tmp", ".0000_001.npz.ab12_x.tmp", "0000_000.npz"]
+    assert [p.name for p in paths.owned_files()] == [
+        ".manifest.json.q8.tmp",
+        ".0000_001.npz.ab12_x.tmp",
+        "0000_000.npz",
+    ]
     assert os.path.exists(tmp_path / "notes.txt")

@@ -38,7 +38,9 @@ def raw(run):
     pipeline = diffusion.load_run_pipeline(read_manifest(run))
     layer_of = {}
     for path, module in pipeline.mmdit.named_modules():
-        match = re.match(r"multimodal_transformer_blocks\.(\d+)\.(image|text)_transformer_block\.(attn|mlp)\.(\w+)$", path)
+        match = re.match(
+            r"multimodal_transformer_blocks\.(\d+)\.(image|text)_transformer_block\.(attn|mlp)\.(\w+)$", path
+        )
         if match and isinstance(module, nn.Linear):
             stream = {"image": "img", "text": "txt"}[match[2]]
             layer_of[id(module)] = f"mm{match[1]}.{stream}.{match[3]}.{match[4]}"

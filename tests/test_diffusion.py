@@ -138,7 +138,9 @@ def test_noise_is_diffusionkits_and_leaves_numpys_global_state_alone(emoji):
 def test_prompts_are_checked_against_the_vocabulary(emoji):
     assert check_prompts(emoji, ["rocket", "swan"]) == 0
     assert check_prompts(emoji, ["rocket", "a " * 40]) == 1
-    with pytest.raises(ModelError, match="prompt 2 'smile 😀': the character '😀' is not in the tokenizer's vocabulary"):
+    with pytest.raises(
+        ModelError, match="prompt 2 'smile 😀': the character '😀' is not in the tokenizer's vocabulary"
+    ):
         check_prompts(emoji, ["rocket", "smile 😀"])
 
 
@@ -146,7 +148,9 @@ def test_t5_runs_without_metals_memory_limits():
     from diffusionkit.mlx.t5 import SD3T5Encoder
     from transformers import T5Config
 
-    config = T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu")
+    config = T5Config(
+        vocab_size=32, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu"
+    )
     encoder = SD3T5Encoder(config, low_memory_mode=False)
     tokens = mx.array([[3, 4, 5, 1]])
     got = diffusion._T5Encoder(encoder)(tokens)
@@ -190,7 +194,9 @@ def test_without_network_the_default_model_is_one_line_with_the_way_on():
         "try: d.load_pipeline(d.describe_model('argmaxinc/mlx-stable-diffusion-3-medium'), 'float32')\n"
         "except d.ModelError as error: print(error)"
     )
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
     assert run.stdout.count("\n") == 1 and run.stderr == ""
     assert "hf auth login" in run.stdout and "--model sd3-emoji" in run.stdout
 
@@ -203,7 +209,9 @@ def test_imports_are_silent_and_the_fast_blas_is_in_front():
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stderr == ""
-    wrong_order = subprocess.run([sys.executable, "-c", "import mlx.core, diffusion"], cwd=ROOT, capture_output=True, text=True, check=True)
+    wrong_order = subprocess.run(
+        [sys.executable, "-c", "import mlx.core, diffusion"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     if sys.platform == "linux" and mx.default_device() == mx.Device(mx.cpu):
         assert run.stdout == "True True\n"
         assert "imported before diffusion" in wrong_order.stderr

@@ -55,7 +55,9 @@ def test_files_keep_their_contract(clean_run):
         assert sorted(sample.files) == ["image_id", "is_final", "sigma", "step_index", "timestep", "x"]
         assert sample["x"].shape == (1, 16, 16, 16) and sample["x"].dtype == manifest["activation_dtype"]
         assert sample["timestep"].dtype == sample["x"].dtype and sample["timestep"].shape == ()
-        assert sample["sigma"].dtype == np.float32 and sample["step_index"].dtype == sample["image_id"].dtype == np.int32
+        assert (
+            sample["sigma"].dtype == np.float32 and sample["step_index"].dtype == sample["image_id"].dtype == np.int32
+        )
         assert (int(sample["image_id"]), int(sample["step_index"])) == (image, step)
         assert bool(sample["is_final"]) == (step == 4) and sample["is_final"].dtype == bool
         assert (float(sample["sigma"]) == 0) == (step == 4)
@@ -130,7 +132,9 @@ def test_resume_refuses_another_run_by_the_options_name(clean_run, tmp_path, mon
 def test_a_used_folder_needs_resume_or_force(clean_run, tmp_path):
     folder = copy_of(clean_run, tmp_path)
     done = generate(*SMALL, "--calib-dir", folder)
-    assert done.exit_code == 2 and "--resume" in done.stderr and "--force" in done.stderr and done.stderr.count("\n") == 1
+    assert (
+        done.exit_code == 2 and "--resume" in done.stderr and "--force" in done.stderr and done.stderr.count("\n") == 1
+    )
     both = generate(*SMALL, "--calib-dir", folder, "--resume", "--force")
     assert both.exit_code == 2 and "give one of them" in both.stderr
     (folder / "mine.txt").write_text("kept")
@@ -170,7 +174,9 @@ def test_sd3_mediums_size_is_known_without_its_weights(tmp_path):
     def figures(*arguments):
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
         command = [sys.executable, str(ROOT / "generate_calibration_data.py"), "--dtype", "float16", "--dry-run"]
-        done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+        done = subprocess.run(
+            [*command, *arguments], capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
+        )
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and "hf auth login" in done.stderr
         return done.stdout
 
@@ -185,7 +191,9 @@ def test_prompt_files(tmp_path):
     (tmp_path / "p.csv").write_text('id,prompt\n1,"a, b"\n2,swan\n')
     assert read_prompt_file(tmp_path / "p.csv") == ["a, b", "swan"]
     (tmp_path / "q.csv").write_text("prompt\nswan\n")
-    done = generate("--prompts", tmp_path / "q.csv", "--num-images", 2, "--num-steps", 1, "--calib-dir", tmp_path / "run2")
+    done = generate(
+        "--prompts", tmp_path / "q.csv", "--num-images", 2, "--num-steps", 1, "--calib-dir", tmp_path / "run2"
+    )
     assert done.exit_code == 0 and "used again with other seeds" in done.stdout
     images = json.loads((tmp_path / "run2/manifest.json").read_bytes())["images"]
     assert [(image["prompt"], image["seed"]) for image in images] == [("swan", 42), ("swan", 43)]
@@ -227,7 +235,12 @@ def test_builtin_prompts_are_many_distinct_diverse_and_drawn_by_seed():
 )
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    for name, content in (("empty.txt", "\n \n"), ("other.csv", "id,text\n1,a\n"), ("smile.txt", "rocket\na 😀\n"), ("one.txt", "swan\n")):
+    for name, content in (
+        ("empty.txt", "\n \n"),
+        ("other.csv", "id,text\n1,a\n"),
+        ("smile.txt", "rocket\na 😀\n"),
+        ("one.txt", "swan\n"),
+    ):
         (tmp_path / name).write_text(content)
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     before = folder_bytes(tmp_path)

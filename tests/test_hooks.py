@@ -57,7 +57,9 @@ def test_layers_are_reported_with_their_inputs_and_the_output_stays(emoji, pass_
 
 def test_blocks_are_reported_with_arguments_and_outputs(emoji, pass_of_emoji):
     seen = {}
-    with hooked_blocks(emoji.mmdit, lambda name, args, outputs: seen.update({name: (args, outputs)}), ["mm2", "mm3", "mm7"]):
+    with hooked_blocks(
+        emoji.mmdit, lambda name, args, outputs: seen.update({name: (args, outputs)}), ["mm2", "mm3", "mm7"]
+    ):
         pass_of_emoji()
     assert list(seen) == ["mm2", "mm3", "mm7"]
     assert seen["mm3"][0][0] is seen["mm2"][1][0] and seen["mm3"][0][1] is seen["mm2"][1][1]
@@ -144,7 +146,9 @@ def test_hooked_activations_do_not_live_to_the_end_of_the_pass(emoji, pass_of_em
         return mx.get_peak_memory() - active
 
     sizes = []
-    with hooked_layers(emoji.mmdit, lambda name, x: sizes.append(x.nbytes) if name.split(".")[-1] not in ("k_proj", "v_proj") else None):
+    with hooked_layers(
+        emoji.mmdit, lambda name, x: sizes.append(x.nbytes) if name.split(".")[-1] not in ("k_proj", "v_proj") else None
+    ):
         pass_of_emoji()
 
     def collect():

@@ -14,7 +14,9 @@ from conftest import ROOT
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     home = tmp_path_factory.mktemp("hf")
-    subprocess.run([sys.executable, "tests/hub_driver.py", "write", str(home)], cwd=ROOT, check=True, env=environment(home))
+    subprocess.run(
+        [sys.executable, "tests/hub_driver.py", "write", str(home)], cwd=ROOT, check=True, env=environment(home)
+    )
     yield home
     shutil.rmtree(home)
 
@@ -47,7 +49,15 @@ def test_the_default_model_from_a_hub_cache(hub, tmp_path):
     assert done.returncode == 0, done.stderr
     assert np.array_equal(np.load(tmp_path / "b/samples/0000_002.npz")["x"], x)
     (tmp_path / "broken.safetensors").write_bytes(b"no weights")
-    done = run(hub, *arguments[:-4], "--calib-dir", tmp_path / "c", *arguments[-2:], "--local-checkpoint", tmp_path / "broken.safetensors")
+    done = run(
+        hub,
+        *arguments[:-4],
+        "--calib-dir",
+        tmp_path / "c",
+        *arguments[-2:],
+        "--local-checkpoint",
+        tmp_path / "broken.safetensors",
+    )
     assert done.returncode != 0
     assert done.stderr.count("\n") == 1 and "broken.safetensors" in done.stderr
     assert not (tmp_path / "c").exists()

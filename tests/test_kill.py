@@ -31,7 +31,9 @@ def kill_and_resume(script, arguments, folder, rng, until_working: float) -> int
     for kill in range(KILLS):
         process = start(script, *arguments, "--resume")
         # one in five dies while it starts; the others while they write
-        if not kill_after(process, rng.uniform(0, until_working) if kill % 5 == 4 else until_working + rng.uniform(0, 1.5)):
+        if not kill_after(
+            process, rng.uniform(0, until_working) if kill % 5 == 4 else until_working + rng.uniform(0, 1.5)
+        ):
             return kill
         for path in folder.rglob("*"):
             assert path.is_dir() or path.stat().st_size > 0 or path.suffix == ".tmp"
@@ -41,12 +43,16 @@ def kill_and_resume(script, arguments, folder, rng, until_working: float) -> int
 @pytest.fixture(scope="module")
 def calibration(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kill") / "run"
-    done = generate("--num-images", 4 + KILLS, "--num-steps", 12, "--no-images", "--batch-size", 4, "--calib-dir", folder)
+    done = generate(
+        "--num-images", 4 + KILLS, "--num-steps", 12, "--no-images", "--batch-size", 4, "--calib-dir", folder
+    )
     assert done.exit_code == 0, done.stderr
     return folder
 
 
-@pytest.mark.parametrize(("script", "output"), [("collect_layer_activations", "activations"), ("cache_adaround_data", "adaround_cache")])
+@pytest.mark.parametrize(
+    ("script", "output"), [("collect_layer_activations", "activations"), ("cache_adaround_data", "adaround_cache")]
+)
 def test_collection_survives_kill_9(calibration, tmp_path, script, output):
     arguments = ["--num-images", 4 + KILLS, "--stride", 1, "--calib-dir"]
     for name in ("clean", "killed"):
@@ -61,7 +67,9 @@ def test_collection_survives_kill_9(calibration, tmp_path, script, output):
     until_working = time.monotonic() - began
     _, stderr = clean.communicate(timeout=600)
     assert clean.returncode == 0, stderr
-    killed = kill_and_resume(script, [*arguments, tmp_path / "killed"], tmp_path / "killed" / output, random.Random(3), until_working)
+    killed = kill_and_resume(
+        script, [*arguments, tmp_path / "killed"], tmp_path / "killed" / output, random.Random(3), until_working
+    )
     assert killed >= min(KILLS, 3)
     last = start(script, *arguments, tmp_path / "killed", "--resume")
     _, stderr = last.communicate(timeout=600)
@@ -81,7 +89,13 @@ def test_generation_survives_kill_9(tmp_path, batch_size):
     _, stderr = clean.communicate(timeout=600)
     assert clean.returncode == 0, stderr
 
-    killed = kill_and_resume("generate_calibration_data", [*arguments, tmp_path / "killed"], tmp_path / "killed", random.Random(batch_size), until_working)
+    killed = kill_and_resume(
+        "generate_calibration_data",
+        [*arguments, tmp_path / "killed"],
+        tmp_path / "killed",
+        random.Random(batch_size),
+        until_working,
+    )
     assert killed >= min(KILLS, 3)
     last = start("generate_calibration_data", *arguments, tmp_path / "killed", "--resume")
     _, stderr = last.communicate(timeout=600)

@@ -12,7 +12,9 @@ def histogram(values, grid):
     return np.bincount(bins, minlength=256)
 
 
-@pytest.mark.parametrize(("low", "high"), [(-1, 1), (0, 1), (-3.7, 250.1), (-1e-3, 0), (5, 6), (-6e4, 6e4), (0, 0), (0, 256), (0, 255.99)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(-1, 1), (0, 1), (-3.7, 250.1), (-1e-3, 0), (5, 6), (-6e4, 6e4), (0, 0), (0, 256), (0, 255.99)]
+)
 def test_the_grid_is_the_finest_that_holds_the_range_and_zero(low, high):
     exponent, first = histogram_grid(low, high)
     edges = histogram_edges(exponent, first)
@@ -45,4 +47,7 @@ def test_percentiles_lie_within_one_bin_of_the_exact_ones(size, fraction):
     assert abs(histogram_percentile(counts, edges, fraction) - np.percentile(values, 100 * fraction)) <= width
     magnitudes, magnitude_edges = absolute_histogram(counts, edges)
     assert magnitudes.sum() == size
-    assert abs(histogram_percentile(magnitudes, magnitude_edges, fraction) - np.percentile(abs(values), 100 * fraction)) <= width
+    assert (
+        abs(histogram_percentile(magnitudes, magnitude_edges, fraction) - np.percentile(abs(values), 100 * fraction))
+        <= width
+    )

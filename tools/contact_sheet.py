@@ -1,6 +1,6 @@
 """Lay the images of a calibration run out on one sheet, each over its prompt.
 
-    python tools/contact_sheet.py --calib-dir calibration_data/demo --output sheet.png
+python tools/contact_sheet.py --calib-dir calibration_data/demo --output sheet.png
 """
 
 import sys
@@ -16,7 +16,9 @@ from cli_options import calib_dir_option, stage_command
 
 @stage_command
 @calib_dir_option
-@click.option("--output", type=click.Path(path_type=Path), help="PNG to write.  [default: contact_sheet.png in --calib-dir]")
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="PNG to write.  [default: contact_sheet.png in --calib-dir]"
+)
 @click.option("--columns", type=click.IntRange(min=1), default=4, help="Images in a row.")
 @click.option("--size", type=click.IntRange(min=32), default=192, help="Side of an image on the sheet, in pixels.")
 def main(calib_dir: Path, output: Path | None, columns: int, size: int) -> None:
