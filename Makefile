@@ -12,7 +12,14 @@ DEMO := calibration_data/demo
 demo: setup
 	$(PY) generate_calibration_data.py --model sd3-emoji --num-images 12 --batch-size 6 --seed 3 --calib-dir $(DEMO) --resume
 	$(PY) tools/contact_sheet.py --calib-dir $(DEMO)
-	@echo "Look at $(DEMO)/contact_sheet.png (the images); $(DEMO)/samples holds the latents, $(DEMO)/manifest.json what they are."
+	$(PY) cache_adaround_data.py --calib-dir $(DEMO) --resume
+	$(PY) collect_layer_activations.py --calib-dir $(DEMO) --resume
+	@echo
+	@echo "Done. All of it is below $(DEMO)/ (calibration_data/README.md explains every file):"
+	@echo "  contact_sheet.png     the images - look at this one"
+	@echo "  manifest.json         what was sampled        samples/      the latents of every step"
+	@echo "  adaround_cache/       what every block saw and gave, for adaptive rounding"
+	@echo "  activations/          the range, shift and histogram of every layer's input, per step"
 
 test: setup
 	$(PY) -m pytest -q tests
