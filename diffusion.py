@@ -16,7 +16,10 @@ import json
 import logging
 import os
 import platform
+import socket
 import sys
+import urllib.parse
+import urllib.request
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -75,6 +78,7 @@ with _quiet():
     from diffusionkit.mlx.scripts.generate_images import HEIGHT, SHIFT, WIDTH
     from diffusionkit.mlx.tokenizer import Tokenizer
     from diffusionkit.mlx.vae import VAEDecoder
+    from huggingface_hub import constants as hub_constants
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     from PIL import Image
 
@@ -242,6 +246,26 @@ class _T5Encoder:
         return encoder.ln(x).astype(dtype)
 
 
+def _reach_hub() -> str | None:
+    """Look the hub up once; without it use its local cache only, and say why.
+
+    huggingface_hub by itself would retry for half a minute per file, with a warning for each try. Behind a proxy
+    the name need not resolve here, so nothing is concluded.
+    """
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    host = urllib.parse.urlsplit(hub_constants.ENDPOINT).hostname
+    if hub_constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set and it is not in the local cache"
+    if urllib.request.getproxies():
+        return None
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        hub_constants.HF_HUB_OFFLINE = True
+        return f"no network: {host} cannot be found, and it is not in the local cache"
+    return None
+
+
 def load_pipeline(
     info: ModelInfo, dtype: str, use_t5: bool = False, local_checkpoint: Path | None = None
 ) -> DiffusionPipeline:
@@ -264,13 +288,14 @@ def load_pipeline(
             raise ModelError(f"{info.folder}: no {', '.join(missing)}; models/{BUNDLED_MODEL} shows the layout")
         return LocalPipeline(info, getattr(mx, dtype))
     half = dtype == "float16"
+    unreachable = _reach_hub()
     try:
         pipeline = DiffusionPipeline(
             w16=half, a16=half, shift=info.sampler_shift, use_t5=use_t5, model_version=info.version,
             low_memory_mode=False, local_ckpt=str(local_checkpoint) if local_checkpoint else None,
         )  # fmt: skip
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().split("\n")[0][:160]
+        reason = unreachable or str(error).strip().split("\n")[0][:160]
         raise ModelError(
             f"cannot get {info.version} from the Hugging Face hub ({reason}): accept the licence on the model's page and "
             f"log in with `hf auth login`, or run now with --model {BUNDLED_MODEL}"

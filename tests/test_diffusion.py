@@ -187,8 +187,16 @@ def test_damaged_weights_are_one_line(tmp_path):
         load_pipeline(describe_model("sd3-emoji"), "float32", use_t5=True)
 
 
-def test_without_network_the_default_model_is_one_line_with_the_way_on():
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"}
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set"),
+        ({"HF_ENDPOINT": "https://hub.invalid"}, "no network: hub.invalid"),
+    ],
+)
+def test_without_network_the_default_model_is_one_line_with_the_way_on(setting, reason):
+    environment = {key: value for key, value in os.environ.items() if "proxy" not in key.lower()}
+    environment |= {"HF_HOME": "/nonexistent"} | setting
     code = (
         "import diffusion as d\n"
         "try: d.load_pipeline(d.describe_model('argmaxinc/mlx-stable-diffusion-3-medium'), 'float32')\n"
@@ -197,7 +205,7 @@ def test_without_network_the_default_model_is_one_line_with_the_way_on():
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     )
-    assert run.stdout.count("\n") == 1 and run.stderr == ""
+    assert run.stdout.count("\n") == 1 and run.stderr == "" and reason in run.stdout
     assert "hf auth login" in run.stdout and "--model sd3-emoji" in run.stdout
 
 
