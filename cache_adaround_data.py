@@ -110,7 +110,7 @@ def plan_cache(manifest: dict, images: list[dict], stride: int, blocks: str | No
         "calibration_run": run_identity(manifest),
         "num_images": len(images),
         "stride": stride,
-        "blocks": blocks,
+        "blocks": ",".join(sorted(blocks.replace(" ", "").split(","))) if blocks else None,
         "selected_image_ids": [image["image_id"] for image in images],
         "key_timesteps": select_steps(manifest, stride),
     }
@@ -121,10 +121,12 @@ def choose_blocks(pipeline, blocks: str | None) -> tuple[dict[str, tuple[list[st
     from hooks import block_slots
 
     names = list(block_slots(pipeline.mmdit))
-    chosen = [name.strip() for name in blocks.split(",")] if blocks else names
+    chosen = [name.strip() for name in blocks.split(",")] if blocks is not None else names
     unknown = [name for name in chosen if name not in names]
     if unknown:
-        raise click.UsageError(f"--blocks: no block {', '.join(unknown)}; the model has {names[0]} to {names[-1]}")
+        raise click.UsageError(
+            f"--blocks: no block {', '.join(map(repr, unknown))}; the model has {names[0]} to {names[-1]}"
+        )
     return boundary_keys(names), [name for name in names if name in chosen]
 
 
@@ -224,8 +226,10 @@ def main(
     """Stage 2W: cache the inputs and outputs of every block."""
     from calibration_store import (
         BlockCachePaths,
+        check_stage,
         locked_folder,
         open_stage,
+        owned_bytes,
         read_manifest,
         require_space,
         select_images,
@@ -241,8 +245,7 @@ def main(
         f"{passes} samples"
     )
     options = {"num_images": "--num-images", "stride": "--stride", "blocks": "--blocks"}
-    if dry_run:
-        open_stage(paths, paths.plan, plan, options, resume, force, write=False)
+    check_stage(paths, paths.plan, plan, options, resume, force, "cache_adaround_data.py")
     from diffusion import load_run_pipeline
 
     pipeline = load_run_pipeline(manifest)
@@ -252,12 +255,12 @@ def main(
     click.echo(
         f"{format_bytes(total)} in {paths.root} ({format_bytes(sample_bytes)} a sample), about {format_seconds(seconds * passes)}"
     )
+    require_space(paths.root, total - owned_bytes(paths))
     if dry_run:
-        require_space(paths.root, total)
         return
     with locked_folder(paths.root):
-        open_stage(paths, paths.plan, plan, options, resume, force)
-        require_space(paths.root, total - sum(path.stat().st_size for path in paths.owned_files()))
+        check_stage(paths, paths.plan, plan, options, resume, force, "cache_adaround_data.py")
+        open_stage(paths, paths.plan, plan, force)
         try:
             cache(pipeline, paths, manifest, plan, images, keys, chosen)
             write_metadata(paths, manifest, plan, keys, chosen)

@@ -13,6 +13,7 @@ import re
 import shutil
 import struct
 import tempfile
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -258,6 +259,13 @@ def npz_bytes(arrays: Mapping[str, np.ndarray]) -> int:
     return size + sum(_CENTRAL_HEADER.size + len(key) + 4 for key in arrays) + 22
 
 
+# what damaged bytes raise in zipfile, NumPy's header parser and the file system
+NPZ_ERRORS = (
+    ValueError, TypeError, OSError, EOFError, AttributeError, RuntimeError, NotImplementedError, struct.error,
+    tokenize.TokenError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+
+
 def read_npz(path: Path, remedy: str) -> dict[str, np.ndarray]:
     """Read every array of an NPZ, checksums included; pickled arrays are refused.
 
@@ -268,8 +276,8 @@ def read_npz(path: Path, remedy: str) -> dict[str, np.ndarray]:
             return {key: file[key] for key in file.files}
     except FileNotFoundError:
         raise StoreError(f"{path}: missing; {remedy}") from None
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile, AttributeError) as error:
-        pickled = "allow_pickle" in str(error)
+    except NPZ_ERRORS as error:
+        pickled = "Object arrays cannot be loaded" in str(error)
         what = "holds a pickled array, which is not read" if pickled else "truncated or damaged"
         raise StoreError(f"{path}: {what}; {remedy}") from None
 
@@ -289,15 +297,19 @@ class BackgroundWriter:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        self._pool.shutdown(wait=True)
+        self._pool.shutdown(wait=True, cancel_futures=kind is not None)
         if kind is None:
             self._raise_failures()
 
     def submit(self, write, *args) -> None:
         """Queue `write(*args)`; waits while the queue is full."""
         self._slots.acquire()
-        self._raise_failures()
-        future = self._pool.submit(write, *args)
+        try:
+            self._raise_failures()
+            future = self._pool.submit(write, *args)
+        except BaseException:
+            self._slots.release()
+            raise
         future.add_done_callback(lambda _: self._slots.release())
         self._futures.append(future)
 
@@ -386,7 +398,7 @@ def run_identity(manifest: Mapping[str, Any]) -> str:
 
 
 def select_images(manifest: Mapping[str, Any], num_images: int) -> list[dict[str, Any]]:
-    """num_images entries of a finished run's images, evenly over the whole run, first and last included, no repeats.
+    """num_images entries of a finished run's images, evenly over the whole run, without repeats.
 
     Raises StoreError when the run is unfinished or has fewer images.
     """
@@ -397,7 +409,9 @@ def select_images(manifest: Mapping[str, Any], num_images: int) -> list[dict[str
             f"finish it with {GENERATE} --resume (TROUBLESHOOTING_GUIDE Issue 9)"
         )
     if num_images > len(images):
-        raise StoreError(f"--num-images {num_images}: the calibration run has {len(images)} images")
+        raise StoreError(
+            f"--num-images {num_images}: the calibration run has {len(images)} images; give --num-images {len(images)} or fewer"
+        )
     return [images[round(i)] for i in np.linspace(0, len(images) - 1, num_images)]
 
 
@@ -407,8 +421,28 @@ def select_steps(manifest: Mapping[str, Any], stride: int) -> list[int]:
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
-    """Read the manifest of a calibration folder. Raises StoreError."""
-    return read_json(CalibrationPaths(root).manifest, MANIFEST_FORMAT, GENERATE)
+    """Read the manifest of a calibration folder. Raises StoreError, also when an entry that the stages need is not right."""
+    path = CalibrationPaths(root).manifest
+    manifest = read_json(path, MANIFEST_FORMAT, GENERATE)
+    for content, entries in (
+        (manifest, MANIFEST_ENTRIES),
+        *((image, IMAGE_ENTRIES) for image in manifest.get("images", [])),
+    ):
+        for key, kind in entries.items():
+            if not isinstance(content.get(key) if isinstance(content, dict) else None, kind):
+                raise StoreError(f"{path}: no valid entry {key!r}; run {GENERATE} with --force to make the run anew")
+    return manifest
+
+
+MANIFEST_ENTRIES = {
+    "model_version": str,
+    "num_steps": int,
+    "cfg_scale": (int, float),
+    "latent_size": list,
+    "use_t5": bool,
+}
+MANIFEST_ENTRIES |= {"activation_dtype": str, "num_images": int, "images": list}
+IMAGE_ENTRIES = {"image_id": int, "prompt": str, "negative_prompt": str, "seed": int, "cfg_weight": (int, float)}
 
 
 def read_run_sample(
@@ -427,9 +461,10 @@ def read_run_sample(
 # --- stages that follow: what a run is, and whether to go on with it ----------------------------------------
 
 
-def open_stage(paths, record: Path, plan: Mapping[str, Any], options: Mapping[str, str], resume: bool, force: bool,
-               write: bool = True) -> None:  # fmt: skip
-    """Begin, resume or restart a stage in its folder, as --resume and --force say.
+def check_stage(
+    paths, record: Path, plan: Mapping[str, Any], options: Mapping[str, str], resume: bool, force: bool, made_by: str
+) -> None:
+    """Whether a stage may begin, go on or start over in its folder, as --resume and --force say. Writes nothing.
 
     record is the JSON file that says what the stage's run is (`plan`); options names the flag behind a key of
     it. Raises StoreError when the folder is used and neither flag is given, or when --resume would mix two runs.
@@ -441,7 +476,7 @@ def open_stage(paths, record: Path, plan: Mapping[str, Any], options: Mapping[st
     if finished and resume:
         if not record.exists():
             raise StoreError(f"{paths.root}: files without {record.name}; use --force to start over")
-        before = read_json(record, plan["format"], "the stage")
+        before = read_json(record, plan["format"], made_by)
         for key, flag in options.items():
             if before.get(key) != plan[key]:
                 raise StoreError(
@@ -449,12 +484,25 @@ def open_stage(paths, record: Path, plan: Mapping[str, Any], options: Mapping[st
                 )
         if before.get("calibration_run") != plan["calibration_run"]:
             raise StoreError(f"--resume: {paths.root} was made from another calibration run; use --force")
-    if write:
-        for path in sorted(owned, key=lambda path: path != record):
-            if force or path.suffix == TEMP_SUFFIX:
-                path.unlink()
-        if force or not record.exists():
-            write_json(record, plan)
+
+
+def open_stage(paths, record: Path, plan: Mapping[str, Any], force: bool) -> None:
+    """After `check_stage`: remove half-written files, with `force` all of an earlier run's, and note what the run is."""
+    clear_files(paths.owned_files(), record, force)
+    if not record.exists():
+        write_json(record, plan)
+
+
+def clear_files(owned: Sequence[Path], first: Path, everything: bool) -> None:
+    """Remove temporary files, or everything, `first` first: without it the others are no run."""
+    for path in sorted(owned, key=lambda path: path != first):
+        if everything or path.suffix == TEMP_SUFFIX:
+            path.unlink()
+
+
+def owned_bytes(paths) -> int:
+    """Bytes on the disk of what a stage has written so far."""
+    return sum(path.stat().st_size for path in paths.owned_files())
 
 
 # --- stage 2A: activation statistics ------------------------------------------------------------------------
@@ -592,7 +640,7 @@ def map_npz(path: Path, keys: Sequence[str], remedy: str) -> dict[str, np.ndarra
         raise StoreError(f"{path}: missing; {remedy}") from None
     except KeyError as error:
         raise StoreError(f"{path}: {error.args[0]}; {remedy}") from None
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except NPZ_ERRORS as error:
         raise StoreError(f"{path}: truncated or damaged ({error}); {remedy}") from None
     return arrays
 
@@ -609,9 +657,17 @@ class CachedBlock:
 
 
 def read_cached_block(calib_dir: Path, block: str) -> Iterator[CachedBlock]:
-    """One block's inputs and outputs over all samples of the cache, without loading any other block's."""
+    """One block's inputs and outputs over all samples of the cache, without loading any other block's.
+
+    Raises StoreError (also after the first samples) when a file is missing, damaged or of another run.
+    """
     paths = BlockCachePaths(calib_dir)
     metadata = read_json(paths.metadata, CACHE_FORMAT, "cache_adaround_data.py")
+    manifest = CalibrationPaths(calib_dir).manifest
+    if manifest.exists() and metadata.get("calibration_run") not in (None, run_identity(read_manifest(calib_dir))):
+        raise StoreError(
+            f"{paths.metadata}: made from another calibration run than {manifest}; run cache_adaround_data.py --force"
+        )
     if block not in metadata["block_names"]:
         raise StoreError(f"{paths.metadata}: block {block} is not cached (it has {', '.join(metadata['block_names'])})")
     shapes = metadata["block_shapes"][block]

@@ -23,6 +23,8 @@ class StageCommand(click.Command):
         except click.Abort:
             click.echo("Interrupted.", err=True)
             code = 130
+        if "mlx.core" in sys.modules:
+            sys.modules["mlx.core"].synchronize()  # what an interrupted pass left running ends before the process
         sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -74,7 +76,13 @@ def progress_bar(total: int, description: str, unit: str, initial: int = 0, leav
 
     interval = 0.1 if sys.stderr.isatty() else 10
     return tqdm(
-        total=total, desc=description, unit=unit, initial=initial, leave=leave, mininterval=interval, dynamic_ncols=True
+        total=total,
+        desc=description,
+        unit=unit,
+        initial=initial,
+        leave=leave,
+        mininterval=interval,
+        dynamic_ncols=True,
     )
 
 

@@ -10,8 +10,9 @@ Writes  activations/layer_statistics.json and activations/timestep_stats/step_{k
 import functools
 import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,9 +33,10 @@ if TYPE_CHECKING:
     import mlx.core as mx
     import numpy as np
 
+    from calibration_store import ActivationPaths
+
 SHIFT_MOMENTUM = 0.95
 POST_GELU_SUFFIX = ".mlp.fc2"
-PARTIAL_MADE_BY = "collect_layer_activations.py"
 
 
 # --- statistics of one input --------------------------------------------------------------------------------
@@ -200,7 +202,7 @@ MERGE_KERNEL = """
     const int first_bin = (int)floor(lows[0] * power_of_two(-exponent));
     for (int tile = first_tile + THREAD / 256; tile < end_tile; tile += 4) {
         const int bin = THREAD % 256, count = tile_histograms[tile * 259 + bin];
-        const int shift = exponent - tile_histograms[tile * 259 + 256];
+        const int coarser = exponent - tile_histograms[tile * 259 + 256], shift = coarser < 31 ? coarser : 31;
         if (count > 0) ADD(merged[((tile_histograms[tile * 259 + 257] + bin) >> shift) - first_bin], count);
         if (bin == 0 && tile_histograms[tile * 259 + 258] > 0) ADD(not_finite, tile_histograms[tile * 259 + 258]);
     }
@@ -492,13 +494,31 @@ def write_partial(path: Path, statistics: PassStatistics, where: str) -> None:
 # --- merging ------------------------------------------------------------------------------------------------
 
 
-def merge_partials(partials: list[dict[str, "np.ndarray"]]) -> tuple[dict[str, "np.ndarray"], dict[str, dict]]:
+class StepPartials(Sequence):
+    """The partial results of one step, in ascending image_id, read from the disk one at a time."""
+
+    def __init__(self, paths: "ActivationPaths", step: int, image_ids: Sequence[int]):
+        self._paths, self._step, self._image_ids = paths, step, image_ids
+
+    def __len__(self) -> int:
+        return len(self._image_ids)
+
+    def __getitem__(self, index: int) -> dict[str, "np.ndarray"]:
+        from calibration_store import read_partial
+
+        return read_partial(self._paths, self._image_ids[index], self._step)
+
+
+def merge_partials(partials: Sequence[dict[str, "np.ndarray"]]) -> tuple[dict[str, "np.ndarray"], dict[str, dict]]:
     """Merge one step's partial results, in ascending image_id, into the arrays and the index of a step file.
 
     avg_min and avg_max are plain means over images; shift is the moving average of TaQ-DiT's per-channel centre
-    (momentum 0.95, first image sets it); histograms add up on the finest grid that holds them all.
+    (momentum 0.95, first image sets it); histograms add up on the finest grid that holds them all. partials is gone
+    through twice, one partial in memory at a time.
     """
     import numpy as np
+
+    from quantizers import histogram_edges, histogram_grid, regrid_histogram
 
     first = partials[0]
     starts = np.concatenate([[0], np.cumsum(first["channels"])])
@@ -506,39 +526,37 @@ def merge_partials(partials: list[dict[str, "np.ndarray"]]) -> tuple[dict[str, "
         int(i) for name, i in zip(first["layers"], first["inputs"], strict=True) if name.endswith(POST_GELU_SUFFIX)
     }
     total_min, total_max = (np.zeros(starts[-1], np.float64) for _ in range(2))
-    shift = None
+    shift, lowest, highest = None, np.inf, -np.inf
     for partial in partials:
         low, high = partial["limits"].astype(np.float64)
+        lowest, highest = np.minimum(lowest, low), np.maximum(highest, high)
         total_min += low
         total_max += high
         centre = (low + high) / 2
         shift = centre if shift is None else SHIFT_MOMENTUM * shift + (1 - SHIFT_MOMENTUM) * centre
     avg_min, avg_max = (total / len(partials) for total in (total_min, total_max))
-    inputs = []
-    for index in range(len(first["channels"])):
-        part = slice(starts[index], starts[index + 1])
-        histogram = _merge_histograms(partials, index, part)
-        inputs.append(
-            _describe_input(avg_min[part], avg_max[part], shift[part] if index in post_gelu else None, *histogram)
+    parts = [slice(start, end) for start, end in pairwise(starts)]
+    grids = [histogram_grid(float(lowest[part].min()), float(highest[part].max())) for part in parts]
+    counts = np.zeros((len(parts), 256), np.int64)
+    for partial in partials:
+        for index, histogram in enumerate(partial["histograms"]):
+            counts[index] += regrid_histogram(histogram[:256], histogram[256:258].tolist(), grids[index])
+    inputs = [
+        _describe_input(
+            avg_min[part],
+            avg_max[part],
+            shift[part] if index in post_gelu else None,
+            counts[index],
+            histogram_edges(*grids[index]),
         )
+        for index, part in enumerate(parts)
+    ]
     arrays, entries = {}, {}
     for name, index in zip(first["layers"], first["inputs"], strict=True):
         fields, entry = inputs[index]
         arrays |= {f"{name.replace('.', '_')}__{field}": array for field, array in fields.items()}
         entries[str(name)] = {"n_batches": len(partials), **entry}
     return arrays, entries
-
-
-def _merge_histograms(partials, index: int, part: slice) -> tuple["np.ndarray", "np.ndarray"]:
-    """Counts (256,) int64 and edges (257,) float64 of one input over all images."""
-    from quantizers import histogram_edges, histogram_grid, regrid_histogram
-
-    low = min(float(partial["limits"][0, part].min()) for partial in partials)
-    high = max(float(partial["limits"][1, part].max()) for partial in partials)
-    grid = histogram_grid(low, high)
-    histograms = [partial["histograms"][index] for partial in partials]
-    counts = sum(regrid_histogram(histogram[:256], histogram[256:258].tolist(), grid) for histogram in histograms)
-    return counts, histogram_edges(*grid)
 
 
 def _describe_input(avg_min, avg_max, shift, counts, edges) -> tuple[dict[str, "np.ndarray"], dict[str, Any]]:
@@ -626,12 +644,12 @@ def collect_image(pipeline, paths, manifest, image, steps, implementation, write
 
 def write_statistics(paths, manifest: dict, plan: dict, sigmas: list[float]) -> None:
     """Merge the partial results of every step and write the stage's files, layer_statistics.json last."""
-    from calibration_store import STATISTICS_FORMAT, read_partial, write_json, write_npz
+    from calibration_store import STATISTICS_FORMAT, write_json, write_npz
     from quantizers import HISTOGRAM_BINS
 
     steps, image_ids = plan["key_timesteps"], plan["selected_image_ids"]
     for step in steps:
-        arrays, entries = merge_partials([read_partial(paths, image_id, step) for image_id in image_ids])
+        arrays, entries = merge_partials(StepPartials(paths, step, image_ids))
         write_npz(paths.step_arrays(str(step)), arrays)
         write_json(paths.step_index(str(step)), entries)
     statistics = {
@@ -687,7 +705,7 @@ def probe_pass(pipeline, manifest: dict, image: dict, paths, step: int, implemen
 @resume_options
 def main(calib_dir: Path, num_images: int, stride: int, resume: bool, force: bool, dry_run: bool) -> None:
     """Stage 2A: statistics of the input of every linear layer, per denoising step."""
-    from calibration_store import ActivationPaths, locked_folder, open_stage, require_space
+    from calibration_store import ActivationPaths, check_stage, locked_folder, open_stage, require_space
 
     manifest, plan, images = plan_collection(calib_dir, num_images, stride)
     paths = ActivationPaths(calib_dir)
@@ -697,9 +715,9 @@ def main(calib_dir: Path, num_images: int, stride: int, resume: bool, force: boo
         f"{passes} passes, {manifest['activation_dtype']}"
     )
     options = {"num_images": "--num-images", "stride": "--stride"}
+    check_stage(paths, paths.collection, plan, options, resume, force, "collect_layer_activations.py")
+    pipeline, implementation = load_model(manifest)
     if dry_run:
-        open_stage(paths, paths.collection, plan, options, resume, force, write=False)
-        pipeline, implementation = load_model(manifest)
         seconds, size = probe_pass(pipeline, manifest, images[0], paths, plan["key_timesteps"][0], implementation)
         total = size * (passes + 2 * len(plan["key_timesteps"]))
         click.echo(
@@ -708,8 +726,8 @@ def main(calib_dir: Path, num_images: int, stride: int, resume: bool, force: boo
         require_space(paths.root, total)
         return
     with locked_folder(paths.root):
-        open_stage(paths, paths.collection, plan, options, resume, force)
-        pipeline, implementation = load_model(manifest)
+        check_stage(paths, paths.collection, plan, options, resume, force, "collect_layer_activations.py")
+        open_stage(paths, paths.collection, plan, force)
         try:
             collect(pipeline, paths, manifest, plan, images, implementation)
             from diffusion import sigma_schedule

@@ -10,6 +10,7 @@ B unconditional) and B without. Latents are (B, h, w, 16), text tokens (R, token
 import contextlib
 import copy
 import ctypes
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -154,10 +155,13 @@ def describe_model(name: str) -> ModelInfo:
             sampler_shift=float(config["sampler_shift"]),
             captions=captions if captions.exists() else None,
         )
-    except KeyError as error:
-        raise ModelError(
-            f"{folder / 'config.json'}: no entry {error}; models/{BUNDLED_MODEL} shows the layout"
-        ) from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(_config_message(folder, error)) from None
+
+
+def _config_message(folder: Path, error: Exception) -> str:
+    what = f"no entry {error}" if isinstance(error, KeyError) else str(error)
+    return f"{folder / 'config.json'}: {what}; models/{BUNDLED_MODEL} shows the layout"
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -286,7 +290,10 @@ def load_pipeline(
         ]
         if missing:
             raise ModelError(f"{info.folder}: no {', '.join(missing)}; models/{BUNDLED_MODEL} shows the layout")
-        return LocalPipeline(info, getattr(mx, dtype))
+        try:
+            return LocalPipeline(info, getattr(mx, dtype))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelError(_config_message(info.folder, error)) from None
     half = dtype == "float16"
     unreachable = _reach_hub()
     try:
@@ -303,16 +310,16 @@ def load_pipeline(
     except (RuntimeError, ValueError, KeyError) as error:
         source = local_checkpoint or info.version
         raise ModelError(f"cannot load {source}: {' '.join(str(error).split())[:200]}") from None
+    pipeline.ensure_models_are_loaded()
     if use_t5:
         pipeline.t5_encoder = _T5Encoder(pipeline.t5_encoder)
-    pipeline.ensure_models_are_loaded()
     return pipeline
 
 
 # --- text ---------------------------------------------------------------------------------------------------
 
 
-def check_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str]) -> int:
+def check_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], what: str = "prompt") -> int:
     """Tokenize every prompt with both CLIP tokenizers before any work is done.
 
     Returns how many prompts are longer than the tokenizer's positions and will be cut. Raises ModelError
@@ -328,7 +335,7 @@ def check_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str]) -> int:
             except KeyError as error:
                 character = error.args[0].replace("</w>", "")
                 raise ModelError(
-                    f"prompt {index + 1} {prompt!r}: the character {character!r} is not in the tokenizer's vocabulary; "
+                    f"{what} {index + 1} {prompt!r}: the character {character!r} is not in the tokenizer's vocabulary; "
                     "replace it"
                 ) from None
             if length > tokenizer.max_length:
@@ -444,11 +451,17 @@ def _row_groups(images: int) -> list[slice]:
     """Split the images of one pass over the CPU's cores; one group elsewhere.
 
     Most of MLX's CPU operations use one thread of their stream, so groups on streams of their own run side by
-    side. Which group an image falls in depends on nothing but `images`.
+    side. Which group an image falls in depends on its place in the batch and on the number of cores.
     """
     cores = min(images, os.cpu_count() or 1) if mx.default_device() == mx.Device(mx.cpu) else 1
     edges = [images * core // cores for core in range(cores + 1)]
     return [slice(a, b) for a, b in pairwise(edges)]
+
+
+@functools.cache
+def _cpu_streams(count: int) -> list[mx.Stream]:
+    """Made once: MLX never frees a stream, and each is a thread."""
+    return [mx.new_stream(mx.cpu) for _ in range(count)]
 
 
 @contextlib.contextmanager
@@ -480,7 +493,7 @@ def euler_steps(
     mx.eval(x)
 
     groups = _row_groups(images)
-    streams = [mx.default_stream(mx.default_device())] if len(groups) == 1 else [mx.new_stream(mx.cpu) for _ in groups]
+    streams = [mx.default_stream(mx.default_device())] if len(groups) == 1 else _cpu_streams(len(groups))
 
     def rows_of(array: mx.array, group: slice) -> mx.array:
         return mx.concatenate(

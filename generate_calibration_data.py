@@ -9,6 +9,7 @@ Writes  manifest.json, samples/{image:04d}_{step:03d}.npz and images/{image:04d}
 import csv
 import hashlib
 import io
+import math
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -66,9 +67,13 @@ def read_prompt_file(path: Path) -> list[str]:
     except UnicodeDecodeError as error:
         raise click.UsageError(f"--prompts {path}: not UTF-8 text (byte {error.start})") from None
     if path.suffix.lower() == ".csv":
-        rows = csv.DictReader(io.StringIO(text))
-        if "prompt" not in (rows.fieldnames or ()):
-            found = ", ".join(rows.fieldnames or ()) or "none"
+        try:
+            rows = list(csv.DictReader(io.StringIO(text), strict=True))
+        except csv.Error as error:
+            raise click.UsageError(f"--prompts {path}: not valid CSV ({error})") from None
+        fields = next(csv.reader(io.StringIO(text)), [])
+        if "prompt" not in fields:
+            found = ", ".join(fields) or "none"
             raise click.UsageError(f"--prompts {path}: no column 'prompt' (columns: {found})")
         lines = [row["prompt"] or "" for row in rows]
     else:
@@ -119,6 +124,8 @@ def plan_run(
                 f"--latent-size {latent_size[0]} {latent_size[1]}: both sides must be multiples of {info.patch_size} "
                 f"from {info.patch_size} to {info.max_latent_size} for {info.version}"
             )
+    if not math.isfinite(cfg_weight):
+        raise click.UsageError(f"--cfg-weight {cfg_weight}: not a finite number")
     if negative_prompt and cfg_weight <= 1:
         raise click.UsageError("--negative-prompt needs --cfg-weight above 1: DiffusionKit ignores it otherwise")
     chosen = [prompts[image_id % len(prompts)] for image_id in range(num_images)]
@@ -203,13 +210,13 @@ def open_run(paths: "CalibrationPaths", plan: dict[str, Any], resume: bool, forc
     return {image["image_id"]: image for image in plan["images"] if is_complete(paths, plan, image["image_id"])}
 
 
-def clear_leftovers(paths: "CalibrationPaths", force: bool) -> None:
-    """Remove half-written files, and with `force` everything that an earlier run wrote, the manifest first."""
-    from calibration_store import TEMP_SUFFIX
-
-    for path in sorted(paths.owned_files(), key=lambda path: path != paths.manifest):
-        if force or path.suffix == TEMP_SUFFIX:
-            path.unlink()
+def warn_of_old_results(paths: "CalibrationPaths") -> None:
+    """After --force: what later stages made from the run that is gone."""
+    old = [name for name in ("adaround_cache", "activations") if (paths.root / name).is_dir()]
+    if old:
+        click.echo(
+            f"Note: {' and '.join(old)} in {paths.root} belong to the run that is gone; make them anew with --force."
+        )
 
 
 def batches_to_do(plan: dict[str, Any], complete: dict[int, dict]) -> list[list[dict]]:
@@ -239,12 +246,17 @@ def image_pixels(plan: dict[str, Any], info: "ModelInfo") -> int:
 
 
 def sample_batch(pipeline, plan: dict[str, Any], batch: list[dict], num_steps: int):
-    """The Euler steps of one batch of images, as a generator."""
+    """The Euler steps of one batch of images, as a generator.
+
+    A short last batch is filled up with its last image: an image's bytes then depend on its place in a batch of
+    the run's size and on nothing else, also when the run grows later.
+    """
     import mlx.core as mx
 
     from diffusion import encode_prompts, euler_steps, initial_noise
 
     cfg_weight = plan["cfg_scale"]
+    batch = batch + batch[-1:] * (plan["batch_size"] - len(batch))
     text = encode_prompts(pipeline, [image["prompt"] for image in batch], cfg_weight, plan["negative_prompt"])
     noise = mx.concatenate([initial_noise(image["seed"], tuple(plan["latent_size"])) for image in batch])
     return euler_steps(pipeline, text, noise, num_steps, cfg_weight)
@@ -255,9 +267,14 @@ def write_step(writer, paths: "CalibrationPaths", batch: list[dict], step: "Eule
     import mlx.core as mx
     import numpy as np
 
-    from calibration_store import sample_arrays, write_npz
+    from calibration_store import StoreError, sample_arrays, write_npz
 
     x = np.array(step.x.astype(getattr(mx, dtype)))
+    if not np.isfinite(x).all():
+        ids = ", ".join(str(image["image_id"]) for image in batch)
+        raise StoreError(
+            f"step {step.step_index} of image {ids} is not finite; try --dtype float32 or a smaller --cfg-weight"
+        )
     timestep, sigma = np.array(step.timestep), float(step.sigma)
     for row, image in enumerate(batch):
         if image["image_id"] not in complete:
@@ -318,7 +335,7 @@ def probe_seconds(pipeline, plan: dict[str, Any], batches: list[list[dict]]) -> 
     if not batches:
         return 0.0
     with closing(sample_batch(pipeline, plan, batches[0], 1)) as steps:
-        next(steps)  # warm-up: kernels are compiled, weights are in memory
+        next(steps)  # warm-up: weights are in memory, the adaLN kernels compiled
     marks = [time.perf_counter()]
     with closing(sample_batch(pipeline, plan, batches[0], 2)) as steps:
         for step in steps:
@@ -408,7 +425,7 @@ def main(
     stride, batch_size, use_t5, dtype, save_images, calib_dir, resume, force, dry_run,
 ):  # fmt: skip
     """Stage 1: sample images and keep the latents of their denoising steps as calibration data."""
-    from calibration_store import CalibrationPaths, locked_folder, require_space
+    from calibration_store import CalibrationPaths, clear_files, locked_folder, require_space
 
     given_prompts = read_prompt_file(prompt_file) if prompt_file else None
     from diffusion import check_prompts, default_dtype, describe_model, load_pipeline
@@ -428,17 +445,21 @@ def main(
         if len(complete) == num_images:
             click.echo(f"nothing to do: all {num_images} images are complete in {paths.root}")
             if not dry_run:
+                clear_files(paths.owned_files(), paths.manifest, everything=False)
                 write_manifest(paths, plan, complete)
             return
         pipeline = load_pipeline(info, plan["activation_dtype"], plan["use_t5"], local_checkpoint)
         cut = check_prompts(pipeline, [image["prompt"] for image in plan["images"]])
+        check_prompts(pipeline, [negative_prompt], "--negative-prompt")
         if cut:
             click.echo(f"{cut} prompts are longer than the text encoder's positions: their ends are ignored.")
         if dry_run:
             seconds = probe_seconds(pipeline, plan, batches_to_do(plan, complete))
             click.echo(f"time: about {format_seconds(seconds)} on this machine")
             return
-        clear_leftovers(paths, force)
+        clear_files(paths.owned_files(), paths.manifest, everything=force)
+        if force:
+            warn_of_old_results(paths)
         try:
             generate(pipeline, paths, plan, complete)
         except KeyboardInterrupt:

@@ -117,7 +117,7 @@ def test_only_the_boundaries_of_the_chosen_blocks_are_stored(run, tmp_path):
         assert all(np.array_equal(some[key], whole[key]) for key in some.files)
     assert [c.step_index for c in read_cached_block(tmp_path, "mm7")] == [0, 2, 0, 2]
     done = invoke("cache_adaround_data", "--calib-dir", tmp_path, *ARGUMENTS, "--blocks", "mm4,mm9", "--force")
-    assert done.exit_code == 2 and "--blocks: no block mm9; the model has mm0 to mm7" in done.stderr
+    assert done.exit_code == 2 and "--blocks: no block 'mm9'; the model has mm0 to mm7" in done.stderr
 
 
 def test_keys_of_flux():

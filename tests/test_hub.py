@@ -63,7 +63,18 @@ def test_the_default_model_from_a_hub_cache(hub, tmp_path):
     assert not (tmp_path / "c").exists()
 
 
-def test_t5_missing_from_the_cache_is_one_line(hub, tmp_path):
-    done = run(hub, "--num-images", 1, "--calib-dir", tmp_path / "a")
-    assert done.returncode == 2 or done.returncode == 1
+def test_t5_is_on_by_default_and_missing_files_are_one_line(hub, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red rocket\n")
+    arguments = ["--num-images", 2, "--num-steps", 2, "--latent-size", 8, 8, "--prompts", tmp_path / "prompts.txt"]
+    done = run(hub, *arguments, "--calib-dir", tmp_path / "a")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "a/manifest.json").read_bytes())["use_t5"] is True
+    without = run(hub, *arguments, "--calib-dir", tmp_path / "b", "--no-t5")
+    assert without.returncode == 0, without.stderr
+    with_t5, without_t5 = (np.load(tmp_path / name / "samples/0001_002.npz")["x"] for name in "ab")
+    assert np.isfinite(with_t5).all() and not np.array_equal(with_t5, without_t5)
+
+    next(hub.rglob("t5xxl.safetensors")).unlink()
+    done = run(hub, *arguments, "--calib-dir", tmp_path / "c")
+    assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and "hf auth login" in done.stderr

@@ -38,8 +38,13 @@ def main(calib_dir: Path, output: Path | None, columns: int, size: int) -> None:
     for index, image in enumerate(images):
         row, column = divmod(index, columns)
         left, top = margin + column * (size + margin), margin + row * (cell_height + margin)
-        with Image.open(calib_dir / image["filename"]) as picture:
-            sheet.paste(picture.resize((size, size), Image.Resampling.LANCZOS), (left, top))
+        try:
+            with Image.open(calib_dir / image["filename"]) as picture:
+                sheet.paste(picture.resize((size, size), Image.Resampling.LANCZOS), (left, top))
+        except OSError as error:
+            raise StoreError(
+                f"{calib_dir / image['filename']}: {error.strerror or 'not an image'}; run generate_calibration_data.py --resume"
+            ) from None
         caption = "\n".join(textwrap.wrap(image["prompt"], width=size // 7)[:2])
         draw.multiline_text((left, top + size + 4), caption, fill="black", font=font)
     output = output or calib_dir / "contact_sheet.png"
