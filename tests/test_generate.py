@@ -161,6 +161,15 @@ def test_stride_and_batches(clean_run, tmp_path):
     assert folder_bytes(tmp_path / "run") == whole
 
 
+def test_a_run_grown_from_a_short_batch_is_that_of_one_go(tmp_path):
+    arguments = ["--num-steps", 3, "--batch-size", 4, "--calib-dir"]
+    generate("--num-images", 2, *arguments, tmp_path / "grown")
+    done = generate("--num-images", 5, *arguments, tmp_path / "grown", "--resume")
+    assert done.exit_code == 0, done.stderr
+    generate("--num-images", 5, *arguments, tmp_path / "whole")
+    assert folder_bytes(tmp_path / "grown") == folder_bytes(tmp_path / "whole")
+
+
 def test_dry_run_writes_nothing_and_its_bytes_are_right(clean_run, tmp_path):
     done = generate(*SMALL, "--calib-dir", tmp_path / "run", "--dry-run")
     assert done.exit_code == 0, done.stderr
@@ -231,6 +240,13 @@ def test_builtin_prompts_are_many_distinct_diverse_and_drawn_by_seed():
         (["--calib-dir", "/proc/run"], "cannot write to /proc/run: "),
         (["--num-images", 10**5, "--num-steps", 1000, "--prompts", "one.txt"], " GB, the disk has "),
         (["--cfg-weight", 1, "--negative-prompt", "red"], "--negative-prompt needs --cfg-weight above 1"),
+        (["--cfg-weight", "nan"], "--cfg-weight nan: not a finite number"),
+        (["--cfg-weight", "inf"], "--cfg-weight inf: not a finite number"),
+        (
+            ["--negative-prompt", "日本"],
+            "--negative-prompt 1 '日本': the character '日' is not in the tokenizer's vocabulary",
+        ),
+        (["--prompts", "broken.csv"], "broken.csv: not valid CSV (unexpected end of data)"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, arguments, message):
@@ -243,6 +259,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, argumen
     ):
         (tmp_path / name).write_text(content)
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "broken.csv").write_text('prompt\n"unclosed\nb\n')
     before = folder_bytes(tmp_path)
     done = generate(*arguments, *([] if "--calib-dir" in arguments else ["--calib-dir", "out"]))
     assert done.exit_code == 2
