@@ -304,14 +304,10 @@ class BackgroundWriter:
     def submit(self, write, *args) -> None:
         """Queue `write(*args)`; waits while the queue is full."""
         self._slots.acquire()
-        try:
-            self._raise_failures()
-            future = self._pool.submit(write, *args)
-        except BaseException:
-            self._slots.release()
-            raise
+        future = self._pool.submit(write, *args)
         future.add_done_callback(lambda _: self._slots.release())
         self._futures.append(future)
+        self._raise_failures()
 
     def drain(self) -> None:
         """Wait until everything submitted is written."""

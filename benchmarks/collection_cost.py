@@ -68,6 +68,87 @@ def compare(ways: dict[str, Callable[[], None]], repeats: int) -> tuple[dict[str
     return tuple({name: median(values) for name, values in figures.items()} for figures in (seconds, peaks))
 
 
+def time_statistics(pipeline, replay, sample: dict, folder: Path, repeats: int, twin: bool) -> float:
+    """Print what hooks and statistics cost; returns the seconds of a plain pass."""
+    import mlx.core as mx
+
+    from calibration_store import BackgroundWriter
+    from collect_layer_activations import choose_statistics, new_recorder, write_partial
+    from hooks import hooked_layers
+
+    def forward() -> mx.array:
+        return replay.forward(sample["x"], sample["timestep"])
+
+    def hooks_only() -> None:
+        with hooked_layers(pipeline.mmdit, None):
+            mx.eval(forward())
+
+    def with_statistics(implementation: str) -> None:
+        """A pass as stage 2A runs it: its results are written while the next pass computes."""
+        recorder = new_recorder(implementation)
+        with hooked_layers(pipeline.mmdit, recorder.record):
+            statistics = recorder.finish(forward())
+        writer.submit(write_partial, folder / "partial.npz", statistics, "")
+
+    inputs: dict[int, mx.array] = {}
+    with hooked_layers(pipeline.mmdit, lambda name, x: inputs.update({id(x): x})) as names:
+        mx.eval(forward())
+    count, activations = len(inputs), sum(x.nbytes for x in inputs.values())
+    inputs.clear()
+    implementation = choose_statistics()
+    click.echo(
+        f"{len(names)} linears, {count} distinct inputs, {format_bytes(activations)} of activations a pass; by {implementation}"
+    )
+    ways = {
+        "plain": lambda: mx.eval(forward()),
+        "hooks, nothing recorded": hooks_only,
+        "statistics": lambda: with_statistics(implementation),
+    }
+    if twin:
+        ways["statistics by the MLX twin"] = lambda: with_statistics("mlx")
+    with BackgroundWriter(pending=1) as writer:
+        seconds, peaks = compare(ways, repeats)
+    for name in ways:
+        extra = (peaks[name] - peaks["plain"]) / activations
+        ratio = f"{seconds[name] * 1e3:8.2f} ms  {seconds[name] / seconds['plain']:.3f} x"
+        click.echo(f"{name:28s} {ratio}  peak memory {extra:+.1%} of the activations")
+    return seconds["plain"]
+
+
+def time_cache(pipeline, replay, sample: dict, folder: Path, samples: int, plain: float) -> None:
+    """Print what a sample of the block cache costs beside a plain pass and a plain write of the same bytes."""
+    import numpy as np
+
+    from cache_adaround_data import boundary_keys, record_pass, write_sample
+    from calibration_store import BackgroundWriter, atomic_file
+    from hooks import block_slots
+
+    keys = boundary_keys(list(block_slots(pipeline.mmdit)))
+    arrays = record_pass(pipeline, replay, sample, keys, list(keys), "")
+    stored = sum(array.nbytes for array in arrays.values())
+    separate = sum(arrays[key].nbytes for part in keys.values() for half in part for key in half)
+    content = [np.asarray(array).tobytes() for array in arrays.values()]
+    writes = []
+    for index in range(samples):
+        start = time.perf_counter()
+        with atomic_file(folder / f"plain_{index}") as file:
+            for part in content:
+                file.write(part)
+        writes.append(time.perf_counter() - start)
+    start = time.perf_counter()
+    with BackgroundWriter(pending=0) as writer:
+        for index in range(samples):
+            arrays = record_pass(pipeline, replay, sample, keys, list(keys), "")
+            writer.submit(write_sample, folder / f"{index}.npz", arrays)
+    per_sample = (time.perf_counter() - start) / samples
+    write = median(writes)
+    click.echo(
+        f"block cache: {format_bytes(stored)} a sample, {stored / separate:.3f} of inputs and outputs stored apart; "
+        f"{per_sample * 1e3:.1f} ms a sample = {per_sample / plain:.2f} x plain; "
+        f"plain write {write * 1e3:.1f} ms, plain pass + 1.1 writes {(plain + 1.1 * write) * 1e3:.1f} ms"
+    )
+
+
 @stage_command
 @click.option("--size", type=click.Choice(["sd3-emoji", "sd3-medium"]), default="sd3-emoji", help="Which model.")
 @click.option("--repeats", type=click.IntRange(min=3), default=30, help="Passes of each kind; medians are printed.")
@@ -81,91 +162,17 @@ def compare(ways: dict[str, Callable[[], None]], repeats: int) -> tuple[dict[str
 @click.option("--twin", is_flag=True, help="Time the plain MLX twin of the statistics, too (slow).")
 def main(size: str, repeats: int, text_tokens: int, samples: int, twin: bool) -> None:
     """Time activation statistics and the block cache beside a plain forward pass."""
-    import numpy as np
-
     import diffusion
-    from cache_adaround_data import boundary_keys, record_pass, write_sample
-    from calibration_store import BackgroundWriter, atomic_file
-    from collect_layer_activations import choose_statistics, new_recorder, write_partial
-    from hooks import block_slots, hooked_layers
 
-    mx = diffusion.mx
     pipeline, text, latent, timestep = load(size, text_tokens)
-    implementation = choose_statistics()
-    replay = diffusion.Replay(pipeline, text)
-    click.echo(f"{size}, {latent.dtype}, {mx.default_device()}, statistics by {implementation}, MLX {mx.__version__}")
-    hooked: dict[int, int] = {}
-
-    def plain() -> None:
-        mx.eval(replay.forward(latent, timestep))
-
-    def hooks_only() -> None:
-        with hooked_layers(pipeline.mmdit, None):
-            mx.eval(replay.forward(latent, timestep))
-
-    def with_statistics(implementation: str) -> None:
-        """A pass as stage 2A runs it: its results are written while the next pass computes."""
-        recorder = new_recorder(implementation)
-        with hooked_layers(pipeline.mmdit, recorder.record):
-            statistics = recorder.finish(replay.forward(latent, timestep))
-        writer.submit(write_partial, folder / "partial.npz", statistics, "")
-
-    def measure(name: str, x) -> None:
-        hooked[id(x)] = x.nbytes
-        kept.append(x)
-
+    click.echo(f"{size}, {latent.dtype}, {diffusion.mx.default_device()}, MLX {diffusion.mx.__version__}")
+    replay, sample = diffusion.Replay(pipeline, text), {"x": latent, "timestep": timestep}
     with (
         diffusion.modulation_cache(pipeline, [text.pooled], timestep[None]),
-        tempfile.TemporaryDirectory(dir=ROOT) as name,
-        BackgroundWriter(pending=1) as writer,
+        tempfile.TemporaryDirectory(dir=ROOT) as folder,
     ):
-        folder, kept = Path(name), []
-        with hooked_layers(pipeline.mmdit, measure) as names:
-            mx.eval(replay.forward(latent, timestep))
-        kept.clear()
-        activations = sum(hooked.values())
-        ways = {
-            "plain": plain,
-            "hooks, nothing recorded": hooks_only,
-            "statistics": lambda: with_statistics(implementation),
-        }
-        if twin:
-            ways["statistics by the MLX twin"] = lambda: with_statistics("mlx")
-        seconds, peaks = compare(ways, repeats)
-        click.echo(
-            f"{len(names)} linears, {len(hooked)} distinct inputs, {format_bytes(activations)} of activations a pass"
-        )
-        for name in ways:
-            extra = (peaks[name] - peaks["plain"]) / activations
-            click.echo(
-                f"{name:28s} {seconds[name] * 1e3:8.2f} ms  {seconds[name] / seconds['plain']:.3f} x  peak memory {extra:+.1%} of the activations"
-            )
-
-        keys = boundary_keys(list(block_slots(pipeline.mmdit)))
-        sample = {"x": latent, "timestep": timestep}
-        arrays = record_pass(pipeline, replay, sample, keys, list(keys), "")
-        stored = sum(array.nbytes for array in arrays.values())
-        separate = sum(arrays[key].nbytes for part in keys.values() for half in part for key in half)
-        content = [np.asarray(array).tobytes() for array in arrays.values()]
-        writes = []
-        for index in range(samples):
-            start = time.perf_counter()
-            with atomic_file(folder / f"plain_{index}") as file:
-                for part in content:
-                    file.write(part)
-            writes.append(time.perf_counter() - start)
-        start = time.perf_counter()
-        with BackgroundWriter(pending=0) as one_writer:
-            for index in range(samples):
-                arrays = record_pass(pipeline, replay, sample, keys, list(keys), "")
-                one_writer.submit(write_sample, folder / f"{index}.npz", arrays)
-        per_sample = (time.perf_counter() - start) / samples
-        write, allowed = median(writes), seconds["plain"] + 1.1 * median(writes)
-        click.echo(
-            f"block cache: {format_bytes(stored)} a sample, {stored / separate:.3f} of inputs and outputs stored apart; "
-            f"{per_sample * 1e3:.1f} ms a sample = {per_sample / seconds['plain']:.2f} x plain; "
-            f"plain write {write * 1e3:.1f} ms, plain pass + 1.1 writes {allowed * 1e3:.1f} ms"
-        )
+        plain = time_statistics(pipeline, replay, sample, Path(folder), repeats, twin)
+        time_cache(pipeline, replay, sample, Path(folder), samples, plain)
 
 
 if __name__ == "__main__":
