@@ -3,7 +3,7 @@
 import functools
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import click
@@ -48,6 +48,29 @@ def calib_dir_option(function: Callable) -> Callable:
         default="calibration_data",
         help="Folder that all stages share.",
     )(function)
+
+
+def analysis_options(config: str) -> Callable:
+    """What both analyzers take: `--stats`, `--output` (default: `config` beside the statistics) and `--plot`."""
+
+    def add(function: Callable) -> Callable:
+        for decorator in (
+            click.option("--plot", "with_plot", is_flag=True, help="Also write PNG figures beside the config."),
+            click.option(
+                "--output",
+                type=click.Path(path_type=Path, dir_okay=False),
+                help=f"Config to write.  [default: {config} beside the statistics]",
+            ),
+            click.option(
+                "--stats",
+                type=click.Path(path_type=Path, dir_okay=False),
+                help="Statistics to read.  [default: activations/layer_statistics.json below --calib-dir]",
+            ),
+        ):
+            function = decorator(function)
+        return function
+
+    return add
 
 
 def resume_options(function: Callable) -> Callable:
@@ -108,3 +131,52 @@ def format_seconds(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
+
+
+def layer_kind(layer: str) -> str:
+    """mm12.img.mlp.fc2 -> img.mlp.fc2"""
+    return layer.split(".", 1)[1]
+
+
+def layers_by_kind(layers: Sequence[str]) -> dict[str, list[str]]:
+    """Layers of each kind, kinds and blocks in the model's order."""
+    kinds: dict[str, list[str]] = {}
+    for layer in layers:
+        kinds.setdefault(layer_kind(layer), []).append(layer)
+    return kinds
+
+
+def heat_map(path: Path, rows: Mapping[str, Sequence[float]], sigmas: Sequence[float], title: str, label: str, **style):
+    """Draw one value per layer (rows, grouped by kind of layer) and step (columns) as a PNG.
+
+    style: matplotlib's `norm` and `cmap`, and `ticks`, the values that the colour bar names.
+    """
+    import numpy as np
+    from matplotlib import pyplot
+
+    ticks = style.pop("ticks", None)
+    kinds = layers_by_kind(list(rows))
+    matrix = np.array([rows[layer] for layers in kinds.values() for layer in layers], np.float64)
+    figure, axes = pyplot.subplots(figsize=(9, 2 + max(0.045 * len(matrix), 0.2 * len(kinds))), layout="constrained")
+    image = axes.imshow(matrix, aspect="auto", interpolation="nearest", **style)
+    ends = np.cumsum([len(layers) for layers in kinds.values()])
+    starts = ends - [len(layers) for layers in kinds.values()]
+    axes.set_yticks((starts + ends - 1) / 2, [f"{kind} ({len(layers)})" for kind, layers in kinds.items()])
+    for end in ends[:-1]:
+        axes.axhline(end - 0.5, color="white", linewidth=1)
+    columns = np.unique(np.linspace(0, len(sigmas) - 1, min(len(sigmas), 9)).round().astype(int))
+    axes.set_xticks(columns, [f"{sigmas[column]:.2f}" for column in columns])
+    axes.set(title=title, xlabel="sigma (noise on the left, image on the right)")
+    figure.colorbar(image, label=label, ticks=ticks, aspect=40)
+    save_figure(figure, path)
+
+
+def save_figure(figure, path: Path) -> None:
+    """Write a matplotlib figure as PNG, atomically, and close it."""
+    from matplotlib import pyplot
+
+    from calibration_store import atomic_file
+
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+    pyplot.close(figure)

@@ -512,7 +512,7 @@ class StepPartials(Sequence):
 def merge_partials(partials: Sequence[dict[str, "np.ndarray"]]) -> tuple[dict[str, "np.ndarray"], dict[str, dict]]:
     """Merge one step's partial results, in ascending image_id, into the arrays and the index of a step file.
 
-    avg_min and avg_max are plain means over images; shift is the moving average of TaQ-DiT's per-channel centre
+    avg_min and avg_max are plain means over images, min and max the extremes; shift is the moving average of TaQ-DiT's per-channel centre
     (momentum 0.95, first image sets it); histograms add up on the finest grid that holds them all. partials is gone
     through twice, one partial in memory at a time.
     """
@@ -545,6 +545,7 @@ def merge_partials(partials: Sequence[dict[str, "np.ndarray"]]) -> tuple[dict[st
         _describe_input(
             avg_min[part],
             avg_max[part],
+            (lowest[part], highest[part]),
             shift[part] if index in post_gelu else None,
             counts[index],
             histogram_edges(*grids[index]),
@@ -559,13 +560,14 @@ def merge_partials(partials: Sequence[dict[str, "np.ndarray"]]) -> tuple[dict[st
     return arrays, entries
 
 
-def _describe_input(avg_min, avg_max, shift, counts, edges) -> tuple[dict[str, "np.ndarray"], dict[str, Any]]:
+def _describe_input(avg_min, avg_max, extremes, shift, counts, edges) -> tuple[dict[str, "np.ndarray"], dict[str, Any]]:
     """The step file's arrays and index entry of one input."""
     import numpy as np
 
     from quantizers import absolute_histogram, histogram_percentile
 
-    fields = {"avg_min": avg_min.astype(np.float32), "avg_max": avg_max.astype(np.float32)}
+    fields = {"avg_min": avg_min, "avg_max": avg_max, "min": extremes[0], "max": extremes[1]}
+    fields = {name: array.astype(np.float32) for name, array in fields.items()}
     magnitudes = absolute_histogram(counts, edges)
     entry = {
         "tensor_absmax": float(np.maximum(np.abs(avg_min), np.abs(avg_max)).max()),

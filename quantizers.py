@@ -1,5 +1,6 @@
 """The arithmetic of quantization. NumPy float64 in, plain functions out."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -40,14 +41,24 @@ def regrid_histogram(counts: np.ndarray, old: Sequence[int], new: Sequence[int])
 
 
 def absolute_histogram(counts: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Histogram of |x| from one of x whose edges include 0: counts (n,) and edges (n + 1,)."""
+    """Histogram of |x| from one of x: counts (n,) float64 and edges (n + 1,), from 0.
+
+    Exact where edges lie symmetrically around 0 (as those of `histogram_grid` do); elsewhere a bin's values are
+    taken as spread evenly.
+    """
     zero = int(np.searchsorted(edges, 0.0))
-    negative, positive = counts[:zero][::-1], counts[zero:]
-    bins = max(len(negative), len(positive))
-    folded = np.zeros(bins, counts.dtype)
-    folded[: len(negative)] += negative
-    folded[: len(positive)] += positive
-    return folded, np.arange(bins + 1) * (edges[1] - edges[0])
+    if (
+        0 < zero < edges.size and edges[zero] == 0 and edges[1] - edges[0] == edges[-1] - edges[-2]
+    ):  # grids of this toolkit
+        width = max(zero, counts.size - zero)
+        folded = np.zeros(width)
+        folded[: counts.size - zero] = counts[zero:]
+        folded[:zero] += counts[:zero][::-1]
+        return folded, np.arange(width + 1) * (edges[1] - edges[0])
+    magnitudes = np.unique(np.abs(np.append(edges, 0.0)))
+    cumulative = np.concatenate([[0], np.cumsum(counts)]).astype(np.float64)
+    inside = np.interp(magnitudes, edges, cumulative) - np.interp(-magnitudes, edges, cumulative)
+    return np.diff(inside), magnitudes
 
 
 def histogram_percentile(counts: np.ndarray, edges: np.ndarray, fraction: float) -> float:
@@ -63,3 +74,96 @@ def histogram_percentile(counts: np.ndarray, edges: np.ndarray, fraction: float)
     inside = (ranks - (cumulative - counts)[bins] + 0.5) / counts[bins]
     low, high = edges[bins] + (edges[bins + 1] - edges[bins]) * inside
     return float(low + (high - low) * (position - ranks[0]))
+
+
+# --- activations: what a bit-width costs --------------------------------------------------------------------
+
+
+def levels(bits: int) -> int:
+    """Positive levels of a symmetric grid: 127 for 8 bits, 31 for 6, 7 for 4."""
+    return 2 ** (bits - 1) - 1
+
+
+def outlier_multipliers(reach: np.ndarray, threshold: float) -> tuple[np.ndarray, float]:
+    """TaQ-DiT's migration: per channel m_c = max(1, round(s_c / s)) (channels,) int64, and s.
+
+    reach (channels,) is s_c, the clipping range of each channel; channels above threshold × the median range are
+    outliers, s is the largest range of the others. x / m is quantized with one scale, and W takes W·m.
+    """
+    outliers = reach > threshold * np.median(reach)
+    normal = float(reach[~outliers].max())
+    if normal == 0 or not outliers.any():
+        return np.ones(reach.shape, np.int64), normal
+    return np.where(outliers, np.maximum(1, np.rint(reach / normal)), 1).astype(np.int64), normal
+
+
+def centred_histogram(counts: np.ndarray, edges: np.ndarray, shift: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Histogram of x − shift from that of x (equal bins) and the shifts (channels,), taken as independent.
+
+    Returns counts (2·bins,) float64 and edges (2·bins + 1,). The histogram does not say which channel a value is of:
+    most of a post-GELU tensor lies near 0 in every channel, so that x − shift spreads as −shift does.
+    """
+    width = (edges[-1] - edges[0]) / counts.size
+    bins = np.floor(-shift.astype(np.float64) / width).astype(np.int64)
+    first = int(bins.min())
+    spread = np.bincount(bins - first) / shift.size
+    moved = np.convolve(counts.astype(np.float64), spread)
+    return moved, edges[0] + (first + np.arange(moved.size + 1) + 0.5) * width
+
+
+def expected_noise(counts: np.ndarray, edges: np.ndarray, ranges: Sequence[float], bits: Sequence[int]) -> np.ndarray:
+    """Mean squared error of x̂ = Δ·clip(round(x / Δ), −n, n), Δ = range / n, n = 2^(bits−1) − 1, from x's histogram.
+
+       For each of the ranges and bits, which belong together; float64 (bits,).
+    A bin's values are taken as
+       spread evenly over it; the integral of the error over a bin is exact then, for
+       rounding (a cubic in the distance to the nearest level) as for clipping.
+    """
+    widths = edges[1:] - edges[:-1]
+    density = counts / (widths * counts.sum())
+    n = np.array([[levels(width)] for width in bits], np.float64)
+    step = np.reshape(ranges, (-1, 1)) / n
+    magnitude = np.abs(edges)
+    nearest = np.minimum(np.floor(magnitude / step + 0.5), n)
+    remainder = magnitude - nearest * step
+    integral = np.sign(edges) * (nearest * (step**3 / 12) + remainder * remainder * remainder / 3)  # from 0 to edge
+    return (integral[:, 1:] - integral[:, :-1]) @ density
+
+
+def expected_sqnrs(
+    counts: np.ndarray, edges: np.ndarray, ranges: Sequence[float], bits: Sequence[int], shift: np.ndarray | None = None
+) -> tuple[float, ...]:
+    """Signal-to-quantization-noise ratio in dB at each bit-width: 10·log10(E[x²] / E[(x − x̂)²]), from x's histogram.
+
+    With a shift (channels,) x − shift is quantized, and ranges are its.
+    """
+    power = _mean_square(counts, edges)
+    if shift is not None:
+        counts, edges = centred_histogram(counts, edges, shift)
+    noises = expected_noise(counts, edges, ranges, bits).tolist()
+    return tuple(10 * math.log10(power / noise) if power and noise > 0 else math.inf for noise in noises)
+
+
+def _mean_square(counts: np.ndarray, edges: np.ndarray) -> float:
+    low, high = edges[:-1], edges[1:]
+    return float(counts @ (low * low + low * high + high * high)) / (3 * float(counts.sum()))
+
+
+def clipping_fraction(counts: np.ndarray, edges: np.ndarray, bits: Sequence[int]) -> np.ndarray:
+    """(bits,): the clipping range with the least expected noise, as a fraction of the largest |x|.
+
+    The noise of range t is t² / (12·n²) + E[max(0, |x| − t)²], n = 2^(bits−1) − 1: evenly spread rounding errors and
+    what clipping costs (as in ACIQ, Banner et al. 2019). Every edge of the histogram of |x| is tried.
+    """
+    inside, magnitudes = absolute_histogram(counts, edges)
+    filled = int(np.flatnonzero(inside)[-1]) + 1
+    inside, ranges = inside[:filled], magnitudes[1 : filled + 1]
+    centres = (magnitudes[:filled] + ranges) / 2
+    first, second = inside * centres, inside * centres * centres
+    clipping = (  # of what lies beyond each range
+        (second.sum() - second.cumsum())
+        - 2 * ranges * (first.sum() - first.cumsum())
+        + ranges * ranges * (inside.sum() - inside.cumsum())
+    ) / inside.sum()
+    best = [np.argmin(ranges * ranges / (12 * levels(width) ** 2) + clipping) for width in bits]
+    return ranges[best] / ranges[-1]
