@@ -14,6 +14,8 @@ demo: setup
 	$(PY) tools/contact_sheet.py --calib-dir $(DEMO)
 	$(PY) cache_adaround_data.py --calib-dir $(DEMO) --resume
 	$(PY) collect_layer_activations.py --calib-dir $(DEMO) --resume
+	$(PY) analyze_activations.py --calib-dir $(DEMO) --plot
+	$(PY) analyze_activations_multitier.py --calib-dir $(DEMO) --plot
 	@echo
 	@echo "Done. All of it is below $(DEMO)/ (calibration_data/README.md explains every file):"
 	@echo "  contact_sheet.png     the images - look at this one"
