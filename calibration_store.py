@@ -37,6 +37,7 @@ MULTITIER_FORMAT = "per_timestep_quant_config_v3"
 TEMPORAL_FORMAT = "layer_temporal_analysis_v1"
 PARTIAL_FORMAT = "activation_partials_v1"
 CACHE_FORMAT = "adaround_cache_v2"
+WEIGHTS_FORMAT = "adaround_weights_v1"
 TEMP_SUFFIX = ".tmp"
 GENERATE = "generate_calibration_data.py"
 
@@ -881,29 +882,38 @@ class CachedBlock:
     modulation_input: np.ndarray  # (R, 1, 1, hidden)
 
 
-def read_cached_block(calib_dir: Path, block: str) -> Iterator[CachedBlock]:
-    """One block's inputs and outputs over all samples of the cache, without loading any other block's.
-
-    Raises StoreError (also after the first samples) when a file is missing, damaged or of another run.
-    """
-    paths = BlockCachePaths(calib_dir)
-    metadata = read_json(paths.metadata, CACHE_FORMAT, "cache_adaround_data.py")
+def read_cache_metadata(calib_dir: Path) -> dict[str, Any]:
+    """The block cache's metadata. Raises StoreError when there is none or it is of another calibration run."""
+    path = BlockCachePaths(calib_dir).metadata
+    metadata = read_json(path, CACHE_FORMAT, "cache_adaround_data.py")
     manifest = CalibrationPaths(calib_dir).manifest
     if manifest.exists() and metadata.get("calibration_run") not in (None, run_identity(read_manifest(calib_dir))):
         raise StoreError(
-            f"{paths.metadata}: made from another calibration run than {manifest}; run cache_adaround_data.py --force"
+            f"{path}: made from another calibration run than {manifest}; run cache_adaround_data.py --force"
         )
-    if block not in metadata["block_names"]:
-        raise StoreError(f"{paths.metadata}: block {block} is not cached (it has {', '.join(metadata['block_names'])})")
-    shapes = metadata["block_shapes"][block]
-    keys = [*shapes["input_keys"], *shapes["output_keys"]]
+    return metadata
+
+
+def read_cached_block(calib_dir: Path, block: str, last: str | None = None) -> Iterator[CachedBlock]:
+    """One block's inputs and outputs over all samples of the cache, without loading any other block's.
+
+    With `last`, the inputs of `block` and the outputs of `last`: a stretch of blocks. Raises StoreError (also after the
+    first samples) when a file is missing, damaged or of another run.
+    """
+    paths, metadata = BlockCachePaths(calib_dir), read_cache_metadata(calib_dir)
+    for name in (block, last or block):
+        if name not in metadata["block_names"]:
+            cached = ", ".join(metadata["block_names"])
+            raise StoreError(f"{paths.metadata}: block {name} is not cached (it has {cached})")
+    input_keys = metadata["block_shapes"][block]["input_keys"]
+    output_keys = metadata["block_shapes"][last or block]["output_keys"]
     for sample in metadata["samples"]:
-        arrays = map_npz(paths.root / sample["file"], [*keys, "modulation_input"], CACHE_REMEDY)
+        arrays = map_npz(paths.root / sample["file"], [*input_keys, *output_keys, "modulation_input"], CACHE_REMEDY)
         yield CachedBlock(
             sample["image_id"],
             sample["step_index"],
-            tuple(arrays[key] for key in shapes["input_keys"]),
-            tuple(arrays[key] for key in shapes["output_keys"]),
+            tuple(arrays[key] for key in input_keys),
+            tuple(arrays[key] for key in output_keys),
             arrays["modulation_input"],
         )
 
@@ -915,3 +925,60 @@ def is_cached(paths: BlockCachePaths, image_id: int, step_index: int, keys: Sequ
     except StoreError:
         return False
     return True
+
+
+# --- stage 3W: learned rounding -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class WeightPaths:
+    """Where stage 3W keeps what; `calib_dir` is the folder that all stages share."""
+
+    calib_dir: Path
+
+    @property
+    def root(self) -> Path:
+        return self.calib_dir / "adaround_weights"
+
+    @property
+    def metadata(self) -> Path:
+        return self.root / "metadata.json"
+
+    @property
+    def plan(self) -> Path:
+        return self.root / "plan.json"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.root / "checkpoint.npz"
+
+    def block(self, block: str) -> Path:
+        return self.root / f"{block}.npz"
+
+    def losses(self, block: str) -> Path:
+        return self.root / f"{block}_losses.json"
+
+    def owned_files(self) -> list[Path]:
+        """Every file that stage 3W wrote, its half-written temporary files included."""
+        return _matching(self.root, r"(metadata|plan)\.json|checkpoint\.npz|(mm|uni)\d+(\.npz|_losses\.json)")
+
+
+def read_quantized_block(paths: WeightPaths, block: str) -> dict[str, dict[str, np.ndarray]]:
+    """The learned quantization of one block: {layer: {field: array}}, fields as in FORMATS.
+
+    Raises StoreError that names the file.
+    """
+    remedy = "run optimize_adaround.py with --resume to make it anew"
+    layers: dict[str, dict[str, np.ndarray]] = {}
+    for key, array in read_npz(paths.block(block), remedy).items():
+        name, _, field = key.rpartition("__")
+        layers.setdefault(layer_name(name), {})[field] = array
+    for name, fields in layers.items():
+        if not {"q", "scale", "zero_point"} <= set(fields):
+            raise StoreError(f"{paths.block(block)}: {name}: no codes, scale or zero point; {remedy}")
+    return layers
+
+
+def layer_name(prefix: str) -> str:
+    """mm0_img_mlp_fc2 -> mm0.img.mlp.fc2 (q_proj and its like keep their underscore)."""
+    return re.sub(r"_(?!proj)", ".", prefix)

@@ -447,6 +447,15 @@ class EulerStep:
     is_final: bool
 
 
+@contextlib.contextmanager
+def side_by_side(count: int) -> Iterator[list[tuple[slice, mx.Stream]]]:
+    """Split `count` rows of work over the CPU's cores, one group elsewhere: (rows, the stream to compute them on)."""
+    groups = _row_groups(count)
+    streams = [mx.default_stream(mx.default_device())] if len(groups) == 1 else _cpu_streams(len(groups))
+    with _blas_threads(len(groups)):
+        yield list(zip(groups, streams, strict=True))
+
+
 def _row_groups(images: int) -> list[slice]:
     """Split the images of one pass over the CPU's cores; one group elsewhere.
 
@@ -492,25 +501,22 @@ def euler_steps(
     x = pipeline.sampler.noise_scaling(sigmas[0], noise, start, pipeline.max_denoise(sigmas))
     mx.eval(x)
 
-    groups = _row_groups(images)
-    streams = [mx.default_stream(mx.default_device())] if len(groups) == 1 else _cpu_streams(len(groups))
-
     def rows_of(array: mx.array, group: slice) -> mx.array:
         return mx.concatenate(
             [array[r * images + group.start : r * images + group.stop] for r in range(rows_per_image)]
         )
 
-    tokens = [rows_of(text.tokens, group) for group in groups]
-    pooled = [rows_of(text.pooled, group) for group in groups]
+    tokens = [rows_of(text.tokens, group) for group in _row_groups(images)]
+    pooled = [rows_of(text.pooled, group) for group in _row_groups(images)]
     mx.eval(tokens, pooled)
     denoise = CFGDenoiser(pipeline)
-    with _blas_threads(len(groups)), modulation_cache(pipeline, pooled, timesteps) as select:
+    with side_by_side(images) as groups, modulation_cache(pipeline, pooled, timesteps) as select:
         for i in range(num_steps):
             yield EulerStep(i, x, timesteps[i], sigmas[i], is_final=False)
             parts = []
-            for index, group in enumerate(groups):
+            for index, (group, stream) in enumerate(groups):
                 select(index)
-                with mx.stream(streams[index]):
+                with mx.stream(stream):
                     part = x[group]
                     denoised = denoise(part, timesteps[i], sigmas[i], tokens[index], cfg_weight=cfg_weight)
                     derivative = (part - denoised) / append_dims(sigmas[i], part.ndim)
@@ -556,12 +562,29 @@ def replaying(pipeline: DiffusionPipeline, image: dict[str, Any], timesteps: Seq
         yield Replay(pipeline, text)
 
 
-def load_run_pipeline(manifest: dict[str, Any]) -> DiffusionPipeline:
-    """The model of a calibration run, in the run's precision."""
+def run_block(block: Any, tokens: Sequence[mx.array], modulation_input: mx.array) -> list[mx.array]:
+    """A multimodal block on its own: image and text tokens (R, tokens, 1, hidden) -> the same (the last block: image only).
+
+    modulation_input (R, 1, 1, hidden), pooled text plus timestep embedding, feeds the block's adaLN; every row may
+    be of another prompt and step.
+    """
+    for stream in (block.image_transformer_block, block.text_transformer_block):
+        stream["_modulation_params"] = {0.0: stream.adaLN_modulation(modulation_input)}
+    return [output for output in block(*tokens, mx.zeros((1,))) if output is not None]
+
+
+def run_final_layer(mmdit: MMDiT, tokens: mx.array, modulation_input: mx.array) -> mx.array:
+    """Image tokens of the last block -> the velocity, one patch a token (R, tokens, 1, patch² · 16)."""
+    mmdit.final_layer["_modulation_params"] = {0.0: mmdit.final_layer.adaLN_modulation(modulation_input)}
+    return mmdit.final_layer(tokens, mx.zeros((1,)))
+
+
+def load_run_pipeline(manifest: dict[str, Any], dtype: str | None = None) -> DiffusionPipeline:
+    """The model of a calibration run, in the run's precision unless another one is given."""
     checkpoint = manifest.get("local_checkpoint")
     return load_pipeline(
         describe_model(manifest["model_version"]),
-        manifest["activation_dtype"],
+        dtype or manifest["activation_dtype"],
         manifest["use_t5"],
         Path(checkpoint) if checkpoint else None,
     )

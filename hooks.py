@@ -62,6 +62,13 @@ class _HookedLayer(_Proxy):
         return self._wrapped(x)
 
 
+class _SubstitutedLayer(_Proxy):
+    """Stands for a linear layer and computes in its place: record(name, layer, input) gives the output."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self._record(self._name, self._wrapped, x)
+
+
 class BlockHook(_Proxy):
     """Stands in a block list: calls the block, then record(name, positional arguments, outputs).
 
@@ -118,6 +125,18 @@ def hooked_layers(
     live already; so does `mmdit.load_weights` inside the block.
     """
     with _installed(mmdit, _HookedLayer, layer_slots, record, names) as installed:
+        yield installed
+
+
+@contextlib.contextmanager
+def substituted_layers(
+    mmdit: nn.Module, compute: Callable[[str, nn.Module, mx.array], mx.array], names: Sequence[str] | None = None
+) -> Iterator[list[str]]:
+    """Let compute(name, layer, input) stand in for the linear layers `names` (default: all), until exit; yields the names.
+
+    Raises LiveHooksError as `hooked_layers` does.
+    """
+    with _installed(mmdit, _SubstitutedLayer, layer_slots, compute, names) as installed:
         yield installed
 
 

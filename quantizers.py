@@ -1,4 +1,8 @@
-"""The arithmetic of quantization. NumPy float64 in, plain functions out."""
+"""The arithmetic of quantization: small pure functions.
+
+Histograms, weight grids and packing are NumPy. The few functions that are trained through take and give MLX arrays;
+they import MLX themselves, so that the analyzers do without it.
+"""
 
 import math
 from collections.abc import Sequence
@@ -167,3 +171,121 @@ def clipping_fraction(counts: np.ndarray, edges: np.ndarray, bits: Sequence[int]
     ) / inside.sum()
     best = [np.argmin(ranges * ranges / (12 * levels(width) ** 2) + clipping) for width in bits]
     return ranges[best] / ranges[-1]
+
+
+# --- weights: grids and codes -------------------------------------------------------------------------------
+
+
+def min_max_grid(weight: np.ndarray, bits: int, group_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Asymmetric grid over each group's range: scale and zero point (out, groups) float32, Ŵ = scale·(code − zero point).
+
+    weight (out, in); groups of group_size consecutive inputs, 0 for one group per output channel. The range always
+    holds 0; the zero point is the integer code of 0.
+    """
+    return _grid(_grouped(weight, group_size), bits, 1.0)
+
+
+def searched_grid(weight: np.ndarray, bits: int, group_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """As `min_max_grid`, but of 21 ranges between 0.6 and 1 × the group's, the one with the least squared error."""
+    grouped = _grouped(weight, group_size)
+    best_error = best = None
+    for shrink in np.linspace(1, 0.6, 21):
+        scale, zero_point = _grid(grouped, bits, shrink)
+        codes = np.clip(np.rint(grouped / scale[..., None] + zero_point[..., None]), 0, 2**bits - 1)
+        error = np.square((codes - zero_point[..., None]) * scale[..., None] - grouped).sum(axis=-1)
+        if best is None:
+            best_error, best = error, (scale, zero_point)
+        else:
+            best = tuple(
+                np.where(error < best_error, new, old) for new, old in zip((scale, zero_point), best, strict=True)
+            )
+            best_error = np.minimum(error, best_error)
+    return best
+
+
+def _grouped(weight: np.ndarray, group_size: int) -> np.ndarray:
+    return weight.astype(np.float64).reshape(len(weight), -1, group_size or weight.shape[1])
+
+
+def _grid(grouped: np.ndarray, bits: int, shrink: float) -> tuple[np.ndarray, np.ndarray]:
+    low, high = np.minimum(grouped.min(axis=-1), 0) * shrink, np.maximum(grouped.max(axis=-1), 0) * shrink
+    scale = np.maximum((high - low) / (2**bits - 1), np.finfo(np.float32).tiny)
+    return scale.astype(np.float32), np.rint(-low / scale).astype(np.float32)
+
+
+def grid_position(weight, scale, zero_point):
+    """Where each weight lies on its grid, as a real code: W / scale + zero point (out, in). NumPy or MLX arrays."""
+    return (weight.reshape(*scale.shape, -1) / scale[..., None] + zero_point[..., None]).reshape(weight.shape)
+
+
+def dequantize(codes, scale, zero_point):
+    """Ŵ = scale·(code − zero point), (out, in), from codes (out, in). NumPy or MLX arrays."""
+    grouped = codes.reshape(*scale.shape, -1)
+    return ((grouped - zero_point[..., None]) * scale[..., None]).reshape(codes.shape)
+
+
+def nearest_codes(weight: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, bits: int) -> np.ndarray:
+    """Round to nearest: codes (out, in) uint8."""
+    return np.clip(np.rint(grid_position(weight, scale, zero_point)), 0, 2**bits - 1).astype(np.uint8)
+
+
+def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Codes (out, in) uint8 -> uint32 (out, in·bits / 32), the layout of `mx.quantize`: the first code in the lowest bits.
+
+    With scales = scale and biases = −scale·zero_point, `mx.dequantize` and `mx.quantized_matmul` read it. in·bits must be
+    a multiple of 32.
+    """
+    ones_and_zeros = (codes[..., None] >> np.arange(bits, dtype=np.uint8)) & 1
+    packed = np.packbits(ones_and_zeros.reshape(len(codes), -1), axis=1, bitorder="little")
+    return packed.view("<u4")
+
+
+# --- learned rounding and ranges (MLX) ----------------------------------------------------------------------
+
+ZETA, GAMMA = 1.1, -0.1  # AdaRound (Nagel et al. 2020), equation 23
+
+
+def rectified_sigmoid(alpha):
+    """h(α) = clip(σ(α)·(ζ − γ) + γ, 0, 1): how far a weight is rounded up. MLX arrays of any shape."""
+    import mlx.core as mx
+
+    return mx.clip(mx.sigmoid(alpha) * (ZETA - GAMMA) + GAMMA, 0, 1)
+
+
+def rectified_sigmoid_inverse(h):
+    """α with h(α) = h, for h within (0, 1). MLX arrays of any shape."""
+    import mlx.core as mx
+
+    return -mx.log((ZETA - GAMMA) / (h - GAMMA) - 1)
+
+
+def rectified_sigmoid_gradient(alpha):
+    """dh/dα; 0 where h is clipped. MLX arrays of any shape."""
+    import mlx.core as mx
+
+    sigmoid = mx.sigmoid(alpha)
+    stretched = sigmoid * (ZETA - GAMMA) + GAMMA
+    return sigmoid * (1 - sigmoid) * (ZETA - GAMMA) * ((stretched > 0) & (stretched < 1))
+
+
+def rounding_regularizer_gradient(h, beta: float):
+    """d/dh of AdaRound's regularizer Σ (1 − |2h − 1|^β): pushes h to 0 or 1, the harder the smaller β. MLX arrays."""
+    import mlx.core as mx
+
+    distance = 2 * h - 1
+    return -2 * beta * mx.sign(distance) * mx.abs(distance) ** (beta - 1)
+
+
+def fake_quantize(x, clipping_range, bits: int, shift=None):
+    """x̂ = Δ·clip(round((x − shift) / Δ), −n, n) + shift, Δ = clipping_range / n, n = 2^(bits−1) − 1. MLX arrays.
+
+    Gradients are those of LSQ (Esser et al. 2020): round() passes them through; a clipped value gives none to x and
+    its sign to the range. x (…, channels), clipping_range () or broadcastable, shift (channels,) or None.
+    """
+    import mlx.core as mx
+
+    n = levels(bits)
+    step = clipping_range / n
+    clipped = mx.clip((x if shift is None else x - shift) / step, -n, n)
+    rounded = (clipped + mx.stop_gradient(mx.round(clipped) - clipped)) * step
+    return rounded if shift is None else rounded + shift

@@ -1,0 +1,995 @@
+"""Stage 3W: learn how to round the weights of every linear layer, and the clipping ranges of its inputs.
+
+Reads   adaround_cache/ (stage 2W) and the model
+Writes  adaround_weights/: {block}.npz with codes, scales, zero points and ranges, metadata.json
+
+python optimize_adaround.py --calib-dir calibration_data/demo --iters 60
+
+A unit (the whole model, a block, a sublayer, a layer) is quantized and trained against what it gave unquantized on the
+cached samples (AdaRound, BRECQ, TaQ-DiT). First the rounding variables α: up where α >= 0. Then, with the codes
+decided, scales, zero points, biases and activation ranges (LSQ) together. Every loss is relative: 1 is the error of
+round-to-nearest on a min-max grid, on the same samples. All in float32.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cli_options import (
+    Interrupted,
+    calib_dir_option,
+    format_bytes,
+    format_seconds,
+    progress_bar,
+    resume_command,
+    resume_options,
+    stage_command,
+)
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+    import mlx.nn as nn
+    import numpy as np
+
+    from calibration_store import WeightPaths
+
+TUNE_SHARE = 0.3  # of the iterations: codes decided, scales, zero points, biases and ranges trained
+WARM_UP, BETA_START, BETA_END = 0.2, 20, 2  # AdaRound's regularizer, as shares of the rounding iterations
+DECIDE_FROM = 0.4  # sigmoid: from here on the most decided variables are fixed, all at the end
+LR_SCALES = 1e-3
+HELD_OUT = 0.1  # of the images: never trained on, they judge
+MODEL_UNIT_LIMIT = 100_000_000  # weights up to which the default unit is the whole model
+CHECKPOINT_SECONDS = 30
+ITERS = 400
+EVALUATED = 64  # samples that a loss is measured on
+FIELDS = ("alpha", "scale", "zero_point", "bias", "range")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the result, beside the cache."""
+
+    iters: int
+    batch_size: int
+    weight_bits: int
+    activation_bits: int
+    group_size: int
+    rounding: str
+    qdrop: float
+    lr_alpha: float
+    lr_activation_scale: float
+    regularizer_weight: float
+    seed: int
+
+    @property
+    def rounding_iters(self) -> int:
+        return round(self.iters * (1 - TUNE_SHARE))
+
+
+@dataclass(frozen=True)
+class Job:
+    """A stretch of blocks that shares samples and files: one block, or all of them for --unit model."""
+
+    name: str
+    blocks: list[str]
+    stages: list[
+        tuple[list[str], list[str]]
+    ]  # (layers trained together, layers whose outputs count; none: the job's own)
+
+
+def plan_jobs(layers: Sequence[str], blocks: Sequence[str], unit: str) -> list[Job]:
+    """What is trained together, in order."""
+    of_block = {block: [layer for layer in layers if layer.startswith(f"{block}.")] for block in blocks}
+    if unit == "model":
+        return [Job("model", list(blocks), [(list(layers), [])])]
+    jobs = []
+    for block, names in of_block.items():
+        stages = [(names, [])]
+        if unit == "sublayer":  # TaQ-DiT: attention and MLP apart
+            attention = [name for name in names if ".attn." in name]
+            mlp = [name for name in names if ".mlp." in name]
+            stages = [
+                (attention, [name for name in attention if name.endswith(".o_proj")]),
+                (mlp, [name for name in mlp if name.endswith(".fc2")]),
+            ]
+        elif unit == "layer":  # all at once: each has its own loss
+            stages = [(names, names)]
+        jobs.append(Job(block, [block], stages))
+    return jobs
+
+
+# --- samples ------------------------------------------------------------------------------------------------
+
+
+class Samples:
+    """The cached samples of a job, float16 in memory; batches of them in float32."""
+
+    def __init__(self, calib_dir: Path, job: Job):
+        import numpy as np
+
+        from calibration_store import read_cache_metadata, read_cached_block
+
+        count = len(read_cache_metadata(calib_dir)["samples"])
+        self.image_ids, self._arrays = [], []
+        for position, cached in enumerate(read_cached_block(calib_dir, job.blocks[0], job.blocks[-1])):
+            members = [*cached.inputs, cached.modulation_input, *cached.outputs]
+            if not self._arrays:
+                self._arrays = [np.empty((count, *member.shape), np.float16) for member in members]
+            for array, member in zip(self._arrays, members, strict=True):
+                array[position] = member
+            self.image_ids.append(cached.image_id)
+        self.training, self.held_out = split_samples(self.image_ids)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(array.nbytes for array in self._arrays)
+
+    def batch(self, indices: Sequence[int]) -> "list[mx.array]":
+        """Inputs, modulation input and outputs of these samples, rows one below the other."""
+        import mlx.core as mx
+
+        picked = (array[indices] for array in self._arrays)
+        return [mx.array(array.reshape(-1, *array.shape[2:])).astype(mx.float32) for array in picked]
+
+
+def split_samples(image_ids: list[int]) -> tuple[list[int], list[int]]:
+    """(training, held-out) sample indices: every tenth image judges; of a single image every tenth sample."""
+    images = sorted(set(image_ids))
+    judges = set(images[:: round(1 / HELD_OUT)]) if len(images) > 1 else set()
+    held_out = [i for i, image in enumerate(image_ids) if image in judges] or list(range(0, len(image_ids), 10))
+    return [i for i in range(len(image_ids)) if i not in set(held_out)] or held_out, held_out
+
+
+def spread_over(indices: list[int], count: int) -> list[int]:
+    """At most `count` of the indices, evenly."""
+    return indices[:: -(-len(indices) // count)]
+
+
+# --- the quantized unit -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Quantized:
+    """What stands in for the linear layers while a unit is trained; `compute` is called in their place."""
+
+    weights: "dict[str, mx.array]"  # (out, in)
+    biases: "dict[str, mx.array]"
+    ranges: "dict[str, mx.array]" = field(
+        default_factory=dict
+    )  # clipping range of a layer's input; none: not quantized
+    shifts: "dict[str, mx.array]" = field(default_factory=dict)
+    bits: int = 8
+    drop: float = 0.0  # share of input elements that stay unquantized (QDrop)
+    key: "mx.array | None" = None
+    outputs: "dict[str, mx.array]" = field(default_factory=dict)
+    _last: tuple = (None, None)
+
+    def compute(self, name: str, layer: "nn.Module", x: "mx.array") -> "mx.array":
+        """The layer with its quantized weight and input; q, k and v share one quantized input."""
+        if name not in self.weights:
+            self.outputs[name] = layer(x)
+            return self.outputs[name]
+        if self._last[0] is not x:
+            self._last = (x, self._quantize_input(name, x))
+        y = self._last[1] @ self.weights[name].T
+        self.outputs[name] = y + self.biases[name] if name in self.biases else y
+        return self.outputs[name]
+
+    def _quantize_input(self, name: str, x: "mx.array") -> "mx.array":
+        import mlx.core as mx
+
+        from quantizers import fake_quantize
+
+        if name not in self.ranges:
+            return x
+        quantized = fake_quantize(x, self.ranges[name], self.bits, self.shifts.get(name))
+        if not self.drop:
+            return quantized
+        self.key, key = mx.random.split(self.key)
+        return mx.where(mx.random.bernoulli(self.drop, x.shape, key), x, quantized)
+
+
+@dataclass
+class Watch(Quantized):
+    """Notes the inputs of the layers `names` and changes nothing."""
+
+    names: Sequence[str] = ()
+    inputs: "dict[str, mx.array]" = field(default_factory=dict)
+
+    def compute(self, name: str, layer: "nn.Module", x: "mx.array") -> "mx.array":
+        if name in self.names:
+            self.inputs[name] = x.reshape(-1, x.shape[-1])
+        return super().compute(name, layer, x)
+
+
+def run_unit(pipeline, job: Job, batch: "list[mx.array]", quantized: Quantized, targets: list[str]) -> "list[mx.array]":
+    """What the unit gives for a batch: outputs of the target layers, of the job's block, or the model's velocity."""
+    from diffusion import run_block, run_final_layer
+    from hooks import block_slots, substituted_layers
+
+    slots = block_slots(pipeline.mmdit)
+    modules = {name: slots[name][0][slots[name][1]] for name in job.blocks}
+    tokens, modulation_input = batch[:2], batch[2]
+    with substituted_layers(pipeline.mmdit, quantized.compute):
+        for name in job.blocks:
+            tokens = run_block(modules[name], tokens, modulation_input)
+    if targets:
+        return [quantized.outputs[name] for name in targets]
+    return [run_final_layer(pipeline.mmdit, tokens[0], modulation_input)] if job.name == "model" else tokens
+
+
+def unit_targets(pipeline, job: Job, batch: "list[mx.array]", targets: list[str]) -> "list[mx.array]":
+    """What the unquantized unit gives for a batch."""
+    from diffusion import run_final_layer
+
+    if targets:
+        return run_unit(pipeline, job, batch, Quantized({}, {}), targets)
+    if job.name == "model":
+        return [run_final_layer(pipeline.mmdit, batch[3], batch[2])]
+    return batch[3:]
+
+
+class Unit:
+    """A stage of a job: its layers, its loss, and the pieces of its training state."""
+
+    def __init__(self, pipeline, job: Job, stage: tuple[list[str], list[str]], samples: Samples, settings: Settings):
+        import mlx.core as mx
+        import numpy as np
+
+        from hooks import layer_slots
+        from quantizers import grid_position, min_max_grid, nearest_codes, searched_grid
+
+        self.pipeline, self.job, self.samples, self.settings = pipeline, job, samples, settings
+        self.layers, self.targets = stage
+        slots = layer_slots(pipeline.mmdit)
+        linears = {name: slots[name][0][slots[name][1]] for name in self.layers}
+        self.input_of = {name: name.replace("k_proj", "q_proj").replace("v_proj", "q_proj") for name in self.layers}
+        self.weights = {name: linear.weight for name, linear in linears.items()}
+        self._grams: dict[tuple, dict[str, mx.array]] = {}
+        self.biases = {name: linear.bias for name, linear in linears.items() if "bias" in linear}
+        self.nearest, self.floor, start = {}, {}, {key: {} for key in FIELDS}
+        for name, linear in linears.items():
+            weight = np.array(linear.weight, np.float32)
+            grid = min_max_grid(weight, settings.weight_bits, settings.group_size)
+            self.nearest[name] = (nearest_codes(weight, *grid, settings.weight_bits), *grid)
+            scale, zero_point = searched_grid(weight, settings.weight_bits, settings.group_size)
+            position = grid_position(weight, scale, zero_point)
+            self.floor[name] = mx.array(np.floor(position))
+            start["alpha"][name] = mx.array(first_alpha(position - np.floor(position), settings.rounding))
+            start["scale"][name], start["zero_point"][name] = mx.array(scale), mx.array(zero_point)
+        start["bias"] = dict(self.biases)
+        self.norms = [1.0]
+        batch_ids = spread_over(samples.training, EVALUATED)
+        self.norms = [max(error, 1e-20) for error in self.errors(self.nearest_state(), batch_ids)]
+        self.shifts, ranges = self.measure_inputs(batch_ids)
+        start["range"] = {name: mx.log(value) for name, value in ranges.items()}
+        self.start = start
+
+    # the loss
+
+    def errors(self, state: Quantized, indices: list[int]) -> list[float]:
+        """Mean squared error of each output, relative to round-to-nearest, over these samples."""
+        import mlx.core as mx
+
+        totals = None
+        for begin in range(0, len(indices), 16):
+            batch = self.samples.batch(indices[begin : begin + 16])
+            found = self.parts(state, batch)
+            mx.eval(found)
+            share = len(indices[begin : begin + 16]) / len(indices)
+            totals = [a + share * b.item() for a, b in zip(totals or [0.0] * len(found), found, strict=True)]
+        return totals
+
+    def parts(self, state: Quantized, batch: "list[mx.array]") -> "list[mx.array]":
+        import mlx.core as mx
+
+        targets = unit_targets(self.pipeline, self.job, batch, self.targets)
+        given = run_unit(self.pipeline, self.job, batch, state, self.targets)
+        norms = self.norms * (len(given) if len(self.norms) < len(given) else 1)
+        return [mx.mean(mx.square(a - b)) / norm for a, b, norm in zip(given, targets, norms, strict=True)]
+
+    def loss(self, indices: list[int], state: Quantized) -> float:
+        """The mean of `errors`: 1 for round-to-nearest on the training samples."""
+        errors = self.errors(state, indices)
+        return sum(errors) / len(errors)
+
+    def gradients(
+        self, quantized: Quantized, indices: "np.ndarray", iteration: int
+    ) -> "tuple[mx.array, dict[str, dict[str, mx.array]]]":
+        """Loss and its gradients with respect to weights, biases and ranges; the CPU's cores share the batch."""
+        import mlx.core as mx
+        from mlx.utils import tree_map
+
+        from diffusion import side_by_side
+
+        def loss_of(parameters: dict, batch: list, key) -> "mx.array":
+            state = Quantized(
+                **parameters, shifts=quantized.shifts, bits=quantized.bits, drop=self.settings.qdrop, key=key
+            )
+            parts = self.parts(state, batch)
+            return sum(parts) / len(parts)
+
+        parameters = {"weights": quantized.weights, "biases": quantized.biases, "ranges": quantized.ranges}
+        mx.eval(parameters)
+        total = None
+        with side_by_side(len(indices)) as groups:
+            for group, stream in groups:
+                key = mx.random.key(hash((self.settings.seed, iteration, group.start)) % 2**32)
+                with mx.stream(stream):
+                    batch = self.samples.batch(indices[group])
+                    found = mx.value_and_grad(loss_of)(parameters, batch, key)
+                    share = (group.stop - group.start) / len(indices)
+                    found = tree_map(partial(mx.multiply, share), found)
+                total = [*(total or []), found]
+            mx.eval(total)
+        loss, gradients = total[0]
+        for other_loss, other in total[1:]:
+            loss, gradients = loss + other_loss, tree_map(mx.add, gradients, other)
+        return loss, gradients
+
+    # what the unit looks like at a point of its training
+
+    def nearest_state(self) -> Quantized:
+        """Round-to-nearest on a min-max grid, activations as they are."""
+        import mlx.core as mx
+
+        from quantizers import dequantize
+
+        weights = {
+            name: dequantize(mx.array(codes).astype(mx.float32), mx.array(scale), mx.array(zero_point))
+            for name, (codes, scale, zero_point) in self.nearest.items()
+        }
+        return Quantized(weights, self.biases)
+
+    def codes(self, state: dict, hard: bool) -> "dict[str, mx.array]":
+        """Codes (out, in) float32, between two of the grid's while a sigmoid is undecided."""
+        import mlx.core as mx
+
+        from quantizers import rectified_sigmoid
+
+        top = 2**self.settings.weight_bits - 1
+        codes = {}
+        for name, alpha in state["alpha"].items():
+            soft = self.settings.rounding == "sigmoid" and not hard
+            up = rectified_sigmoid(alpha) if soft else (alpha >= 0).astype(mx.float32)
+            codes[name] = mx.clip(self.floor[name] + up, 0, top)
+        return codes
+
+    def quantized(self, state: dict, codes: "dict[str, mx.array]", with_ranges: bool) -> Quantized:
+        """The unit with these codes on the state's grids."""
+        import mlx.core as mx
+
+        from quantizers import dequantize
+
+        weights = {name: dequantize(codes[name], state["scale"][name], state["zero_point"][name]) for name in codes}
+        ranges = {}
+        if with_ranges and self.settings.activation_bits:
+            ranges = {name: mx.exp(state["range"][self.input_of[name]]) for name in self.layers}
+        return Quantized(weights, state["bias"], ranges, self.shifts, self.settings.activation_bits)
+
+    def measure_inputs(self, indices: list[int]) -> "tuple[dict[str, mx.array], dict[str, mx.array]]":
+        """Shifts of the post-GELU layers, (min + max) / 2 per channel, and for every input the range to start from.
+
+        The range is the one with the least expected noise by the histogram of x − shift over these samples.
+        """
+        import mlx.core as mx
+        import numpy as np
+
+        from quantizers import clipping_fraction, histogram_edges, histogram_grid
+
+        if not self.settings.activation_bits:
+            return {}, {}
+        inputs = list(dict.fromkeys(self.input_of.values()))
+        limits, shifts, ranges = {}, {}, {}
+        for seen in self.watch(inputs, indices):
+            for name, x in seen.items():
+                low, high = x.min(axis=0), x.max(axis=0)
+                before = limits.get(name, (low, high))
+                limits[name] = (mx.minimum(before[0], low), mx.maximum(before[1], high))
+            mx.eval(limits)
+        for name, (low, high) in limits.items():
+            if name.endswith(".mlp.fc2"):
+                shifts[name] = (low + high) / 2
+            reach = mx.maximum(mx.abs(low - shifts.get(name, 0)), mx.abs(high - shifts.get(name, 0))).max().item()
+            ranges[name] = max(reach, 1e-8)
+        edges = {name: histogram_edges(*histogram_grid(-reach, reach)) for name, reach in ranges.items()}
+        counts = {name: np.zeros(256) for name in ranges}
+        for seen in self.watch(inputs, indices):
+            for name, x in seen.items():
+                values = np.array(x - shifts.get(name, 0)).ravel()
+                bins = np.floor((values - edges[name][0]) / (edges[name][1] - edges[name][0])).astype(np.int64)
+                counts[name] += np.bincount(np.clip(bins, 0, 255), minlength=256)
+        fractions = {
+            name: clipping_fraction(counts[name], edges[name], [self.settings.activation_bits])[0] for name in ranges
+        }
+        return shifts, {name: mx.array(np.float32(reach * fractions[name])) for name, reach in ranges.items()}
+
+    def watch(self, names: list[str], indices: list[int]) -> "Iterator[dict[str, mx.array]]":
+        """The inputs (tokens, channels) of these layers in the unquantized unit, a few samples at a time."""
+        for begin in range(0, len(indices), 8):
+            watching = Watch({}, {}, names=names)
+            run_unit(self.pipeline, self.job, self.samples.batch(indices[begin : begin + 8]), watching, [])
+            yield watching.inputs
+
+
+class LayerUnit(Unit):
+    """Layers that are each trained for their own output: ‖(Ŵ − W)·X‖² = tr(E·XXᵀ·Eᵀ) needs no sample, only XXᵀ."""
+
+    def errors(self, state: Quantized, indices: list[int]) -> list[float]:
+        return [part.item() for part in self.gram_errors(state.weights, self.grams(indices))]
+
+    def gram_errors(self, weights: "dict[str, mx.array]", grams: "dict[str, mx.array]") -> "list[mx.array]":
+        """Squared output error of each layer, relative to `norms`."""
+        errors = [weights[name] - self.weights[name] for name in self.layers]
+        found = [(e * (e @ grams[self.input_of[name]])).sum() for name, e in zip(self.layers, errors, strict=True)]
+        norms = self.norms if len(self.norms) == len(found) else [1.0] * len(found)
+        return [error / norm for error, norm in zip(found, norms, strict=True)]
+
+    def grams(self, indices: list[int]) -> "dict[str, mx.array]":
+        """XXᵀ per input, (channels, channels), divided by the number of samples."""
+        import mlx.core as mx
+
+        key = tuple(indices)
+        if key not in self._grams:
+            totals = {}
+            for seen in self.watch(list(dict.fromkeys(self.input_of.values())), indices):
+                totals = {name: totals.get(name, 0) + x.T @ x / len(indices) for name, x in seen.items()}
+                mx.eval(totals)
+            self._grams[key] = totals
+        return self._grams[key]
+
+    def gradients(self, quantized: Quantized, indices: "np.ndarray", iteration: int) -> tuple:
+        grams = self.grams(self.samples.training)
+        loss = sum(self.gram_errors(quantized.weights, grams)) / len(self.layers)
+        weights = {}
+        for name, norm in zip(self.layers, self.norms, strict=True):
+            error = quantized.weights[name] - self.weights[name]
+            weights[name] = 2 * (error @ grams[self.input_of[name]]) / norm / len(self.layers)
+        biases = {name: bias * 0 for name, bias in quantized.biases.items()}
+        return loss, {
+            "weights": weights,
+            "biases": biases,
+            "ranges": {name: r * 0 for name, r in quantized.ranges.items()},
+        }
+
+
+def first_alpha(fraction: "np.ndarray", rounding: str) -> "np.ndarray":
+    """α where the unrounded weight starts: fraction (out, in) is how far it lies above the lower code."""
+    import numpy as np
+
+    from quantizers import GAMMA, ZETA
+
+    if rounding == "ste":
+        return (fraction - 0.5).astype(np.float32)
+    h = np.clip(fraction, 1e-4, 1 - 1e-4)
+    return -np.log((ZETA - GAMMA) / (h - GAMMA) - 1).astype(np.float32)
+
+
+# --- training -----------------------------------------------------------------------------------------------
+
+
+class Training:
+    """The optimization of one unit: its state, optimizers and iteration; `step` takes one."""
+
+    def __init__(self, unit: Unit):
+        import mlx.optimizers as optimizers
+
+        self.unit, self.settings = unit, unit.settings
+        self.state = {key: dict(value) for key, value in unit.start.items()}
+        self.iteration = 0
+        self.alpha_optimizer, self.scale_optimizer, self.range_optimizer = (
+            optimizers.Adam(1e-3, bias_correction=True) for _ in range(3)
+        )
+        self.fixed = {name: alpha * 0 for name, alpha in self.state["alpha"].items()}  # sigmoid: 1 where decided
+
+    def arrays(self) -> "dict[str, mx.array]":
+        """Everything that the rest of the training follows from, flat."""
+        from mlx.utils import tree_flatten
+
+        tree = {"state": self.state, "fixed": self.fixed if self.settings.rounding == "sigmoid" else {}}
+        for name in ("alpha", "scale", "range"):
+            tree[f"{name}_optimizer"] = getattr(self, f"{name}_optimizer").state
+        return dict(tree_flatten(tree))
+
+    def restore(self, arrays: "dict[str, np.ndarray]", iteration: int) -> None:
+        """Go on from `arrays` at an iteration."""
+        import mlx.core as mx
+        from mlx.utils import tree_unflatten
+
+        tree = tree_unflatten([(name, mx.array(array)) for name, array in arrays.items()])
+        self.state = {key: tree["state"].get(key, {}) for key in FIELDS}
+        self.fixed = tree.get("fixed") or self.fixed
+        for name in ("alpha", "scale", "range"):
+            getattr(self, f"{name}_optimizer").state = tree[f"{name}_optimizer"]
+        self.iteration = iteration
+
+    def step(self) -> float:
+        """One iteration on a batch that only seed and iteration decide; returns its loss."""
+        import mlx.core as mx
+        import numpy as np
+
+        unit, settings = self.unit, self.settings
+        random = np.random.default_rng([settings.seed, self.iteration])
+        size = min(settings.batch_size, len(unit.samples.training))
+        indices = np.sort(random.choice(unit.samples.training, size, replace=False))
+        tuning = self.iteration >= settings.rounding_iters
+        codes = unit.codes(self.state, hard=tuning)
+        quantized = unit.quantized(self.state, codes, with_ranges=tuning)
+        loss, gradients = unit.gradients(quantized, indices, self.iteration)
+        if tuning:
+            self.tune(codes, gradients)
+        else:
+            self.round(gradients["weights"])
+        self.iteration += 1
+        mx.eval(
+            self.state,
+            self.fixed,
+            [o.state for o in (self.alpha_optimizer, self.scale_optimizer, self.range_optimizer)],
+        )
+        return loss.item()
+
+    def round(self, weight_gradients: "dict[str, mx.array]") -> None:
+        """Move the rounding variables."""
+        import mlx.core as mx
+
+        from quantizers import rectified_sigmoid, rectified_sigmoid_gradient, rounding_regularizer_gradient
+
+        settings, alphas = self.settings, self.state["alpha"]
+        progress = self.iteration / settings.rounding_iters
+        beta = BETA_START + (BETA_END - BETA_START) * max(0.0, (progress - WARM_UP) / (1 - WARM_UP))
+        count = sum(alpha.size for alpha in alphas.values())
+        gradients = {}
+        for name, alpha in alphas.items():
+            scale = self.state["scale"][name]
+            gradient = (weight_gradients[name].reshape(*scale.shape, -1) * scale[..., None]).reshape(alpha.shape)
+            if settings.rounding == "sigmoid":
+                if progress > WARM_UP:
+                    pull = rounding_regularizer_gradient(rectified_sigmoid(alpha), beta)
+                    gradient = gradient + settings.regularizer_weight / count * pull
+                gradient = mx.where(self.fixed[name] > 0, 0, gradient * rectified_sigmoid_gradient(alpha))
+            gradients[name] = gradient
+        self.alpha_optimizer.learning_rate = settings.lr_alpha * (0.05 + 0.95 * cosine(progress))
+        moved = self.alpha_optimizer.apply_gradients(gradients, alphas)
+        if settings.rounding == "ste":
+            moved = {name: mx.clip(alpha, -0.5, 0.5) for name, alpha in moved.items()}
+        else:
+            moved = {name: mx.where(self.fixed[name] > 0, alphas[name], alpha) for name, alpha in moved.items()}
+            if progress > DECIDE_FROM and self.iteration % 10 == 0:
+                moved = self.decide(moved, (progress - DECIDE_FROM) / (0.98 - DECIDE_FROM))
+        self.state["alpha"] = moved
+
+    def decide(self, alphas: "dict[str, mx.array]", share: float) -> "dict[str, mx.array]":
+        """Fix the most decided share of each layer's sigmoids at 0 or 1 and go on with the others."""
+        import mlx.core as mx
+
+        from quantizers import rectified_sigmoid
+
+        decided = {}
+        for name, alpha in alphas.items():
+            distance = mx.where(self.fixed[name] > 0, 1.0, mx.abs(rectified_sigmoid(alpha) - 0.5))
+            position = max(0, int((1 - share) * (distance.size - 1)))
+            self.fixed[name] = (distance >= mx.sort(distance.reshape(-1))[position]).astype(mx.float32)
+            decided[name] = mx.where(self.fixed[name] > 0, mx.where(alpha >= 0, 10.0, -10.0), alpha)
+        return decided
+
+    def tune(self, codes: "dict[str, mx.array]", gradients: "dict[str, dict[str, mx.array]]") -> None:
+        """Move scales (on a log scale), zero points and biases, and the activation ranges (on a log scale)."""
+        import mlx.core as mx
+
+        state, settings = self.state, self.settings
+        parameters, slopes = {"scale": {}, "zero_point": {}, "bias": state["bias"]}, {"scale": {}, "zero_point": {}}
+        for name, code in codes.items():
+            scale, zero_point = state["scale"][name], state["zero_point"][name]
+            grouped = gradients["weights"][name].reshape(*scale.shape, -1)
+            distance = code.reshape(grouped.shape) - zero_point[..., None]
+            slopes["scale"][name] = (grouped * distance).sum(axis=-1) * scale
+            slopes["zero_point"][name] = -grouped.sum(axis=-1) * scale * 10  # in tenths of a code
+            parameters["scale"][name], parameters["zero_point"][name] = mx.log(scale), zero_point / 10
+        slopes["bias"] = gradients["biases"]
+        progress = (self.iteration - settings.rounding_iters) / max(1, settings.iters - settings.rounding_iters)
+        self.scale_optimizer.learning_rate = LR_SCALES * cosine(progress)
+        moved = self.scale_optimizer.apply_gradients(slopes, parameters)
+        state["scale"] = {name: mx.exp(value) for name, value in moved["scale"].items()}
+        state["zero_point"] = {name: value * 10 for name, value in moved["zero_point"].items()}
+        state["bias"] = moved["bias"]
+        if state["range"]:
+            of_input: dict[str, mx.array] = {}
+            for name, gradient in gradients["ranges"].items():
+                source = self.unit.input_of[name]
+                of_input[source] = of_input.get(source, 0) + gradient * mx.exp(state["range"][source])
+            self.range_optimizer.learning_rate = settings.lr_activation_scale * cosine(progress)
+            state["range"] = self.range_optimizer.apply_gradients(of_input, state["range"])
+
+
+def cosine(progress: float) -> float:
+    """1 at the start, 0 at the end."""
+    import math
+
+    return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def train(training: Training, bar, save: Callable[[], None]) -> dict[str, float]:
+    """Run the training to its end, with a checkpoint every half minute; returns the unit's losses."""
+    unit, settings = training.unit, training.settings
+    held_out = spread_over(unit.samples.held_out, EVALUATED)
+    last_saved, average = time.monotonic(), None
+    while training.iteration < settings.iters:
+        loss = training.step()
+        average = loss if average is None else 0.9 * average + 0.1 * loss
+        bar.update()
+        bar.set_postfix(loss=f"{average:.3f}", changed=f"{changed_share(training):.1%}", refresh=False)
+        if time.monotonic() - last_saved > CHECKPOINT_SECONDS:
+            save()
+            last_saved = time.monotonic()
+    codes = unit.codes(training.state, hard=True)
+    final = unit.quantized(training.state, codes, with_ranges=False)
+    with_ranges = unit.quantized(training.state, codes, with_ranges=True)
+    first = unit.quantized(unit.start, unit.codes(unit.start, hard=True), with_ranges=False)
+    hardened = unit.quantized({**unit.start, "alpha": training.state["alpha"]}, codes, with_ranges=False)
+    chosen = spread_over(unit.samples.training, EVALUATED)
+    return {
+        "nearest": unit.loss(held_out, unit.nearest_state()),
+        "start": unit.loss(held_out, first),
+        "hardened": unit.loss(held_out, hardened),
+        "end": unit.loss(held_out, final),
+        "end_activations": unit.loss(held_out, with_ranges),
+        "end_training": unit.loss(chosen, final),
+    }
+
+
+def changed_share(training: Training) -> float:
+    """Share of the first layer's weights that do not round as nearest would, by now."""
+    name = training.unit.layers[0]
+    alpha, start = training.state["alpha"][name], training.unit.start["alpha"][name]
+    return ((alpha >= 0) != (start >= 0)).mean().item()
+
+
+# --- files --------------------------------------------------------------------------------------------------
+
+
+def layer_arrays(training: Training, keep_nearest: bool) -> "dict[str, np.ndarray]":
+    """What the block files say of a trained unit's layers: {layer__field: array}."""
+    import numpy as np
+
+    unit, state = training.unit, training.state
+    codes = unit.codes(state, hard=True)
+    arrays = {}
+    for name in unit.layers:
+        prefix = name.replace(".", "_")
+        if keep_nearest:
+            q, scale, zero_point = unit.nearest[name]
+            alpha = np.where(q > np.array(unit.floor[name]), 0.5, -0.5).astype(np.float32)
+        else:
+            alpha, q = np.array(state["alpha"][name]), np.array(codes[name]).astype(np.uint8)
+            scale, zero_point = np.array(state["scale"][name]), np.array(state["zero_point"][name])
+            if name in state["bias"]:
+                arrays[f"{prefix}__bias"] = np.array(state["bias"][name])
+        arrays |= {f"{prefix}__alpha": alpha, f"{prefix}__q": q}
+        arrays |= {f"{prefix}__scale": scale, f"{prefix}__zero_point": zero_point}
+        if state["range"]:
+            arrays[f"{prefix}__act_scale"] = np.exp(np.array(state["range"][unit.input_of[name]], np.float32))
+        if name in unit.shifts:
+            arrays[f"{prefix}__act_shift"] = np.array(unit.shifts[name])
+    return arrays
+
+
+class Checkpoint:
+    """checkpoint.npz: where the job under way stands, so that a kill costs half a minute."""
+
+    def __init__(self, paths: "WeightPaths", job: Job):
+        self.path, self.job = paths.checkpoint, job
+
+    def save(self, stage: int, training: Training, done: "dict[str, np.ndarray]", losses: list[dict]) -> None:
+        import numpy as np
+        import orjson
+
+        from calibration_store import write_npz
+
+        position = {"job": self.job.name, "stage": stage, "iteration": training.iteration, "losses": losses}
+        arrays = {f"training.{name}": np.array(array) for name, array in training.arrays().items()}
+        arrays |= {f"done.{name}": array for name, array in done.items()}
+        write_npz(self.path, arrays | {"position": np.frombuffer(orjson.dumps(position), np.uint8)})
+
+    def load(self) -> "tuple[dict[str, Any], dict[str, np.ndarray], dict[str, np.ndarray]] | None":
+        """(position, arrays of the training, arrays of finished stages) of this job's last checkpoint, or None."""
+        import orjson
+
+        from calibration_store import read_npz
+
+        if not self.path.exists():
+            return None
+        arrays = read_npz(self.path, "delete it and give --resume again")
+        position = orjson.loads(arrays.pop("position").tobytes())
+        if position["job"] != self.job.name:
+            return None
+        parts = {"training": {}, "done": {}}
+        for name, array in arrays.items():
+            part, _, rest = name.partition(".")
+            parts[part][rest] = array
+        return position, parts["training"], parts["done"]
+
+
+def run_job(pipeline, paths: "WeightPaths", job: Job, settings: Settings, unit_class: type[Unit], bar) -> None:
+    """Train a job's stages, from its checkpoint if there is one, and write its blocks' files."""
+    from calibration_store import write_json, write_npz
+
+    samples = Samples(paths.calib_dir, job)
+    checkpoint = Checkpoint(paths, job)
+    position, saved, done = checkpoint.load() or ({"stage": 0, "losses": []}, {}, {})
+    losses = position["losses"]
+    bar.update(settings.iters * position["stage"])
+    for stage in range(position["stage"], len(job.stages)):
+        training = Training(unit_class(pipeline, job, job.stages[stage], samples, settings))
+        if saved:
+            training.restore(saved, position["iteration"])
+            bar.update(position["iteration"])
+            saved = {}
+        found = train(training, bar, lambda: checkpoint.save(stage, training, done, losses))  # noqa: B023 (used at once)
+        found["kept_nearest"] = found["end"] >= found["nearest"]
+        done |= layer_arrays(training, found["kept_nearest"])
+        losses.append(found | {"layers": len(training.unit.layers)})
+    for block in job.blocks:
+        prefix = block + "_"
+        write_npz(paths.block(block), {key: array for key, array in done.items() if key.startswith(prefix)})
+        write_json(paths.losses(block), {"format": "adaround_losses_v1", "unit": job.name, "stages": losses})
+    pipeline.mmdit.clear_modulation_params_cache()
+    checkpoint.path.unlink(missing_ok=True)
+
+
+def finished(paths: "WeightPaths", job: Job) -> bool:
+    """Whether every block of the job is on disk and valid."""
+    from calibration_store import StoreError, read_quantized_block
+
+    try:
+        for block in job.blocks:
+            read_quantized_block(paths, block)
+    except StoreError:
+        return False
+    return all(paths.losses(block).exists() for block in job.blocks)
+
+
+def write_metadata(paths: "WeightPaths", plan: dict[str, Any], jobs: list[Job]) -> list[tuple[str, dict]]:
+    """Write metadata.json, last; returns (unit, losses) of every trained unit."""
+    from calibration_store import WEIGHTS_FORMAT, read_json, write_json
+
+    rows, blocks = [], {}
+    for job in jobs:
+        stages = read_json(paths.losses(job.blocks[0]), "adaround_losses_v1", "optimize_adaround.py")["stages"]
+        names = [job.name] if len(stages) == 1 else [f"{job.name} attention", f"{job.name} MLP"]
+        rows += zip(names, stages, strict=True)
+        for block in job.blocks:
+            blocks[block] = {"unit": job.name, "stages": stages}
+    write_json(paths.metadata, {**plan, "format": WEIGHTS_FORMAT, "losses": blocks})
+    return rows
+
+
+def print_losses(rows: list[tuple[str, dict]]) -> None:
+    """The table at the end: errors on held-out samples, relative to round-to-nearest on the training samples."""
+    click.echo(
+        f"{'error, round-to-nearest = 1':16} {'nearest':>9} {'start':>9} {'hardened':>9} {'end':>9} {'with A8':>9} {'(training)':>11}"
+    )
+    for name, row in rows:
+        figures = " ".join(f"{row[key]:9.3f}" for key in ("nearest", "start", "hardened", "end", "end_activations"))
+        kept = "  kept round-to-nearest" if row["kept_nearest"] else ""
+        click.echo(f"{name:27} {figures} {row['end_training']:11.3f}{kept}")
+
+
+# --- the stage ----------------------------------------------------------------------------------------------
+
+
+def make_plan(calib_dir: Path, unit: str, blocks: list[str], settings: Settings) -> dict[str, Any]:
+    """What this run is (plan.json), and most of metadata.json."""
+    from dataclasses import asdict
+
+    from calibration_store import WEIGHTS_FORMAT, read_cache_metadata
+
+    cache = read_cache_metadata(calib_dir)
+    return {
+        "format": WEIGHTS_FORMAT,
+        "model_version": cache["model_version"],
+        "calibration_run": cache.get("calibration_run"),
+        "unit": unit,
+        "block_names": blocks,
+        **asdict(settings),
+        "num_samples": len(cache["samples"]),
+        "selected_image_ids": cache["selected_image_ids"],
+        "key_timesteps": cache["key_timesteps"],
+    }
+
+
+OPTIONS = {
+    "unit": "--unit", "block_names": "--blocks", "iters": "--iters", "batch_size": "--batch-size", "weight_bits": "--weight-bits",
+    "activation_bits": "--activation-bits", "group_size": "--group-size", "rounding": "--rounding", "qdrop": "--qdrop",
+    "lr_alpha": "--lr-alpha", "lr_activation_scale": "--lr-activation-scale", "regularizer_weight": "--regularizer-weight",
+    "seed": "--seed", "selected_image_ids": "cached images", "key_timesteps": "cached steps",
+}  # fmt: skip
+
+
+def choose(
+    pipeline, cached: list[str], blocks: str | None, unit: str | None, settings: Settings
+) -> tuple[list[str], str, list[str]]:
+    """(layers, unit, blocks) of the run. Raises UsageError for blocks that are not cached and groups that do not fit."""
+    from hooks import block_slots, layer_slots
+
+    model = list(block_slots(pipeline.mmdit))
+    chosen = [name.strip() for name in blocks.split(",")] if blocks else cached
+    unknown = [name for name in chosen if name not in cached]
+    if unknown:
+        raise click.UsageError(f"--blocks: {', '.join(unknown)} not in the cache, which has {', '.join(cached)}")
+    chosen = [name for name in cached if name in chosen]
+    slots = layer_slots(pipeline.mmdit)
+    layers = [name for name in slots if name.split(".")[0] in chosen]
+    weights = [slots[name][0][slots[name][1]].weight for name in layers]
+    if settings.group_size and any(weight.shape[1] % settings.group_size for weight in weights):
+        widths = sorted({weight.shape[1] for weight in weights})
+        raise click.UsageError(f"--group-size {settings.group_size} does not divide the layers' inputs ({widths})")
+    if unit == "model" and chosen != model:
+        raise click.UsageError(
+            "--unit model needs every block: run cache_adaround_data.py without --blocks, and leave --blocks out here"
+        )
+    if unit is None:
+        fits = sum(weight.size for weight in weights) <= MODEL_UNIT_LIMIT
+        unit = "model" if chosen == model and fits else "block"
+    return layers, unit, chosen
+
+
+def estimate(pipeline, paths: "WeightPaths", job: Job, settings: Settings, unit_class: type[Unit]) -> tuple[float, int]:
+    """(seconds of an iteration, peak bytes) from two timed iterations of a job."""
+    import mlx.core as mx
+
+    samples = Samples(paths.calib_dir, job)
+    training = Training(unit_class(pipeline, job, job.stages[0], samples, settings))
+    mx.reset_peak_memory()
+    for _ in range(2):
+        start = time.perf_counter()
+        training.step()
+        seconds = time.perf_counter() - start
+    return seconds, mx.get_peak_memory() + samples.num_bytes
+
+
+@stage_command
+@calib_dir_option
+@click.option("--blocks", help="Blocks to train, such as mm0,mm5.  [default: all that are cached]")
+@click.option(
+    "--iters",
+    type=click.IntRange(min=10),
+    default=ITERS,
+    help="Iterations per unit; the last 30 % tune scales and ranges.",
+)
+@click.option("--batch-size", type=click.IntRange(min=1), default=16, help="Cached samples per iteration.")
+@click.option("--weight-bits", type=click.IntRange(2, 8), default=4, help="Bits of a weight's code.")
+@click.option(
+    "--activation-bits",
+    type=click.IntRange(0, 8),
+    default=8,
+    help="Bits of a layer's input (simulated); 0: unquantized.",
+)
+@click.option(
+    "--group-size",
+    type=click.IntRange(min=0),
+    default=64,
+    help="Inputs that share a scale; 0: one scale per output channel.",
+)
+@click.option(
+    "--unit",
+    type=click.Choice(["block", "sublayer", "layer", "model"]),
+    help="What is trained for its own output.  [default: model up to 100 M weights, else block]",
+)
+@click.option(
+    "--rounding",
+    type=click.Choice(["ste", "sigmoid"]),
+    default="ste",
+    help="ste: hard codes, straight-through gradient; sigmoid: AdaRound's, hardened on the way.",
+)
+@click.option(
+    "--qdrop",
+    type=click.FloatRange(0, 1),
+    default=0.5,
+    help="Share of input elements left unquantized while ranges are trained.",
+)
+@click.option(
+    "--lr-alpha",
+    type=click.FloatRange(min=0),
+    default=None,
+    help="Learning rate of the rounding variables.  [default: 4e-3 ste, 1e-2 sigmoid]",
+)
+@click.option(
+    "--lr-activation-scale",
+    type=click.FloatRange(min=0),
+    default=1e-3,
+    help="Learning rate of the (log) clipping ranges.",
+)
+@click.option(
+    "--regularizer-weight",
+    type=click.FloatRange(min=0),
+    default=0.01,
+    help="sigmoid: weight of the pull to 0 or 1, beside a loss of 1 for round-to-nearest.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Decides the batches.")
+@resume_options
+def main(
+    calib_dir: Path,
+    blocks: str | None,
+    unit: str | None,
+    lr_alpha: float | None,
+    resume: bool,
+    force: bool,
+    dry_run: bool,
+    **options: Any,
+) -> None:
+    """Stage 3W: learned rounding (AdaRound, TaQ-DiT)."""
+    from calibration_store import (
+        WeightPaths,
+        check_stage,
+        locked_folder,
+        open_stage,
+        read_cache_metadata,
+        read_manifest,
+        require_space,
+    )
+
+    settings = Settings(lr_alpha=lr_alpha or (4e-3 if options["rounding"] == "ste" else 1e-2), **options)
+    paths = WeightPaths(calib_dir)
+    cache = read_cache_metadata(calib_dir)
+    manifest = read_manifest(calib_dir)
+    from diffusion import load_run_pipeline
+
+    pipeline = load_run_pipeline(manifest, "float32")
+    layers, unit, chosen = choose(pipeline, cache["block_names"], blocks, unit, settings)
+    jobs = plan_jobs(layers, chosen, unit)
+    plan = make_plan(calib_dir, unit, chosen, settings)
+    click.echo(
+        f"{manifest['model_version']}: {len(layers)} layers of {len(chosen)} blocks, W{settings.weight_bits}"
+        f"{f'A{settings.activation_bits}' if settings.activation_bits else ''}, "
+        f"{f'groups of {settings.group_size}' if settings.group_size else 'per output channel'}, unit {unit}, "
+        f"{settings.iters} iterations of {settings.batch_size}, {len(cache['samples'])} cached samples"
+    )
+    made_by = "optimize_adaround.py"
+    check_stage(paths, paths.plan, plan, OPTIONS, resume, force, made_by)
+    unit_class = LayerUnit if unit == "layer" else Unit
+    if dry_run:
+        seconds, peak = estimate(pipeline, paths, jobs[0], settings, unit_class)
+        stages = sum(len(job.stages) for job in jobs)
+        size = 5 * sum(weight.size for weight in layer_weights(pipeline, layers))
+        click.echo(
+            f"about {format_seconds(seconds * settings.iters * stages)}, {format_bytes(peak)} of memory at the peak, "
+            f"{format_bytes(size)} in {paths.root}"
+        )
+        return
+    require_space(paths.root, 5 * sum(weight.size for weight in layer_weights(pipeline, layers)))
+    with locked_folder(paths.root):
+        check_stage(paths, paths.plan, plan, OPTIONS, resume, force, made_by)
+        open_stage(paths, paths.plan, plan, force)
+        total = settings.iters * sum(len(job.stages) for job in jobs)
+        try:
+            with progress_bar(total, unit, "it") as bar:
+                for job in jobs:
+                    if finished(paths, job):
+                        bar.update(settings.iters * len(job.stages))
+                    else:
+                        bar.set_description(job.name)
+                        run_job(pipeline, paths, job, settings, unit_class, bar)
+            rows = write_metadata(paths, plan, jobs)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"interrupted: finished blocks and a checkpoint are kept in {paths.root}; go on with: {resume_command()}"
+            ) from None
+    print_losses(rows)
+    click.echo(f"wrote {paths.metadata} and a file per block")
+
+
+def layer_weights(pipeline, layers: list[str]) -> "list[mx.array]":
+    """The weights of these layers."""
+    from hooks import layer_slots
+
+    slots = layer_slots(pipeline.mmdit)
+    return [slots[name][0][slots[name][1]].weight for name in layers]
+
+
+if __name__ == "__main__":
+    main()
