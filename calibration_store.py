@@ -38,6 +38,7 @@ TEMPORAL_FORMAT = "layer_temporal_analysis_v1"
 PARTIAL_FORMAT = "activation_partials_v1"
 CACHE_FORMAT = "adaround_cache_v2"
 WEIGHTS_FORMAT = "adaround_weights_v1"
+EVALUATION_FORMAT = "evaluation_v1"
 TEMP_SUFFIX = ".tmp"
 GENERATE = "generate_calibration_data.py"
 
@@ -982,3 +983,29 @@ def read_quantized_block(paths: WeightPaths, block: str) -> dict[str, dict[str, 
 def layer_name(prefix: str) -> str:
     """mm0_img_mlp_fc2 -> mm0.img.mlp.fc2 (q_proj and its like keep their underscore)."""
     return re.sub(r"_(?!proj)", ".", prefix)
+
+
+# --- stage 4: evaluation ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EvaluationPaths:
+    """Where stage 4 keeps what; `root` is evaluation/ below the folder that all stages share, or --output."""
+
+    root: Path
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.json"
+
+    @property
+    def grid(self) -> Path:
+        return self.root / "grid.png"
+
+    @property
+    def error_plot(self) -> Path:
+        return self.root / "error_over_steps.png"
+
+    def run(self, variant: str, identity: str) -> Path:
+        """The images and latents of one variant; identity says what they follow from."""
+        return self.root / "runs" / f"{variant}_{identity[:16]}.npz"

@@ -1,12 +1,17 @@
-"""What the stages' command lines share: one-line errors, option groups, progress bars, figures for people."""
+"""What the stages' command lines share: one-line errors, option groups, prompts, progress bars, figures for people."""
 
+import csv
 import functools
+import io
 import shlex
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import click
+
+BUILTIN_PROMPTS = Path(__file__).resolve().parent / "prompts" / "builtin.csv"
 
 
 class StageCommand(click.Command):
@@ -180,3 +185,50 @@ def save_figure(figure, path: Path) -> None:
     with atomic_file(path) as file:
         figure.savefig(file, format="png", dpi=120)
     pyplot.close(figure)
+
+
+# --- prompts ------------------------------------------------------------------------------------------------
+
+
+def read_prompt_file(path: Path) -> list[str]:
+    """Prompts of a .csv file (column `prompt`) or of a text file (one a line; empty lines are skipped)."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise click.UsageError(f"--prompts {path}: not UTF-8 text (byte {error.start})") from None
+    if path.suffix.lower() == ".csv":
+        try:
+            rows = list(csv.DictReader(io.StringIO(text), strict=True))
+        except csv.Error as error:
+            raise click.UsageError(f"--prompts {path}: not valid CSV ({error})") from None
+        fields = next(csv.reader(io.StringIO(text)), [])
+        if "prompt" not in fields:
+            found = ", ".join(fields) or "none"
+            raise click.UsageError(f"--prompts {path}: no column 'prompt' (columns: {found})")
+        lines = [row["prompt"] or "" for row in rows]
+    else:
+        lines = text.splitlines()
+    prompts = [" ".join(line.split()) for line in lines if line.strip()]
+    if not prompts:
+        raise click.UsageError(f"--prompts {path}: holds no prompt")
+    return prompts
+
+
+def draw_builtin_prompts(captions: Path | None, seed: int) -> list[str]:
+    """The model's own captions, or the built-in list, in an order that `seed` decides.
+
+    Each run of 12 built-in prompts takes one of every category, so that few images are diverse already.
+    """
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    if captions is not None:
+        prompts = read_prompt_file(captions)
+        return [prompts[i] for i in rng.permutation(len(prompts))]
+    by_category = defaultdict(list)
+    with BUILTIN_PROMPTS.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            by_category[row["category"]].append(row["prompt"])
+    shuffled = [[prompts[i] for i in rng.permutation(len(prompts))] for prompts in by_category.values()]
+    shuffled = [shuffled[i] for i in rng.permutation(len(shuffled))]
+    return [prompt for one_of_each in zip(*shuffled, strict=True) for prompt in one_of_each]

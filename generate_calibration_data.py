@@ -6,12 +6,9 @@ Writes  manifest.json, samples/{image:04d}_{step:03d}.npz and images/{image:04d}
     python generate_calibration_data.py --model sd3-emoji --num-images 8
 """
 
-import csv
 import hashlib
-import io
 import math
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
@@ -22,9 +19,11 @@ import click
 from cli_options import (
     Interrupted,
     calib_dir_option,
+    draw_builtin_prompts,
     format_bytes,
     format_seconds,
     progress_bar,
+    read_prompt_file,
     resume_command,
     resume_options,
     stage_command,
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
     from calibration_store import CalibrationPaths
     from diffusion import EulerStep, ModelInfo
 
-BUILTIN_PROMPTS = Path(__file__).resolve().parent / "prompts" / "builtin.csv"
 DEFAULT_MODEL = "argmaxinc/mlx-stable-diffusion-3-medium"
 PNG_BYTES_PER_PIXEL = 3  # what an image takes at most
 MANIFEST_BYTES_PER_IMAGE = 400
@@ -55,53 +53,6 @@ RUN_OPTIONS = {
     "batch_size": "--batch-size",
     "save_images": "--images/--no-images",
 }
-
-
-# --- prompts ------------------------------------------------------------------------------------------------
-
-
-def read_prompt_file(path: Path) -> list[str]:
-    """Prompts of a .csv file (column `prompt`) or of a text file (one a line; empty lines are skipped)."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise click.UsageError(f"--prompts {path}: not UTF-8 text (byte {error.start})") from None
-    if path.suffix.lower() == ".csv":
-        try:
-            rows = list(csv.DictReader(io.StringIO(text), strict=True))
-        except csv.Error as error:
-            raise click.UsageError(f"--prompts {path}: not valid CSV ({error})") from None
-        fields = next(csv.reader(io.StringIO(text)), [])
-        if "prompt" not in fields:
-            found = ", ".join(fields) or "none"
-            raise click.UsageError(f"--prompts {path}: no column 'prompt' (columns: {found})")
-        lines = [row["prompt"] or "" for row in rows]
-    else:
-        lines = text.splitlines()
-    prompts = [" ".join(line.split()) for line in lines if line.strip()]
-    if not prompts:
-        raise click.UsageError(f"--prompts {path}: holds no prompt")
-    return prompts
-
-
-def draw_builtin_prompts(captions: Path | None, seed: int) -> list[str]:
-    """The model's own captions, or the built-in list, in an order that `seed` decides.
-
-    Each run of 12 built-in prompts takes one of every category, so that few images are diverse already.
-    """
-    import numpy as np
-
-    rng = np.random.default_rng(seed)
-    if captions is not None:
-        prompts = read_prompt_file(captions)
-        return [prompts[i] for i in rng.permutation(len(prompts))]
-    by_category = defaultdict(list)
-    with BUILTIN_PROMPTS.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            by_category[row["category"]].append(row["prompt"])
-    shuffled = [[prompts[i] for i in rng.permutation(len(prompts))] for prompts in by_category.values()]
-    shuffled = [shuffled[i] for i in rng.permutation(len(shuffled))]
-    return [prompt for one_of_each in zip(*shuffled, strict=True) for prompt in one_of_each]
 
 
 # --- plan ---------------------------------------------------------------------------------------------------

@@ -937,8 +937,9 @@ def main(
     paths = WeightPaths(calib_dir)
     cache = read_cache_metadata(calib_dir)
     manifest = read_manifest(calib_dir)
-    from diffusion import load_run_pipeline
+    from diffusion import load_run_pipeline, run_cpu_streams_side_by_side
 
+    run_cpu_streams_side_by_side()
     pipeline = load_run_pipeline(manifest, "float32")
     layers, unit, chosen = choose(pipeline, cache["block_names"], blocks, unit, settings)
     jobs = plan_jobs(layers, chosen, unit)

@@ -15,7 +15,7 @@ from conftest import ROOT, folder_bytes, generate, start
 from PIL import Image
 
 import diffusion
-from generate_calibration_data import BUILTIN_PROMPTS, draw_builtin_prompts, read_prompt_file
+from cli_options import BUILTIN_PROMPTS, draw_builtin_prompts, read_prompt_file
 
 SMALL = ["--num-images", 3, "--num-steps", 4]
 
