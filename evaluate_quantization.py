@@ -448,6 +448,7 @@ def draw_grid(path: Path, run: Run, reference: "np.ndarray", found: "dict[str, n
     import textwrap
 
     import numpy as np
+    from matplotlib import font_manager
     from PIL import Image, ImageDraw, ImageFont
 
     from calibration_store import write_png
@@ -455,7 +456,7 @@ def draw_grid(path: Path, run: Run, reference: "np.ndarray", found: "dict[str, n
     rows, cell, gap, left, top = min(GRID_ROWS, len(reference)), GRID_CELL, 6, 110, 44
     columns = 1 + 2 * len(found)
     sheet = Image.new("RGB", (left + columns * (cell + gap), top + rows * (cell + gap)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 11)
 
     def put(row: int, column: int, pixels: "np.ndarray") -> None:
         scaled = Image.fromarray(pixels).resize((cell, cell), Image.Resampling.LANCZOS)
@@ -487,7 +488,8 @@ def plot_errors(path: Path, results: dict[str, dict]) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     for name, row in results.items():
         if any(row["step_error"]["mean"]):
-            axes.plot(row["step_error"]["mean"], label=name)
+            errors = row["step_error"]["mean"]
+            axes.plot(range(1, len(errors)), errors[1:], label=name)  # all start from the same noise
     axes.set(
         xlabel="Euler step (noise on the left, image on the right)", ylabel="relative error of the latent", yscale="log"
     )
