@@ -44,8 +44,8 @@ DECIDE_FROM = 0.4  # sigmoid: from here on the most decided variables are fixed,
 LR_SCALES = 1e-3
 HELD_OUT = 0.1  # of the images: never trained on, they judge
 MODEL_UNIT_LIMIT = 100_000_000  # weights up to which the default unit is the whole model
-CHECKPOINT_SECONDS = 30
 ITERS = 400
+VALUES_OF_A_RANGE = 2**19  # values of an input, of every few samples, that its first range is chosen by
 EVALUATED = 64  # samples that a loss is measured on
 FIELDS = ("alpha", "scale", "zero_point", "bias", "range")
 
@@ -401,7 +401,8 @@ class Unit:
         counts = {name: np.zeros(256) for name in ranges}
         for seen in self.watch(inputs, indices):
             for name, x in seen.items():
-                values = np.array(x - shifts.get(name, 0)).ravel()
+                every = -(-x.size // VALUES_OF_A_RANGE)
+                values = np.array(x[::every] - shifts.get(name, 0)).ravel()
                 bins = np.floor((values - edges[name][0]) / (edges[name][1] - edges[name][0])).astype(np.int64)
                 counts[name] += np.bincount(np.clip(bins, 0, 255), minlength=256)
         fractions = {
@@ -489,19 +490,16 @@ class Training:
 
     def arrays(self) -> "dict[str, mx.array]":
         """Everything that the rest of the training follows from, flat."""
-        from mlx.utils import tree_flatten
-
         tree = {"state": self.state, "fixed": self.fixed if self.settings.rounding == "sigmoid" else {}}
         for name in ("alpha", "scale", "range"):
             tree[f"{name}_optimizer"] = getattr(self, f"{name}_optimizer").state
-        return dict(tree_flatten(tree))
+        return dict(flatten(tree))
 
     def restore(self, arrays: "dict[str, np.ndarray]", iteration: int) -> None:
         """Go on from `arrays` at an iteration."""
         import mlx.core as mx
-        from mlx.utils import tree_unflatten
 
-        tree = tree_unflatten([(name, mx.array(array)) for name, array in arrays.items()])
+        tree = unflatten({name: mx.array(array) for name, array in arrays.items()})
         self.state = {key: tree["state"].get(key, {}) for key in FIELDS}
         self.fixed = tree.get("fixed") or self.fixed
         for name in ("alpha", "scale", "range"):
@@ -606,6 +604,27 @@ class Training:
             state["range"] = self.range_optimizer.apply_gradients(of_input, state["range"])
 
 
+def flatten(tree: dict[str, Any], prefix: str = "") -> "Iterator[tuple[str, mx.array]]":
+    """(path, array) of nested dictionaries; mlx.utils joins paths with dots, which layers have in their names."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{name}|")
+        else:
+            yield prefix + name, value
+
+
+def unflatten(arrays: "dict[str, mx.array]") -> dict[str, Any]:
+    """Nested dictionaries from the paths of `flatten`."""
+    tree: dict[str, Any] = {}
+    for path, array in arrays.items():
+        *parents, name = path.split("|")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = array
+    return tree
+
+
 def cosine(progress: float) -> float:
     """1 at the start, 0 at the end."""
     import math
@@ -613,8 +632,8 @@ def cosine(progress: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
-def train(training: Training, bar, save: Callable[[], None]) -> dict[str, float]:
-    """Run the training to its end, with a checkpoint every half minute; returns the unit's losses."""
+def train(training: Training, bar, save: Callable[[], None], checkpoint_seconds: float) -> dict[str, float]:
+    """Run the training to its end, with a checkpoint now and then; returns the unit's losses."""
     unit, settings = training.unit, training.settings
     held_out = spread_over(unit.samples.held_out, EVALUATED)
     last_saved, average = time.monotonic(), None
@@ -623,7 +642,7 @@ def train(training: Training, bar, save: Callable[[], None]) -> dict[str, float]
         average = loss if average is None else 0.9 * average + 0.1 * loss
         bar.update()
         bar.set_postfix(loss=f"{average:.3f}", changed=f"{changed_share(training):.1%}", refresh=False)
-        if time.monotonic() - last_saved > CHECKPOINT_SECONDS:
+        if time.monotonic() - last_saved > checkpoint_seconds:
             save()
             last_saved = time.monotonic()
     codes = unit.codes(training.state, hard=True)
@@ -679,7 +698,7 @@ def layer_arrays(training: Training, keep_nearest: bool) -> "dict[str, np.ndarra
 
 
 class Checkpoint:
-    """checkpoint.npz: where the job under way stands, so that a kill costs half a minute."""
+    """checkpoint.npz: where the job under way stands, so that a kill costs little."""
 
     def __init__(self, paths: "WeightPaths", job: Job):
         self.path, self.job = paths.checkpoint, job
@@ -714,7 +733,9 @@ class Checkpoint:
         return position, parts["training"], parts["done"]
 
 
-def run_job(pipeline, paths: "WeightPaths", job: Job, settings: Settings, unit_class: type[Unit], bar) -> None:
+def run_job(
+    pipeline, paths: "WeightPaths", job: Job, settings: Settings, unit_class: type[Unit], bar, checkpoint_seconds: float
+) -> None:
     """Train a job's stages, from its checkpoint if there is one, and write its blocks' files."""
     from calibration_store import write_json, write_npz
 
@@ -729,7 +750,7 @@ def run_job(pipeline, paths: "WeightPaths", job: Job, settings: Settings, unit_c
             training.restore(saved, position["iteration"])
             bar.update(position["iteration"])
             saved = {}
-        found = train(training, bar, lambda: checkpoint.save(stage, training, done, losses))  # noqa: B023 (used at once)
+        found = train(training, bar, lambda: checkpoint.save(stage, training, done, losses), checkpoint_seconds)  # noqa: B023 (used at once)
         found["kept_nearest"] = found["end"] >= found["nearest"]
         done |= layer_arrays(training, found["kept_nearest"])
         losses.append(found | {"layers": len(training.unit.layers)})
@@ -901,7 +922,7 @@ def estimate(pipeline, paths: "WeightPaths", job: Job, settings: Settings, unit_
 @click.option(
     "--lr-activation-scale",
     type=click.FloatRange(min=0),
-    default=1e-3,
+    default=5e-3,
     help="Learning rate of the (log) clipping ranges.",
 )
 @click.option(
@@ -911,12 +932,16 @@ def estimate(pipeline, paths: "WeightPaths", job: Job, settings: Settings, unit_
     help="sigmoid: weight of the pull to 0 or 1, beside a loss of 1 for round-to-nearest.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Decides the batches.")
+@click.option(
+    "--checkpoint-seconds", type=click.FloatRange(min=0), default=30, help="How much of a unit's work a kill may cost."
+)
 @resume_options
 def main(
     calib_dir: Path,
     blocks: str | None,
     unit: str | None,
     lr_alpha: float | None,
+    checkpoint_seconds: float,
     resume: bool,
     force: bool,
     dry_run: bool,
@@ -974,7 +999,7 @@ def main(
                         bar.update(settings.iters * len(job.stages))
                     else:
                         bar.set_description(job.name)
-                        run_job(pipeline, paths, job, settings, unit_class, bar)
+                        run_job(pipeline, paths, job, settings, unit_class, bar, checkpoint_seconds)
             rows = write_metadata(paths, plan, jobs)
         except KeyboardInterrupt:
             raise Interrupted(

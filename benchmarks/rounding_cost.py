@@ -108,7 +108,7 @@ def profile(training, settings) -> dict[str, float]:
 
     unit, marks = training.unit, {}
     training.iteration = 0
-    indices = np.arange(settings.batch_size) + unit.samples.training[0]
+    indices = np.array(unit.samples.training[: settings.batch_size])
 
     def timed(name, work):
         start = time.perf_counter()

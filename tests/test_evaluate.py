@@ -1,0 +1,221 @@
+"""evaluate_quantization.py: nothing leaks, configs are followed, metrics are right, the gate holds."""
+
+import json
+import shutil
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import generate, invoke
+from mlx.utils import tree_flatten
+
+import diffusion
+import evaluate_quantization as stage
+from calibration_store import WeightPaths, read_manifest, read_quantized_block
+from hooks import layer_slots
+from quantizers import dequantize, min_max_grid, nearest_codes
+
+QUICK = ("--num-images", 2, "--num-steps", 3, "--batch-size", 2)
+
+
+class NoBar:
+    def update(self, count=1):
+        pass
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A calibration run with everything that the variants need."""
+    folder = tmp_path_factory.mktemp("evaluate") / "run"
+    where = ("--calib-dir", folder)
+    for script, *arguments in (
+        ("generate_calibration_data", "--model", "sd3-emoji", "--num-images", 3, "--num-steps", 4, "--no-images"),
+        ("cache_adaround_data", "--num-images", 3, "--stride", 2),
+        ("collect_layer_activations", "--num-images", 3, "--stride", 2),
+        ("optimize_adaround", "--iters", 10, "--batch-size", 2, "--unit", "layer"),
+        ("analyze_activations",),
+        ("analyze_activations_multitier",),
+    ):
+        done = invoke(script, *arguments, *where)
+        assert done.exit_code == 0, done.output
+    return folder
+
+
+def evaluate(folder, *arguments):
+    return invoke("evaluate_quantization", "--calib-dir", folder, *QUICK, *arguments)
+
+
+@pytest.fixture(scope="module")
+def results(run):
+    """Every kind of variant in one process, the original first and last."""
+    variants = "fp,w4-rtn,w8-rtn-g0,w4-adaround,a8,a6-dynamic,a8-learned,multitier,w4-adaround+a8"
+    done = evaluate(run, "--variants", variants)
+    assert done.exit_code == 0, done.output
+    return done, json.loads((run / "evaluation/metrics.json").read_bytes())
+
+
+def test_metrics_and_files(run, results):
+    done, metrics = results
+    assert metrics["format"] == "evaluation_v1" and len(metrics["variants"]) == 9
+    assert metrics["variants"]["fp"]["equal_images"] == 2 and metrics["variants"]["fp"]["psnr"]["mean"] is None
+    assert max(metrics["variants"]["fp"]["step_error"]["mean"]) == 0
+    order = [metrics["variants"][name]["psnr"]["mean"] for name in ("w8-rtn-g0", "w4-rtn", "multitier")]
+    assert order == sorted(order, reverse=True)
+    assert "simulated" in done.stdout and "0 of the prompts were used in calibration" in done.stdout
+    row = metrics["variants"]["w4-rtn"]
+    low, high = row["psnr"]["interval"]
+    assert low <= row["psnr"]["mean"] <= high and row["psnr"]["worst"] == row["worst_prompts"][0]["psnr"]
+    assert len(row["step_error"]["mean"]) == 4 and row["step_error"]["mean"][0] == 0 < row["step_error"]["mean"][-1]
+    for name in ("grid", "error_over_steps"):
+        assert (run / f"evaluation/{name}.png").read_bytes().startswith(b"\x89PNG")
+    calibration = {image["prompt"] for image in read_manifest(run)["images"]}
+    assert not calibration & set(metrics["prompts"])
+
+
+def test_metrics_against_numpy(run, results):
+    arrays = {path.name.rsplit("_", 1)[0]: np.load(path) for path in (run / "evaluation/runs").glob("*.npz")}
+    original, quantized = arrays["fp"], arrays["w4-rtn"]
+    error = np.square(original["images"].astype(float) - quantized["images"]).reshape(2, -1).mean(axis=1)
+    psnr = [image["psnr"] for image in results[1]["variants"]["w4-rtn"]["images"]]
+    np.testing.assert_allclose(psnr, 10 * np.log10(255**2 / error))
+    flat = original["latents"].astype(float).reshape(2, 4, -1), quantized["latents"].astype(float).reshape(2, 4, -1)
+    relative = np.linalg.norm(flat[1] - flat[0], axis=2) / np.linalg.norm(flat[0], axis=2)
+    np.testing.assert_allclose(results[1]["variants"]["w4-rtn"]["step_error"]["mean"], relative.mean(axis=0))
+
+
+def test_original_is_bit_for_bit_the_same_after_every_variant(run, results):
+    """In one process: original, all variants, original; the parameter tree keeps names, order and bytes."""
+    manifest = read_manifest(run)
+    pipeline = diffusion.load_run_pipeline(manifest)
+    before = [(name, array, np.array(array)) for name, array in tree_flatten(pipeline.mmdit.parameters())]
+    plan = stage.plan_run(manifest, diffusion.describe_model("sd3-emoji"), ["rocket", "swan"], 3, None, 5, 2)
+    first = stage.sample(pipeline, plan, stage.Quantization(stage.parse_variant("fp"), run), NoBar())
+    for name in results[1]["variants"]:
+        found = stage.sample(pipeline, plan, stage.Quantization(stage.parse_variant(name), run), NoBar())
+        assert np.array_equal(found["latents"], first["latents"]) == (name == "fp"), name
+    last = stage.sample(pipeline, plan, stage.Quantization(stage.parse_variant("fp"), run), NoBar())
+    assert all(np.array_equal(first[key], last[key]) for key in first)
+    after = tree_flatten(pipeline.mmdit.parameters())
+    assert [name for name, *_ in before] == [name for name, _ in after]
+    assert all(np.array_equal(old, np.array(new)) for (_, _, old), (_, new) in zip(before, after, strict=True))
+
+
+def test_weights_are_those_of_the_files(run):
+    pipeline = diffusion.load_run_pipeline(read_manifest(run))
+    slots = layer_slots(pipeline.mmdit)
+    layers = {name: slots[name][0][slots[name][1]] for name in slots}
+    original = {name: np.array(layer.weight) for name, layer in layers.items()}
+    with stage.Quantization(stage.parse_variant("w4-adaround"), run).weights(pipeline):
+        for name, fields in read_quantized_block(WeightPaths(run), "mm5").items():
+            expected = (
+                fields["q"].astype(np.float32).reshape(*fields["scale"].shape, -1) - fields["zero_point"][..., None]
+            ) * fields["scale"][..., None]
+            assert np.array_equal(np.array(layers[name].weight), expected.reshape(original[name].shape))
+    with stage.Quantization(stage.parse_variant("w8-rtn-g0"), run).weights(pipeline):
+        grid = min_max_grid(original["mm1.img.mlp.fc2"], 8, 0)
+        expected = dequantize(nearest_codes(original["mm1.img.mlp.fc2"], *grid, 8).astype(np.float32), *grid)
+        assert np.array_equal(np.array(layers["mm1.img.mlp.fc2"].weight), expected)
+    assert all(np.array_equal(np.array(layers[name].weight), original[name]) for name in layers)
+
+
+@pytest.mark.parametrize(
+    "name, config_file", [("a8", "quant_config.json"), ("multitier", "quant_config_multitier.json")]
+)
+def test_config_is_followed(run, name, config_file):
+    """The step of the nearest sigma, shift, multipliers, clipping range: against the README's five lines."""
+    config = json.loads((run / "activations" / config_file).read_bytes())
+    migrated = next(iter(config["outlier_config"]), "mm2.txt.mlp.fc2")
+    quantization = stage.Quantization(stage.parse_variant(name), run)
+    for layer in {migrated, "mm2.txt.mlp.fc2", "mm0.img.attn.q_proj"}:
+        for key, sigma in config["sigma_map"].items():
+            quantization.sigma = sigma + 0.01
+            entry = config["per_timestep"][key][layer]
+            x = np.random.default_rng(0).normal(0, entry["scale"] / 2, (2, 5, 1, 768 if "fc2" in layer else 192))
+            n = 2 ** (entry["bits"] - 1) - 1
+            shift = np.array(entry.get("shift", 0.0))
+            m = np.array(config["outlier_config"].get(layer, {}).get("multiplier_vector", 1))
+            step = entry["clipping_range"] / n
+            position = (x - shift) / m / step
+            expected = m * step * np.clip(np.rint(position), -n, n) + shift
+            found = np.array(quantization._quantize(layer, mx.array(x.astype(np.float32)), 2))
+            near_half = abs(position - np.rint(position)) > 0.499
+            np.testing.assert_allclose(found[~near_half], expected[~near_half], atol=1e-5)
+
+
+def test_dynamic_ranges_are_each_images_own():
+    x = (
+        np.random.default_rng(0).normal(size=(4, 6, 1, 8)).astype(np.float32)
+    )  # rows: conditional of images 0, 1, then unconditional
+    x[1], x[3] = x[1] * 10, x[3] * 10
+    found = np.array(stage.fake_quantize_dynamic(mx.array(x), 8, True, 2))
+    for image in (0, 1):
+        own = x[[image, 2 + image]].astype(float)
+        flat = own.reshape(-1, 8)
+        shift = (flat.min(axis=0) + flat.max(axis=0)) / 2
+        step = abs(own - shift).max() / 127
+        expected = np.rint((own - shift) / step) * step + shift
+        assert (abs(found[[image, 2 + image]] - expected) < 1e-5 * (1 + 9 * image)).mean() > 0.98  # but for ties
+
+
+def test_second_run_takes_the_original_over(run, results):
+    runs = run / "evaluation/runs"
+    times = {path.name: path.stat().st_mtime_ns for path in runs.iterdir()}
+    assert evaluate(run, "--variants", "w4-rtn").exit_code == 0
+    again = {path.name: path.stat().st_mtime_ns for path in runs.iterdir()}
+    changed = [name for name in times if times[name] != again[name]]
+    assert len(changed) == 1 and changed[0].startswith("w4-rtn_")
+    assert evaluate(run, "--variants", "w4-rtn,a8", "--resume").exit_code == 0
+    assert again == {path.name: path.stat().st_mtime_ns for path in runs.iterdir()}
+
+
+def test_gate(run, results):
+    done = evaluate(run, "--variants", "w4-rtn", "--resume", "--min-psnr", 90, "--max-step-error", 0)
+    assert done.exit_code == 1
+    assert "w4-rtn: mean PSNR" in done.stderr and "is below --min-psnr 90" in done.stderr
+    assert "is above --max-step-error 0" in done.stderr
+    assert evaluate(run, "--variants", "w4-rtn", "--resume", "--min-psnr", 5, "--max-step-error", 9).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--variants", "w4"], "--variants: 'w4' is not known; there are fp, w4-rtn"),
+        (["--variants", "w4-rtn+w8-rtn"], "is not known"),
+        (["--variants", "w3-adaround"], "holds 4 bits"),
+        (["--num-images", 9999], "--num-images 9999: there are"),
+    ],
+)
+def test_bad_options(run, arguments, message):
+    done = evaluate(run, *arguments)
+    assert done.exit_code == 2 and message in done.stderr and done.stderr.strip().count("\n") <= 2, done.output
+
+
+def test_missing_files_are_named(run, tmp_path):
+    shutil.copy(run / "manifest.json", tmp_path)
+    for variant, script in (
+        ("w4-adaround", "optimize_adaround.py"),
+        ("a8", "analyze_activations.py"),
+        ("multitier", "analyze_activations_multitier.py"),
+    ):
+        done = evaluate(tmp_path, "--variants", variant)
+        assert done.exit_code == 2 and script in done.stderr and "not found" in done.stderr
+    assert not (tmp_path / "evaluation").exists()
+
+
+def test_prompts_of_a_file_and_their_overlap(run, tmp_path):
+    used = read_manifest(run)["images"][0]["prompt"]
+    (tmp_path / "prompts.txt").write_text(f"{used}\nrocket\n")
+    done = evaluate(run, "--variants", "w8-rtn", "--prompts", tmp_path / "prompts.txt", "--output", tmp_path / "out")
+    assert done.exit_code == 0 and "1 of the prompts were used in calibration" in done.stdout
+    assert json.loads((tmp_path / "out/metrics.json").read_bytes())["overlap_with_calibration"] == 1
+
+
+def test_bootstrap_interval_covers_the_mean():
+    values = np.random.default_rng(0).normal(30, 4, 64)
+    low, high = stage.bootstrap_interval(values)
+    assert high - low == pytest.approx(2 * 1.96 * 4 / 8, rel=0.25) and low < values.mean() < high
+
+
+def test_generate_needs_no_evaluation(tmp_path):
+    assert generate("--num-images", 1, "--num-steps", 1, "--no-images", "--calib-dir", tmp_path / "x").exit_code == 0
+    assert stage.default_variants(tmp_path / "x") == ["w4-rtn"]

@@ -1,0 +1,321 @@
+"""optimize_adaround.py: the arithmetic against float64 NumPy, files, resumption, bad input."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import folder_bytes, generate, invoke, start
+
+import diffusion
+import optimize_adaround as stage
+import quantizers
+from calibration_store import WeightPaths, read_manifest, read_quantized_block
+from hooks import block_slots, layer_slots
+
+QUICK = ("--iters", 10, "--batch-size", 2)
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory):
+    """A calibration run of 3 images × 4 steps with its block cache."""
+    folder = tmp_path_factory.mktemp("optimize") / "run"
+    assert generate("--num-images", 3, "--num-steps", 4, "--no-images", "--calib-dir", folder).exit_code == 0
+    done = invoke("cache_adaround_data", "--calib-dir", folder, "--num-images", 3, "--stride", 2)
+    assert done.exit_code == 0, done.output
+    return folder
+
+
+@pytest.fixture
+def copy(cached, tmp_path):
+    shutil.copytree(cached, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def optimize(folder, *arguments):
+    return invoke("optimize_adaround", "--calib-dir", folder, *QUICK, *arguments)
+
+
+# --- arithmetic ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("group_size", [0, 32, 64])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_grids_and_codes_against_float64(bits, group_size):
+    weight = np.random.default_rng(0).normal(0, 0.1, (6, 128)).astype(np.float32)
+    scale, zero_point = quantizers.min_max_grid(weight, bits, group_size)
+    assert scale.shape == zero_point.shape == (6, 128 // (group_size or 128)) and scale.dtype == np.float32
+    codes = quantizers.nearest_codes(weight, scale, zero_point, bits)
+    rebuilt = quantizers.dequantize(codes.astype(np.float64), scale.astype(np.float64), zero_point.astype(np.float64))
+    for row in range(6):
+        for group in range(scale.shape[1]):
+            part = slice(group * (group_size or 128), (group + 1) * (group_size or 128))
+            low, high = min(weight[row, part].min(), 0), max(weight[row, part].max(), 0)
+            step = (float(high) - float(low)) / (2**bits - 1)
+            assert scale[row, group] == pytest.approx(step, rel=1e-6)
+            assert abs(rebuilt[row, part] - weight[row, part]).max() <= step * (0.5 + 0.51)  # the zero point rounds too
+    searched = quantizers.searched_grid(weight, bits, group_size)
+    best = quantizers.dequantize(quantizers.nearest_codes(weight, *searched, bits).astype(np.float64), *searched)
+    assert np.square(best - weight).sum() <= np.square(rebuilt - weight).sum() * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_codes_are_mlx_codes(bits, group_size):
+    generator = np.random.default_rng(1)
+    weight = generator.normal(0, 0.1, (16, 256)).astype(np.float32)
+    scale, zero_point = quantizers.searched_grid(weight, bits, group_size)
+    zero_point = zero_point + generator.uniform(-0.3, 0.3, zero_point.shape).astype(np.float32)  # as tuned
+    codes = quantizers.nearest_codes(weight, scale, zero_point, bits)
+    own = quantizers.dequantize(codes.astype(np.float64), scale.astype(np.float64), zero_point.astype(np.float64))
+    packed = (mx.array(quantizers.pack_codes(codes, bits)), mx.array(scale), mx.array(-scale * zero_point))
+    theirs = np.array(mx.dequantize(*packed, group_size=group_size, bits=bits))
+    np.testing.assert_allclose(theirs, own, rtol=0, atol=1e-6 * abs(own).max())
+    x = mx.array(generator.normal(size=(3, 256)).astype(np.float32))
+    product = mx.quantized_matmul(x, *packed, transpose=True, group_size=group_size, bits=bits)
+    np.testing.assert_allclose(np.array(product), np.array(x) @ own.T, atol=1e-4)
+
+
+def test_rectified_sigmoid_and_its_gradients_against_finite_differences():
+    alpha = np.linspace(-6, 6, 41)
+    exact = lambda a: np.clip(1.2 / (1 + np.exp(-a)) - 0.1, 0, 1)  # noqa: E731
+    h = quantizers.rectified_sigmoid(mx.array(alpha.astype(np.float32)))
+    np.testing.assert_allclose(np.array(h), exact(alpha), atol=1e-6)
+    slope = (exact(alpha + 1e-6) - exact(alpha - 1e-6)) / 2e-6
+    found = np.array(quantizers.rectified_sigmoid_gradient(mx.array(alpha.astype(np.float32))))
+    np.testing.assert_allclose(found, slope, atol=1e-5)
+    inside = np.linspace(0.02, 0.98, 30)
+    np.testing.assert_allclose(
+        exact(np.array(quantizers.rectified_sigmoid_inverse(mx.array(inside)))), inside, atol=1e-6
+    )
+    for beta in (2, 8, 20):
+        penalty = lambda x, beta=beta: 1 - abs(2 * x - 1) ** beta  # noqa: E731
+        slope = (penalty(inside + 1e-6) - penalty(inside - 1e-6)) / 2e-6
+        found = np.array(quantizers.rounding_regularizer_gradient(mx.array(inside.astype(np.float32)), beta))
+        np.testing.assert_allclose(found, slope, atol=1e-4)
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_fake_quantize_and_lsq_gradients(shifted):
+    generator = np.random.default_rng(2)
+    x, out = generator.normal(0, 1, (50, 8)), generator.normal(size=(50, 8))
+    shift, reach, n = generator.normal(size=8) if shifted else np.zeros(8), 1.3, 127
+    z = (x - shift) * n / reach
+    rebuilt = np.clip(np.rint(z), -n, n) * reach / n + shift
+    to_mlx = lambda a: mx.array(np.asarray(a, np.float32))  # noqa: E731
+    given_shift = to_mlx(shift) if shifted else None
+    found = quantizers.fake_quantize(to_mlx(x), to_mlx(reach), 8, given_shift)
+    near_half = abs(z - np.rint(z)) > 0.499
+    np.testing.assert_allclose(np.array(found)[~near_half], rebuilt[~near_half], atol=1e-5)
+
+    def weighted(x, reach):
+        return (quantizers.fake_quantize(x, reach, 8, given_shift) * to_mlx(out)).sum()
+
+    slopes = mx.grad(weighted, argnums=(0, 1))(to_mlx(x), to_mlx(reach))
+    inside = abs(z) < n
+    np.testing.assert_allclose(np.array(slopes[0])[~near_half], (out * inside)[~near_half], atol=1e-5)
+    of_range = np.where(inside, (np.rint(z) - z) / n, np.sign(z))  # LSQ, equation 3, per unit of range
+    assert slopes[1].item() == pytest.approx((of_range * out).sum(), abs=0.02)
+
+
+@pytest.fixture(scope="module")
+def unit(cached):
+    """The first block as a unit, and what it takes to make another."""
+    pipeline = diffusion.load_run_pipeline(read_manifest(cached), "float32")
+    job = stage.plan_jobs(list(layer_slots(pipeline.mmdit)), list(block_slots(pipeline.mmdit)), "block")[2]
+    samples = stage.Samples(cached, job)
+    settings = stage.Settings(20, 2, 4, 8, 64, "ste", 0.5, 4e-3, 1e-3, 0.01, 3)
+    return stage.Unit(pipeline, job, job.stages[0], samples, settings)
+
+
+def test_gradients_of_a_block_against_finite_differences(unit):
+    state = unit.quantized(unit.start, unit.codes(unit.start, hard=True), with_ranges=False)
+    indices = np.array(unit.samples.training[:2])
+    _, gradients = unit.gradients(state, indices, 0)
+    for name in ("mm2.img.attn.v_proj", "mm2.txt.mlp.fc2", "mm2.img.attn.o_proj"):
+        direction = np.array(gradients["weights"][name])
+        direction = mx.array(direction / np.linalg.norm(direction))
+        original, losses = state.weights[name], []
+        for offset in (-0.01, 0.01):
+            state.weights[name] = original + offset * direction
+            losses.append(unit.loss(indices.tolist(), state))
+        state.weights[name] = original
+        expected = (gradients["weights"][name] * direction).sum().item()
+        assert (losses[1] - losses[0]) / 0.02 == pytest.approx(expected, rel=0.05), name
+
+
+def test_round_to_nearest_has_a_loss_of_one(unit):
+    chosen = stage.spread_over(unit.samples.training, stage.EVALUATED)
+    assert unit.loss(chosen, unit.nearest_state()) == pytest.approx(1, rel=1e-4)
+    weights = {name: mx.array(unit.weights[name]) for name in unit.layers}
+    assert unit.loss(chosen, stage.Quantized(weights, unit.biases)) < 1e-3  # the float16 of the cache
+
+
+@pytest.mark.parametrize("rounding", ["ste", "sigmoid"])
+def test_a_restored_training_goes_on_as_if_nothing_happened(unit, rounding):
+    from dataclasses import replace
+
+    unit.settings = replace(unit.settings, rounding=rounding)
+    unit.start["alpha"] = {
+        name: mx.array(stage.first_alpha(np.random.default_rng(0).uniform(size=a.shape), rounding))
+        for name, a in unit.start["alpha"].items()
+    }
+    whole = stage.Training(unit)
+    for _ in range(20):
+        whole.step()
+    first = stage.Training(unit)
+    for _ in range(12):
+        first.step()
+    saved = {name: np.array(array) for name, array in first.arrays().items()}
+    second = stage.Training(unit)
+    second.restore(saved, 12)
+    for _ in range(8):
+        second.step()
+    expected = {name: np.array(array) for name, array in whole.arrays().items()}
+    found = {name: np.array(array) for name, array in second.arrays().items()}
+    assert expected.keys() == found.keys()
+    assert all(np.array_equal(expected[name], found[name]) for name in expected)
+    if rounding == "sigmoid":
+        decided = np.concatenate([np.abs(np.array(a)).ravel() for a in second.state["alpha"].values()])
+        assert (decided == 10).mean() > 0.5  # more at every tenth iteration
+
+
+# --- the stage ----------------------------------------------------------------------------------------------
+
+
+def test_files(copy):
+    done = optimize(copy, "--unit", "model")
+    assert done.exit_code == 0, done.output
+    paths = WeightPaths(copy)
+    metadata = json.loads(paths.metadata.read_bytes())
+    assert metadata["format"] == "adaround_weights_v1" and metadata["group_size"] == 64 and metadata["weight_bits"] == 4
+    assert metadata["block_names"] == [f"mm{i}" for i in range(8)] and metadata["iters"] == 10
+    pipeline = diffusion.load_run_pipeline(read_manifest(copy))
+    slots = layer_slots(pipeline.mmdit)
+    seen = set()
+    for block in metadata["block_names"]:
+        losses = metadata["losses"][block]["stages"][0]
+        assert losses["end"] < losses["nearest"] or losses["kept_nearest"]
+        for name, fields in read_quantized_block(paths, block).items():
+            seen.add(name)
+            weight = np.array(slots[name][0][slots[name][1]].weight)
+            out, groups = weight.shape[0], weight.shape[1] // 64
+            assert fields["alpha"].shape == fields["q"].shape == weight.shape
+            assert fields["alpha"].dtype == np.float32 and fields["q"].dtype == np.uint8 and fields["q"].max() <= 15
+            assert fields["scale"].shape == fields["zero_point"].shape == (out, groups)
+            assert fields["act_scale"].shape == () and fields["act_scale"] > 0
+            assert ("act_shift" in fields) == name.endswith("fc2")
+            assert ("bias" in fields) == ("bias" in slots[name][0][slots[name][1]])
+            grid = quantizers.searched_grid(weight, 4, 64)
+            lower = np.floor(quantizers.grid_position(weight, *grid))
+            assert np.array_equal(fields["q"], np.clip(lower + (fields["alpha"] >= 0), 0, 15))
+            rebuilt = quantizers.dequantize(fields["q"].astype(np.float32), fields["scale"], fields["zero_point"])
+            assert np.abs(rebuilt - weight).mean() < np.abs(weight).mean() / 4
+    assert seen == set(slots)
+    assert not paths.checkpoint.exists()
+
+
+@pytest.mark.parametrize(
+    "unit_name, rounding", [("block", "ste"), ("block", "sigmoid"), ("sublayer", "ste"), ("layer", "ste")]
+)
+def test_units(copy, unit_name, rounding):
+    done = optimize(copy, "--unit", unit_name, "--rounding", rounding, "--blocks", "mm3,mm7", "--group-size", 0)
+    assert done.exit_code == 0, done.output
+    assert sorted(path.name for path in (copy / "adaround_weights").glob("mm?.npz")) == ["mm3.npz", "mm7.npz"]
+    for layer, fields in read_quantized_block(WeightPaths(copy), "mm7").items():
+        assert fields["scale"].shape[1] == 1, layer
+
+
+def test_learning_beats_round_to_nearest_on_held_out_samples(copy):
+    done = optimize(copy, "--unit", "block", "--blocks", "mm2", "--iters", 60)
+    assert done.exit_code == 0, done.output
+    losses = json.loads(WeightPaths(copy).metadata.read_bytes())["losses"]["mm2"]["stages"][0]
+    assert losses["end"] < 0.9 * losses["nearest"] and not losses["kept_nearest"]
+
+
+def test_a_block_that_got_worse_keeps_round_to_nearest(copy):
+    done = optimize(copy, "--unit", "block", "--blocks", "mm2", "--lr-alpha", 5, "--weight-bits", 8)
+    assert done.exit_code == 0 and "kept round-to-nearest" in done.stdout, done.output
+    pipeline = diffusion.load_run_pipeline(read_manifest(copy))
+    slots = layer_slots(pipeline.mmdit)
+    for name, fields in read_quantized_block(WeightPaths(copy), "mm2").items():
+        weight = np.array(slots[name][0][slots[name][1]].weight)
+        grid = quantizers.min_max_grid(weight, 8, 64)
+        assert np.array_equal(fields["q"], quantizers.nearest_codes(weight, *grid, 8))
+
+
+def codes_of(folder):
+    return {name: array for block in WeightPaths(folder).root.glob("mm?.npz") for name, array in np.load(block).items()}
+
+
+def test_killed_and_resumed_gives_the_codes_of_one_run(copy, tmp_path):
+    arguments = (
+        "--iters",
+        12,
+        "--batch-size",
+        2,
+        "--unit",
+        "block",
+        "--blocks",
+        "mm0,mm1,mm2",
+        "--checkpoint-seconds",
+        0,
+    )
+    clean = tmp_path / "clean"
+    shutil.copytree(copy, clean)
+    assert invoke("optimize_adaround", "--calib-dir", clean, *arguments).exit_code == 0
+    chance = random.Random(int(os.environ.get("SEED", 0)))
+    paths = WeightPaths(copy)
+    for kill in range(int(os.environ.get("KILLS", 3))):
+        process = start("optimize_adaround", "--calib-dir", copy, *arguments, *(["--resume"] if kill else []))
+        while process.poll() is None and not (paths.checkpoint.exists() or paths.block("mm2").exists()):
+            time.sleep(0.02)
+        time.sleep(chance.uniform(0, 1.5))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    done = invoke("optimize_adaround", "--calib-dir", copy, *arguments, "--resume")
+    assert done.exit_code == 0, done.output
+    expected, found = codes_of(clean), codes_of(copy)
+    assert expected.keys() == found.keys()
+    assert all(np.array_equal(expected[name], found[name]) for name in expected)
+    assert folder_bytes(clean / "adaround_weights").keys() == folder_bytes(copy / "adaround_weights").keys()
+
+
+def test_dry_run_writes_nothing(copy):
+    before = folder_bytes(copy)
+    done = optimize(copy, "--dry-run", "--unit", "block")
+    assert done.exit_code == 0 and "of memory at the peak" in done.stdout, done.output
+    assert folder_bytes(copy) == before
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--group-size", 50], "--group-size 50 does not divide the layers' inputs ([192, 768])"),
+        (["--blocks", "mm9"], "--blocks: mm9 not in the cache, which has mm0"),
+        (["--unit", "model", "--blocks", "mm1"], "--unit model needs every block"),
+        (["--resume", "--force"], "give one of them"),
+    ],
+)
+def test_bad_options(cached, arguments, message):
+    done = optimize(cached, *arguments)
+    assert done.exit_code == 2 and message in done.stderr and not (cached / "adaround_weights").exists()
+
+
+def test_other_parameters_are_not_resumed(copy):
+    assert optimize(copy, "--unit", "layer", "--blocks", "mm0").exit_code == 0
+    done = optimize(copy, "--unit", "layer", "--blocks", "mm0")
+    assert done.exit_code == 2 and "holds a run already: --resume goes on with it" in done.stderr
+    done = optimize(copy, "--unit", "layer", "--blocks", "mm0", "--resume", "--seed", 5)
+    assert done.exit_code == 2 and "--seed 0, not 5" in done.stderr
+    assert optimize(copy, "--unit", "layer", "--blocks", "mm0", "--force", "--seed", 5).exit_code == 0
+
+
+def test_no_cache_is_one_line(tmp_path):
+    done = optimize(tmp_path)
+    assert done.exit_code == 2 and "not found; run cache_adaround_data.py first" in done.stderr
