@@ -10,20 +10,20 @@ DEMO := calibration_data/demo
 .SILENT: setup $(INSTALLED)
 
 demo: setup
-	$(PY) generate_calibration_data.py --model sd3-emoji --num-images 12 --batch-size 6 --seed 3 --calib-dir $(DEMO) --resume
-	$(PY) tools/contact_sheet.py --calib-dir $(DEMO)
-	$(PY) cache_adaround_data.py --calib-dir $(DEMO) --resume
-	$(PY) collect_layer_activations.py --calib-dir $(DEMO) --resume
+	$(PY) generate_calibration_data.py --model sd3-emoji --num-images 24 --batch-size 12 --seed 3 --calib-dir $(DEMO) --resume
+	$(PY) tools/contact_sheet.py --calib-dir $(DEMO) --columns 8 --size 128
+	$(PY) cache_adaround_data.py --calib-dir $(DEMO) --num-images 24 --stride 8 --resume
+	$(PY) collect_layer_activations.py --calib-dir $(DEMO) --num-images 8 --resume
 	$(PY) analyze_activations.py --calib-dir $(DEMO) --plot
 	$(PY) analyze_activations_multitier.py --calib-dir $(DEMO) --plot
+	$(PY) optimize_adaround.py --calib-dir $(DEMO) --iters 90 --resume
+	$(PY) evaluate_quantization.py --calib-dir $(DEMO) --num-steps 20 --resume
 	@echo
-	@echo "Done. All of it is below $(DEMO)/ (calibration_data/README.md explains every file):"
-	@echo "  contact_sheet.png     the images - look at this one"
-	@echo "  manifest.json         what was sampled        samples/      the latents of every step"
-	@echo "  adaround_cache/       what every block saw and gave, for adaptive rounding"
-	@echo "  activations/          the range, shift and histogram of every layer's input, per step"
+	@echo "Done. Look at $(DEMO)/evaluation/grid.png: original and quantized images side by side, differences x4."
+	@echo "Everything else is below $(DEMO)/, and calibration_data/README.md explains every file."
 
 test: setup
+	$(PY) -m ruff check .
 	$(PY) -m pytest -q tests
 
 setup: $(INSTALLED)
