@@ -18,6 +18,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.figures import record
 from calibration_store import STATISTICS_FORMAT, ActivationPaths, write_json, write_npz
 from cli_options import format_bytes, stage_command
 from quantizers import absolute_histogram, histogram_edges, histogram_grid, histogram_percentile
@@ -114,6 +115,13 @@ def main(keep: Path | None, repeats: int) -> None:
             runs = sorted(measure([*arguments, "--calib-dir", str(folder)]) for _ in range(repeats))
             seconds, peak = runs[len(runs) // 2]
             written = format_bytes(output.stat().st_size)
+            name, bounds = (
+                " ".join(arguments),
+                (3, 400, 90) if arguments[0] == "analyze_activations.py" else (2, 400, None),
+            )
+            record(f"{name}: time", seconds, bounds[0], "s")
+            record(f"{name}: peak memory", peak / 1e6, bounds[1], "MB")
+            record(f"{name}: JSON", output.stat().st_size / 1e6, bounds[2], "MB")
             click.echo(f"{' '.join(arguments):65} {seconds:5.2f} s  {format_bytes(peak)} peak  {written} of JSON")
 
 

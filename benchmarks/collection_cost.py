@@ -18,7 +18,15 @@ import click
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.figures import record
 from cli_options import format_bytes, stage_command
+
+BOUNDS = {
+    ("statistics", "cpu"): 1.25,
+    ("statistics", "cuda"): 1.2,
+    ("statistics", "metal"): 1.2,
+    ("statistics", "memory"): 0.25,
+}
 
 
 def load(size: str, text_tokens: int):
@@ -68,7 +76,7 @@ def compare(ways: dict[str, Callable[[], None]], repeats: int) -> tuple[dict[str
     return tuple({name: median(values) for name, values in figures.items()} for figures in (seconds, peaks))
 
 
-def time_statistics(pipeline, replay, sample: dict, folder: Path, repeats: int, twin: bool) -> float:
+def time_statistics(pipeline, replay, sample: dict, folder: Path, repeats: int, twin: bool, label: str) -> float:
     """Print what hooks and statistics cost; returns the seconds of a plain pass."""
     import mlx.core as mx
 
@@ -111,11 +119,17 @@ def time_statistics(pipeline, replay, sample: dict, folder: Path, repeats: int, 
     for name in ways:
         extra = (peaks[name] - peaks["plain"]) / activations
         ratio = f"{seconds[name] * 1e3:8.2f} ms  {seconds[name] / seconds['plain']:.3f} x"
+        record(
+            f"stage 2A: {name} ÷ plain pass, {label}",
+            seconds[name] / seconds["plain"],
+            BOUNDS.get((name, implementation)),
+        )
+        record(f"stage 2A: extra peak memory ÷ activations, {name}, {label}", extra, BOUNDS.get((name, "memory")))
         click.echo(f"{name:28s} {ratio}  peak memory {extra:+.1%} of the activations")
     return seconds["plain"]
 
 
-def time_cache(pipeline, replay, sample: dict, folder: Path, samples: int, plain: float) -> None:
+def time_cache(pipeline, replay, sample: dict, folder: Path, samples: int, plain: float, label: str) -> None:
     """Print what a sample of the block cache costs beside a plain pass and a plain write of the same bytes."""
     import numpy as np
 
@@ -142,6 +156,13 @@ def time_cache(pipeline, replay, sample: dict, folder: Path, samples: int, plain
             writer.submit(write_sample, folder / f"{index}.npz", arrays)
     per_sample = (time.perf_counter() - start) / samples
     write = median(writes)
+    if label == "sd3-emoji":
+        record(f"stage 2W: a sample ÷ plain pass, {label}", per_sample / plain, 1.5)
+    else:
+        record(
+            f"stage 2W: a sample ÷ (plain pass + 1.1 plain writes), {label}", per_sample / (plain + 1.1 * write), 1.0
+        )
+    record(f"stage 2W: bytes ÷ inputs and outputs stored apart, {label}", stored / separate, 0.53)
     click.echo(
         f"block cache: {format_bytes(stored)} a sample, {stored / separate:.3f} of inputs and outputs stored apart; "
         f"{per_sample * 1e3:.1f} ms a sample = {per_sample / plain:.2f} x plain; "
@@ -171,8 +192,8 @@ def main(size: str, repeats: int, text_tokens: int, samples: int, twin: bool) ->
         diffusion.modulation_cache(pipeline, [text.pooled], timestep[None]),
         tempfile.TemporaryDirectory(dir=ROOT) as folder,
     ):
-        plain = time_statistics(pipeline, replay, sample, Path(folder), repeats, twin)
-        time_cache(pipeline, replay, sample, Path(folder), samples, plain)
+        plain = time_statistics(pipeline, replay, sample, Path(folder), repeats, twin, size)
+        time_cache(pipeline, replay, sample, Path(folder), samples, plain, size)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import click
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.figures import record
 from cli_options import stage_command
 
 MATMUL = """
@@ -87,10 +88,12 @@ def main(model: str, num_steps: int, repeats: int, batch_sizes: str, use_t5: boo
         f"{model}, {num_steps} steps, one image: DiffusionKit {one_at_a_time / num_steps * 1e3:.1f} ms a step, "
         f"ours ÷ DiffusionKit {ratio:.3f}"
     )
+    record(f"stage 1: time per step ÷ DiffusionKit's loop, {model}", ratio, 1.05)
     for batch in map(int, batch_sizes.split(",")):
         per_image = (
             statistics.median(seconds(lambda batch=batch: ours(batch)) for _ in range(max(1, repeats // 2))) / batch
         )
+        record(f"stage 1: time per image ÷ DiffusionKit's, batch {batch}", per_image / one_at_a_time)
         click.echo(
             f"batch {batch:2d}: {1 / per_image:.3f} images/s, {one_at_a_time / per_image:.2f} x DiffusionKit's one at a time"
         )

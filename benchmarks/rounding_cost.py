@@ -17,6 +17,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.figures import record
 from cli_options import format_bytes, format_seconds, stage_command
 
 BLOCKS = 24
@@ -91,6 +92,7 @@ def main(hidden: int, tokens: int, text_tokens: int, samples: int, batch_size: i
     click.echo(
         f"{diffusion.mx.default_device()}: hidden {hidden}, {tokens} + {text_tokens} tokens, batches of {batch_size}"
     )
+    record("stage 3W: projected time for 24 blocks", BLOCKS * block / 60, 60, "min")
     for phase, value in seconds.items():
         click.echo(f"{phase:10} {1 / value:7.2f} iterations/s")
     click.echo(

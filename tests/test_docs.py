@@ -1,0 +1,80 @@
+"""The README's and the guide's commands, flags and files exist."""
+
+import importlib
+import re
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from conftest import ROOT
+
+DOCUMENTS = ("README.md", "TROUBLESHOOTING_GUIDE.md", "calibration_data/README.md", "CONTRIBUTING.md")
+SCRIPT = re.compile(r"(?:benchmarks/|tools/)?[a-z0-9_]+\.py")
+
+
+def options_of(script: str) -> set[str]:
+    """Every flag of a script, of its subcommands, too."""
+    sys.path[:0] = [str((ROOT / script).parent)]
+    try:
+        command = importlib.import_module(Path(script).stem).main
+    finally:
+        del sys.path[0]
+    commands = [command, *(command.commands.values() if isinstance(command, click.Group) else ())]
+    return {"-h", "--help"} | {
+        flag for each in commands for parameter in each.params for flag in (*parameter.opts, *parameter.secondary_opts)
+    }
+
+
+def commands() -> list[tuple[str, str]]:
+    """(script, the rest of the line) of every command in the documents."""
+    found = []
+    for name in DOCUMENTS:
+        for line in (ROOT / name).read_text().splitlines():
+            found += re.findall(rf"python ({SCRIPT.pattern})([^`|#\n]*)", line)
+    return found
+
+
+def test_there_are_commands():
+    assert len(commands()) >= 10
+
+
+@pytest.mark.parametrize("script", sorted({script for script, _ in commands()}))
+def test_commands_exist_with_their_flags(script):
+    known = options_of(script)
+    for found, arguments in commands():
+        if found == script:
+            unknown = set(re.findall(r"(?<![\w-])--?[a-z][a-z0-9-]*", arguments)) - known
+            assert not unknown, f"{script} has no {unknown}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_files_exist(document):
+    text = (ROOT / document).read_text()
+    for script in set(SCRIPT.findall(text)):
+        assert (ROOT / script).exists() or any(ROOT.glob(f"*/{script}")), f"{document} names {script}"
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / document).parent.joinpath(target).exists(), f"{document} links to {target}"
+
+
+def test_flags_in_the_option_lists_exist():
+    """Every --flag that the README mentions belongs to some script."""
+    scripts = [path.name for path in ROOT.glob("*.py") if "\ndef main(" in path.read_text()]
+    scripts += [
+        f"{folder}/{path.name}"
+        for folder in ("benchmarks", "tools")
+        for path in (ROOT / folder).glob("*.py")
+        if "def main(" in path.read_text()
+    ]
+    known = set().union(*(options_of(script) for script in scripts)) | {"--no-deps", "--shifted-…"}
+    text = (ROOT / "README.md").read_text()
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text)) - known <= {"--shifted-"}
+
+
+def test_messages_point_at_issues_that_exist():
+    guide = (ROOT / "TROUBLESHOOTING_GUIDE.md").read_text()
+    numbers = {int(number) for number in re.findall(r"^## Issue (\d+):", guide, re.MULTILINE)}
+    assert numbers == set(range(1, len(numbers) + 1))
+    for path in [*ROOT.glob("*.py"), ROOT / "README.md", ROOT / "Makefile", ROOT / "requirements.txt"]:
+        for number in re.findall(r"\bIssues? (\d+)\b", path.read_text()):
+            assert int(number) in numbers, f"{path.name} points at Issue {number}"
