@@ -107,9 +107,10 @@ def plan_jobs(layers: Sequence[str], blocks: Sequence[str], unit: str) -> list[J
 
 
 class Samples:
-    """The cached samples of a job, float16 in memory; batches of them in float32."""
+    """The cached samples of a job, float16 in memory (the GPU's, where there is one); batches of them in float32."""
 
     def __init__(self, calib_dir: Path, job: Job):
+        import mlx.core as mx
         import numpy as np
 
         from calibration_store import read_cache_metadata, read_cached_block
@@ -123,6 +124,8 @@ class Samples:
             for array, member in zip(self._arrays, members, strict=True):
                 array[position] = member
             self.image_ids.append(cached.image_id)
+        if mx.default_device() != mx.Device(mx.cpu):  # copied once: a batch of SD3-Medium's samples is 0.2 GB
+            self._arrays = [mx.array(array) for array in self._arrays]
         self.training, self.held_out = split_samples(self.image_ids)
 
     @property
@@ -133,6 +136,8 @@ class Samples:
         """Inputs, modulation input and outputs of these samples, rows one below the other."""
         import mlx.core as mx
 
+        if isinstance(self._arrays[0], mx.array):
+            indices = mx.array(indices)
         picked = (array[indices] for array in self._arrays)
         return [mx.array(array.reshape(-1, *array.shape[2:])).astype(mx.float32) for array in picked]
 
