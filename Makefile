@@ -16,7 +16,7 @@ demo: setup
 	$(PY) collect_layer_activations.py --calib-dir $(DEMO) --num-images 8 --resume
 	$(PY) analyze_activations.py --calib-dir $(DEMO) --plot
 	$(PY) analyze_activations_multitier.py --calib-dir $(DEMO) --plot
-	$(PY) optimize_adaround.py --calib-dir $(DEMO) --iters 90 --resume
+	$(PY) optimize_adaround.py --calib-dir $(DEMO) --iters 80 --resume
 	$(PY) evaluate_quantization.py --calib-dir $(DEMO) --num-steps 20 --resume
 	@echo
 	@echo "Done. Look at $(DEMO)/evaluation/grid.png: original and quantized images side by side, differences x4."

@@ -1,0 +1,77 @@
+"""The only place that knows file names and keys: paths, formats, atomic writes, locks, resume checks.
+
+NumPy only: the analyzers and other people's tools read the files without MLX. FORMAT strings and keys are a
+contract (calibration_data/README.md); extra keys may be added, existing ones keep their meaning.
+"""
+
+from calibration_store.activations import (
+    COLLECT,
+    EVALUATION_FORMAT,
+    MULTITIER_FORMAT,
+    PARTIAL_FORMAT,
+    PARTIAL_KEYS,
+    STATISTICS_FIELDS,
+    STATISTICS_FORMAT,
+    TEMPORAL_FORMAT,
+    W4A8_FORMAT,
+    ActivationPaths,
+    ActivationStatistics,
+    EvaluationPaths,
+    LayerStatistics,
+    is_partial_complete,
+    read_partial,
+    read_statistics,
+    refuse_other_format,
+    write_quant_config,
+)
+from calibration_store.files import (
+    NPZ_ERRORS,
+    TEMP_SUFFIX,
+    BackgroundWriter,
+    StoreError,
+    WriteError,
+    atomic_file,
+    locked_folder,
+    map_npz,
+    npz_bytes,
+    read_json,
+    read_npz,
+    require_space,
+    sync_folder,
+    write_json,
+    write_npz,
+    write_png,
+)
+from calibration_store.runs import (
+    GENERATE,
+    IMAGE_ENTRIES,
+    MANIFEST_ENTRIES,
+    MANIFEST_FORMAT,
+    CalibrationPaths,
+    check_stage,
+    clear_files,
+    is_complete,
+    open_stage,
+    owned_bytes,
+    read_manifest,
+    read_run_sample,
+    read_sample,
+    run_identity,
+    sample_arrays,
+    saved_steps,
+    select_images,
+    select_steps,
+)
+from calibration_store.weights import (
+    CACHE_FORMAT,
+    CACHE_REMEDY,
+    WEIGHTS_FORMAT,
+    BlockCachePaths,
+    CachedBlock,
+    WeightPaths,
+    is_cached,
+    layer_name,
+    read_cache_metadata,
+    read_cached_block,
+    read_quantized_block,
+)

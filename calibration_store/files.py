@@ -1,0 +1,350 @@
+"""Files: atomic writes, locks, JSON, and NPZ that is written, read and mapped without NumPy's detours."""
+
+import contextlib
+import errno
+import functools
+import io
+import math
+import os
+import re
+import shutil
+import struct
+import tempfile
+import tokenize
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from threading import BoundedSemaphore
+from typing import Any
+
+import click
+import filelock
+import numpy as np
+import orjson
+
+TEMP_SUFFIX = ".tmp"
+
+
+class StoreError(click.ClickException):
+    """A file or folder is not what it should be; the message is one line that says what to do."""
+
+    exit_code = 2
+
+
+class WriteError(StoreError):
+    """A file could not be written; what was complete before stays complete."""
+
+    exit_code = 1
+
+
+def matching(folder: Path, pattern: str) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    temp = rf"\.(?:{pattern})\.[a-z0-9_]+{re.escape(TEMP_SUFFIX)}"
+    return sorted(path for path in folder.iterdir() if re.fullmatch(f"(?:{pattern})|{temp}", path.name))
+
+
+@contextlib.contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Create `folder` and hold it against a second writer until the block ends. The lock leaves no file.
+
+    A folder that is still empty at the end is removed again. Raises StoreError when another process holds it
+    or it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise StoreError(f"cannot write to {folder}: {error.strerror}") from None
+    try:
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise StoreError(f"cannot write to {folder}: no right to, or a read-only disk")
+        if not filelock.lock_descriptor(descriptor, blocking=False):
+            raise StoreError(f"{folder}: another process is writing here; wait for it to end or use another folder")
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # refuses unless empty
+    finally:
+        os.close(descriptor)
+
+
+def require_space(folder: Path, num_bytes: int) -> None:
+    """Raise StoreError when the disk of `folder` (which need not exist yet) cannot hold num_bytes more."""
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if num_bytes > free:
+        raise StoreError(
+            f"{folder}: needs {num_bytes / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; "
+            "free some, or lower the number of images or raise --stride"
+        )
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[io.BufferedWriter]:
+    """Open a temporary file beside `path`; on success flush it to the disk and rename it, else remove it.
+
+    Raises WriteError for what the operating system refuses (full disk, missing right).
+    """
+    temp = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temp = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMP_SUFFIX, dir=path.parent)
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temp, 0o644)
+        os.replace(temp, path)
+    except OSError as error:
+        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
+        raise WriteError(f"cannot write {path}: {reason}") from None
+    finally:
+        if temp is not None:
+            Path(temp).unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the renames inside `folder` survive a power loss."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON atomically, indented, keys in the order given. NumPy scalars and arrays are accepted."""
+    with atomic_file(path) as file:
+        file.write(orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY) + b"\n")
+
+
+def read_json(path: Path, expected_format: str, made_by: str) -> dict[str, Any]:
+    """Read a JSON file of a known format. Raises StoreError that names the script which writes it."""
+    try:
+        content = orjson.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise StoreError(f"{path}: not found; run {made_by} first") from None
+    except OSError as error:
+        raise StoreError(f"{path}: {error.strerror}") from None
+    except orjson.JSONDecodeError as error:
+        raise StoreError(f"{path}: not valid JSON ({error}); run {made_by} --force to make it anew") from None
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != expected_format:
+        raise StoreError(f"{path}: format {found!r} is not {expected_format!r}; run {made_by} to make it anew")
+    return content
+
+
+def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write an uncompressed NPZ atomically; equal arrays give equal bytes.
+
+    np.savez computes the checksums between the writes, in one thread. Here threads compute them while the data
+    goes to the disk, and data begin at multiples of 64 bytes so that they can be mapped aligned. The format
+    is the same: a ZIP archive of stored .npy files.
+    """
+    members = [(f"{key}.npy", _npy_header(array), np.ascontiguousarray(array)) for key, array in arrays.items()]
+    if sum(array.nbytes + 1024 for *_, array in members) >= 2**32:
+        with atomic_file(path) as file:
+            np.savez(file, **arrays)  # ZIP64
+        return
+    with atomic_file(path) as file, ThreadPoolExecutor(max_workers=min(4, len(members))) as pool:
+        checksums = [pool.submit(_crc32, header, array) for _, header, array in members]
+        offsets = []
+        for name, header, array in members:
+            offsets.append(file.tell())
+            size = len(header) + array.nbytes
+            padding = -(file.tell() + _LOCAL_HEADER.size + len(name) + 4 + len(header)) % 64
+            extra = struct.pack("<HH", 0xD935, padding) + bytes(padding)  # the field Android's zipalign pads with
+            file.write(_LOCAL_HEADER.pack(b"PK\3\4", 20, 0, 0, 0, 33, 0, size, size, len(name), len(extra)))
+            file.write(name.encode() + extra + header)
+            file.write(_bytes_of(array))
+        directory = file.tell()
+        for (name, header, array), checksum, offset in zip(members, checksums, offsets, strict=True):
+            size, crc = len(header) + array.nbytes, checksum.result()
+            file.write(
+                _CENTRAL_HEADER.pack(b"PK\1\2", 20, 20, 0, 0, 0, 33, crc, size, size, len(name), 0, 0, 0, 0, 0, offset)
+            )
+            file.write(name.encode())
+        end = file.tell()
+        file.write(struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, len(members), len(members), end - directory, directory, 0))
+        for checksum, offset in zip(checksums, offsets, strict=True):
+            file.seek(offset + 14)
+            file.write(struct.pack("<L", checksum.result()))
+
+
+_LOCAL_HEADER = struct.Struct("<4s5H3L2H")
+_CENTRAL_HEADER = struct.Struct("<4s6H3L5H2L")
+
+
+def _npy_header(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    fields = np.lib.format.header_data_from_array_1_0(np.ascontiguousarray(array) if array.ndim else array)
+    np.lib.format.write_array_header_1_0(buffer, fields)
+    return buffer.getvalue()
+
+
+def _bytes_of(array: np.ndarray) -> memoryview:
+    return memoryview(array.reshape(-1).view(np.uint8))
+
+
+def _crc32(header: bytes, array: np.ndarray) -> int:
+    return zlib.crc32(_bytes_of(array), zlib.crc32(header))
+
+
+def write_png(path: Path, image: Any) -> None:
+    """Write a PIL image as PNG atomically."""
+    with atomic_file(path) as file:
+        image.save(file, "PNG")
+
+
+def npz_bytes(arrays: Mapping[str, np.ndarray]) -> int:
+    """Size in bytes of the file that `write_npz` writes."""
+    size = 0
+    for key, array in arrays.items():
+        header = len(_npy_header(array))
+        size += _LOCAL_HEADER.size + len(key) + 4 + 4
+        size += -(size + header) % 64 + header + array.nbytes
+    return size + sum(_CENTRAL_HEADER.size + len(key) + 4 for key in arrays) + 22
+
+
+# what damaged bytes raise in zipfile, NumPy's header parser and the file system
+NPZ_ERRORS = (
+    ValueError, TypeError, IndexError, OSError, EOFError, AttributeError, RuntimeError, NotImplementedError, struct.error,
+    tokenize.TokenError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+
+
+def read_npz(path: Path, remedy: str, wanted: Callable[[str], bool] = lambda key: True) -> dict[str, np.ndarray]:
+    """Read the arrays of an NPZ whose keys are wanted, checksums included; read-only; pickled arrays are refused.
+
+    np.load takes 0.1 ms a member, most of it for parsing headers and copying: too long for the thousands of
+    members of statistics. Raises StoreError with `remedy` (what to run) when the file is missing or damaged.
+    """
+    arrays = {}
+    try:
+        content = path.read_bytes()
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            for member in archive.infolist():
+                key = member.filename.removesuffix(".npy")
+                if wanted(key):
+                    arrays[key] = _npy_array(_member_bytes(content, member))
+    except FileNotFoundError:
+        raise StoreError(f"{path}: missing; {remedy}") from None
+    except NPZ_ERRORS as error:
+        pickled = "Object arrays cannot be loaded" in str(error)
+        what = "holds a pickled array, which is not read" if pickled else "truncated or damaged"
+        raise StoreError(f"{path}: {what}; {remedy}") from None
+    return arrays
+
+
+def _member_bytes(content: bytes, member: zipfile.ZipInfo) -> memoryview:
+    """The data of one member, its checksum verified."""
+    names = struct.unpack_from("<HH", content, member.header_offset + 26)
+    start = member.header_offset + _LOCAL_HEADER.size + sum(names)
+    data = memoryview(content)[start : start + member.compress_size]
+    if member.compress_type == zipfile.ZIP_DEFLATED:
+        data = memoryview(zlib.decompress(data, -zlib.MAX_WBITS))
+    elif member.compress_type != zipfile.ZIP_STORED:
+        raise NotImplementedError(f"compression method {member.compress_type}")
+    if zlib.crc32(data) != member.CRC:
+        raise zipfile.BadZipFile(f"checksum of {member.filename}")
+    return data
+
+
+def _npy_array(data: memoryview) -> np.ndarray:
+    size, start = struct.unpack_from("<H", data, 8)[0] if data[6] == 1 else struct.unpack_from("<L", data, 8)[0], 10
+    start += 0 if data[6] == 1 else 2
+    shape, fortran, dtype = _npy_layout(bytes(data[: start + size]))
+    array = np.frombuffer(data, dtype, math.prod(shape), start + size)
+    return array.reshape(shape, order="F" if fortran else "C")
+
+
+@functools.lru_cache
+def _npy_layout(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
+    file = io.BytesIO(header)
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(file)
+    if dtype.hasobject:
+        raise ValueError("Object arrays cannot be loaded")
+    return shape, fortran, dtype
+
+
+class BackgroundWriter:
+    """Runs writes on one thread, in order, with at most `pending` waiting: memory stays bounded by them.
+
+    A failed write is raised by the next `submit` or by leaving the `with` block.
+    """
+
+    def __init__(self, pending: int = 1):
+        self._slots = BoundedSemaphore(pending + 1)
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer")
+        self._futures: list[Future] = []
+
+    def __enter__(self) -> "BackgroundWriter":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=kind is not None)
+        if kind is None:
+            self._raise_failures()
+
+    def submit(self, write, *args) -> None:
+        """Queue `write(*args)`; waits while the queue is full."""
+        self._slots.acquire()
+        future = self._pool.submit(write, *args)
+        future.add_done_callback(lambda _: self._slots.release())
+        self._futures.append(future)
+        self._raise_failures()
+
+    def drain(self) -> None:
+        """Wait until everything submitted is written."""
+        for future in self._futures:
+            future.result()
+        self._futures.clear()
+
+    def _raise_failures(self) -> None:
+        done = [future for future in self._futures if future.done()]
+        self._futures = [future for future in self._futures if not future.done()]
+        for future in done:
+            future.result()
+
+
+def map_npz(path: Path, keys: Sequence[str], remedy: str) -> dict[str, np.ndarray]:
+    """Members of an uncompressed NPZ, mapped read-only where they lie in the file: only what is used is read.
+
+    Raises StoreError when the file or a member is missing or damaged, or when members are compressed.
+    """
+    arrays = {}
+    try:
+        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            for key in keys:
+                member = archive.getinfo(f"{key}.npy")
+                if member.compress_type != zipfile.ZIP_STORED:
+                    raise StoreError(f"{path}: compressed members cannot be mapped; {remedy}")
+                file.seek(member.header_offset)
+                header = file.read(30)
+                file.seek(
+                    int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little"), os.SEEK_CUR
+                )
+                start = file.tell()
+                head = file.read(12)
+                size = (
+                    10 + int.from_bytes(head[8:10], "little")
+                    if head[6] == 1
+                    else 12 + int.from_bytes(head[8:12], "little")
+                )
+                file.seek(start)
+                shape, fortran, dtype = _npy_layout(file.read(size))
+                order = "F" if fortran else "C"
+                arrays[key] = np.memmap(path, dtype, "r", offset=file.tell(), shape=shape, order=order)
+    except FileNotFoundError:
+        raise StoreError(f"{path}: missing; {remedy}") from None
+    except KeyError as error:
+        raise StoreError(f"{path}: {error.args[0]}; {remedy}") from None
+    except NPZ_ERRORS as error:
+        raise StoreError(f"{path}: truncated or damaged ({error}); {remedy}") from None
+    return arrays
