@@ -62,7 +62,7 @@ def percentile_ranges(layer: "LayerStatistics", shifted_absmax: float | None) ->
     known = layer.entry.get("hist_p999")
     if layer.counts is None and (known is None or layer.shift is not None):
         raise ValueError("--use-hist-p999 needs hist_counts and hist_edges, which the statistics lack; leave it out")
-    scale = known or histogram_percentile(*absolute_histogram(layer.counts, layer.edges), 0.999)
+    scale = known if known is not None else histogram_percentile(*absolute_histogram(layer.counts, layer.edges), 0.999)
     if layer.shift is None:
         return float(scale), None
     centred = absolute_histogram(*centred_histogram(layer.counts, layer.edges, layer.shift))

@@ -119,7 +119,7 @@ def decide_by_average(decisions: list[Decision], average_bits: float) -> float:
             upgrades += [(four - six, entry, 1, 1), (six - eight, entry, 2, 1)]
         else:
             upgrades.append(((four - eight) / 2, entry, 2, 2))
-    left = round((average_bits - TIERS[0]) * len(decisions) + 1e-9) // 2
+    left = int((average_bits - TIERS[0]) * len(decisions) / 2 + 1e-9)
     tiers, lost = [0] * len(decisions), 0.0
     for saved, entry, tier, units in sorted(upgrades, key=lambda upgrade: (-upgrade[0], *upgrade[1:])):
         if saved <= 0 or left == 0:

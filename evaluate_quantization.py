@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from calibration_store import EvaluationPaths
 
-WEIGHT_PART = re.compile(r"w(?P<bits>[2-8])-(?P<method>rtn|adaround)(-g(?P<group>\d+))?")
+WEIGHT_PART = re.compile(r"w(?P<bits>[2-8])-(?:(?P<method>adaround)|(?P<nearest>rtn)(?:-g(?P<group>\d+))?)")
 ACTIVATION_PART = re.compile(r"(?P<kind>multitier|a(?P<bits>[2-8])(-(?P<way>learned|dynamic|dynamic-unshifted))?)")
 VOCABULARY = (
     "fp, w4-rtn, w4-rtn-g0 (any bits 2-8, any group size), w4-adaround, a8 (any bits), a8-learned, a8-dynamic, "
@@ -163,6 +163,7 @@ class Quantization:
     def __init__(self, variant: Variant, calib_dir: Path):
         self.variant, self.calib_dir = variant, calib_dir
         self.sigma = 1.0
+        self._config_model: str | None = None
         self.sources = self._sources()
         self._entries = self._read_activations()
 
@@ -173,13 +174,14 @@ class Quantization:
         weights, activations = self.variant.weights, self.variant.activations
         paths, configs, files = WeightPaths(self.calib_dir), ActivationPaths(self.calib_dir), []
         self.metadata = None
-        learned = (weights and weights["method"] == "adaround") or (activations and activations["way"] == "learned")
+        self._learned = learned = bool(
+            (weights and weights["method"]) or (activations and activations["way"] == "learned")
+        )
         if learned or (weights and weights["group"] is None and paths.metadata.exists()):
             self.metadata = read_json(paths.metadata, WEIGHTS_FORMAT, "optimize_adaround.py")
         if learned:
+            self._check_learned(paths)
             files += [paths.block(block) for block in self.metadata["block_names"]]
-        if weights and weights["method"] == "adaround" and int(weights["bits"]) != self.metadata["weight_bits"]:
-            raise click.UsageError(f"{self.variant.name}: {paths.root} holds {self.metadata['weight_bits']} bits")
         if activations and activations["way"] is None:
             multitier = activations["kind"] == "multitier"
             files.append(configs.multitier_config if multitier else configs.quant_config)
@@ -193,6 +195,67 @@ class Quantization:
                     f"{path}: not found; {self.variant.name} needs it: run {scripts.get(path, 'optimize_adaround.py')}"
                 )
         return files
+
+    def _check_learned(self, paths) -> None:
+        """Whether adaround_weights/ is of this calibration run and has the bits that the variant names."""
+        from calibration_store import StoreError, read_manifest, run_identity
+
+        manifest, made_from = read_manifest(self.calib_dir), self.metadata.get("calibration_run")
+        if made_from not in (None, run_identity(manifest)):
+            raise StoreError(
+                f"{paths.metadata}: made from another calibration run; run cache_adaround_data.py and optimize_adaround.py with --force"
+            )
+        if not isinstance(self.metadata.get("block_names"), list):
+            raise StoreError(f"{paths.metadata}: no valid entry 'block_names'; run optimize_adaround.py --force")
+        for part, key in ((self.variant.weights, "weight_bits"), (self.variant.activations, "activation_bits")):
+            if (
+                part
+                and (part.get("method") or part.get("way") == "learned")
+                and int(part["bits"]) != self.metadata.get(key)
+            ):
+                raise click.UsageError(f"{self.variant.name}: {paths.root} holds {self.metadata.get(key)} bits")
+
+    def check(self, pipeline, model_version: str) -> None:
+        """Whether the variant's files are this model's, all of its layers at every step. Raises StoreError in one line."""
+        from calibration_store import StoreError, WeightPaths, read_quantized_block
+        from hooks import layer_slots
+
+        name, weights = self.variant.name, self.variant.weights
+        layers = {layer: parent[key].weight.shape for layer, (parent, key) in layer_slots(pipeline.mmdit).items()}
+        if weights and weights["nearest"]:
+            for layer, (_, width) in layers.items():
+                if self.group_size and width % self.group_size:
+                    raise click.UsageError(
+                        f"{name}: groups of {self.group_size} do not divide the {width} inputs of {layer}"
+                    )
+        for source, made_for in self._models():
+            if made_for not in (None, model_version):
+                raise StoreError(f"{source}: made for {made_for}, not {model_version}; leave {name} out of --variants")
+        covered = list((self._entries or {}).items())
+        if weights and weights["method"]:
+            found = {}
+            for block in self.metadata["block_names"]:
+                for layer, fields in read_quantized_block(WeightPaths(self.calib_dir), block).items():
+                    found[layer] = fields
+                    if fields["q"].shape != layers.get(layer):
+                        raise StoreError(
+                            f"{WeightPaths(self.calib_dir).block(block)}: {layer} {fields['q'].shape} is not the model's"
+                        )
+            covered.append(("adaround_weights", found))
+        for where, entries in covered:
+            missing = [layer for layer in layers if layer not in entries]
+            if missing:
+                where = f"sigma {where:g}" if isinstance(where, float) else where
+                raise StoreError(
+                    f"{name}: {len(missing)} of {len(layers)} layers are missing ({where}: {missing[0]} …); "
+                    "make the files for the whole model, or leave it out of --variants"
+                )
+
+    def _models(self) -> list[tuple[str, str | None]]:
+        """(where it is said, which model) the variant's files were made for."""
+        learned = self.metadata if self._learned else None
+        said = [(str(self.calib_dir / "adaround_weights"), learned.get("model_version"))] if learned else []
+        return [*said, (str(self.sources[-1]), self._config_model)] if self._config_model else said
 
     @property
     def group_size(self) -> int:
@@ -232,7 +295,7 @@ class Quantization:
         from calibration_store import WeightPaths, read_quantized_block
         from quantizers import dequantize, min_max_grid, nearest_codes
 
-        if self.variant.weights["method"] == "rtn":
+        if self.variant.weights["nearest"]:
             bits = int(self.variant.weights["bits"])
             for name, layer in layers.items():
                 weight = np.array(layer.weight.astype(mx.float32))
@@ -250,10 +313,15 @@ class Quantization:
     # activations
 
     def _read_activations(self) -> dict[str, Any] | None:
-        """The config of the activation part: {sigma: {layer: entry}}, or {layer: (range, shift)} for learned ranges."""
-        import numpy as np
-
-        from calibration_store import MULTITIER_FORMAT, W4A8_FORMAT, WeightPaths, read_json, read_quantized_block
+        """The config of the activation part: {sigma: {layer: entry}}; learned ranges hold for every sigma."""
+        from calibration_store import (
+            MULTITIER_FORMAT,
+            W4A8_FORMAT,
+            StoreError,
+            WeightPaths,
+            read_json,
+            read_quantized_block,
+        )
 
         activations = self.variant.activations
         if activations is None or (activations["way"] or "").startswith("dynamic"):
@@ -276,19 +344,21 @@ class Quantization:
             else (W4A8_FORMAT, "analyze_activations.py")
         )
         config = read_json(self.sources[-1], known, made_by)
-        by_sigma = {}
-        for key, layers in config["per_timestep"].items():
-            by_sigma[config["sigma_map"][key]] = layers
-            for name, entry in layers.items():
-                if activations["kind"] != "multitier":
-                    entry["bits"] = int(activations["bits"])
-                entry.setdefault("clipping_range", entry.get("shifted_scale", entry["scale"]))
-                if name in config["outlier_config"]:
-                    entry["multipliers"] = config["outlier_config"][name]["multiplier_vector"]
-                for field_name in ("shift", "multipliers"):
-                    if field_name in entry:
-                        entry[field_name] = np.array(entry[field_name], np.float32)
-        return by_sigma
+        self._config_model = (config.get("metadata") or {}).get("model_version")
+        try:
+            sigmas = {key: float(config["sigma_map"][key]) for key in config["per_timestep"]}
+            migration = config.get("outlier_config") or {}
+            bits = None if activations["kind"] == "multitier" else int(activations["bits"])
+            return {
+                sigmas[key]: {
+                    layer: activation_entry(entry, migration.get(layer), bits) for layer, entry in layers.items()
+                }
+                for key, layers in config["per_timestep"].items()
+            }
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise StoreError(
+                f"{self.sources[-1]}: not a valid configuration ({error!r}); run {made_by} to make it anew"
+            ) from None
 
     @contextlib.contextmanager
     def activations(self, pipeline, rows_per_image: int) -> Iterator[None]:
@@ -326,6 +396,27 @@ class Quantization:
         multipliers = mx.array(entry["multipliers"]) if "multipliers" in entry else 1.0
         centred = (values - shift) / multipliers
         return (fake_quantize(centred, entry["clipping_range"], entry["bits"]) * multipliers + shift).astype(x.dtype)
+
+
+def activation_entry(entry: dict[str, Any], migration: dict[str, Any] | None, bits: int | None) -> dict[str, Any]:
+    """One layer's entry at one step as `_quantize` takes it; `bits` overrides the entry's.
+
+    A config without our `clipping_range` is clipped at its scale; its outliers are not migrated, as no range of the
+    migrated tensor is given. A range of 0 (a layer that saw only zeros) becomes 1.
+    """
+    import numpy as np
+
+    found = {"bits": bits or int(entry["bits"])}
+    if "clipping_range" in entry:
+        found["clipping_range"] = float(entry["clipping_range"])
+        if migration:
+            found["multipliers"] = np.array(migration["multiplier_vector"], np.float32)
+    else:
+        found["clipping_range"] = float(entry["shifted_scale"] if "shifted_scale" in entry else entry["scale"])
+    found["clipping_range"] = found["clipping_range"] or 1.0
+    if entry.get("shift") is not None:
+        found["shift"] = np.array(entry["shift"], np.float32)
+    return found
 
 
 def fake_quantize_dynamic(x: "mx.array", bits: int, shifted: bool, rows_per_image: int) -> "mx.array":
@@ -376,21 +467,21 @@ def bootstrap_interval(values: "np.ndarray", seed: int = 0) -> list[float]:
 
 
 def describe_variant(run: Run, reference: "dict[str, np.ndarray]", found: "dict[str, np.ndarray]") -> dict[str, Any]:
-    """A variant's entry in metrics.json. Infinite PSNR (equal images) is null there."""
+    """A variant's entry in metrics.json. PSNR is that of the images that differ; null when all equal the original."""
     import numpy as np
 
     quality = image_metrics(reference["images"], found["images"])
     errors = step_errors(reference["latents"], found["latents"])
     psnr, ssim = quality["psnr"], quality["ssim"]
     order = np.argsort(psnr, kind="stable")
-    infinite = bool(np.isinf(psnr).any())
+    different = psnr[~np.isinf(psnr)]  # images that equal the original have no finite PSNR: they are counted apart
     return {
-        "psnr": summary(psnr) | {"interval": [None, None] if infinite else bootstrap_interval(psnr)},
+        "psnr": summary(different) | {"interval": bootstrap_interval(different) if different.size else [None, None]},
         "ssim": summary(ssim) | {"interval": bootstrap_interval(ssim)},
         "share_below_30_db": float((psnr < LOW_PSNR).mean()),
         "equal_images": int(np.isinf(psnr).sum()),
         "step_error": {"mean": errors.mean(axis=0).tolist(), "worst": errors.max(axis=0).tolist()},
-        "max_step_error": float(errors.mean(axis=0).max()),
+        "max_step_error": finite(errors.mean(axis=0).max()),
         "worst_prompts": [
             {"prompt": run.prompts[i], "seed": run.seed + int(i), "psnr": finite(psnr[i])} for i in order[:3]
         ],
@@ -401,9 +492,11 @@ def describe_variant(run: Run, reference: "dict[str, np.ndarray]", found: "dict[
 
 
 def summary(values: "np.ndarray") -> dict[str, float | None]:
-    """Mean, median and worst."""
+    """Mean, median and worst; None without values."""
     import numpy as np
 
+    if not values.size:
+        return dict.fromkeys(("mean", "median", "worst"))
     return {"mean": finite(values.mean()), "median": finite(np.median(values)), "worst": finite(values.min())}
 
 
@@ -503,13 +596,13 @@ def check_gate(results: dict[str, dict], min_psnr: float | None, max_step_error:
     """Raise GateFailure with every figure that misses its bound."""
     failing = []
     for name, row in results.items():
-        mean = row["psnr"]["mean"]
-        if min_psnr is not None and mean is not None and mean < min_psnr:
+        mean = row["psnr"]["mean"]  # None when every image is the original's
+        if min_psnr is not None and mean is not None and not mean >= min_psnr:
             failing.append(f"{name}: mean PSNR {mean:.2f} dB is below --min-psnr {min_psnr:g}")
-        if max_step_error is not None and row["max_step_error"] > max_step_error:
-            failing.append(
-                f"{name}: latent error {row['max_step_error']:.4f} is above --max-step-error {max_step_error:g}"
-            )
+        worst = row["max_step_error"]
+        if max_step_error is not None and not (worst is not None and worst <= max_step_error):
+            shown = "not finite" if worst is None else f"{worst:.4f}"
+            failing.append(f"{name}: latent error {shown} is above --max-step-error {max_step_error:g}")
     if failing:
         raise GateFailure("; ".join(failing))
 
@@ -538,12 +631,17 @@ def plan_run(
     batch_size: int,
 ) -> Run:
     """The run that every variant shares; what is not given is the calibration's."""
-    from diffusion import package_versions
+    from diffusion import mx, package_versions
 
     same_model = info.version == manifest["model_version"]
+    checkpoint = manifest.get("local_checkpoint") if same_model else None
+    files = sorted(info.folder.glob("*.safetensors")) if info.folder else [Path(checkpoint)] if checkpoint else []
+    stamps = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
+    if not same_model:  # the manifest says nothing of another model
+        manifest = manifest | {"use_t5": info.use_t5, "latent_size": info.latent_size, "cfg_scale": info.cfg_weight}
     return Run(
         model_version=info.version,
-        local_checkpoint=manifest.get("local_checkpoint") if same_model else None,
+        local_checkpoint=checkpoint,
         dtype=manifest["activation_dtype"],
         use_t5=manifest["use_t5"],
         latent_size=tuple(manifest["latent_size"]),
@@ -552,32 +650,49 @@ def plan_run(
         cfg_weight=manifest["cfg_scale"] if cfg_weight is None else cfg_weight,
         seed=seed,
         batch_size=batch_size,
-        versions=package_versions(),
+        versions=package_versions() | {"device": str(mx.default_device()), "files": ", ".join(stamps)},
     )
 
 
 def evaluate(
     pipeline, run: Run, paths: "EvaluationPaths", quantizations: "list[Quantization]", resume: bool
-) -> "dict[str, dict[str, np.ndarray]]":
-    """Run every variant, the original first; that one, and with --resume the others, from an earlier run's file."""
-    from calibration_store import StoreError, read_npz, write_npz
+) -> "tuple[np.ndarray, dict[str, np.ndarray], dict[str, dict]]":
+    """Run every variant, the original first: (original images, images and metrics of each variant).
 
-    found, total = {}, len(quantizations) * run.num_steps * -(-len(run.prompts) // run.batch_size)
+    The original, and with --resume the others, are taken from an earlier run's file where there is one. Latents are
+    in memory for two variants at a time.
+    """
+    images, results, original = {}, {}, None
+    total = len(quantizations) * run.num_steps * -(-len(run.prompts) // run.batch_size)
     with progress_bar(total, "sampling", "step") as bar:
         for quantization in quantizations:
             name = quantization.variant.name
             bar.set_description(name)
-            path = paths.run(name, run.identity(quantization))
-            arrays = None
-            if path.exists() and (resume or (name == "fp" and "fp" not in found)):
-                with contextlib.suppress(StoreError):  # damaged: made anew
-                    arrays = read_npz(path, "")
-                    bar.update(total // len(quantizations))
-            if arrays is None:
-                arrays = sample(pipeline, run, quantization, bar)
-                write_npz(path, arrays)
-            found[name] = arrays
-    return found
+            found = stored_or_sampled(pipeline, run, paths, quantization, resume or name == "fp", bar)
+            original = found if original is None else original
+            images[name] = found["images"]
+            results[name] = describe_variant(run, original, found)
+            bar.n = total * len(results) // len(quantizations)
+    return original["images"], images, results
+
+
+def stored_or_sampled(
+    pipeline, run: Run, paths, quantization: "Quantization", stored: bool, bar
+) -> "dict[str, np.ndarray]":
+    """A variant's images and latents, from its file if that may be used, else sampled and written."""
+    from calibration_store import StoreError, read_npz, write_npz
+
+    name = quantization.variant.name
+    path = paths.run(name, run.identity(quantization))
+    for old in paths.runs_of(name):
+        if old != path:
+            old.unlink()  # of other parameters or files, or half-written
+    if stored and path.exists():
+        with contextlib.suppress(StoreError):  # damaged: made anew
+            return read_npz(path, "")
+    arrays = sample(pipeline, run, quantization, bar)
+    write_npz(path, arrays)
+    return arrays
 
 
 @stage_command
@@ -653,15 +768,17 @@ def main(
     checkpoint = Path(run.local_checkpoint) if run.local_checkpoint else None
     pipeline = load_pipeline(info, run.dtype, run.use_t5, checkpoint)
     check_prompts(pipeline, prompts, "prompt")
+    for quantization in quantizations:
+        quantization.check(pipeline, run.model_version)
     with locked_folder(paths.root):
         try:
-            found = evaluate(pipeline, run, paths, quantizations, resume)
+            original, images, results = evaluate(pipeline, run, paths, quantizations, resume)
         except KeyboardInterrupt:
             raise Interrupted(
                 f"interrupted: finished variants are kept in {paths.root}; go on with: {resume_command()}"
             ) from None
-        reference = found.pop("fp") if "fp" not in names else found["fp"]
-        results = {name: describe_variant(run, reference, arrays) for name, arrays in found.items()}
+        if "fp" not in names:
+            del images["fp"], results["fp"]
         parameters = {"prompts": prompts, "overlap_with_calibration": overlap, "num_steps": run.num_steps}
         parameters |= {
             "cfg_weight": run.cfg_weight,
@@ -669,9 +786,7 @@ def main(
             "model_version": run.model_version,
             "dtype": run.dtype,
         }
-        draw_grid(
-            paths.grid, run, reference["images"], {name: arrays["images"] for name, arrays in found.items()}, results
-        )
+        draw_grid(paths.grid, run, original, images, results)
         plot_errors(paths.error_plot, results)
         write_json(
             paths.metrics, {"format": EVALUATION_FORMAT, **parameters, "low_psnr": LOW_PSNR, "variants": results}

@@ -11,6 +11,7 @@ decided, scales, zero points, biases and activation ranges (LSQ) together. Every
 round-to-nearest on a min-max grid, on the same samples. All in float32.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -46,6 +47,7 @@ HELD_OUT = 0.1  # of the images: never trained on, they judge
 MODEL_UNIT_LIMIT = 100_000_000  # weights up to which the default unit is the whole model
 ITERS = 400
 VALUES_OF_A_RANGE = 2**19  # values of an input, of every few samples, that its first range is chosen by
+BYTES_PER_WEIGHT = 5 + 2 * 16  # codes and alpha, and a checkpoint being replaced by the next
 EVALUATED = 64  # samples that a loss is measured on
 FIELDS = ("alpha", "scale", "zero_point", "bias", "range")
 
@@ -171,19 +173,22 @@ class Quantized:
     bits: int = 8
     drop: float = 0.0  # share of input elements that stay unquantized (QDrop)
     key: "mx.array | None" = None
+    kept: Sequence[str] = ()  # layers whose outputs are wanted
     outputs: "dict[str, mx.array]" = field(default_factory=dict)
     _last: tuple = (None, None)
 
     def compute(self, name: str, layer: "nn.Module", x: "mx.array") -> "mx.array":
         """The layer with its quantized weight and input; q, k and v share one quantized input."""
-        if name not in self.weights:
-            self.outputs[name] = layer(x)
-            return self.outputs[name]
-        if self._last[0] is not x:
-            self._last = (x, self._quantize_input(name, x))
-        y = self._last[1] @ self.weights[name].T
-        self.outputs[name] = y + self.biases[name] if name in self.biases else y
-        return self.outputs[name]
+        if name in self.weights:
+            if self._last[0] is not x:
+                self._last = (x, self._quantize_input(name, x))
+            y = self._last[1] @ self.weights[name].T
+            y = y + self.biases[name] if name in self.biases else y
+        else:
+            y = layer(x)
+        if name in self.kept:
+            self.outputs[name] = y
+        return y
 
     def _quantize_input(self, name: str, x: "mx.array") -> "mx.array":
         import mlx.core as mx
@@ -217,14 +222,16 @@ def run_unit(pipeline, job: Job, batch: "list[mx.array]", quantized: Quantized, 
     from diffusion import run_block, run_final_layer
     from hooks import block_slots, substituted_layers
 
+    quantized.kept = targets
     slots = block_slots(pipeline.mmdit)
     modules = {name: slots[name][0][slots[name][1]] for name in job.blocks}
     tokens, modulation_input = batch[:2], batch[2]
     with substituted_layers(pipeline.mmdit, quantized.compute):
         for name in job.blocks:
             tokens = run_block(modules[name], tokens, modulation_input)
+    quantized._last = (None, None)  # else every state keeps a batch's activations alive
     if targets:
-        return [quantized.outputs[name] for name in targets]
+        return [quantized.outputs.pop(name) for name in targets]
     return [run_final_layer(pipeline.mmdit, tokens[0], modulation_input)] if job.name == "model" else tokens
 
 
@@ -265,7 +272,7 @@ class Unit:
             scale, zero_point = searched_grid(weight, settings.weight_bits, settings.group_size)
             position = grid_position(weight, scale, zero_point)
             self.floor[name] = mx.array(np.floor(position))
-            start["alpha"][name] = mx.array(first_alpha(position - np.floor(position), settings.rounding))
+            start["alpha"][name] = first_alpha(position - np.floor(position), settings.rounding)
             start["scale"][name], start["zero_point"][name] = mx.array(scale), mx.array(zero_point)
         start["bias"] = dict(self.biases)
         self.norms = [1.0]
@@ -282,11 +289,12 @@ class Unit:
         import mlx.core as mx
 
         totals = None
-        for begin in range(0, len(indices), 16):
-            batch = self.samples.batch(indices[begin : begin + 16])
+        size = self.settings.batch_size
+        for begin in range(0, len(indices), size):
+            batch = self.samples.batch(indices[begin : begin + size])
             found = self.parts(state, batch)
             mx.eval(found)
-            share = len(indices[begin : begin + 16]) / len(indices)
+            share = len(indices[begin : begin + size]) / len(indices)
             totals = [a + share * b.item() for a, b in zip(totals or [0.0] * len(found), found, strict=True)]
         return totals
 
@@ -336,6 +344,10 @@ class Unit:
         for other_loss, other in total[1:]:
             loss, gradients = loss + other_loss, tree_map(mx.add, gradients, other)
         return loss, gradients
+
+    def loss_with_ranges(self, indices: list[int], state: Quantized) -> float | None:
+        """`loss` of a state with quantized inputs."""
+        return self.loss(indices, state)
 
     # what the unit looks like at a point of its training
 
@@ -417,9 +429,10 @@ class Unit:
 
     def watch(self, names: list[str], indices: list[int]) -> "Iterator[dict[str, mx.array]]":
         """The inputs (tokens, channels) of these layers in the unquantized unit, a few samples at a time."""
-        for begin in range(0, len(indices), 8):
+        size = min(8, self.settings.batch_size)
+        for begin in range(0, len(indices), size):
             watching = Watch({}, {}, names=names)
-            run_unit(self.pipeline, self.job, self.samples.batch(indices[begin : begin + 8]), watching, [])
+            run_unit(self.pipeline, self.job, self.samples.batch(indices[begin : begin + size]), watching, [])
             yield watching.inputs
 
 
@@ -428,6 +441,10 @@ class LayerUnit(Unit):
 
     def errors(self, state: Quantized, indices: list[int]) -> list[float]:
         return [part.item() for part in self.gram_errors(state.weights, self.grams(indices))]
+
+    def loss_with_ranges(self, indices: list[int], state: Quantized) -> float | None:
+        """Not known: the Gram matrix is that of the unquantized inputs, and ranges keep their first value."""
+        return None
 
     def gram_errors(self, weights: "dict[str, mx.array]", grams: "dict[str, mx.array]") -> "list[mx.array]":
         """Squared output error of each layer, relative to `norms`."""
@@ -464,16 +481,14 @@ class LayerUnit(Unit):
         }
 
 
-def first_alpha(fraction: "np.ndarray", rounding: str) -> "np.ndarray":
+def first_alpha(fraction: "np.ndarray", rounding: str) -> "mx.array":
     """α where the unrounded weight starts: fraction (out, in) is how far it lies above the lower code."""
-    import numpy as np
+    import mlx.core as mx
 
-    from quantizers import GAMMA, ZETA
+    from quantizers import rectified_sigmoid_inverse
 
-    if rounding == "ste":
-        return (fraction - 0.5).astype(np.float32)
-    h = np.clip(fraction, 1e-4, 1 - 1e-4)
-    return -np.log((ZETA - GAMMA) / (h - GAMMA) - 1).astype(np.float32)
+    above = mx.array(fraction)
+    return above - 0.5 if rounding == "ste" else rectified_sigmoid_inverse(mx.clip(above, 1e-4, 1 - 1e-4))
 
 
 # --- training -----------------------------------------------------------------------------------------------
@@ -632,8 +647,6 @@ def unflatten(arrays: "dict[str, mx.array]") -> dict[str, Any]:
 
 def cosine(progress: float) -> float:
     """1 at the start, 0 at the end."""
-    import math
-
     return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
@@ -641,18 +654,24 @@ def train(training: Training, bar, save: Callable[[], None], checkpoint_seconds:
     """Run the training to its end, with a checkpoint now and then; returns the unit's losses."""
     unit, settings = training.unit, training.settings
     held_out = spread_over(unit.samples.held_out, EVALUATED)
-    last_saved, average = time.monotonic(), None
+    last_saved, average, changed = time.monotonic(), None, "0.0%"
     while training.iteration < settings.iters:
         loss = training.step()
         average = loss if average is None else 0.9 * average + 0.1 * loss
         bar.update()
-        bar.set_postfix(loss=f"{average:.3f}", changed=f"{changed_share(training):.1%}", refresh=False)
+        if training.iteration % 10 == 0:
+            changed = f"{changed_share(training):.1%}"
+        bar.set_postfix(loss=f"{average:.3f}", changed=changed, refresh=False)
         if time.monotonic() - last_saved > checkpoint_seconds:
             save()
             last_saved = time.monotonic()
     codes = unit.codes(training.state, hard=True)
     final = unit.quantized(training.state, codes, with_ranges=False)
     with_ranges = unit.quantized(training.state, codes, with_ranges=True)
+    losses_with_ranges = unit.loss_with_ranges(held_out, with_ranges)
+    if losses_with_ranges is not None and not math.isfinite(losses_with_ranges):  # they diverged
+        training.state["range"] = unit.start["range"]
+        losses_with_ranges = unit.loss_with_ranges(held_out, unit.quantized(training.state, codes, with_ranges=True))
     first = unit.quantized(unit.start, unit.codes(unit.start, hard=True), with_ranges=False)
     hardened = unit.quantized({**unit.start, "alpha": training.state["alpha"]}, codes, with_ranges=False)
     chosen = spread_over(unit.samples.training, EVALUATED)
@@ -661,16 +680,16 @@ def train(training: Training, bar, save: Callable[[], None], checkpoint_seconds:
         "start": unit.loss(held_out, first),
         "hardened": unit.loss(held_out, hardened),
         "end": unit.loss(held_out, final),
-        "end_activations": unit.loss(held_out, with_ranges),
+        "end_activations": losses_with_ranges,
         "end_training": unit.loss(chosen, final),
     }
 
 
 def changed_share(training: Training) -> float:
-    """Share of the first layer's weights that do not round as nearest would, by now."""
-    name = training.unit.layers[0]
-    alpha, start = training.state["alpha"][name], training.unit.start["alpha"][name]
-    return ((alpha >= 0) != (start >= 0)).mean().item()
+    """Share of the unit's weights that by now do not round as they would at the start."""
+    start = training.unit.start["alpha"]
+    changed = [((alpha >= 0) != (start[name] >= 0)).sum() for name, alpha in training.state["alpha"].items()]
+    return sum(changed).item() / sum(alpha.size for alpha in start.values())
 
 
 # --- files --------------------------------------------------------------------------------------------------
@@ -680,6 +699,8 @@ def layer_arrays(training: Training, keep_nearest: bool) -> "dict[str, np.ndarra
     """What the block files say of a trained unit's layers: {layer__field: array}."""
     import numpy as np
 
+    from quantizers import grid_position
+
     unit, state = training.unit, training.state
     codes = unit.codes(state, hard=True)
     arrays = {}
@@ -687,7 +708,8 @@ def layer_arrays(training: Training, keep_nearest: bool) -> "dict[str, np.ndarra
         prefix = name.replace(".", "_")
         if keep_nearest:
             q, scale, zero_point = unit.nearest[name]
-            alpha = np.where(q > np.array(unit.floor[name]), 0.5, -0.5).astype(np.float32)
+            lower = np.floor(grid_position(np.array(unit.weights[name]), scale, zero_point))
+            alpha = np.where(q > lower, 0.5, -0.5).astype(np.float32)
         else:
             alpha, q = np.array(state["alpha"][name]), np.array(codes[name]).astype(np.uint8)
             scale, zero_point = np.array(state["scale"][name]), np.array(state["zero_point"][name])
@@ -756,7 +778,7 @@ def run_job(
             bar.update(position["iteration"])
             saved = {}
         found = train(training, bar, lambda: checkpoint.save(stage, training, done, losses), checkpoint_seconds)  # noqa: B023 (used at once)
-        found["kept_nearest"] = found["end"] >= found["nearest"]
+        found["kept_nearest"] = not found["end"] < found["nearest"]  # NaN is no improvement either
         done |= layer_arrays(training, found["kept_nearest"])
         losses.append(found | {"layers": len(training.unit.layers)})
     for block in job.blocks:
@@ -800,7 +822,10 @@ def print_losses(rows: list[tuple[str, dict]]) -> None:
         f"{'error, round-to-nearest = 1':16} {'nearest':>9} {'start':>9} {'hardened':>9} {'end':>9} {'with A8':>9} {'(training)':>11}"
     )
     for name, row in rows:
-        figures = " ".join(f"{row[key]:9.3f}" for key in ("nearest", "start", "hardened", "end", "end_activations"))
+        figures = " ".join(
+            f"{row[key]:9.3f}" if row[key] is not None else f"{'–':>9}"
+            for key in ("nearest", "start", "hardened", "end", "end_activations")
+        )
         kept = "  kept round-to-nearest" if row["kept_nearest"] else ""
         click.echo(f"{name:27} {figures} {row['end_training']:11.3f}{kept}")
 
@@ -817,7 +842,7 @@ def make_plan(calib_dir: Path, unit: str, blocks: list[str], settings: Settings)
     cache = read_cache_metadata(calib_dir)
     return {
         "format": WEIGHTS_FORMAT,
-        "model_version": cache["model_version"],
+        "model_version": cache.get("model_version"),
         "calibration_run": cache.get("calibration_run"),
         "unit": unit,
         "block_names": blocks,
@@ -865,12 +890,13 @@ def choose(
 
 
 def estimate(pipeline, paths: "WeightPaths", job: Job, settings: Settings, unit_class: type[Unit]) -> tuple[float, int]:
-    """(seconds of an iteration, peak bytes) from two timed iterations of a job."""
+    """(seconds of an iteration, peak bytes) from setting a job up and two timed iterations."""
     import mlx.core as mx
 
+    mx.reset_peak_memory()
     samples = Samples(paths.calib_dir, job)
     training = Training(unit_class(pipeline, job, job.stages[0], samples, settings))
-    mx.reset_peak_memory()
+    training.iteration = settings.rounding_iters  # the tuning iterations take the most
     for _ in range(2):
         start = time.perf_counter()
         training.step()
@@ -963,7 +989,11 @@ def main(
         require_space,
     )
 
-    settings = Settings(lr_alpha=lr_alpha or (4e-3 if options["rounding"] == "ste" else 1e-2), **options)
+    if options["activation_bits"] == 1:
+        raise click.UsageError("--activation-bits 1: a symmetric grid needs 2 bits or more; 0 leaves activations alone")
+    if lr_alpha is None:
+        lr_alpha = 4e-3 if options["rounding"] == "ste" else 1e-2
+    settings = Settings(lr_alpha=lr_alpha, **options)
     paths = WeightPaths(calib_dir)
     cache = read_cache_metadata(calib_dir)
     manifest = read_manifest(calib_dir)
@@ -986,13 +1016,13 @@ def main(
     if dry_run:
         seconds, peak = estimate(pipeline, paths, jobs[0], settings, unit_class)
         stages = sum(len(job.stages) for job in jobs)
-        size = 5 * sum(weight.size for weight in layer_weights(pipeline, layers))
+        size = BYTES_PER_WEIGHT * sum(weight.size for weight in layer_weights(pipeline, layers))
         click.echo(
             f"about {format_seconds(seconds * settings.iters * stages)}, {format_bytes(peak)} of memory at the peak, "
             f"{format_bytes(size)} in {paths.root}"
         )
         return
-    require_space(paths.root, 5 * sum(weight.size for weight in layer_weights(pipeline, layers)))
+    require_space(paths.root, BYTES_PER_WEIGHT * sum(weight.size for weight in layer_weights(pipeline, layers)))
     with locked_folder(paths.root):
         check_stage(paths, paths.plan, plan, OPTIONS, resume, force, made_by)
         open_stage(paths, paths.plan, plan, force)

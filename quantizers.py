@@ -118,10 +118,9 @@ def centred_histogram(counts: np.ndarray, edges: np.ndarray, shift: np.ndarray) 
 def expected_noise(counts: np.ndarray, edges: np.ndarray, ranges: Sequence[float], bits: Sequence[int]) -> np.ndarray:
     """Mean squared error of x̂ = Δ·clip(round(x / Δ), −n, n), Δ = range / n, n = 2^(bits−1) − 1, from x's histogram.
 
-       For each of the ranges and bits, which belong together; float64 (bits,).
-    A bin's values are taken as
-       spread evenly over it; the integral of the error over a bin is exact then, for
-       rounding (a cubic in the distance to the nearest level) as for clipping.
+    For each of the ranges and bits, which belong together; float64 (bits,). A bin's values are taken as spread evenly
+    over it; the integral of the error over a bin is exact then, for rounding (a cubic in the distance to the nearest
+    level) as for clipping.
     """
     widths = edges[1:] - edges[:-1]
     density = counts / (widths * counts.sum())

@@ -18,7 +18,7 @@ import orjson
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from cli_options import calib_dir_option, progress_bar, stage_command
+from cli_options import calib_dir_option, draw_builtin_prompts, progress_bar, stage_command
 from quantizers import clipping_fraction, expected_sqnrs
 
 TIERS = (4, 6, 8)
@@ -36,8 +36,8 @@ def held_out_images(manifest: dict, count: int) -> list[dict]:
     import diffusion
 
     used = {image["prompt"] for image in manifest["images"]}
-    captions = diffusion.describe_model(manifest["model_version"]).captions.read_text().splitlines()
-    unused = [caption for caption in captions if caption and caption not in used]
+    captions = draw_builtin_prompts(diffusion.describe_model(manifest["model_version"]).captions, 1)
+    unused = [caption for caption in captions if caption not in used]
     picked = np.random.default_rng(1).choice(len(unused), count, replace=False)
     template = manifest["images"][0]
     return [template | {"prompt": unused[index], "seed": 10_000 + i} for i, index in enumerate(picked)]

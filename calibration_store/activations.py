@@ -1,7 +1,8 @@
 """The activation track: statistics (2A), also those that another tool wrote, configurations (3A, 3A'), evaluation (4)."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,15 +157,15 @@ class ActivationStatistics:
     sigma_map: dict[str, float]
     metadata: dict[str, Any]
 
-    def read_step(self, key: str, fields: Sequence[str] = STATISTICS_FIELDS) -> dict[str, LayerStatistics]:
-        """Every layer's statistics at one step: the limits, and these of the fields that a layer may have.
+    def read_step(self, key: str) -> dict[str, LayerStatistics]:
+        """Every layer's statistics at one step.
 
         Raises StoreError, one line that names file and layer, when something is missing, not finite or impossible.
         """
         index_path, path = self.timestep_dir / f"step_{key}_index.json", self.timestep_dir / f"step_{key}.npz"
         remedy = f"run {COLLECT} to make it anew"
         index = _read_index(index_path, remedy)
-        suffixes = tuple(f"__{field}" for field in ("avg_min", "avg_max", *fields))
+        suffixes = tuple(f"__{field}" for field in ("avg_min", "avg_max", *STATISTICS_FIELDS))
         arrays = read_npz(path, remedy, lambda member: member.endswith(suffixes))
         layers = {}
         for name, entry in index.items():
@@ -285,3 +286,7 @@ class EvaluationPaths:
     def run(self, variant: str, identity: str) -> Path:
         """The images and latents of one variant; identity says what they follow from."""
         return self.root / "runs" / f"{variant}_{identity[:16]}.npz"
+
+    def runs_of(self, variant: str) -> list[Path]:
+        """Every file of one variant, half-written temporary ones included."""
+        return matching(self.root / "runs", rf"{re.escape(variant)}_[0-9a-f]{{16}}\.npz")

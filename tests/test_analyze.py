@@ -224,7 +224,7 @@ def entry(*sqnr):
 
 
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("average", [4, 4.7, 5.5, 6, 7.1, 8])
+@pytest.mark.parametrize("average", [4, 4.7, 5.5, 5.6, 6, 7.1, 8])
 def test_average_bits_against_every_assignment(seed, average):
     random = np.random.default_rng(seed)
     entries = [entry(*np.sort(random.uniform(5, 40, 3))) for _ in range(6)]

@@ -181,6 +181,9 @@ def test_gate(run, results):
     [
         (["--variants", "w4"], "--variants: 'w4' is not known; there are fp, w4-rtn"),
         (["--variants", "w4-rtn+w8-rtn"], "is not known"),
+        (["--variants", "w4-adaround-g32"], "is not known"),
+        (["--variants", "w4-rtn-g100"], "groups of 100 do not divide the 192 inputs"),
+        (["--variants", "a4-learned"], "holds 8 bits"),
         (["--variants", "w3-adaround"], "holds 4 bits"),
         (["--num-images", 9999], "--num-images 9999: there are"),
     ],
@@ -188,6 +191,54 @@ def test_gate(run, results):
 def test_bad_options(run, arguments, message):
     done = evaluate(run, *arguments)
     assert done.exit_code == 2 and message in done.stderr and done.stderr.strip().count("\n") <= 2, done.output
+
+
+def test_a_partial_run_is_not_scored_as_the_whole_model(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    arguments = ("--iters", 10, "--batch-size", 2, "--unit", "layer", "--blocks", "mm0", "--force")
+    assert invoke("optimize_adaround", "--calib-dir", tmp_path / "run", *arguments).exit_code == 0
+    for variant in ("w4-adaround", "a8-learned"):
+        done = evaluate(tmp_path / "run", "--variants", variant)
+        assert done.exit_code == 2 and f"{variant}: 81 of 93 layers are missing" in done.stderr, done.output
+    metadata = WeightPaths(tmp_path / "run").metadata
+    metadata.write_text(metadata.read_text().replace('"calibration_run": "', '"calibration_run": "x'))
+    done = evaluate(tmp_path / "run", "--variants", "w4-adaround")
+    assert done.exit_code == 2 and "made from another calibration run" in done.stderr
+
+
+def test_config_of_another_tool(run, tmp_path):
+    """Bare v4: no clipping_range, no outlier_config, a range of 0: clipped at scale, shifted where it says so."""
+    shutil.copytree(run, tmp_path / "run")
+    path = tmp_path / "run/activations/quant_config.json"
+    config = json.loads(path.read_bytes())
+    for layers in config["per_timestep"].values():
+        for entry in layers.values():
+            del entry["clipping_range"]
+    next(iter(config["per_timestep"].values()))["mm0.img.attn.o_proj"]["scale"] = 0
+    del config["outlier_config"], config["metadata"]
+    path.write_text(json.dumps(config))
+    assert evaluate(tmp_path / "run", "--variants", "a8").exit_code == 0
+    del next(iter(config["per_timestep"].values()))["mm0.img.attn.o_proj"]
+    path.write_text(json.dumps(config))
+    done = evaluate(tmp_path / "run", "--variants", "a8")
+    assert done.exit_code == 2 and "a8: 1 of 93 layers are missing (sigma " in done.stderr
+    del config["sigma_map"]
+    path.write_text(json.dumps(config))
+    done = evaluate(tmp_path / "run", "--variants", "a8")
+    assert done.exit_code == 2 and "not a valid configuration (KeyError('sigma_map'))" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "psnr, error, passes",
+    [(None, 0.0, True), (31.0, 0.1, True), (29.0, 0.1, False), (31.0, None, False), (float("nan"), 0.1, False)],
+)
+def test_gate_holds_for_infinite_and_broken_figures(psnr, error, passes):
+    results = {"w4-rtn": {"psnr": {"mean": psnr}, "max_step_error": error}}
+    if passes:
+        stage.check_gate(results, 30, 0.2)
+    else:
+        with pytest.raises(stage.GateFailure):
+            stage.check_gate(results, 30, 0.2)
 
 
 def test_missing_files_are_named(run, tmp_path):
@@ -216,6 +267,6 @@ def test_bootstrap_interval_covers_the_mean():
     assert high - low == pytest.approx(2 * 1.96 * 4 / 8, rel=0.25) and low < values.mean() < high
 
 
-def test_generate_needs_no_evaluation(tmp_path):
+def test_without_files_there_is_round_to_nearest(tmp_path):
     assert generate("--num-images", 1, "--num-steps", 1, "--no-images", "--calib-dir", tmp_path / "x").exit_code == 0
     assert stage.default_variants(tmp_path / "x") == ["w4-rtn"]

@@ -162,7 +162,7 @@ def test_a_restored_training_goes_on_as_if_nothing_happened(unit, rounding):
 
     unit.settings = replace(unit.settings, rounding=rounding)
     unit.start["alpha"] = {
-        name: mx.array(stage.first_alpha(np.random.default_rng(0).uniform(size=a.shape), rounding))
+        name: stage.first_alpha(np.random.default_rng(0).uniform(size=a.shape).astype(np.float32), rounding)
         for name, a in unit.start["alpha"].items()
     }
     whole = stage.Training(unit)
@@ -247,6 +247,8 @@ def test_a_block_that_got_worse_keeps_round_to_nearest(copy):
         weight = np.array(slots[name][0][slots[name][1]].weight)
         grid = quantizers.min_max_grid(weight, 8, 64)
         assert np.array_equal(fields["q"], quantizers.nearest_codes(weight, *grid, 8))
+        lower = np.floor(quantizers.grid_position(weight, *grid))
+        assert np.array_equal(fields["q"], np.clip(lower + (fields["alpha"] >= 0), 0, 255))
 
 
 def codes_of(folder):
@@ -298,6 +300,7 @@ def test_dry_run_writes_nothing(copy):
     [
         (["--group-size", 50], "--group-size 50 does not divide the layers' inputs ([192, 768])"),
         (["--blocks", "mm9"], "--blocks: mm9 not in the cache, which has mm0"),
+        (["--activation-bits", 1], "--activation-bits 1: a symmetric grid needs 2 bits or more"),
         (["--unit", "model", "--blocks", "mm1"], "--unit model needs every block"),
         (["--resume", "--force"], "give one of them"),
     ],
