@@ -604,7 +604,7 @@ def check_gate(results: dict[str, dict], min_psnr: float | None, max_step_error:
             shown = "not finite" if worst is None else f"{worst:.4f}"
             failing.append(f"{name}: latent error {shown} is above --max-step-error {max_step_error:g}")
     if failing:
-        raise GateFailure("; ".join(failing))
+        raise GateFailure("; ".join(failing) + " (TROUBLESHOOTING_GUIDE Issue 24)")
 
 
 # --- the stage ----------------------------------------------------------------------------------------------

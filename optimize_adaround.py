@@ -826,7 +826,7 @@ def print_losses(rows: list[tuple[str, dict]]) -> None:
             f"{row[key]:9.3f}" if row[key] is not None else f"{'–':>9}"
             for key in ("nearest", "start", "hardened", "end", "end_activations")
         )
-        kept = "  kept round-to-nearest" if row["kept_nearest"] else ""
+        kept = "  kept round-to-nearest (Issue 22)" if row["kept_nearest"] else ""
         click.echo(f"{name:27} {figures} {row['end_training']:11.3f}{kept}")
 
 

@@ -33,14 +33,18 @@ def main(source: Path, output: Path) -> None:
     content = orjson.loads(source.read_bytes())
     rows = [row for row in content["figures"] if row["bound"] is not None][::-1]
     shares = [row["value"] / row["bound"] for row in rows]
-    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.32 * len(rows)), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(11, 1.2 + 0.32 * len(rows)), layout="constrained")
     bars = axes.barh([row["name"] for row in rows], shares, color=["tab:blue" if s <= 1 else "tab:red" for s in shares])
     axes.bar_label(
-        bars, [f"{row['value']:.3g} {row['unit']} (bound {row['bound']:g})" for row in rows], padding=4, fontsize=8
+        bars,
+        [f"{row['value']:.3g} {row['unit']} (bound {row['bound']:g})" for row in rows],
+        padding=4,
+        fontsize=8,
+        bbox={"color": "white", "pad": 1},
     )
-    axes.axvline(1, color="black", linewidth=1)
+    axes.axvline(1, color="black", linewidth=1, zorder=0)
     axes.set(
-        xlim=(0, max(1.5, 1.35 * max(shares))),
+        xlim=(0, max(1.6, 1.5 * max(shares))),
         xlabel="share of the bound (left of the line is good)",
         title=content["machine"],
     )

@@ -163,7 +163,7 @@ class ActivationStatistics:
         Raises StoreError, one line that names file and layer, when something is missing, not finite or impossible.
         """
         index_path, path = self.timestep_dir / f"step_{key}_index.json", self.timestep_dir / f"step_{key}.npz"
-        remedy = f"run {COLLECT} to make it anew"
+        remedy = f"run {COLLECT} to make it anew (TROUBLESHOOTING_GUIDE Issue 21)"
         index = _read_index(index_path, remedy)
         suffixes = tuple(f"__{field}" for field in ("avg_min", "avg_max", *STATISTICS_FIELDS))
         arrays = read_npz(path, remedy, lambda member: member.endswith(suffixes))
