@@ -134,23 +134,24 @@ def sample(pipeline, run: Run, quantization: "Quantization", bar) -> "dict[str, 
     from diffusion import decode_latents, encode_prompts, euler_steps, initial_noise, mx
 
     images, latents = [], []
-    for begin in range(0, len(run.prompts), run.batch_size):
-        prompts = run.prompts[begin : begin + run.batch_size]
-        text = encode_prompts(pipeline, prompts, run.cfg_weight)
-        noise = mx.concatenate([initial_noise(run.seed + begin + i, run.latent_size) for i in range(len(prompts))])
-        states = euler_steps(pipeline, text, noise.astype(pipeline.activation_dtype), run.num_steps, run.cfg_weight)
-        trajectory = []
-        with contextlib.closing(states), quantization.weights(pipeline):
-            first = next(states)  # builds the modulation cache, which refuses live hooks
-            with quantization.activations(pipeline, 2 if run.cfg_weight > 0 else 1):
-                for state in chain([first], states):
-                    quantization.sigma = float(state.sigma.item())
-                    trajectory.append(np.array(state.x.astype(mx.float32)))
-                    if state.is_final:
-                        break
-                    bar.update()
-        latents.append(np.stack(trajectory, axis=1))
-        images += [np.asarray(image) for image in decode_latents(pipeline, state.x)]
+    with quantization.weights(pipeline):
+        for begin in range(0, len(run.prompts), run.batch_size):
+            prompts = run.prompts[begin : begin + run.batch_size]
+            text = encode_prompts(pipeline, prompts, run.cfg_weight)
+            noise = mx.concatenate([initial_noise(run.seed + begin + i, run.latent_size) for i in range(len(prompts))])
+            states = euler_steps(pipeline, text, noise.astype(pipeline.activation_dtype), run.num_steps, run.cfg_weight)
+            trajectory = []
+            with contextlib.closing(states):
+                first = next(states)  # builds the modulation cache, which refuses live hooks
+                with quantization.activations(pipeline, 2 if run.cfg_weight > 0 else 1):
+                    for state in chain([first], states):
+                        quantization.sigma = float(state.sigma.item())
+                        trajectory.append(np.array(state.x.astype(mx.float32)))
+                        if state.is_final:
+                            break
+                        bar.update()
+            latents.append(np.stack(trajectory, axis=1))
+            images += [np.asarray(image) for image in decode_latents(pipeline, state.x)]
     return {"images": np.stack(images), "latents": np.concatenate(latents)}
 
 

@@ -3,7 +3,7 @@
 Reads   adaround_cache/ (stage 2W) and the model
 Writes  adaround_weights/: {block}.npz with codes, scales, zero points and ranges, metadata.json
 
-python optimize_adaround.py --calib-dir calibration_data/demo --iters 60
+python optimize_adaround.py --calib-dir calibration_data/demo --iters 80 --resume
 
 A unit (the whole model, a block, a sublayer, a layer) is quantized and trained against what it gave unquantized on the
 cached samples (AdaRound, BRECQ, TaQ-DiT). First the rounding variables α: up where α >= 0. Then, with the codes
@@ -75,13 +75,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Job:
-    """A stretch of blocks that shares samples and files: one block, or all of them for --unit model."""
+    """A stretch of blocks that shares samples and files: one block, or all of them for --unit model.
+
+    A stage names the layers that are trained together, and those whose outputs count (none: the job's own outputs).
+    """
 
     name: str
     blocks: list[str]
-    stages: list[
-        tuple[list[str], list[str]]
-    ]  # (layers trained together, layers whose outputs count; none: the job's own)
+    stages: list[tuple[list[str], list[str]]]
 
 
 def plan_jobs(layers: Sequence[str], blocks: Sequence[str], unit: str) -> list[Job]:
@@ -166,9 +167,7 @@ class Quantized:
 
     weights: "dict[str, mx.array]"  # (out, in)
     biases: "dict[str, mx.array]"
-    ranges: "dict[str, mx.array]" = field(
-        default_factory=dict
-    )  # clipping range of a layer's input; none: not quantized
+    ranges: "dict[str, mx.array]" = field(default_factory=dict)  # of a layer's input; none: not quantized
     shifts: "dict[str, mx.array]" = field(default_factory=dict)
     bits: int = 8
     drop: float = 0.0  # share of input elements that stay unquantized (QDrop)
