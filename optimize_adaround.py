@@ -788,6 +788,19 @@ def run_job(
     checkpoint.path.unlink(missing_ok=True)
 
 
+def train_jobs(
+    pipeline, paths: "WeightPaths", jobs: list[Job], settings: Settings, unit_class: type[Unit], seconds: float
+) -> None:
+    """Train every job that is not finished, with a checkpoint every `seconds`."""
+    with progress_bar(settings.iters * sum(len(job.stages) for job in jobs), jobs[0].name, "it") as bar:
+        for job in jobs:
+            if finished(paths, job):
+                bar.update(settings.iters * len(job.stages))
+            else:
+                bar.set_description(job.name)
+                run_job(pipeline, paths, job, settings, unit_class, bar, seconds)
+
+
 def finished(paths: "WeightPaths", job: Job) -> bool:
     """Whether every block of the job is on disk and valid."""
     from calibration_store import StoreError, read_quantized_block
@@ -900,7 +913,8 @@ def estimate(pipeline, paths: "WeightPaths", job: Job, settings: Settings, unit_
         start = time.perf_counter()
         training.step()
         seconds = time.perf_counter() - start
-    return seconds, mx.get_peak_memory() + samples.num_bytes
+    on_cpu = mx.default_device() == mx.Device(mx.cpu)  # else the peak holds the samples already
+    return seconds, mx.get_peak_memory() + (samples.num_bytes if on_cpu else 0)
 
 
 @stage_command
@@ -1012,28 +1026,21 @@ def main(
     made_by = "optimize_adaround.py"
     check_stage(paths, paths.plan, plan, OPTIONS, resume, force, made_by)
     unit_class = LayerUnit if unit == "layer" else Unit
+    size = BYTES_PER_WEIGHT * sum(weight.size for weight in layer_weights(pipeline, layers))
     if dry_run:
         seconds, peak = estimate(pipeline, paths, jobs[0], settings, unit_class)
-        stages = sum(len(job.stages) for job in jobs)
-        size = BYTES_PER_WEIGHT * sum(weight.size for weight in layer_weights(pipeline, layers))
+        seconds *= settings.iters * sum(len(job.stages) for job in jobs)
         click.echo(
-            f"about {format_seconds(seconds * settings.iters * stages)}, {format_bytes(peak)} of memory at the peak, "
-            f"{format_bytes(size)} in {paths.root}"
+            f"about {format_seconds(seconds)}, {format_bytes(peak)} of memory at the peak, at most {format_bytes(size)} "
+            f"in {paths.root}"
         )
         return
-    require_space(paths.root, BYTES_PER_WEIGHT * sum(weight.size for weight in layer_weights(pipeline, layers)))
+    require_space(paths.root, size)
     with locked_folder(paths.root):
         check_stage(paths, paths.plan, plan, OPTIONS, resume, force, made_by)
         open_stage(paths, paths.plan, plan, force)
-        total = settings.iters * sum(len(job.stages) for job in jobs)
         try:
-            with progress_bar(total, unit, "it") as bar:
-                for job in jobs:
-                    if finished(paths, job):
-                        bar.update(settings.iters * len(job.stages))
-                    else:
-                        bar.set_description(job.name)
-                        run_job(pipeline, paths, job, settings, unit_class, bar, checkpoint_seconds)
+            train_jobs(pipeline, paths, jobs, settings, unit_class, checkpoint_seconds)
             rows = write_metadata(paths, plan, jobs)
         except KeyboardInterrupt:
             raise Interrupted(
