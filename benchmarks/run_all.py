@@ -1,6 +1,6 @@
 """Every benchmark, one table: each figure beside its bound, with machine and versions.
 
-python benchmarks/run_all.py                        # about six minutes on two CPU cores
+python benchmarks/run_all.py                        # about three minutes on two CPU cores
 python benchmarks/draw.py                           # draws what it wrote
 """
 
