@@ -17,6 +17,7 @@ from cli_options import (
     calib_dir_option,
     format_bytes,
     format_seconds,
+    model_place_options,
     progress_bar,
     resume_command,
     resume_options,
@@ -25,6 +26,7 @@ from cli_options import (
 
 if TYPE_CHECKING:
     import mlx.core as mx
+    import numpy as np
 
 
 def boundary_keys(names: list[str]) -> dict[str, tuple[list[str], list[str]]]:
@@ -79,13 +81,19 @@ class BlockRecorder:
         return halves
 
 
-def write_sample(path: Path, arrays: dict[str, "mx.array"]) -> None:
+def write_sample(paths, image_id: int, step: int, arrays: dict[str, "mx.array"]) -> None:
     """Write one sample file; runs on the writer's thread while the next pass computes."""
-    import numpy as np
-
     from calibration_store import write_npz
 
-    write_npz(path, {key: np.asarray(array) for key, array in arrays.items()})
+    write_npz(paths.sample(image_id, step), sample_file_arrays(image_id, step, arrays))
+
+
+def sample_file_arrays(image_id: int, step: int, arrays: dict[str, "mx.array"]) -> dict[str, "np.ndarray"]:
+    """What a sample file holds: the boundaries, and of which image and step they are."""
+    import numpy as np
+
+    where = {"image_id": np.int32(image_id), "step_index": np.int32(step)}
+    return {key: np.asarray(array) for key, array in arrays.items()} | where
 
 
 def record_pass(pipeline, replay, sample, keys: dict, blocks: list[str], where: str) -> dict[str, "mx.array"]:
@@ -101,19 +109,23 @@ def record_pass(pipeline, replay, sample, keys: dict, blocks: list[str], where: 
 # --- the stage ----------------------------------------------------------------------------------------------
 
 
-def plan_cache(manifest: dict, images: list[dict], stride: int, blocks: str | None) -> dict[str, Any]:
-    """What this cache is (plan.json)."""
-    from calibration_store import CACHE_FORMAT, run_identity, select_steps
+def plan_cache(
+    manifest: dict, num_images: int, stride: int, blocks: str | None, before: dict[str, Any] | None
+) -> tuple[dict[str, Any], list[dict]]:
+    """What this cache is (plan.json), and the images that it uses; before: the plan that --resume goes on with."""
+    from calibration_store import CACHE_FORMAT, run_identity, select_images, select_steps
 
+    images = select_images(manifest, num_images, before and before["selected_image_ids"])
+    image_ids = [image["image_id"] for image in images]
     return {
         "format": CACHE_FORMAT,
-        "calibration_run": run_identity(manifest),
-        "num_images": len(images),
+        "calibration_run": run_identity(manifest, image_ids),
+        "num_images": num_images,
         "stride": stride,
-        "blocks": ",".join(sorted(blocks.replace(" ", "").split(","))) if blocks else None,
-        "selected_image_ids": [image["image_id"] for image in images],
+        "blocks": ",".join(sorted(set(blocks.replace(" ", "").split(",")))) if blocks is not None else None,
+        "selected_image_ids": image_ids,
         "key_timesteps": select_steps(manifest, stride),
-    }
+    }, images
 
 
 def choose_blocks(pipeline, blocks: str | None) -> tuple[dict[str, tuple[list[str], list[str]]], list[str]]:
@@ -135,43 +147,50 @@ def stored_keys(keys: dict, blocks: list[str]) -> list[str]:
     return [*dict.fromkeys(key for block in blocks for part in keys[block] for key in part), "modulation_input"]
 
 
-def cache(pipeline, paths, manifest: dict, plan: dict, images: list[dict], keys: dict, blocks: list[str]) -> None:
-    """Run the model at every selected sample that is not cached yet; a thread writes while the next pass runs."""
-    from calibration_store import BackgroundWriter, CalibrationPaths, is_cached, read_run_sample
-    from diffusion import replaying, sigma_schedule
+def cache(
+    pipeline, paths, manifest: dict, images: list[dict], keys: dict, blocks: list[str], todo: dict[int, list[int]], bar
+) -> None:
+    """Run the model at every sample of todo {image_id: steps}; a thread writes while the next pass runs."""
+    from calibration_store import BackgroundWriter, CalibrationPaths, read_sample
+    from diffusion import replaying, run_schedule
 
-    schedule = sigma_schedule(pipeline, manifest["num_steps"])[1].tolist()
-    wanted = stored_keys(keys, blocks)
-    calibration = CalibrationPaths(paths.calib_dir)
-    bar = progress_bar(len(images) * len(plan["key_timesteps"]), "samples", "sample")
+    schedule, calibration = run_schedule(manifest), CalibrationPaths(paths.calib_dir)
     with bar, BackgroundWriter(pending=0) as writer:  # one sample being written, one being made
         for image in images:
             image_id = image["image_id"]
-            steps = [step for step in plan["key_timesteps"] if not is_cached(paths, image_id, step, wanted)]
-            bar.update(len(plan["key_timesteps"]) - len(steps))
+            steps = todo[image_id]
             if not steps:
                 continue
-            samples = [read_run_sample(calibration, manifest, image_id, step, schedule) for step in steps]
+            samples = [read_sample(calibration, manifest, image_id, step, schedule) for step in steps]
             with replaying(pipeline, image, [sample["timestep"] for sample in samples]) as replay:
                 for step, sample in zip(steps, samples, strict=True):
                     arrays = record_pass(pipeline, replay, sample, keys, blocks, f"step {step} of image {image_id}")
-                    writer.submit(write_sample, paths.sample(image_id, step), arrays)
+                    writer.submit(write_sample, paths, image_id, step, arrays)
                     bar.update()
 
 
-def write_metadata(paths, manifest: dict, plan: dict, keys: dict, blocks: list[str]) -> None:
+def samples_to_do(paths, plan: dict, shapes: dict, everything: bool) -> dict[int, list[int]]:
+    """{image_id: steps} of the samples that are not on the disk, whole (checksums included) and of this model's shapes."""
+    from calibration_store import is_cached
+
+    return {
+        image_id: [s for s in plan["key_timesteps"] if everything or not is_cached(paths, image_id, s, shapes)]
+        for image_id in plan["selected_image_ids"]
+    }
+
+
+def write_metadata(paths, manifest: dict, plan: dict, keys: dict, blocks: list[str], of_key: dict) -> None:
     """Describe the finished cache; written last, so a cache with metadata.json is complete."""
-    from calibration_store import CACHE_REMEDY, map_npz, write_json
+    from calibration_store import write_json
 
     samples = [
         {"image_id": image_id, "step_index": step, "file": str(paths.sample(image_id, step).relative_to(paths.root))}
         for image_id in plan["selected_image_ids"]
         for step in plan["key_timesteps"]
     ]
-    first = map_npz(paths.root / samples[0]["file"], stored_keys(keys, blocks), CACHE_REMEDY)
 
     def shapes(names: list[str]) -> list[list[int]]:
-        return [list(first[name].shape) for name in names]
+        return [list(of_key[name]) for name in names]
 
     block_shapes = {
         block: {
@@ -190,30 +209,33 @@ def write_metadata(paths, manifest: dict, plan: dict, keys: dict, blocks: list[s
         "cfg_weight": manifest["cfg_scale"],
         "num_steps": manifest["num_steps"],
         "model_version": manifest["model_version"],
+        "weights_fingerprint": manifest["weights_fingerprint"],
         "dtype": "float16",
     }
     write_json(paths.metadata, metadata)
 
 
-def probe(pipeline, paths, manifest: dict, plan: dict, image: dict, keys: dict, blocks: list[str]) -> tuple[float, int]:
-    """Seconds of one pass (the second of two) and the bytes of its sample file."""
-    import numpy as np
-
+def probe(
+    pipeline, paths, manifest: dict, plan: dict, image: dict, keys: dict, blocks: list[str]
+) -> tuple[float, int, dict[str, tuple[int, ...]]]:
+    """Seconds of one pass (the second of two), the bytes of its sample file, and the shape of every array in it."""
     from calibration_store import CalibrationPaths, npz_bytes, read_sample
-    from diffusion import replaying
+    from diffusion import replaying, run_schedule
 
     step = plan["key_timesteps"][0]
-    sample = read_sample(CalibrationPaths(paths.calib_dir), manifest, image["image_id"], step)
+    sample = read_sample(CalibrationPaths(paths.calib_dir), manifest, image["image_id"], step, run_schedule(manifest))
     with replaying(pipeline, image, [sample["timestep"]]) as replay:
         for _ in range(2):
             start = time.perf_counter()
             arrays = record_pass(pipeline, replay, sample, keys, blocks, f"step {step} of image {image['image_id']}")
             seconds = time.perf_counter() - start
-    return seconds, npz_bytes({key: np.asarray(array) for key, array in arrays.items()})
+    size = npz_bytes(sample_file_arrays(image["image_id"], step, arrays))
+    return seconds, size, {key: array.shape for key, array in arrays.items()}
 
 
 @stage_command
 @calib_dir_option
+@model_place_options
 @click.option(
     "--num-images", type=click.IntRange(min=1), default=5, help="Images to use, evenly over the whole calibration run."
 )
@@ -221,49 +243,52 @@ def probe(pipeline, paths, manifest: dict, plan: dict, image: dict, keys: dict, 
 @click.option("--blocks", help="Blocks to cache, such as mm0,mm5.  [default: all]")
 @resume_options
 def main(
-    calib_dir: Path, num_images: int, stride: int, blocks: str | None, resume: bool, force: bool, dry_run: bool
-) -> None:
+    calib_dir: Path, model: str | None, local_checkpoint: Path | None, num_images: int, stride: int, blocks: str | None,
+    resume: bool, force: bool, dry_run: bool,
+) -> None:  # fmt: skip
     """Stage 2W: cache the inputs and outputs of every block."""
     from calibration_store import (
+        CACHE_PLAN,
         BlockCachePaths,
         check_stage,
         locked_folder,
         open_stage,
-        owned_bytes,
+        plan_before,
         read_manifest,
         require_space,
-        select_images,
     )
 
-    manifest = read_manifest(calib_dir)
-    images = select_images(manifest, num_images)
-    plan = plan_cache(manifest, images, stride, blocks)
-    paths = BlockCachePaths(calib_dir)
+    manifest, paths = read_manifest(calib_dir), BlockCachePaths(calib_dir)
+    before = plan_before(paths.plan, CACHE_PLAN, resume, num_images=num_images)
+    plan, images = plan_cache(manifest, num_images, stride, blocks, before)
     passes = len(images) * len(plan["key_timesteps"])
     click.echo(
         f"{manifest['model_version']}: images {plan['selected_image_ids']}, {len(plan['key_timesteps'])} steps each, "
         f"{passes} samples"
     )
     options = {"num_images": "--num-images", "stride": "--stride", "blocks": "--blocks"}
-    check_stage(paths, paths.plan, plan, options, resume, force, "cache_adaround_data.py")
+    check_stage(paths, paths.plan, CACHE_PLAN, plan, options, resume, force)
     from diffusion import load_run_pipeline
 
-    pipeline = load_run_pipeline(manifest)
+    pipeline = load_run_pipeline(manifest, None, model, local_checkpoint)
     keys, chosen = choose_blocks(pipeline, blocks)
-    seconds, sample_bytes = probe(pipeline, paths, manifest, plan, images[0], keys, chosen)
-    total = sample_bytes * passes
+    seconds, sample_bytes, shapes = probe(pipeline, paths, manifest, plan, images[0], keys, chosen)
+    todo = samples_to_do(paths, plan, shapes, everything=force)
+    left = sum(map(len, todo.values()))
     click.echo(
-        f"{format_bytes(total)} in {paths.root} ({format_bytes(sample_bytes)} a sample), about {format_seconds(seconds * passes)}"
+        f"to do: {left} of {passes} samples, {format_bytes(sample_bytes * left)} in {paths.root} "
+        f"({format_bytes(sample_bytes)} a sample), about {format_seconds(seconds * left)}"
     )
-    require_space(paths.root, total - owned_bytes(paths))
+    require_space(paths.root, sample_bytes * left)
     if dry_run:
         return
     with locked_folder(paths.root):
-        check_stage(paths, paths.plan, plan, options, resume, force, "cache_adaround_data.py")
+        check_stage(paths, paths.plan, CACHE_PLAN, plan, options, resume, force)
         open_stage(paths, paths.plan, plan, force)
+        bar = progress_bar(passes, "samples", "sample", initial=passes - left)
         try:
-            cache(pipeline, paths, manifest, plan, images, keys, chosen)
-            write_metadata(paths, manifest, plan, keys, chosen)
+            cache(pipeline, paths, manifest, images, keys, chosen, todo, bar)
+            write_metadata(paths, manifest, plan, keys, chosen, shapes)
         except KeyboardInterrupt:
             raise Interrupted(
                 f"interrupted: finished samples are kept in {paths.samples}; go on with: {resume_command()}"

@@ -55,6 +55,22 @@ def calib_dir_option(function: Callable) -> Callable:
     )(function)
 
 
+def model_place_options(function: Callable) -> Callable:
+    """`--model` and `--local-checkpoint`: where the calibration run's model is now."""
+    for decorator in (
+        click.option(
+            "--local-checkpoint",
+            type=click.Path(path_type=Path, exists=True, dir_okay=False),
+            help="Where the run's checkpoint file is now.  [default: where it was]",
+        ),
+        click.option(
+            "--model", help="Where the run's model is now; its weights must be the same.  [default: where it was]"
+        ),
+    ):
+        function = decorator(function)
+    return function
+
+
 def analysis_options(config: str) -> Callable:
     """What both analyzers take: `--stats`, `--output` (default: `config` beside the statistics) and `--plot`."""
 

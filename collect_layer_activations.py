@@ -23,6 +23,7 @@ from cli_options import (
     calib_dir_option,
     format_bytes,
     format_seconds,
+    model_place_options,
     progress_bar,
     resume_command,
     resume_options,
@@ -36,16 +37,17 @@ if TYPE_CHECKING:
     from calibration_store import ActivationPaths
 
 SHIFT_MOMENTUM = 0.95
+STEP_FILE_SIZES = 4  # of a partial result, that a step's files take: an array a layer, where partials have one an input
 POST_GELU_SUFFIX = ".mlp.fc2"
 
 
 # --- statistics of one input --------------------------------------------------------------------------------
 #
-# Inputs x (rows, channels) give two arrays: limits (2, channels of all) float32, the minimum and the maximum of each
-# channel, and histograms (inputs, 259) int32: 256 counts over quantizers.histogram_grid, then the grid's exponent,
-# its first bin, and the number of values that are not finite. Three implementations, the same results: a GPU
-# kernel (Metal or CUDA), NumPy and torch (CPU), and plain MLX operations. Where a GPU flushes subnormal numbers they
-# count as 0.
+# Inputs x (rows, channels) give three arrays: limits (2, channels of all) float32, the minimum and the maximum of each
+# channel; histograms (inputs, 259) int32: 256 counts over quantizers.histogram_grid, then the grid's exponent,
+# its first bin, and the number of values that are not finite; moments (2, channels of all) float32, mean and mean square
+# of each channel. Three implementations, the same results (moments: up to float noise): a GPU kernel (Metal or CUDA),
+# NumPy and torch (CPU), and plain MLX operations. Where a GPU flushes subnormal numbers they count as 0.
 
 INPUTS_PER_KERNEL = 8  # the distinct inputs of one SD3 block: launches cost more than the work
 TILE_ROWS = 128
@@ -109,11 +111,13 @@ TILE_KERNEL = """
     SHARED COUNTER not_finite;
     SHARED float lows[1024];
     SHARED float highs[1024];
+    SHARED float sums[1024];
+    SHARED float squares[1024];
     SET(histogram[THREAD], 0);
     SET(histogram[THREAD + 1024], 0);
     if (THREAD == 0) SET(not_finite, 0);
     BARRIER;
-    float low = 3.4e38f, high = -3.4e38f;
+    float low = 3.4e38f, high = -3.4e38f, sum = 0.0f, square = 0.0f;
     int bad = 0;
     if (channel < channels) {
         for (int row = first_row; row < end_row; row += 4) {
@@ -121,21 +125,29 @@ TILE_KERNEL = """
             const bool good = is_finite(value);
             low = good && value < low ? value : low;
             high = good && value > high ? value : high;
+            sum += good ? value : 0.0f;
+            square += good ? value * value : 0.0f;
             bad += good ? 0 : 1;
         }
     }
     if (bad > 0) ADD(not_finite, bad);
     lows[THREAD] = low;
     highs[THREAD] = high;
+    sums[THREAD] = sum;
+    squares[THREAD] = square;
     BARRIER;
     for (int size = 512; size > 0; size /= 2) {
         if (THREAD < size) {
             lows[THREAD] = lows[THREAD + size] < lows[THREAD] ? lows[THREAD + size] : lows[THREAD];
             highs[THREAD] = highs[THREAD + size] > highs[THREAD] ? highs[THREAD + size] : highs[THREAD];
+            sums[THREAD] += sums[THREAD + size];
+            squares[THREAD] += squares[THREAD + size];
             if (size == 256 && channel < channels) {  // here index and channel agree
-                const int start = plan[input * 5 + 3] + tile_row * 2 * channels + channel;
+                const int start = plan[input * 5 + 3] + tile_row * 4 * channels + channel;
                 tile_limits[start] = lows[THREAD];
                 tile_limits[start + channels] = highs[THREAD];
+                tile_limits[start + 2 * channels] = sums[THREAD];
+                tile_limits[start + 3 * channels] = squares[THREAD];
             }
         }
         BARRIER;
@@ -177,16 +189,20 @@ MERGE_KERNEL = """
     if (THREAD == 0) SET(not_finite, 0);
     float input_low = 0.0f, input_high = 0.0f;
     for (int channel = THREAD; channel < channels; channel += 1024) {
-        float low = 3.4e38f, high = -3.4e38f;
+        float low = 3.4e38f, high = -3.4e38f, sum = 0.0f, square = 0.0f;
         for (int row = 0; row < tile_rows; row++) {
-            const int start = plan[input * 5 + 3] + row * 2 * channels + channel;
+            const int start = plan[input * 5 + 3] + row * 4 * channels + channel;
             low = tile_limits[start] < low ? tile_limits[start] : low;
             high = tile_limits[start + channels] > high ? tile_limits[start + channels] : high;
+            sum += tile_limits[start + 2 * channels];
+            square += tile_limits[start + 3 * channels];
         }
         input_low = low < input_low ? low : input_low;
         input_high = high > input_high ? high : input_high;
         limits[plan[input * 5 + 4] + channel] = low;
         limits[total_channels + plan[input * 5 + 4] + channel] = high;
+        moments[plan[input * 5 + 4] + channel] = sum / (float)rows;
+        moments[total_channels + plan[input * 5 + 4] + channel] = square / (float)rows;
     }
     lows[THREAD] = input_low;
     highs[THREAD] = input_high;
@@ -230,7 +246,7 @@ def _gpu_kernels(backend: str, inputs: int) -> tuple[Callable, Callable]:
     tiles = ["tile_limits", "tile_histograms"]
     return (
         build(f"activation_tiles_{inputs}", [*names, "plan"], tiles, choose + TILE_KERNEL, header),
-        build("activation_merge", [*tiles, "plan"], ["limits", "histograms"], MERGE_KERNEL, header),
+        build("activation_merge", [*tiles, "plan"], ["limits", "histograms", "moments"], MERGE_KERNEL, header),
     )
 
 
@@ -244,13 +260,13 @@ def _gpu_plan(shapes: tuple[tuple[int, int], ...]) -> tuple["mx.array", int, int
         plan.append([groups, rows, width, tile_limits, channels])
         tile_rows = -(-rows // TILE_ROWS)
         groups += tile_rows * -(-width // 256)
-        tile_limits += tile_rows * 2 * width
+        tile_limits += tile_rows * 4 * width
         channels += width
     return mx.array(plan, dtype=mx.int32), groups, tile_limits, channels
 
 
 def gpu_statistics(inputs: list["mx.array"], backend: str) -> list["mx.array"]:
-    """[limits, histograms] of inputs (rows, channels) of one dtype, unevaluated, by the kernel of `backend`."""
+    """[limits, histograms, moments] of inputs (rows, channels) of one dtype, unevaluated, by the kernel of `backend`."""
     import mlx.core as mx
 
     plan, groups, tile_limits, channels = _gpu_plan(tuple(x.shape for x in inputs))
@@ -268,22 +284,24 @@ def gpu_statistics(inputs: list["mx.array"], backend: str) -> list["mx.array"]:
         template=[("total_channels", channels)],
         grid=(len(inputs) * 1024, 1, 1),
         threadgroup=(1024, 1, 1),
-        output_shapes=[(2, channels), (len(inputs), 259)],
-        output_dtypes=[mx.float32, mx.int32],
+        output_shapes=[(2, channels), (len(inputs), 259), (2, channels)],
+        output_dtypes=[mx.float32, mx.int32, mx.float32],
     )
 
 
 def mlx_statistics(inputs: list["mx.array"]) -> list["mx.array"]:
-    """The plain twin: [limits, histograms] of inputs (rows, channels) from MLX operations alone, unevaluated."""
+    """The plain twin: [limits, histograms, moments] of inputs (rows, channels) from MLX operations alone, unevaluated."""
     import mlx.core as mx
 
     def power_of_two(exponent):
         return mx.view((exponent + 127) << 23, mx.float32)
 
-    limits, histograms = [], []
+    limits, histograms, moments = [], [], []
     for x in inputs:
         x = x.astype(mx.float32)
         finite = mx.isfinite(x)
+        values = mx.where(finite, x, 0.0)
+        moments.append(mx.stack([values.mean(axis=0), mx.square(values).mean(axis=0)]))
         limits.append(mx.stack([mx.where(finite, x, 3.4e38).min(axis=0), mx.where(finite, x, -3.4e38).max(axis=0)]))
         low, high = mx.minimum(limits[-1][0].min(), 0.0), mx.maximum(limits[-1][1].max(), 0.0)
         exponent = mx.maximum(((mx.view(high - low, mx.int32) >> 23) & 255) - 127 - 9, -24)
@@ -291,15 +309,15 @@ def mlx_statistics(inputs: list["mx.array"]) -> list["mx.array"]:
             bins = mx.floor(high * power_of_two(-exponent)) - mx.floor(low * power_of_two(-exponent))
             exponent = exponent + (bins > 255).astype(mx.int32)
         first_bin = mx.floor(low * power_of_two(-exponent)).astype(mx.int32)
-        index = mx.floor(mx.where(finite, x, 0.0) * power_of_two(-exponent)).astype(mx.int32) - first_bin
+        index = mx.floor(values * power_of_two(-exponent)).astype(mx.int32) - first_bin
         counts = mx.zeros((256,), dtype=mx.int32).at[index.reshape(-1)].add(finite.reshape(-1).astype(mx.int32))
         grid = mx.stack([exponent, first_bin, (~finite).sum().astype(mx.int32)])
         histograms.append(mx.concatenate([counts, grid]))
-    return [mx.concatenate(limits, axis=1), mx.stack(histograms)]
+    return [mx.concatenate(limits, axis=1), mx.stack(histograms), mx.concatenate(moments, axis=1)]
 
 
 def cpu_statistics(x: "np.ndarray") -> list["np.ndarray"]:
-    """[limits (2, channels), histograms (1, 259)] of one x (rows, channels), at C speed: NumPy and torch's bincount."""
+    """[limits (2, channels), histograms (1, 259), moments (2, channels)] of one x (rows, channels), at C speed: NumPy and torch's bincount."""
     import numpy as np
     import torch
 
@@ -307,19 +325,20 @@ def cpu_statistics(x: "np.ndarray") -> list["np.ndarray"]:
 
     x = x.astype(np.float32, copy=False)
     limits = np.stack([x.min(axis=0), x.max(axis=0)])
+    moments = np.stack([x.mean(axis=0), np.einsum("rc,rc->c", x, x) / np.float32(len(x))])
     histograms = np.zeros((1, 259), np.int32)
     histogram = histograms[0]
     low, high = float(limits[0].min()), float(limits[1].max())  # NaN comes through
     if not (np.isfinite(low) and np.isfinite(high)):
         histogram[258] = np.count_nonzero(~np.isfinite(x))
-        return [limits, histograms]
+        return [limits, histograms, moments]
     exponent, first_bin = histogram_grid(low, high)
     bins = x * np.float32(2.0**-exponent)  # a power of two: exact
     np.floor(bins, out=bins)
     bins -= np.float32(first_bin)
     histogram[:256] = torch.bincount(torch.from_numpy(bins.astype(np.uint8).ravel()), minlength=256).numpy()
     histogram[256:258] = exponent, first_bin
-    return [limits, histograms]
+    return [limits, histograms, moments]
 
 
 def choose_statistics() -> str:
@@ -346,9 +365,10 @@ def kernel_self_check(backend: str) -> str | None:
         for dtype in (mx.float32, mx.float16):
             shapes = ((300, 259), (1, 5), (513, 512))
             inputs = [(mx.random.normal(shape, key=mx.random.key(shape[0])) * 3).astype(dtype) for shape in shapes]
-            for kernel, twin in zip(gpu_statistics(inputs, backend), mlx_statistics(inputs), strict=True):
-                if not mx.array_equal(kernel, twin).item():
-                    return "its results differ"
+            found, expected = gpu_statistics(inputs, backend), mlx_statistics(inputs)
+            exact = all(mx.array_equal(a, b).item() for a, b in zip(found[:2], expected[:2], strict=True))
+            if not exact or not mx.allclose(found[2], expected[2], rtol=1e-4, atol=1e-4).item():
+                return "its results differ"
     except (RuntimeError, ValueError) as error:
         return " ".join(str(error).split())[:200]
     return None
@@ -360,7 +380,7 @@ def kernel_self_check(backend: str) -> str | None:
 @dataclass
 class PassStatistics:
     """Statistics of one pass: `layers` maps a layer to its distinct input, `channels` are those of each distinct
-    input, `results` are [limits, histograms] of one or several distinct inputs, in order."""
+    input, `results` are [limits, histograms, moments] of one or several distinct inputs, in order."""
 
     layers: dict[str, int]
     channels: list[int]
@@ -462,33 +482,43 @@ def new_recorder(implementation: str) -> LazyRecorder | StreamingRecorder:
     return LazyRecorder(functools.partial(gpu_statistics, backend=implementation))
 
 
-def partial_arrays(statistics: PassStatistics, where: str) -> dict[str, "np.ndarray"]:
-    """One pass's statistics as the arrays of a partial file. Raises StoreError when an activation is not finite."""
+def partial_arrays(statistics: PassStatistics, image_id: int, step: int, dtype: str) -> dict[str, "np.ndarray"]:
+    """One pass's statistics as the arrays of a partial file. Raises StoreError when an activation is not finite.
+
+    dtype: the run's precision; what to try follows from it.
+    """
     import numpy as np
 
     from calibration_store import StoreError
 
-    limits, histograms = ([np.asarray(array) for array in arrays] for arrays in zip(*statistics.results, strict=True))
+    limits, histograms, moments = (
+        [np.asarray(array) for array in arrays] for arrays in zip(*statistics.results, strict=True)
+    )
     histograms = np.concatenate(histograms)
     for name, index in statistics.layers.items():
         if histograms[index, 258]:
+            way = "a smaller --cfg-weight or another copy of the model" if dtype == "float32" else "--dtype float32"
             raise StoreError(
-                f"{name}: {histograms[index, 258]} activations are not finite at {where}; try --dtype float32 in stage 1"
+                f"{name}: {histograms[index, 258]} activations are not finite at step {step} of image {image_id}; "
+                f"run generate_calibration_data.py with {way}"
             )
     return {
+        "image_id": np.int32(image_id),
+        "step_index": np.int32(step),
         "layers": np.array(list(statistics.layers)),
         "inputs": np.array(list(statistics.layers.values()), np.int32),
         "channels": np.array(statistics.channels, np.int32),
         "limits": np.concatenate(limits, axis=1),
+        "moments": np.concatenate(moments, axis=1),
         "histograms": histograms,
     }
 
 
-def write_partial(path: Path, statistics: PassStatistics, where: str) -> None:
+def write_partial(paths: "ActivationPaths", statistics: PassStatistics, image_id: int, step: int, dtype: str) -> None:
     """Write one pass's partial file; runs on the writer's thread while the next pass computes."""
     from calibration_store import write_npz
 
-    write_npz(path, partial_arrays(statistics, where))
+    write_npz(paths.partial(image_id, step), partial_arrays(statistics, image_id, step, dtype))
 
 
 # --- merging ------------------------------------------------------------------------------------------------
@@ -512,7 +542,7 @@ class StepPartials(Sequence):
 def merge_partials(partials: Sequence[dict[str, "np.ndarray"]]) -> tuple[dict[str, "np.ndarray"], dict[str, dict]]:
     """Merge one step's partial results, in ascending image_id, into the arrays and the index of a step file.
 
-    avg_min and avg_max are plain means over images, min and max the extremes; shift is the moving average of TaQ-DiT's per-channel centre
+    avg_min and avg_max are plain means over images, min and max the extremes, mean and mean_square those of all values; shift is the moving average of TaQ-DiT's per-channel centre
     (momentum 0.95, first image sets it); histograms add up on the finest grid that holds them all. partials is gone
     through twice, one partial in memory at a time.
     """
@@ -525,16 +555,18 @@ def merge_partials(partials: Sequence[dict[str, "np.ndarray"]]) -> tuple[dict[st
     post_gelu = {
         int(i) for name, i in zip(first["layers"], first["inputs"], strict=True) if name.endswith(POST_GELU_SUFFIX)
     }
-    total_min, total_max = (np.zeros(starts[-1], np.float64) for _ in range(2))
+    total_min, total_max, total, total_square = (np.zeros(starts[-1], np.float64) for _ in range(4))
     shift, lowest, highest = None, np.inf, -np.inf
     for partial in partials:
         low, high = partial["limits"].astype(np.float64)
         lowest, highest = np.minimum(lowest, low), np.maximum(highest, high)
         total_min += low
         total_max += high
+        total += partial["moments"][0]
+        total_square += partial["moments"][1]
         centre = (low + high) / 2
         shift = centre if shift is None else SHIFT_MOMENTUM * shift + (1 - SHIFT_MOMENTUM) * centre
-    avg_min, avg_max = (total / len(partials) for total in (total_min, total_max))
+    avg_min, avg_max, mean, mean_square = (sums / len(partials) for sums in (total_min, total_max, total, total_square))
     parts = [slice(start, end) for start, end in pairwise(starts)]
     grids = [histogram_grid(float(lowest[part].min()), float(highest[part].max())) for part in parts]
     counts = np.zeros((len(parts), 256), np.int64)
@@ -545,7 +577,7 @@ def merge_partials(partials: Sequence[dict[str, "np.ndarray"]]) -> tuple[dict[st
         _describe_input(
             avg_min[part],
             avg_max[part],
-            (lowest[part], highest[part]),
+            {"min": lowest[part], "max": highest[part], "mean": mean[part], "mean_square": mean_square[part]},
             shift[part] if index in post_gelu else None,
             counts[index],
             histogram_edges(*grids[index]),
@@ -560,13 +592,13 @@ def merge_partials(partials: Sequence[dict[str, "np.ndarray"]]) -> tuple[dict[st
     return arrays, entries
 
 
-def _describe_input(avg_min, avg_max, extremes, shift, counts, edges) -> tuple[dict[str, "np.ndarray"], dict[str, Any]]:
+def _describe_input(avg_min, avg_max, others, shift, counts, edges) -> tuple[dict[str, "np.ndarray"], dict[str, Any]]:
     """The step file's arrays and index entry of one input."""
     import numpy as np
 
     from quantizers import absolute_histogram, histogram_percentile
 
-    fields = {"avg_min": avg_min, "avg_max": avg_max, "min": extremes[0], "max": extremes[1]}
+    fields = {"avg_min": avg_min, "avg_max": avg_max, **others}
     fields = {name: array.astype(np.float32) for name, array in fields.items()}
     magnitudes = absolute_histogram(counts, edges)
     entry = {
@@ -590,35 +622,46 @@ def _describe_input(avg_min, avg_max, extremes, shift, counts, edges) -> tuple[d
 # --- the stage ----------------------------------------------------------------------------------------------
 
 
-def plan_collection(root: Path, num_images: int, stride: int) -> tuple[dict[str, Any], dict[str, Any], list[dict]]:
-    """The manifest, what this collection is (partial/collection.json), and the images that it uses."""
-    from calibration_store import PARTIAL_FORMAT, read_manifest, run_identity, select_images, select_steps
+def plan_collection(
+    manifest: dict[str, Any], num_images: int, stride: int, before: dict[str, Any] | None
+) -> tuple[dict[str, Any], list[dict]]:
+    """What this collection is (partial/collection.json), and the images that it uses; before: what --resume goes on with."""
+    from calibration_store import PARTIAL_FORMAT, run_identity, select_images, select_steps
 
-    manifest = read_manifest(root)
-    images = select_images(manifest, num_images)
-    plan = {
+    images = select_images(manifest, num_images, before and before["selected_image_ids"])
+    image_ids = [image["image_id"] for image in images]
+    return {
         "format": PARTIAL_FORMAT,
-        "calibration_run": run_identity(manifest),
+        "calibration_run": run_identity(manifest, image_ids),
         "num_images": num_images,
         "stride": stride,
-        "selected_image_ids": [image["image_id"] for image in images],
+        "selected_image_ids": image_ids,
         "key_timesteps": select_steps(manifest, stride),
-    }
-    return manifest, plan, images
+    }, images
 
 
-def collect(pipeline, paths, manifest: dict, plan: dict, images: list[dict], implementation: str) -> None:
-    """Run the model at every selected sample that has no partial result yet, and write that result."""
-    from calibration_store import BackgroundWriter, is_partial_complete
+def passes_to_do(pipeline, paths, plan: dict, everything: bool) -> dict[int, list[int]]:
+    """{image_id: steps} of the passes whose result is not on the disk, valid and of this model's layers."""
+    from calibration_store import is_partial_complete
+    from hooks import layer_slots
 
-    todo = {
-        image["image_id"]: [
-            step for step in plan["key_timesteps"] if not is_partial_complete(paths, image["image_id"], step)
+    channels = {name: parent[key].weight.shape[1] for name, (parent, key) in layer_slots(pipeline.mmdit).items()}
+    return {
+        image_id: [
+            step
+            for step in plan["key_timesteps"]
+            if everything or not is_partial_complete(paths, image_id, step, channels)
         ]
-        for image in images
+        for image_id in plan["selected_image_ids"]
     }
-    total = len(images) * len(plan["key_timesteps"])
-    bar = progress_bar(total, "passes", "pass", initial=total - sum(map(len, todo.values())))
+
+
+def collect(
+    pipeline, paths, manifest: dict, images: list[dict], todo: dict[int, list[int]], implementation: str, bar
+) -> None:
+    """Run the model at every sample of todo {image_id: steps}, and write the results."""
+    from calibration_store import BackgroundWriter
+
     with bar, BackgroundWriter(pending=1) as writer:
         for image in images:
             if todo[image["image_id"]]:
@@ -627,32 +670,32 @@ def collect(pipeline, paths, manifest: dict, plan: dict, images: list[dict], imp
 
 def collect_image(pipeline, paths, manifest, image, steps, implementation, writer, bar) -> None:
     """The passes of one image: replay its stored latents under hooks."""
-    from calibration_store import CalibrationPaths, read_run_sample
-    from diffusion import replaying, sigma_schedule
+    from calibration_store import CalibrationPaths, read_sample
+    from diffusion import replaying, run_schedule
     from hooks import hooked_layers
 
-    schedule = sigma_schedule(pipeline, manifest["num_steps"])[1].tolist()
-    calibration = CalibrationPaths(paths.calib_dir)
-    samples = [read_run_sample(calibration, manifest, image["image_id"], step, schedule) for step in steps]
+    calibration, schedule, image_id = CalibrationPaths(paths.calib_dir), run_schedule(manifest), image["image_id"]
+    samples = [read_sample(calibration, manifest, image_id, step, schedule) for step in steps]
     with replaying(pipeline, image, [sample["timestep"] for sample in samples]) as replay:
         for step, sample in zip(steps, samples, strict=True):
             recorder = new_recorder(implementation)
             with hooked_layers(pipeline.mmdit, recorder.record):
                 statistics = recorder.finish(replay.forward(sample["x"], sample["timestep"]))
-            where = f"step {step} of image {image['image_id']}"
-            writer.submit(write_partial, paths.partial(image["image_id"], step), statistics, where)
+            writer.submit(write_partial, paths, statistics, image_id, step, manifest["activation_dtype"])
             bar.update()
 
 
 def write_statistics(paths, manifest: dict, plan: dict, sigmas: list[float]) -> None:
     """Merge the partial results of every step and write the stage's files, layer_statistics.json last."""
+    import numpy as np
+
     from calibration_store import STATISTICS_FORMAT, write_json, write_npz
     from quantizers import HISTOGRAM_BINS
 
     steps, image_ids = plan["key_timesteps"], plan["selected_image_ids"]
     for step in steps:
         arrays, entries = merge_partials(StepPartials(paths, step, image_ids))
-        write_npz(paths.step_arrays(str(step)), arrays)
+        write_npz(paths.step_arrays(str(step)), arrays | {"step_index": np.int32(step)})
         write_json(paths.step_index(str(step)), entries)
     statistics = {
         "format": STATISTICS_FORMAT,
@@ -674,6 +717,7 @@ def write_statistics(paths, manifest: dict, plan: dict, sigmas: list[float]) -> 
             "model_version": manifest["model_version"],
             "activation_dtype": manifest["activation_dtype"],
             "calibration_run": plan["calibration_run"],
+            "weights_fingerprint": manifest["weights_fingerprint"],
         },
     }
     write_json(paths.statistics, statistics)
@@ -684,10 +728,10 @@ def probe_pass(pipeline, manifest: dict, image: dict, paths, step: int, implemen
     import time
 
     from calibration_store import CalibrationPaths, npz_bytes, read_sample
-    from diffusion import replaying
+    from diffusion import replaying, run_schedule
     from hooks import hooked_layers
 
-    sample = read_sample(CalibrationPaths(paths.calib_dir), manifest, image["image_id"], step)
+    sample = read_sample(CalibrationPaths(paths.calib_dir), manifest, image["image_id"], step, run_schedule(manifest))
     with replaying(pipeline, image, [sample["timestep"]]) as replay:
         for _ in range(2):
             start = time.perf_counter()
@@ -695,46 +739,62 @@ def probe_pass(pipeline, manifest: dict, image: dict, paths, step: int, implemen
             with hooked_layers(pipeline.mmdit, recorder.record):
                 statistics = recorder.finish(replay.forward(sample["x"], sample["timestep"]))
             seconds = time.perf_counter() - start
-    return seconds, npz_bytes(partial_arrays(statistics, f"step {step}"))
+    return seconds, npz_bytes(partial_arrays(statistics, image["image_id"], step, manifest["activation_dtype"]))
 
 
 @stage_command
 @calib_dir_option
+@model_place_options
 @click.option(
     "--num-images", type=click.IntRange(min=1), default=5, help="Images to use, evenly over the whole calibration run."
 )
 @click.option("--stride", type=click.IntRange(min=1), default=2, help="Use every Nth saved step.")
 @resume_options
-def main(calib_dir: Path, num_images: int, stride: int, resume: bool, force: bool, dry_run: bool) -> None:
+def main(
+    calib_dir: Path, model: str | None, local_checkpoint: Path | None, num_images: int, stride: int,
+    resume: bool, force: bool, dry_run: bool,
+) -> None:  # fmt: skip
     """Stage 2A: statistics of the input of every linear layer, per denoising step."""
-    from calibration_store import ActivationPaths, check_stage, locked_folder, open_stage, require_space
+    from calibration_store import (
+        COLLECTION,
+        ActivationPaths,
+        check_stage,
+        locked_folder,
+        open_stage,
+        plan_before,
+        read_manifest,
+        require_space,
+    )
 
-    manifest, plan, images = plan_collection(calib_dir, num_images, stride)
-    paths = ActivationPaths(calib_dir)
+    manifest, paths = read_manifest(calib_dir), ActivationPaths(calib_dir)
+    before = plan_before(paths.collection, COLLECTION, resume, num_images=num_images)
+    plan, images = plan_collection(manifest, num_images, stride, before)
     passes = len(images) * len(plan["key_timesteps"])
     click.echo(
         f"{manifest['model_version']}: images {plan['selected_image_ids']}, {len(plan['key_timesteps'])} steps each, "
         f"{passes} passes, {manifest['activation_dtype']}"
     )
     options = {"num_images": "--num-images", "stride": "--stride"}
-    check_stage(paths, paths.collection, plan, options, resume, force, "collect_layer_activations.py")
-    pipeline, implementation = load_model(manifest)
+    check_stage(paths, paths.collection, COLLECTION, plan, options, resume, force)
+    pipeline, implementation = load_model(manifest, model, local_checkpoint)
+    todo = passes_to_do(pipeline, paths, plan, everything=force)
+    left = sum(map(len, todo.values()))
+    seconds, size = probe_pass(pipeline, manifest, images[0], paths, plan["key_timesteps"][0], implementation)
+    total = size * (left + STEP_FILE_SIZES * len(plan["key_timesteps"]))
+    click.echo(
+        f"to do: {left} of {passes} passes, about {format_seconds(seconds * left)} on this machine, "
+        f"at most {format_bytes(total)} in {paths.root}"
+    )
+    require_space(paths.root, total)
     if dry_run:
-        seconds, size = probe_pass(pipeline, manifest, images[0], paths, plan["key_timesteps"][0], implementation)
-        total = size * (passes + 2 * len(plan["key_timesteps"]))
-        click.echo(
-            f"about {format_seconds(seconds * passes)} on this machine, at most {format_bytes(total)} in {paths.root}"
-        )
-        require_space(paths.root, total)
         return
     with locked_folder(paths.root):
-        check_stage(paths, paths.collection, plan, options, resume, force, "collect_layer_activations.py")
+        check_stage(paths, paths.collection, COLLECTION, plan, options, resume, force)
         open_stage(paths, paths.collection, plan, force)
+        bar = progress_bar(passes, "passes", "pass", initial=passes - left)
         try:
-            collect(pipeline, paths, manifest, plan, images, implementation)
-            from diffusion import sigma_schedule
-
-            write_statistics(paths, manifest, plan, sigma_schedule(pipeline, manifest["num_steps"])[0].tolist())
+            collect(pipeline, paths, manifest, images, todo, implementation, bar)
+            write_statistics(paths, manifest, plan, run_sigmas(manifest))
         except KeyboardInterrupt:
             raise Interrupted(
                 f"interrupted: finished passes are kept in {paths.partials}; go on with: {resume_command()}"
@@ -742,12 +802,19 @@ def main(calib_dir: Path, num_images: int, stride: int, resume: bool, force: boo
     click.echo(f"wrote {paths.statistics} and {paths.timestep_stats}/")
 
 
-def load_model(manifest: dict) -> tuple[Any, str]:
+def load_model(manifest: dict, model: str | None, local_checkpoint: Path | None) -> tuple[Any, str]:
     """The run's pipeline, and which implementation of the statistics runs here."""
     from diffusion import load_run_pipeline
 
-    pipeline = load_run_pipeline(manifest)
+    pipeline = load_run_pipeline(manifest, None, model, local_checkpoint)
     return pipeline, choose_statistics()
+
+
+def run_sigmas(manifest: dict) -> list[float]:
+    """The noise levels of the run's steps."""
+    from diffusion import run_schedule
+
+    return run_schedule(manifest)[0]
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import ctypes
 import functools
 import importlib.metadata
 import importlib.util
-import json
 import logging
 import os
 import platform
@@ -66,7 +65,7 @@ _load_fast_blas()
 
 import mlx.core as mx  # noqa: E402  (the BLAS comes first)
 import numpy as np  # noqa: E402
-from mlx.utils import tree_map  # noqa: E402
+from mlx.utils import tree_flatten, tree_map  # noqa: E402
 
 with _quiet():
     import torch
@@ -75,24 +74,37 @@ with _quiet():
     from diffusionkit.mlx.config import CLIPTextModelConfig, MMDiTConfig
     from diffusionkit.mlx.mmdit import MMDiT
     from diffusionkit.mlx.model_io import _CONFIG as HUB_MMDIT_CONFIGS
+    from diffusionkit.mlx.model_io import _DEFAULT_MODEL as HUB_TEXT_ENCODERS
+    from diffusionkit.mlx.model_io import _MMDIT as HUB_MMDIT_FILES
+    from diffusionkit.mlx.model_io import _MODELS as HUB_TEXT_FILES
     from diffusionkit.mlx.sampler import ModelSamplingDiscreteFlow
     from diffusionkit.mlx.scripts.generate_images import HEIGHT, SHIFT, WIDTH
     from diffusionkit.mlx.tokenizer import Tokenizer
     from diffusionkit.mlx.vae import VAEDecoder
     from huggingface_hub import constants as hub_constants
+    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     from PIL import Image
+
+from calibration_store import (  # noqa: E402
+    BUNDLED_MODEL,
+    LAYOUT,
+    LOCAL_FILES,
+    check_weight_file,
+    folder_files,
+    read_model_config,
+    read_tokenizer_files,
+    weights_fingerprint,
+)
 
 for _name in logging.root.manager.loggerDict:
     if _name.split(".")[0] in ("diffusionkit", "argmaxtools"):
         logging.getLogger(_name).setLevel(logging.ERROR)  # their INFO lines cut through progress bars
 
-BUNDLED_MODEL = "sd3-emoji"
 BUNDLED_FOLDER = Path(__file__).resolve().parent / "models" / BUNDLED_MODEL
 HUB_MODELS = tuple(key for key in MMDIT_CKPT if "FLUX" not in key and "4bit" not in key)
 HUB_CFG_WEIGHT = 5.0  # the default of DiffusionKit's own command line
 HUB_VAE_DOWNSCALE = 8
-LOCAL_FILES = ("mmdit", "clip_l", "clip_g", "decoder")
 
 
 class ModelError(click.ClickException):
@@ -105,7 +117,7 @@ class ModelError(click.ClickException):
 class ModelInfo:
     """What is known of a model before its weights are read."""
 
-    version: str  # sd3-emoji, a hub id, or the absolute path of a local folder
+    version: str  # as it was given: sd3-emoji, a hub id, or a local folder
     folder: Path | None  # None for a hub id
     latent_size: tuple[int, int]
     max_latent_size: int
@@ -136,41 +148,46 @@ def describe_model(name: str) -> ModelInfo:
             sampler_shift=SHIFT[name],
             captions=None,
         )
-    folder = BUNDLED_FOLDER if name == BUNDLED_MODEL else Path(name).expanduser().resolve()
-    if not folder.is_dir():
+    try:
+        folder = BUNDLED_FOLDER if name == BUNDLED_MODEL else Path(name).expanduser().resolve()
+    except (RuntimeError, OSError) as error:  # ~nobody, a link that leads back to itself
+        raise ModelError(f"--model {name!r}: {error}") from None
+    if not name or not folder.is_dir():
         known = ", ".join((BUNDLED_MODEL, *HUB_MODELS))
-        raise ModelError(f"--model {name}: no such folder, and not one of {known}")
-    config = _read_config(folder)
+        raise ModelError(f"--model {name or repr(name)}: no such folder, and not one of {known}")
+    config = read_model_config(folder)
     captions = folder / "captions.txt"
+    return ModelInfo(
+        version=name,
+        folder=folder,
+        latent_size=tuple(config["latent_size"]),
+        max_latent_size=config["mmdit"]["max_latent_resolution"],
+        patch_size=config["mmdit"]["patch_size"],
+        vae_downscale=config["vae"]["downscale"],
+        cfg_weight=float(config["default_cfg_weight"]),
+        use_t5=False,
+        sampler_shift=float(config["sampler_shift"]),
+        captions=captions if captions.exists() else None,
+    )
+
+
+def model_fingerprint(info: ModelInfo, use_t5: bool, local_checkpoint: Path | None = None) -> str | None:
+    """SHA-256 over the files that a model's numbers come from; None for a hub model that is not in the local cache.
+
+    Raises StoreError when a file cannot be read. The names are roles: a folder, or a checkpoint, may lie anywhere.
+    """
+    if info.folder is not None:
+        return weights_fingerprint(folder_files(info.folder))
+    repository = MMDIT_CKPT[info.version]
+    transformer, text = HUB_MMDIT_FILES[repository], HUB_TEXT_FILES[HUB_TEXT_ENCODERS]
+    wanted = {part: (HUB_TEXT_ENCODERS, text[part]) for part in ("clip_l", "clip_g", *(["t5"] if use_t5 else []))}
+    if local_checkpoint is None:
+        wanted |= {"mmdit": (repository, transformer[info.version]), "vae": (repository, transformer["vae"])}
     try:
-        return ModelInfo(
-            version=BUNDLED_MODEL if folder == BUNDLED_FOLDER else str(folder),
-            folder=folder,
-            latent_size=tuple(config["latent_size"]),
-            max_latent_size=config["mmdit"]["max_latent_resolution"],
-            patch_size=config["mmdit"]["patch_size"],
-            vae_downscale=config["vae"]["downscale"],
-            cfg_weight=float(config["default_cfg_weight"]),
-            use_t5=False,
-            sampler_shift=float(config["sampler_shift"]),
-            captions=captions if captions.exists() else None,
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(_config_message(folder, error)) from None
-
-
-def _config_message(folder: Path, error: Exception) -> str:
-    what = f"no entry {error}" if isinstance(error, KeyError) else str(error)
-    return f"{folder / 'config.json'}: {what}; models/{BUNDLED_MODEL} shows the layout"
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / "config.json").read_text())
-    except FileNotFoundError:
-        raise ModelError(f"{folder}: no config.json; models/{BUNDLED_MODEL} shows a model folder's layout") from None
-    except ValueError as error:
-        raise ModelError(f"{folder / 'config.json'}: not valid JSON ({error})") from None
+        files = {role: Path(hf_hub_download(*where, local_files_only=True)) for role, where in wanted.items()}
+    except LocalEntryNotFoundError:
+        return None
+    return weights_fingerprint(files | ({"checkpoint": local_checkpoint} if local_checkpoint else {}))
 
 
 def default_dtype() -> str:
@@ -183,13 +200,15 @@ class LocalPipeline(DiffusionPipeline):
 
     def __init__(self, info: ModelInfo, dtype: mx.Dtype):
         self.model_version = info.version
-        self.folder, self.model_config = info.folder, _read_config(info.folder)
+        self.folder, self.model_config = info.folder, read_model_config(info.folder)
         self.float16_dtype = mx.float16
         self.dtype = self.activation_dtype = dtype
         self.use_t5, self.use_clip_g, self.low_memory_mode = False, True, False
         self.sampler = ModelSamplingDiscreteFlow(shift=info.sampler_shift)
         self.latent_format = SD3LatentFormat()
         vars(self.latent_format).update(self.model_config["latent_format"])
+        self.tokenizer_l = self._load_tokenizer("l", default=True)
+        self.tokenizer_g = self._load_tokenizer("g", default=False)
         self.load_mmdit()
         self.clip_l = self._load(CLIPTextModel(CLIPTextModelConfig(**self.model_config["clip_l"])), "clip_l")
         self.clip_g = self._load(CLIPTextModel(CLIPTextModelConfig(**self.model_config["clip_g"])), "clip_g")
@@ -200,8 +219,6 @@ class LocalPipeline(DiffusionPipeline):
             resnet_groups=vae["resnet_groups"],
         )
         self.decoder = self._load(decoder, "decoder")
-        self.tokenizer_l = self._load_tokenizer(pad_with_eos=True)
-        self.tokenizer_g = self._load_tokenizer(pad_with_eos=False)
 
     def load_mmdit(self, only_modulation_dict: bool = False):
         """Load the transformer; with `only_modulation_dict` return its adaLN weights, as DiffusionKit's does."""
@@ -215,21 +232,35 @@ class LocalPipeline(DiffusionPipeline):
 
     def _load(self, model, part: str):
         path = self.folder / f"{part}.safetensors"
+        check_weight_file(path)
         try:
             weights = [(key, value.astype(self.dtype)) for key, value in mx.load(str(path)).items()]
             model.load_weights(weights)
-            mx.eval(model.parameters())
         except (RuntimeError, ValueError) as error:
             raise ModelError(f"cannot load {path}: {' '.join(str(error).split())[:200]}") from None
+        _check_finite(model, path)
         return model
 
-    def _load_tokenizer(self, pad_with_eos: bool) -> Tokenizer:
-        vocab = json.loads((self.folder / "vocab.json").read_text(encoding="utf-8"))
-        merges = (self.folder / "merges.txt").read_text(encoding="utf-8").strip().split("\n")[1:]
-        ranks = {tuple(merge.split()): rank for rank, merge in enumerate(merges)}
-        tokenizer = Tokenizer(ranks, vocab, pad_with_eos)
-        tokenizer.max_length = self.model_config["clip_l"]["max_length"]
+    def _load_tokenizer(self, encoder: str, default: bool) -> Tokenizer:
+        """The tokenizer of text encoder l or g; default: whether DiffusionKit pads with the end token there."""
+        text = self.model_config[f"clip_{encoder}"]
+        vocabulary, ranks = read_tokenizer_files(self.folder, text["vocab_size"])
+        padding = self.model_config.get(f"tokenizer_{encoder}", {"pad_with_eos": default})
+        tokenizer = Tokenizer(ranks, vocabulary, padding["pad_with_eos"])
+        tokenizer.max_length = text["max_length"]
         return tokenizer
+
+
+def _check_finite(model, source: Path | str) -> None:
+    """Read a model's weights. Raises ModelError that names a weight which is not finite: NaN would reach every image."""
+    named = tree_flatten(model.parameters())
+    finite = mx.stack([mx.isfinite(array).all() for _, array in named])
+    mx.eval([array for _, array in named], finite)
+    bad = [name for (name, _), fine in zip(named, finite.tolist(), strict=True) if not fine]
+    if bad:
+        raise ModelError(
+            f"{source}: {bad[0]} holds NaN or infinity ({len(bad)} such weights); copy or download it again"
+        )
 
 
 class _T5Encoder:
@@ -283,17 +314,16 @@ def load_pipeline(
             raise ModelError("--local-checkpoint goes with a hub model; a model folder brings its own weights")
         if use_t5:
             raise ModelError(f"--t5: {info.version} has no T5 text encoder; use --no-t5")
-        missing = [
-            f
-            for f in (*(f"{p}.safetensors" for p in LOCAL_FILES), "vocab.json", "merges.txt")
-            if not (info.folder / f).exists()
-        ]
+        wanted = [*(f"{part}.safetensors" for part in LOCAL_FILES), "vocab.json", "merges.txt"]
+        missing = [name for name in wanted if not os.path.lexists(info.folder / name)]
         if missing:
-            raise ModelError(f"{info.folder}: no {', '.join(missing)}; models/{BUNDLED_MODEL} shows the layout")
+            raise ModelError(f"{info.folder}: no {', '.join(missing)}; {LAYOUT}")
         try:
             return LocalPipeline(info, getattr(mx, dtype))
         except (KeyError, TypeError, ValueError) as error:
-            raise ModelError(_config_message(info.folder, error)) from None
+            raise ModelError(f"{info.folder / 'config.json'}: {error}; {LAYOUT}") from None
+    if local_checkpoint is not None:
+        check_weight_file(local_checkpoint)
     half = dtype == "float16"
     unreachable = _reach_hub()
     try:
@@ -310,7 +340,11 @@ def load_pipeline(
     except (RuntimeError, ValueError, KeyError) as error:
         source = local_checkpoint or info.version
         raise ModelError(f"cannot load {source}: {' '.join(str(error).split())[:200]}") from None
-    pipeline.ensure_models_are_loaded()
+    parts = {"transformer": pipeline.mmdit, "VAE decoder": pipeline.decoder}
+    parts |= {"CLIP-L": pipeline.clip_l, "CLIP-G": pipeline.clip_g} | ({"T5": pipeline.t5_encoder} if use_t5 else {})
+    for part, model in parts.items():
+        from_checkpoint = local_checkpoint and part in ("transformer", "VAE decoder")
+        _check_finite(model, local_checkpoint if from_checkpoint else f"{info.version}, {part}")
     if use_t5:
         pipeline.t5_encoder = _T5Encoder(pipeline.t5_encoder)
     return pipeline
@@ -334,8 +368,9 @@ def check_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], what: str
                 length = len(unlimited.tokenize(prompt))
             except KeyError as error:
                 character = error.args[0].replace("</w>", "")
+                number = f" {index + 1}" if len(prompts) > 1 else ""
                 raise ModelError(
-                    f"{what} {index + 1} {prompt!r}: the character {character!r} is not in the tokenizer's vocabulary; "
+                    f"{what}{number} {prompt!r}: the character {character!r} is not in the tokenizer's vocabulary; "
                     "replace it"
                 ) from None
             if length > tokenizer.max_length:
@@ -589,25 +624,93 @@ def run_final_layer(mmdit: MMDiT, tokens: mx.array, modulation_input: mx.array) 
     return mmdit.final_layer(tokens, mx.zeros((1,)))
 
 
-def load_run_pipeline(manifest: dict[str, Any], dtype: str | None = None) -> DiffusionPipeline:
-    """The model of a calibration run, in the run's precision unless another one is given."""
-    checkpoint = manifest.get("local_checkpoint")
-    return load_pipeline(
-        describe_model(manifest["model_version"]),
-        dtype or manifest["activation_dtype"],
-        manifest["use_t5"],
-        Path(checkpoint) if checkpoint else None,
-    )
+def describe_run_model(
+    manifest: dict[str, Any], model: str | None = None, local_checkpoint: Path | None = None
+) -> tuple[ModelInfo, Path | None]:
+    """Where a calibration run's model is: as the manifest says, or where `--model`, `--local-checkpoint` say it is now."""
+    noted = manifest.get("local_checkpoint")
+    checkpoint = local_checkpoint or (Path(noted) if noted else None)
+    if checkpoint is not None and not checkpoint.is_file():
+        raise ModelError(
+            f"{checkpoint}: the calibration run's local checkpoint is not there; --local-checkpoint FILE says where it is now"
+        )
+    try:
+        return describe_model(model or manifest["model_version"]), checkpoint
+    except ModelError as error:
+        if model is not None:
+            raise
+        raise ModelError(
+            f"{manifest['model_version']}: the calibration run's model is not there; --model says where it is now "
+            f"({error.message.split(': ', 1)[-1]})"
+        ) from None
 
 
-def decode_latents(pipeline: DiffusionPipeline, x: mx.array) -> list[Image.Image]:
-    """Turn finished latents (B, h, w, 16) in model space into B RGB images, one decoder pass each."""
+def load_run_pipeline(
+    manifest: dict[str, Any], dtype: str | None = None, model: str | None = None, local_checkpoint: Path | None = None
+) -> DiffusionPipeline:
+    """The model of a calibration run, in the run's precision unless another one is given.
+
+    Raises ModelError when it is not there, when its weights are not those that the run was made with, or when the manifest
+    holds a prompt that it cannot read.
+    """
+    info, checkpoint = describe_run_model(manifest, model, local_checkpoint)
+    if manifest["sampler_shift"] != info.sampler_shift:
+        raise ModelError(
+            f"manifest.json: sampler_shift {manifest['sampler_shift']:g}, but {info.version} has {info.sampler_shift:g}; "
+            "run generate_calibration_data.py with --force to make the run anew"
+        )
+    if info.folder is not None:
+        check_fingerprint(manifest, info, checkpoint)
+    pipeline = load_pipeline(info, dtype or manifest["activation_dtype"], manifest["use_t5"], checkpoint)
+    if info.folder is None:
+        check_fingerprint(manifest, info, checkpoint)  # now that its files are in the cache
+    check_prompts(pipeline, [image["prompt"] for image in manifest["images"]], "manifest.json: prompt")
+    check_prompts(pipeline, [manifest["negative_prompt"]], "manifest.json: negative prompt")
+    return pipeline
+
+
+def check_fingerprint(manifest: dict[str, Any], info: ModelInfo, checkpoint: Path | None) -> None:
+    """Raise ModelError when the model's weights are not those that the calibration run was made with."""
+    if model_fingerprint(info, manifest["use_t5"], checkpoint) != manifest["weights_fingerprint"]:
+        raise ModelError(
+            f"{checkpoint or info.version}: its weights are not those that the calibration run was made with "
+            f"({manifest['model_version']}); --model names the right ones, or run generate_calibration_data.py with --force"
+        )
+
+
+def run_schedule(manifest: dict[str, Any]) -> tuple[list[float], list[float]]:
+    """A run's sigmas and timesteps (num_steps + 1 each), as its samples note them; needs no weights."""
+    sampler = ModelSamplingDiscreteFlow(shift=manifest["sampler_shift"])
+    sigmas = DiffusionPipeline.get_sigmas(None, sampler, manifest["num_steps"])
+    timesteps = sampler.timestep(sigmas).astype(getattr(mx, manifest["activation_dtype"]))
+    return sigmas.tolist(), timesteps.tolist()
+
+
+def decode_latents(
+    pipeline: DiffusionPipeline, x: mx.array, image_ids: Sequence[int] | None = None
+) -> list[Image.Image]:
+    """Turn finished latents (B, h, w, 16) in model space into B RGB images, one decoder pass each.
+
+    image_ids: what to call them in an error (default: 0 …). Raises ModelError when a pixel is not finite: as an integer it would be black or white.
+    """
     images = []
     for row in range(x.shape[0]):
         latent = pipeline.latent_format.process_out(x[row : row + 1]).astype(pipeline.activation_dtype)
-        pixels = pipeline.decode_latents_to_image(latent)
-        images.append(Image.fromarray(np.array((pixels[0].astype(mx.float32) * 255).astype(mx.uint8))))
+        pixels = pipeline.decoder(latent)[0].astype(mx.float32)
+        if not mx.isfinite(pixels).all().item():
+            what = "the decoded pixels" if mx.isfinite(latent).all().item() else "the finished latent's values"
+            image = row if image_ids is None else image_ids[row]
+            raise ModelError(f"image {image}: {what} hold NaN or infinity; {not_finite_advice(pipeline)}")
+        pixels = mx.clip(pixels / 2 + 0.5, 0, 1)  # as DiffusionKit's decode_latents_to_image
+        images.append(Image.fromarray(np.array((pixels * 255).astype(mx.uint8))))
     return images
+
+
+def not_finite_advice(pipeline: DiffusionPipeline) -> str:
+    """What to try when numbers overflow in this precision."""
+    if pipeline.activation_dtype == mx.float32:
+        return "try a smaller --cfg-weight, or another copy of the model"
+    return "try --dtype float32 in stage 1, or a smaller --cfg-weight"
 
 
 def package_versions() -> dict[str, str]:

@@ -6,8 +6,8 @@ Writes  manifest.json, samples/{image:04d}_{step:03d}.npz and images/{image:04d}
     python generate_calibration_data.py --model sd3-emoji --num-images 8
 """
 
-import hashlib
 import math
+import os
 import time
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
@@ -39,8 +39,6 @@ MANIFEST_BYTES_PER_IMAGE = 400
 
 # manifest key -> the option that sets it: what --resume compares
 RUN_OPTIONS = {
-    "model_version": "--model",
-    "local_checkpoint": "--local-checkpoint",
     "activation_dtype": "--dtype",
     "use_t5": "--t5/--no-t5",
     "num_steps": "--num-steps",
@@ -50,7 +48,6 @@ RUN_OPTIONS = {
     "sampler_shift": "--model",
     "seed_base": "--seed",
     "stride": "--stride",
-    "batch_size": "--batch-size",
     "save_images": "--images/--no-images",
 }
 
@@ -64,7 +61,7 @@ def plan_run(
     use_t5: bool | None, dtype: str, local_checkpoint: Path | None, save_images: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """The manifest of a run before its first image. A list shorter than num_images starts again with new seeds."""
-    from calibration_store import MANIFEST_FORMAT
+    from calibration_store import MANIFEST_FORMAT, prompts_digest
     from diffusion import package_versions
 
     cfg_weight = info.cfg_weight if cfg_weight is None else cfg_weight
@@ -79,6 +76,8 @@ def plan_run(
         raise click.UsageError(f"--cfg-weight {cfg_weight}: not a finite number")
     if negative_prompt and cfg_weight <= 1:
         raise click.UsageError("--negative-prompt needs --cfg-weight above 1: DiffusionKit ignores it otherwise")
+    if seed + num_images > 2**32:
+        raise click.UsageError(f"--seed {seed}: seed + image must stay below 2^32")
     chosen = [prompts[image_id % len(prompts)] for image_id in range(num_images)]
     return {
         "format": MANIFEST_FORMAT,
@@ -88,12 +87,14 @@ def plan_run(
         "cfg_scale": cfg_weight,
         "negative_prompt": negative_prompt,
         "latent_size": list(latent_size),
+        "weights_fingerprint": None,  # known once the files are there
         "use_t5": info.use_t5 if use_t5 is None else use_t5,
         "sampler_shift": info.sampler_shift,
         "seed_base": seed,
         "activation_dtype": dtype,
         "stride": stride,
-        "batch_size": batch_size,
+        "batch_option": batch_size,
+        "batch_size": min(batch_size, num_images),
         "save_images": save_images,
         "num_images": num_images,
         "n_completed": 0,
@@ -114,23 +115,26 @@ def plan_run(
     }
 
 
-def prompts_digest(prompts: Sequence[str]) -> str:
-    """SHA-256 of the prompts in order: tells another list under --resume."""
-    return hashlib.sha256("\n".join(prompts).encode()).hexdigest()
-
-
 def check_same_run(plan: dict[str, Any], manifest: dict[str, Any]) -> None:
     """Refuse to resume a run with other parameters, by the option's name."""
+    from calibration_store import prompts_digest, shown
+
     for key, option in RUN_OPTIONS.items():
-        if plan[key] != manifest.get(key):
+        before = list(manifest[key]) if isinstance(manifest[key], tuple) else manifest[key]
+        if plan[key] != before:
             raise click.UsageError(
-                f"--resume: the run in this folder has {option} {manifest.get(key)}, not {plan[key]}; "
+                f"--resume: the run in this folder has {option} {shown(before)}, not {shown(plan[key])}; "
                 "give the same value, use --force to start over, or another --calib-dir"
             )
+    if plan["batch_option"] != manifest["batch_option"] and plan["batch_size"] != manifest["batch_size"]:
+        raise click.UsageError(
+            f"--resume: the run in this folder has --batch-size {manifest['batch_option']}, not {plan['batch_option']}; "
+            "give the same value, use --force to start over, or another --calib-dir"
+        )
     started_with = manifest["num_images"]
     if plan["num_images"] < started_with:
         raise click.UsageError(f"--resume: the run has --num-images {started_with}; it can grow, not shrink")
-    if prompts_digest([image["prompt"] for image in plan["images"][:started_with]]) != manifest.get("prompts_sha256"):
+    if prompts_digest([image["prompt"] for image in plan["images"][:started_with]]) != manifest["prompts_sha256"]:
         raise click.UsageError("--resume: the run was started with other --prompts; give the same list or use --force")
     if plan["package_versions"] != manifest["package_versions"]:
         click.echo(
@@ -140,25 +144,60 @@ def check_same_run(plan: dict[str, Any], manifest: dict[str, Any]) -> None:
         )
 
 
-def open_run(paths: "CalibrationPaths", plan: dict[str, Any], resume: bool, force: bool) -> dict[int, dict]:
-    """Look at the folder: returns the images that are complete. Writes nothing."""
-    from calibration_store import TEMP_SUFFIX, StoreError, is_complete, read_manifest
+def check_same_model(plan: dict[str, Any], manifest: dict[str, Any]) -> None:
+    """Refuse to resume a run with other weights; the same ones may have moved."""
+    if plan["weights_fingerprint"] == manifest["weights_fingerprint"]:
+        return
+    given = plan["local_checkpoint"] or plan["model_version"]
+    raise click.UsageError(
+        f"--resume: the run in this folder has --model {manifest['local_checkpoint'] or manifest['model_version']}, and the "
+        f"weights of {given} are not its; use --force to start over, or another --calib-dir"
+    )
 
-    occupied = bool(paths.owned_files())
+
+def read_own_run(paths: "CalibrationPaths", plan: dict[str, Any], resume: bool, force: bool) -> dict[str, Any] | None:
+    """The manifest of the run that --resume goes on with; None where there is none yet."""
+    from calibration_store import TEMP_SUFFIX, StoreError, read_manifest
+
+    occupied = paths.owned_files()
     if force or not occupied:
-        return {}
+        return None
     if not resume:
         raise click.UsageError(
             f"{paths.root} holds a run already: --resume goes on with it, --force starts over, or use another --calib-dir"
         )
-    if not paths.manifest.exists() and any(path.suffix != TEMP_SUFFIX for path in paths.owned_files()):
+    if not paths.manifest.exists() and any(path.suffix != TEMP_SUFFIX for path in occupied):
         raise StoreError(f"{paths.root}: samples without manifest.json; use --force to start over")
-    if not paths.manifest.exists():
-        return {}
-    manifest = read_manifest(paths.root)
+    return read_manifest(paths.root) if paths.manifest.exists() else None
+
+
+def continue_run(plan: dict[str, Any], manifest: dict[str, Any]) -> None:
+    """Check that the run in the folder is the planned one; rows of a pass and package versions stay what they were."""
     check_same_run(plan, manifest)
-    plan["package_versions"] = manifest["package_versions"]
-    return {image["image_id"]: image for image in plan["images"] if is_complete(paths, plan, image["image_id"])}
+    if plan["weights_fingerprint"] is not None:
+        check_same_model(plan, manifest)
+    plan |= {key: manifest[key] for key in ("batch_option", "batch_size", "package_versions")}
+
+
+def complete_images(paths: "CalibrationPaths", plan: dict[str, Any], info: "ModelInfo") -> dict[int, dict]:
+    """The images whose files are all on the disk and what they should be."""
+    from calibration_store import is_complete
+    from diffusion import run_schedule
+
+    height, width = plan["latent_size"]
+    size, schedule = (width * info.vae_downscale, height * info.vae_downscale), run_schedule(plan)
+    return {image["image_id"]: image for image in plan["images"] if is_complete(paths, plan, image, schedule, size)}
+
+
+def refuse_foreign_pictures(paths: "CalibrationPaths", plan: dict[str, Any], complete: dict[int, dict]) -> None:
+    """Raise StoreError where an image would take the place of a file that is not this stage's."""
+    from calibration_store import StoreError
+
+    ours = set(paths.owned_files())
+    for image in plan["images"]:
+        path = paths.image(image["image_id"])
+        if plan["save_images"] and image["image_id"] not in complete and os.path.lexists(path) and path not in ours:
+            raise StoreError(f"{path}: not written by this stage; move it, or use another --calib-dir")
 
 
 def warn_of_old_results(paths: "CalibrationPaths") -> None:
@@ -175,6 +214,14 @@ def batches_to_do(plan: dict[str, Any], complete: dict[int, dict]) -> list[list[
     size = plan["batch_size"]
     batches = [plan["images"][start : start + size] for start in range(0, plan["num_images"], size)]
     return [batch for batch in batches if any(image["image_id"] not in complete for image in batch)]
+
+
+def say_how_many_prompts(prompts: Sequence[str], num_images: int, prompt_file: Path | None) -> None:
+    """A list that is not used as a whole, or more than once."""
+    if len(prompts) < num_images:
+        click.echo(f"{len(prompts)} prompts for {num_images} images: the list is used again with other seeds.")
+    elif prompt_file is not None and len(prompts) > num_images:
+        click.echo(f"{num_images} of {len(prompts)} prompts used: raise --num-images for more.")
 
 
 def bytes_per_image(plan: dict[str, Any]) -> int:
@@ -221,11 +268,15 @@ def write_step(writer, paths: "CalibrationPaths", batch: list[dict], step: "Eule
     from calibration_store import StoreError, sample_arrays, write_npz
 
     x = np.array(step.x.astype(getattr(mx, dtype)))
-    if not np.isfinite(x).all():
-        ids = ", ".join(str(image["image_id"]) for image in batch)
-        raise StoreError(
-            f"step {step.step_index} of image {ids} is not finite; try --dtype float32 or a smaller --cfg-weight"
+    finite = np.isfinite(x).all(axis=(1, 2, 3))
+    if not finite[: len(batch)].all():
+        image = batch[int(np.argmin(finite))]["image_id"]
+        way = (
+            "a smaller --cfg-weight or another copy of the model"
+            if dtype == "float32"
+            else "--dtype float32 or a smaller --cfg-weight"
         )
+        raise StoreError(f"step {step.step_index} of image {image} holds NaN or infinity; try {way}")
     timestep, sigma = np.array(step.timestep), float(step.sigma)
     for row, image in enumerate(batch):
         if image["image_id"] not in complete:
@@ -235,13 +286,13 @@ def write_step(writer, paths: "CalibrationPaths", batch: list[dict], step: "Eule
 
 def write_images(writer, paths: "CalibrationPaths", pipeline, batch: list[dict], x, complete) -> None:
     """Decode finished latents and hand the PNG files to the writer."""
-    from calibration_store import write_png
+    from calibration_store import picture_chunks, write_png
     from diffusion import decode_latents
 
     for row, image in enumerate(batch):
         if image["image_id"] not in complete:
-            picture = decode_latents(pipeline, x[row : row + 1])[0]
-            writer.submit(write_png, paths.image(image["image_id"]), picture)
+            picture = decode_latents(pipeline, x[row : row + 1], [image["image_id"]])[0]
+            writer.submit(write_png, paths.image(image["image_id"]), picture, picture_chunks(image))
 
 
 def write_manifest(paths: "CalibrationPaths", plan: dict[str, Any], complete: dict[int, dict]) -> None:
@@ -311,6 +362,7 @@ def print_plan(plan: dict[str, Any], info: "ModelInfo", paths: "CalibrationPaths
 
     height, width = plan["latent_size"]
     guidance = f"guidance {plan['cfg_scale']:g}" if plan["cfg_scale"] > 0 else "no guidance"
+    guidance += f", negative prompt {plan['negative_prompt']!r}" if plan["negative_prompt"] else ""
     click.echo(
         f"{plan['model_version']}: {plan['num_images']} images, {plan['num_steps']} steps, {guidance}, "
         f"latents {height} x {width}, {plan['activation_dtype']}, T5 {'on' if plan['use_t5'] else 'off'}, "
@@ -379,7 +431,7 @@ def main(
     from calibration_store import CalibrationPaths, clear_files, locked_folder, require_space
 
     given_prompts = read_prompt_file(prompt_file) if prompt_file else None
-    from diffusion import check_prompts, default_dtype, describe_model, load_pipeline
+    from diffusion import check_prompts, default_dtype, describe_model, load_pipeline, model_fingerprint
 
     info = describe_model(model)
     prompts = given_prompts or draw_builtin_prompts(info.captions, seed)
@@ -387,23 +439,33 @@ def main(
         info, prompts, num_images, num_steps, cfg_weight, negative_prompt, seed, latent_size, stride, batch_size,
         use_t5, dtype or default_dtype(), local_checkpoint, save_images,
     )  # fmt: skip
-    if len(prompts) < num_images:
-        click.echo(f"{len(prompts)} prompts for {num_images} images: the list is used again with other seeds.")
+    plan["weights_fingerprint"] = model_fingerprint(info, plan["use_t5"], local_checkpoint)
+    say_how_many_prompts(prompts, num_images, prompt_file)
     paths = CalibrationPaths(calib_dir)
     with nullcontext() if dry_run else locked_folder(paths.root):
-        complete = open_run(paths, plan, resume, force)
+        manifest, complete = read_own_run(paths, plan, resume, force), {}
+        if manifest is not None:
+            continue_run(plan, manifest)
+            complete = complete_images(paths, plan, info)
         require_space(paths.root, print_plan(plan, info, paths, complete))
         if len(complete) == num_images:
             click.echo(f"nothing to do: all {num_images} images are complete in {paths.root}")
+            plan["weights_fingerprint"] = manifest["weights_fingerprint"]
             if not dry_run:
                 clear_files(paths.owned_files(), paths.manifest, everything=False)
                 write_manifest(paths, plan, complete)
             return
+        refuse_foreign_pictures(paths, plan, complete)
         pipeline = load_pipeline(info, plan["activation_dtype"], plan["use_t5"], local_checkpoint)
+        plan["weights_fingerprint"] = model_fingerprint(info, plan["use_t5"], local_checkpoint)
+        if manifest is not None:
+            check_same_model(plan, manifest)
         cut = check_prompts(pipeline, [image["prompt"] for image in plan["images"]])
-        check_prompts(pipeline, [negative_prompt], "--negative-prompt")
+        cut_negative = check_prompts(pipeline, [negative_prompt], "--negative-prompt")
         if cut:
             click.echo(f"{cut} prompts are longer than the text encoder's positions: their ends are ignored.")
+        if cut_negative:
+            click.echo("The negative prompt is longer than the text encoder's positions: its end is ignored.")
         if dry_run:
             seconds = probe_seconds(pipeline, plan, batches_to_do(plan, complete))
             click.echo(f"time: about {format_seconds(seconds)} on this machine")

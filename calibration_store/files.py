@@ -23,6 +23,7 @@ import click
 import filelock
 import numpy as np
 import orjson
+from PIL import Image, PngImagePlugin
 
 TEMP_SUFFIX = ".tmp"
 
@@ -116,26 +117,29 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def read_bytes(path: Path, remedy: str) -> bytes:
+    """A file's content. Raises StoreError that says what the operating system says; `remedy` where the file is missing."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise StoreError(f"{path}: {why_unreadable(path, error, remedy)}") from None
+
+
+def why_unreadable(path: Path, error: OSError, remedy: str) -> str:
+    """What kept a file from being read, and what helps: not `remedy` where the file is there."""
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        if path.is_symlink():
+            return f"a link to {os.readlink(path)}, which does not exist; mend or remove the link"
+        return f"not found; {remedy}"
+    if error.errno == errno.ELOOP:
+        return "a link that leads back to itself; remove it"
+    return f"cannot be read ({error.strerror})"
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON atomically, indented, keys in the order given. NumPy scalars and arrays are accepted."""
     with atomic_file(path) as file:
         file.write(orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY) + b"\n")
-
-
-def read_json(path: Path, expected_format: str, made_by: str) -> dict[str, Any]:
-    """Read a JSON file of a known format. Raises StoreError that names the script which writes it."""
-    try:
-        content = orjson.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise StoreError(f"{path}: not found; run {made_by} first") from None
-    except OSError as error:
-        raise StoreError(f"{path}: {error.strerror}") from None
-    except orjson.JSONDecodeError as error:
-        raise StoreError(f"{path}: not valid JSON ({error}); run {made_by} --force to make it anew") from None
-    found = content.get("format") if isinstance(content, dict) else None
-    if found != expected_format:
-        raise StoreError(f"{path}: format {found!r} is not {expected_format!r}; run {made_by} to make it anew")
-    return content
 
 
 def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -194,10 +198,13 @@ def _crc32(header: bytes, array: np.ndarray) -> int:
     return zlib.crc32(_bytes_of(array), zlib.crc32(header))
 
 
-def write_png(path: Path, image: Any) -> None:
-    """Write a PIL image as PNG atomically."""
+def write_png(path: Path, image: Image.Image, chunks: Mapping[str, str] | None = None) -> None:
+    """Write an image as PNG atomically; chunks: text that image programs show (prompt, seed)."""
+    text = PngImagePlugin.PngInfo()
+    for key, value in (chunks or {}).items():
+        text.add_itxt(key, value)
     with atomic_file(path) as file:
-        image.save(file, "PNG")
+        image.save(file, "PNG", pnginfo=text)
 
 
 def npz_bytes(arrays: Mapping[str, np.ndarray]) -> int:
@@ -224,15 +231,13 @@ def read_npz(path: Path, remedy: str, wanted: Callable[[str], bool] = lambda key
     members of statistics. Raises StoreError with `remedy` (what to run) when the file is missing or damaged.
     """
     arrays = {}
+    content = read_bytes(path, remedy)
     try:
-        content = path.read_bytes()
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             for member in archive.infolist():
                 key = member.filename.removesuffix(".npy")
                 if wanted(key):
                     arrays[key] = _npy_array(_member_bytes(content, member))
-    except FileNotFoundError:
-        raise StoreError(f"{path}: missing; {remedy}") from None
     except NPZ_ERRORS as error:
         pickled = "Object arrays cannot be loaded" in str(error)
         what = "holds a pickled array, which is not read" if pickled else "truncated or damaged"
@@ -240,24 +245,27 @@ def read_npz(path: Path, remedy: str, wanted: Callable[[str], bool] = lambda key
     return arrays
 
 
-def _member_bytes(content: bytes, member: zipfile.ZipInfo) -> memoryview:
+def _member_bytes(content: bytes | memoryview, member: zipfile.ZipInfo, checked: bool = True) -> memoryview:
     """The data of one member, its checksum verified."""
     names = struct.unpack_from("<HH", content, member.header_offset + 26)
     start = member.header_offset + _LOCAL_HEADER.size + sum(names)
     data = memoryview(content)[start : start + member.compress_size]
     if member.compress_type == zipfile.ZIP_DEFLATED:
-        data = memoryview(zlib.decompress(data, -zlib.MAX_WBITS))
+        data = memoryview(zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, member.file_size + 1))
     elif member.compress_type != zipfile.ZIP_STORED:
         raise NotImplementedError(f"compression method {member.compress_type}")
-    if zlib.crc32(data) != member.CRC:
+    if checked and zlib.crc32(data) != member.CRC:
         raise zipfile.BadZipFile(f"checksum of {member.filename}")
     return data
 
 
 def _npy_array(data: memoryview) -> np.ndarray:
+    """The array of a whole .npy file, without a copy."""
     size, start = struct.unpack_from("<H", data, 8)[0] if data[6] == 1 else struct.unpack_from("<L", data, 8)[0], 10
     start += 0 if data[6] == 1 else 2
     shape, fortran, dtype = _npy_layout(bytes(data[: start + size]))
+    if min(shape, default=0) < 0 or len(data) - start - size != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{len(data) - start - size} bytes for shape {shape} of {dtype}")
     array = np.frombuffer(data, dtype, math.prod(shape), start + size)
     return array.reshape(shape, order="F" if fortran else "C")
 
@@ -313,38 +321,25 @@ class BackgroundWriter:
             future.result()
 
 
-def map_npz(path: Path, keys: Sequence[str], remedy: str) -> dict[str, np.ndarray]:
+def map_npz(path: Path, keys: Sequence[str], remedy: str, checked: bool = False) -> dict[str, np.ndarray]:
     """Members of an uncompressed NPZ, mapped read-only where they lie in the file: only what is used is read.
 
-    Raises StoreError when the file or a member is missing or damaged, or when members are compressed.
+    checked: verify the members' checksums, which reads them. Raises StoreError when the file or a member is missing or
+    damaged, or when members are compressed.
     """
     arrays = {}
     try:
-        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        with zipfile.ZipFile(path) as archive:
+            content = memoryview(np.memmap(path, np.uint8, "r"))
             for key in keys:
                 member = archive.getinfo(f"{key}.npy")
                 if member.compress_type != zipfile.ZIP_STORED:
                     raise StoreError(f"{path}: compressed members cannot be mapped; {remedy}")
-                file.seek(member.header_offset)
-                header = file.read(30)
-                file.seek(
-                    int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little"), os.SEEK_CUR
-                )
-                start = file.tell()
-                head = file.read(12)
-                size = (
-                    10 + int.from_bytes(head[8:10], "little")
-                    if head[6] == 1
-                    else 12 + int.from_bytes(head[8:12], "little")
-                )
-                file.seek(start)
-                shape, fortran, dtype = _npy_layout(file.read(size))
-                order = "F" if fortran else "C"
-                arrays[key] = np.memmap(path, dtype, "r", offset=file.tell(), shape=shape, order=order)
-    except FileNotFoundError:
-        raise StoreError(f"{path}: missing; {remedy}") from None
+                arrays[key] = _npy_array(_member_bytes(content, member, checked))
     except KeyError as error:
         raise StoreError(f"{path}: {error.args[0]}; {remedy}") from None
+    except OSError as error:
+        raise StoreError(f"{path}: {why_unreadable(path, error, remedy)}") from None
     except NPZ_ERRORS as error:
         raise StoreError(f"{path}: truncated or damaged ({error}); {remedy}") from None
     return arrays

@@ -1,0 +1,194 @@
+"""A model folder in models/sd3-emoji's layout: config, tokenizer, weight files; and the fingerprint of any model's weights."""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypedDict
+
+import msgspec
+from msgspec import Meta
+from safetensors import SafetensorError, safe_open
+
+from calibration_store.files import StoreError, read_bytes, why_unreadable
+from calibration_store.schema import Count, Index, JsonFormat, Name, NotNegative, Positive, Side, distinct
+
+BUNDLED_MODEL = "sd3-emoji"
+LAYOUT = f"models/{BUNDLED_MODEL} shows the layout of a model folder"
+LOCAL_FILES = ("mmdit", "clip_l", "clip_g", "decoder")
+HEAD_WIDTH = 64  # of SD3's transformer and of CLIP, whatever their size
+TEXT_WIDTH = 4096  # DiffusionKit pads the features of both text encoders to it
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+Bounded = Annotated[float, Meta(ge=-1e6, le=1e6)]
+Depth = Annotated[int, Meta(ge=1, le=256)]
+
+
+class TransformerConfig(TypedDict):
+    depth_multimodal: Depth
+    num_heads: Depth
+    hidden_size: Side
+    max_latent_resolution: Side
+    pooled_text_embed_dim: Side
+    token_level_text_embed_dim: Literal[4096]
+    patch_size: Annotated[int, Meta(ge=1, le=16)]
+    vae_latent_dim: Literal[16]
+
+
+class ClipConfig(TypedDict):
+    num_layers: Depth
+    model_dims: Side
+    num_heads: Depth
+    max_length: Annotated[int, Meta(ge=3, le=1024)]
+    vocab_size: Annotated[int, Meta(ge=3, le=10**7)]
+    projection_dim: Side
+    hidden_act: Literal["quick_gelu", "gelu"]
+
+
+class TokenizerConfig(TypedDict):
+    pad_with_eos: bool
+
+
+class VaeConfig(TypedDict):
+    block_out_channels: Annotated[list[Side], Meta(min_length=1, max_length=8)]
+    resnet_groups: Count
+    decoder_layers_per_block: Depth
+    downscale: Count
+
+
+class LatentFormat(TypedDict):
+    scale_factor: Positive
+    shift_factor: Bounded
+
+
+class _ModelConfig(TypedDict):
+    mmdit: TransformerConfig
+    clip_l: ClipConfig
+    clip_g: ClipConfig
+    vae: VaeConfig
+    latent_format: LatentFormat
+    latent_size: tuple[Side, Side]
+    sampler_shift: Positive
+    default_cfg_weight: NotNegative
+
+
+class ModelConfig(_ModelConfig, total=False):
+    name: Name
+    tokenizer_l: TokenizerConfig  # absent: as DiffusionKit pads, true
+    tokenizer_g: TokenizerConfig  # absent: false
+    use_t5: Literal[False]
+    default_num_steps: Count
+
+
+def config_fault(config: ModelConfig) -> str | None:
+    """What the sections of a config say of each other that cannot be."""
+    mmdit, vae, (height, width) = config["mmdit"], config["vae"], config["latent_size"]
+    for name in ("mmdit", "clip_l", "clip_g"):
+        hidden = config[name]["hidden_size" if name == "mmdit" else "model_dims"]
+        if hidden != HEAD_WIDTH * config[name]["num_heads"]:
+            return f"{name}: {config[name]['num_heads']} heads of {HEAD_WIDTH} are not {hidden} wide"
+    if config["clip_l"]["model_dims"] + config["clip_g"]["model_dims"] > TEXT_WIDTH:
+        return f"the text encoders are wider than {TEXT_WIDTH} together"
+    if config["clip_l"]["max_length"] != config["clip_g"]["max_length"]:
+        return "clip_l and clip_g have another max_length"
+    pooled = config["clip_l"]["projection_dim"] + config["clip_g"]["projection_dim"]
+    if mmdit["pooled_text_embed_dim"] != pooled:
+        return f"mmdit: pooled_text_embed_dim {mmdit['pooled_text_embed_dim']} is not the encoders' {pooled}"
+    for side in (height, width):
+        if side % mmdit["patch_size"] or side > mmdit["max_latent_resolution"]:
+            return f"latent_size: {side} is not a multiple of patch_size up to max_latent_resolution"
+    if any(channels % vae["resnet_groups"] for channels in vae["block_out_channels"]):
+        return f"vae: block_out_channels are not multiples of resnet_groups {vae['resnet_groups']}"
+    if vae["downscale"] != 2 ** (len(vae["block_out_channels"]) - 1):
+        return f"vae: downscale {vae['downscale']} is not that of {len(vae['block_out_channels'])} stages"
+    return None
+
+
+MODEL_CONFIG = JsonFormat(None, ModelConfig, "", config_fault)
+VOCABULARY = JsonFormat(None, dict[str, Index], "", lambda vocabulary: distinct(list(vocabulary.values()), "id"))
+
+
+def read_model_config(folder: Path) -> dict[str, Any]:
+    """config.json, checked; keys that the toolkit does not know are kept. Raises StoreError in one line."""
+    path = folder / "config.json"
+    MODEL_CONFIG.read(path, LAYOUT)
+    return msgspec.json.decode(read_bytes(path, LAYOUT))
+
+
+def read_tokenizer_files(folder: Path, vocab_size: int) -> tuple[dict[str, int], dict[tuple[str, str], int]]:
+    """(token -> id, pair -> rank) of vocab.json and merges.txt. Raises StoreError in one line.
+
+    Every id must be a row of the text encoders' tables (another one reads outside the memory that is theirs), and the end
+    token the largest: the pooled feature is taken where the ids are largest.
+    """
+    path = folder / "vocab.json"
+    vocabulary = VOCABULARY.read(path, LAYOUT)
+    outside = next((token for token, index in vocabulary.items() if index >= vocab_size), None)
+    if outside is not None:
+        raise StoreError(
+            f"{path}: id {vocabulary[outside]} of {outside!r} is outside the encoders' {vocab_size} tokens"
+        )
+    missing = [token for token in (BOS, EOS) if token not in vocabulary]
+    if missing or vocabulary[EOS] != max(vocabulary.values()):
+        what = f"no {missing[0]}" if missing else f"{EOS} has not the largest id"
+        raise StoreError(f"{path}: {what}; {LAYOUT}")
+    path = folder / "merges.txt"
+    try:
+        lines = read_bytes(path, LAYOUT).decode("utf-8").strip().split("\n")[1:]
+    except UnicodeDecodeError as error:
+        raise StoreError(f"{path}: not UTF-8 text (byte {error.start}); {LAYOUT}") from None
+    ranks: dict[tuple[str, str], int] = {}
+    for number, line in enumerate(lines, start=2):
+        pair = tuple(line.split())
+        if len(pair) != 2 or "".join(pair) not in vocabulary or pair in ranks:
+            raise StoreError(f"{path}: line {number} {line[:40]!r} is no merge of two tokens of vocab.json; {LAYOUT}")
+        ranks[pair] = len(ranks)
+    return vocabulary, ranks
+
+
+def check_weight_file(path: Path) -> None:
+    """Whether a safetensors file is whole: its header, and as many bytes as that says. Raises StoreError."""
+    try:
+        with safe_open(path, "numpy") as file:
+            names = list(file.keys())
+    except OSError as error:
+        raise StoreError(f"{path}: {why_unreadable(path, error, LAYOUT)}") from None
+    except SafetensorError as error:
+        raise StoreError(f"{path}: truncated or damaged ({error}); copy or download it again") from None
+    if not names:
+        raise StoreError(f"{path}: holds no weights; copy or download it again")
+
+
+WHOLE_FILE = 64 * 2**20  # bytes up to which a file is hashed as a whole
+SAMPLES, SAMPLE_BYTES = 256, 2**16
+
+
+def weights_fingerprint(files: Mapping[str, Path]) -> str:
+    """SHA-256 over what a model's numbers come from: roles, sizes and contents of its files, wherever they lie.
+
+    Of files above 64 MiB the safetensors header and 256 evenly spaced pieces of 64 KiB are read: a tenth of a second.
+    Raises StoreError when a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    for role in sorted(files):
+        path = files[role]
+        try:
+            size = path.stat().st_size
+            digest.update(f"{role} {size}\n".encode())
+            with path.open("rb") as file:
+                if size <= WHOLE_FILE:
+                    digest.update(file.read())
+                    continue
+                header = int.from_bytes(file.read(8), "little")
+                digest.update(file.read(min(header, WHOLE_FILE)))
+                for sample in range(SAMPLES):
+                    file.seek((size - SAMPLE_BYTES) * sample // (SAMPLES - 1), os.SEEK_SET)
+                    digest.update(file.read(SAMPLE_BYTES))
+        except OSError as error:
+            raise StoreError(f"{path}: {why_unreadable(path, error, LAYOUT)}") from None
+    return digest.hexdigest()
+
+
+def folder_files(folder: Path) -> dict[str, Path]:
+    """Role -> file of everything in a model folder that decides its images (captions and README do not)."""
+    weights = {part: folder / f"{part}.safetensors" for part in LOCAL_FILES}
+    return weights | {name: folder / name for name in ("config.json", "vocab.json", "merges.txt")}

@@ -1,0 +1,184 @@
+"""What a file may hold: JSON as msgspec types, NPZ as members with dtype, shape and meaning; checked where it is read.
+
+A format is declared once, beside the code that reads and writes it, from the pieces of this module. A rule knows how
+to break itself: tools/corruption_campaign.py derives its damaged files from the same declarations.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, TypedDict
+
+import msgspec
+import numpy as np
+from msgspec import Meta
+
+from calibration_store.files import StoreError, read_bytes
+
+# --- JSON ---------------------------------------------------------------------------------------------------
+# msgspec decodes strictly: no booleans for numbers, no NaN or infinity, unknown keys are skipped.
+
+LIMIT = 2**31 - 1
+Count = Annotated[int, Meta(ge=1, le=LIMIT)]
+Index = Annotated[int, Meta(ge=0, le=LIMIT)]
+Seed = Annotated[int, Meta(ge=0, le=2**32 - 1)]  # what NumPy's generators take
+Steps = Annotated[int, Meta(ge=1, le=100_000)]
+Side = Annotated[int, Meta(ge=1, le=65_536)]
+NotNegative = Annotated[float, Meta(ge=0, le=1e30)]
+Positive = Annotated[float, Meta(gt=0, le=1e30)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Bounded = Annotated[float, Meta(ge=-1e30, le=1e30)]
+Name = Annotated[str, Meta(min_length=1)]
+Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+StepKey = Annotated[str, Meta(pattern="^[0-9]{1,9}$")]
+BlockName = Annotated[str, Meta(pattern="^(mm|uni)[0-9]{1,4}$")]
+LayerName = Annotated[str, Meta(pattern=r"^(mm|uni)[0-9]{1,4}(\.[a-z0-9_]+){1,6}$")]
+RelativePath = Annotated[str, Meta(pattern=r"^(?!/)(?!(.*/)?\.\.(/|$))[^\x00]+$")]  # stays inside its folder
+
+
+class _Head(TypedDict, total=False):
+    format: str
+
+
+@dataclass(frozen=True)
+class JsonFormat:
+    """A kind of JSON file: its `format` string (None: it has none), its type, and what the type cannot say."""
+
+    name: str | None
+    type: Any
+    made_by: str
+    fault: Callable[[Any], str | None] = lambda content: None  # of decoded content: what is wrong with it
+
+    def read(self, path: Path, remedy: str | None = None) -> Any:
+        """The checked content. Raises StoreError: one line with the file, the place in it, and what to run."""
+        remedy = remedy or f"run {self.made_by} with --force to make it anew"
+        content = read_bytes(path, f"run {self.made_by} first")
+        try:
+            if self.name is not None:
+                found = msgspec.json.decode(content, type=_Head).get("format")
+                if found != self.name:
+                    raise StoreError(
+                        f"{path}: format {found!r} is not {self.name!r}; run {self.made_by} to make it anew"
+                    )
+            decoded = msgspec.json.decode(content, type=self.type)
+        except msgspec.ValidationError as error:
+            raise StoreError(f"{path}: {error}; {remedy}") from None
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise StoreError(f"{path}: not valid JSON ({error}); {remedy}") from None
+        fault = self.fault(decoded)
+        if fault:
+            raise StoreError(f"{path}: {fault}; {remedy}")
+        return decoded
+
+
+def distinct(values: list, what: str) -> str | None:
+    """The fault of a list that names something twice, or None."""
+    if len(set(values)) == len(values):
+        return None
+    repeated = next(value for position, value in enumerate(values) if value in values[:position])
+    return f"{what} {repeated!r} twice"
+
+
+# --- NPZ ----------------------------------------------------------------------------------------------------
+
+
+class Rule(NamedTuple):
+    """What must hold for an array; `broken` gives a copy for which it does not (None: it has no room for one)."""
+
+    says: str  # the fault in words, after the member's name
+    holds: Callable[[np.ndarray], bool]
+    broken: Callable[[np.ndarray], np.ndarray | None]
+
+
+def _with(value: Any) -> Callable[[np.ndarray], np.ndarray]:
+    def planted(array: np.ndarray) -> np.ndarray:
+        changed = np.array(array)
+        changed.reshape(-1)[changed.size // 2] = value
+        return changed
+
+    return planted
+
+
+FINITE = Rule("holds NaN or infinity", lambda a: bool(np.isfinite(a).all()), _with(np.nan))
+POSITIVE = Rule("is not above 0 everywhere", lambda a: bool((a > 0).all()), _with(0))
+NOT_NEGATIVE = Rule("holds negative values", lambda a: a.size == 0 or bool(a.min() >= 0), _with(-1))
+ASCENDING = Rule(
+    "has bins of zero width", lambda a: bool((a[1:] > a[:-1]).all()), lambda a: np.full_like(a, a[0]) if a.size > 1 else None
+)  # fmt: skip
+
+
+def below(limit: int) -> Rule:
+    """Codes of a grid with `limit` levels."""
+    return Rule(f"holds codes above {limit - 1}", lambda a: a.size == 0 or int(a.max()) < limit, _with(limit))
+
+
+class Relation(NamedTuple):
+    """What must hold between members; `broken` gives changed copies of some of them."""
+
+    says: str
+    members: tuple[str, ...]
+    holds: Callable[..., bool]  # of the members, in that order
+    broken: Callable[..., dict[str, np.ndarray]]
+
+
+FLOATS = ("float16", "float32", "float64")
+INTEGERS = ("uint8", "int8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
+
+
+class Member(NamedTuple):
+    """An array: dtypes that are read, shape (numbers; names, equal where they are equal; (name, 1): one more)."""
+
+    dtypes: tuple[str, ...]
+    shape: tuple[int | str | tuple[str, int], ...]
+    rules: tuple[Rule, ...] = ()
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Record:
+    """The arrays of a file, or of one layer in it."""
+
+    members: Mapping[str, Member]
+    relations: tuple[Relation, ...] = ()
+
+    def fault(self, arrays: Mapping[str, np.ndarray], **sizes: int) -> str | None:
+        """What is wrong with the arrays, or None. sizes: lengths that are known, by their name in the shapes."""
+        for name, member in self.members.items():
+            array = arrays.get(name)
+            if array is None:
+                if not member.optional:
+                    return f"no {name}"
+                continue
+            if array.dtype.name not in member.dtypes:
+                return f"{name} is {array.dtype}, not {' or '.join(member.dtypes)}"
+            fault = _shape_fault(name, array.shape, member.shape, sizes)
+            if fault:
+                return fault
+            for rule in member.rules:
+                if not rule.holds(array):
+                    return f"{name} {rule.says}"
+        for relation in self.relations:
+            given = [arrays.get(name) for name in relation.members]
+            if all(array is not None for array in given) and not relation.holds(*given):
+                return relation.says
+        return None
+
+
+def _shape_fault(name: str, found: tuple[int, ...], wanted: tuple, sizes: dict[str, int]) -> str | None:
+    """Compare a shape and note the lengths that it names for the first time in `sizes`."""
+    if len(found) != len(wanted):
+        return f"{name} has shape {found}, not of {len(wanted)} dimensions"
+    for length, side in zip(found, wanted, strict=True):
+        if isinstance(side, str) and side not in sizes:
+            if length == 0:
+                return f"{name} is empty"
+            sizes[side] = length
+        expected = side if isinstance(side, int) else sizes[side] if isinstance(side, str) else sizes[side[0]] + side[1]
+        if length != expected:
+            return f"{name} has shape {found}, expected {_sides(wanted, sizes)}"
+    return None
+
+
+def _sides(wanted: tuple, sizes: Mapping[str, int]) -> str:
+    sides = [s if isinstance(s, int) else sizes.get(s, s) if isinstance(s, str) else sizes[s[0]] + s[1] for s in wanted]
+    return f"({', '.join(map(str, sides))})"
