@@ -7,9 +7,10 @@ python analyze_activations.py --plot
 
 Every layer gets 8 bits at every step. `scale` is its average range, for post-GELU layers `shifted_scale` that of
 x − shift. Where a few channels are far wider than the others, TaQ-DiT's migration divides them by small integers m
-(`outlier_config`). What is quantized is (x − shift) / m, clipped at `clipping_range`: the widest that any image
-had, less where the histogram says that clipping costs less than coarser steps; the integer step is a 127th of it. The
-model is not needed: NumPy only.
+(`outlier_config`). What is quantized is (x − shift) / m, clipped at `clipping_range`: the widest that any image had, or
+less where clipping costs less than coarser steps; the integer step is a 127th of it. Migration multiplies W by m: beside
+weights that were rounded without it x − shift is quantized, clipped at `unmigrated_clipping_range`. The model is not
+needed: NumPy only.
 """
 
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from calibration_store import ActivationStatistics, LayerStatistics
 
+FIGURES = ("scale_over_sigma.png", "scale_map.png", "shift_map.png")
 DEAD_SCALE = 1.0  # of a layer that saw nothing but zeros: any positive range is exact
 
 
@@ -37,7 +39,8 @@ class LayerStep:
     shift: "np.ndarray | None"  # (channels,) float32
     shifted_scale: float | None
     reach: "np.ndarray"  # (channels,) float32: largest |x − shift| of all images
-    fraction: float  # of the reach, where clipping costs least
+    power: "np.ndarray | None"  # (channels,) float32: E[(x − shift)²]
+    fraction: float | None  # of the reach, where clipping x costs least by its histogram; None: x is shifted
 
 
 def describe_layer(layer: "LayerStatistics", use_hist_p999: bool) -> LayerStep:
@@ -46,17 +49,34 @@ def describe_layer(layer: "LayerStatistics", use_hist_p999: bool) -> LayerStep:
 
     from quantizers import clipping_fraction
 
-    scale = layer.tensor_absmax()
-    shifted_scale = float(layer.reach().max()) if layer.shift is not None else None
+    scale, shifted_scale, fraction = layer.tensor_absmax(), None, None
+    if layer.shift is not None:
+        shifted_scale = float(layer.reach().max())
+    elif layer.counts is not None:
+        fraction = float(clipping_fraction(layer.counts, layer.edges, [8])[0])
     if use_hist_p999:
         scale, shifted_scale = percentile_ranges(layer, shifted_scale)
     shift = None if layer.shift is None else np.array(layer.shift, np.float32)
-    fraction = 1.0 if layer.counts is None else float(clipping_fraction(layer.counts, layer.edges, [8])[0])
-    return LayerStep(scale or DEAD_SCALE, shift, shifted_scale, layer.full_reach().astype(np.float32), fraction)
+    power = layer.centred_power()
+    power = None if power is None else power.astype(np.float32)
+    return LayerStep(scale or DEAD_SCALE, shift, shifted_scale, layer.full_reach().astype(np.float32), power, fraction)
+
+
+def clipping_range(layer: LayerStep, multipliers: "np.ndarray | int") -> float:
+    """Where (x − shift) / multipliers is clipped; DEAD_SCALE for a layer that saw only zeros."""
+    import numpy as np
+
+    from quantizers import channel_clipping_range
+
+    if layer.fraction is not None and np.max(multipliers) == 1:  # x itself: its histogram is exact
+        return float(layer.reach.max()) * layer.fraction or DEAD_SCALE
+    return float(channel_clipping_range(layer.reach, layer.power, multipliers, [8])[0]) or DEAD_SCALE
 
 
 def percentile_ranges(layer: "LayerStatistics", shifted_absmax: float | None) -> tuple[float, float | None]:
     """The 99.9th percentiles of |x| and, after a shift, of |x − shift| (from the histogram of x and the shifts)."""
+    import numpy as np
+
     from quantizers import absolute_histogram, centred_histogram, histogram_percentile
 
     known = layer.entry.get("hist_p999")
@@ -66,7 +86,10 @@ def percentile_ranges(layer: "LayerStatistics", shifted_absmax: float | None) ->
     if layer.shift is None:
         return float(scale), None
     centred = absolute_histogram(*centred_histogram(layer.counts, layer.edges, layer.shift))
-    return float(scale), min(shifted_absmax, histogram_percentile(*centred, 0.999))
+    shifted = histogram_percentile(*centred, 0.999)
+    if layer.moments is not None:  # where ordinary tokens lie must not be cut off, whatever the pooled histogram says
+        shifted = max(shifted, float(np.abs(layer.moments[0] - layer.shift).max()))
+    return float(scale), min(shifted_absmax, shifted)
 
 
 def describe_steps(
@@ -128,8 +151,10 @@ def config_steps(
             if use_hist_p999:
                 entry["clipping_range"] = entry.get("shifted_scale", layer.scale)
             else:
-                multipliers = outlier_config.get(name, {}).get("multiplier_vector", 1)
-                entry["clipping_range"] = float((layer.reach / multipliers).max()) * layer.fraction or DEAD_SCALE
+                entry["clipping_range"] = clipping_range(layer, 1)
+                if name in outlier_config:
+                    entry["unmigrated_clipping_range"] = entry["clipping_range"]
+                    entry["clipping_range"] = clipping_range(layer, outlier_config[name]["multiplier_vector"])
             entries[name] = entry
         yield key, entries
 
@@ -214,6 +239,12 @@ def print_summary(summary: dict[str, Any], temporal: dict[str, dict], outlier_co
         )
 
 
+def written_with(temporal_analysis: str, with_plot: bool, steps: dict[str, dict[str, LayerStep]]) -> list[str]:
+    """Names of the files that belong to the config, beside it."""
+    shifted = any(layer.shift is not None for layer in next(iter(steps.values())).values())
+    return [temporal_analysis, *(FIGURES[: 3 if shifted else 2] if with_plot else [])]
+
+
 # --- figures ------------------------------------------------------------------------------------------------
 
 
@@ -231,13 +262,12 @@ def plot(folder: Path, steps: dict[str, dict[str, LayerStep]], sigmas: dict[str,
         if steps[keys[0]][name].shift is not None
     }
     columns = [sigmas[key] for key in keys]
-    paths = [folder / "scale_over_sigma.png", folder / "scale_map.png"]
+    paths = [folder / name for name in FIGURES[: 3 if shifts else 2]]
     plot_bands(paths[0], scales, columns)
     heat_map(
         paths[1], scales, columns, "Clipping range of every layer's input", "scale", norm=LogNorm(), cmap="viridis"
     )
     if shifts:
-        paths.append(folder / "shift_map.png")
         heat_map(paths[2], shifts, columns, "Largest shift of the post-GELU layers", "max |shift|", cmap="magma")
     return paths
 
@@ -311,7 +341,9 @@ def main(
     metadata = statistics.metadata | {
         "statistics": str(stats.name),
         "scale_from": "hist_p999" if use_hist_p999 else "tensor_absmax",
+        "scale_meaning": "range",
         "outlier_threshold": outlier_threshold,
+        "written_with": written_with(ActivationPaths(calib_dir).temporal_analysis.name, with_plot, steps),
     }
     head = {"format": W4A8_FORMAT, "summary": summary, "metadata": metadata, "sigma_map": statistics.sigma_map}
     temporal_file = output.parent / ActivationPaths(calib_dir).temporal_analysis.name

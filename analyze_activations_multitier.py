@@ -48,12 +48,16 @@ def measure(layer: "LayerStatistics", with_sqnr: bool) -> Decision:
     """A layer's ranges at one step, and its expected SQNR at every tier. Raises ValueError without a histogram."""
     import numpy as np
 
-    from quantizers import clipping_fraction, expected_sqnrs
+    from quantizers import channel_clipping_range, clipping_fraction, expected_sqnrs
 
     shift = None if layer.shift is None else np.array(layer.shift, np.float32)
     shifted_scale = None if shift is None else float(layer.reach().max()) or DEAD_SCALE
-    fractions = np.ones(len(TIERS)) if layer.counts is None else clipping_fraction(layer.counts, layer.edges, TIERS)
-    ranges = (float(layer.full_reach().max() or DEAD_SCALE) * fractions).tolist()
+    reach = layer.full_reach()
+    if shift is None and layer.counts is not None:  # x itself: its histogram is exact
+        ranges = float(reach.max()) * clipping_fraction(layer.counts, layer.edges, TIERS)
+    else:
+        ranges = channel_clipping_range(reach, layer.centred_power(), 1, TIERS)
+    ranges = [float(found) or DEAD_SCALE for found in ranges]
     sqnr = None
     if with_sqnr:
         if layer.counts is None:
@@ -297,7 +301,12 @@ def main(
     head = {
         "format": MULTITIER_FORMAT,
         "summary": summary,
-        "metadata": statistics.metadata | {"statistics": stats.name},
+        "metadata": statistics.metadata
+        | {
+            "statistics": stats.name,
+            "scale_meaning": "range",
+            "written_with": [paths.multitier_temporal_analysis.name, *(["bit_map.png"] if with_plot else [])],
+        },
         "thresholds": chosen,
         "sigma_map": statistics.sigma_map,
         "outlier_config": {},

@@ -12,6 +12,7 @@ the figures are about quality, never about speed.
 
 import contextlib
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -37,13 +38,19 @@ if TYPE_CHECKING:
     import numpy as np
 
     from calibration_store import EvaluationPaths
+    from diffusion import DiffusionPipeline, ModelInfo
 
-WEIGHT_PART = re.compile(r"w(?P<bits>[2-8])-(?:(?P<method>adaround)|(?P<nearest>rtn)(?:-g(?P<group>\d+))?)")
+WEIGHT_PART = re.compile(r"w(?P<bits>[2-68])-(?:(?P<method>adaround)|(?P<nearest>rtn)(?:-g(?P<group>0|32|64|128))?)")
 ACTIVATION_PART = re.compile(r"(?P<kind>multitier|a(?P<bits>[2-8])(-(?P<way>learned|dynamic|dynamic-unshifted))?)")
 VOCABULARY = (
-    "fp, w4-rtn, w4-rtn-g0 (any bits 2-8, any group size), w4-adaround, a8 (any bits), a8-learned, a8-dynamic, "
+    "fp, w4-rtn, w4-rtn-g0 (2, 3, 4, 5, 6 or 8 bits, groups of 32, 64, 128 or 0: what MLX runs natively), w4-adaround, a8 (any bits), a8-learned, a8-dynamic, "
     "a8-dynamic-unshifted, multitier, and products such as w4-adaround+a8"
 )
+MADE_ANEW = {  # what to run for a file of another run
+    "metadata.json": "run cache_adaround_data.py and optimize_adaround.py with --force",
+    "quant_config.json": "run collect_layer_activations.py --force, then analyze_activations.py",
+    "quant_config_multitier.json": "run collect_layer_activations.py --force, then analyze_activations_multitier.py",
+}
 LOW_PSNR = 30.0  # dB: images below are counted
 BOOTSTRAP = 2000
 GRID_ROWS, GRID_CELL = 8, 96
@@ -87,14 +94,14 @@ def parse_variant(name: str) -> Variant:
 class Run:
     """Prompts, seeds and sampling: the same for every variant."""
 
-    model_version: str
-    local_checkpoint: str | None
+    weights_fingerprint: str | None
     dtype: str
     use_t5: bool
     latent_size: tuple[int, int]
     prompts: list[str]
     num_steps: int
     cfg_weight: float
+    negative_prompt: str
     seed: int
     batch_size: int
     versions: dict[str, str] = field(default_factory=dict)
@@ -112,18 +119,22 @@ class Run:
 
 
 def choose_prompts(
-    manifest: dict[str, Any], captions: Path | None, given: Path | None, count: int, seed: int
+    manifest: dict[str, Any], captions: Path | None, given: list[str] | None, count: int, seed: int
 ) -> tuple[list[str], int]:
     """(prompts, how many of them the calibration used); by default ones that it did not use."""
     used = {image["prompt"] for image in manifest["images"]}
     if given is not None:
-        prompts = read_prompt_file(given)[:count]
+        prompts = given[:count]
+        if len(given) < count:
+            click.echo(f"{len(given)} prompts in the file: {len(given)} images instead of {count}.")
+        elif len(given) > count:
+            click.echo(f"{count} of {len(given)} prompts used: raise --num-images for more.")
     else:
         prompts = [prompt for prompt in draw_builtin_prompts(captions, seed) if prompt not in used][:count]
-    if len(prompts) < count:
-        raise click.UsageError(
-            f"--num-images {count}: there are {len(prompts)} prompts; give --num-images {len(prompts)} or fewer"
-        )
+        if len(prompts) < count:
+            raise click.UsageError(
+                f"--num-images {count}: there are {len(prompts)} prompts; give --num-images {len(prompts)} or fewer"
+            )
     return prompts, sum(prompt in used for prompt in prompts)
 
 
@@ -137,7 +148,7 @@ def sample(pipeline, run: Run, quantization: "Quantization", bar) -> "dict[str, 
     with quantization.weights(pipeline):
         for begin in range(0, len(run.prompts), run.batch_size):
             prompts = run.prompts[begin : begin + run.batch_size]
-            text = encode_prompts(pipeline, prompts, run.cfg_weight)
+            text = encode_prompts(pipeline, prompts, run.cfg_weight, run.negative_prompt)
             noise = mx.concatenate([initial_noise(run.seed + begin + i, run.latent_size) for i in range(len(prompts))])
             states = euler_steps(pipeline, text, noise.astype(pipeline.activation_dtype), run.num_steps, run.cfg_weight)
             trajectory = []
@@ -151,8 +162,22 @@ def sample(pipeline, run: Run, quantization: "Quantization", bar) -> "dict[str, 
                             break
                         bar.update()
             latents.append(np.stack(trajectory, axis=1))
-            images += [np.asarray(image) for image in decode_latents(pipeline, state.x)]
+            ids = range(begin, begin + len(prompts))
+            refuse_not_finite(quantization.variant.name, latents[-1], ids)
+            images += [np.asarray(image) for image in decode_latents(pipeline, state.x, ids)]
     return {"images": np.stack(images), "latents": np.concatenate(latents)}
+
+
+def refuse_not_finite(variant: str, latents: "np.ndarray", ids: range) -> None:
+    """Raise StoreError that names the first image and step (latents: (N, steps + 1, h, w, 16)) with NaN or infinity."""
+    import numpy as np
+
+    from calibration_store import StoreError
+
+    bad = np.argwhere(~np.isfinite(latents).all(axis=(2, 3, 4)))
+    if len(bad):
+        image, step = bad[0]
+        raise StoreError(f"{variant}: the latent of image {ids[image]} holds NaN or infinity after step {step}")
 
 
 # --- quantization -------------------------------------------------------------------------------------------
@@ -161,16 +186,16 @@ def sample(pipeline, run: Run, quantization: "Quantization", bar) -> "dict[str, 
 class Quantization:
     """One variant made real: swaps weights and quantizes inputs inside `with` blocks, and puts everything back."""
 
-    def __init__(self, variant: Variant, calib_dir: Path):
-        self.variant, self.calib_dir = variant, calib_dir
+    def __init__(self, variant: Variant, calib_dir: Path, manifest: dict[str, Any], scale_is: str | None = None):
+        self.variant, self.calib_dir, self.manifest, self.scale_is = variant, calib_dir, manifest, scale_is
         self.sigma = 1.0
-        self._config_model: str | None = None
+        self._made_from: list[tuple[Path, dict[str, Any]]] = []  # files, and what they say of the run that they are of
         self.sources = self._sources()
         self._entries = self._read_activations()
 
     def _sources(self) -> list[Path]:
         """The files that the variant follows from. Raises StoreError when one is missing."""
-        from calibration_store import WEIGHTS_FORMAT, ActivationPaths, StoreError, WeightPaths, read_json
+        from calibration_store import WEIGHTS_METADATA, ActivationPaths, StoreError, WeightPaths
 
         weights, activations = self.variant.weights, self.variant.activations
         paths, configs, files = WeightPaths(self.calib_dir), ActivationPaths(self.calib_dir), []
@@ -179,15 +204,16 @@ class Quantization:
             (weights and weights["method"]) or (activations and activations["way"] == "learned")
         )
         if learned or (weights and weights["group"] is None and paths.metadata.exists()):
-            self.metadata = read_json(paths.metadata, WEIGHTS_FORMAT, "optimize_adaround.py")
+            self.metadata = WEIGHTS_METADATA.read(paths.metadata)
         if learned:
-            self._check_learned(paths)
+            self._check_bits(paths)
+            self._made_from.append((paths.metadata, self.metadata))
             files += [paths.block(block) for block in self.metadata["block_names"]]
         if activations and activations["way"] is None:
             multitier = activations["kind"] == "multitier"
             files.append(configs.multitier_config if multitier else configs.quant_config)
         for path in files:
-            if not path.exists():
+            if not os.path.lexists(path):
                 scripts = {
                     configs.multitier_config: "analyze_activations_multitier.py",
                     configs.quant_config: "analyze_activations.py",
@@ -197,28 +223,26 @@ class Quantization:
                 )
         return files
 
-    def _check_learned(self, paths) -> None:
-        """Whether adaround_weights/ is of this calibration run and has the bits that the variant names."""
-        from calibration_store import StoreError, read_manifest, run_identity
-
-        manifest, made_from = read_manifest(self.calib_dir), self.metadata.get("calibration_run")
-        if made_from not in (None, run_identity(manifest)):
-            raise StoreError(
-                f"{paths.metadata}: made from another calibration run; run cache_adaround_data.py and optimize_adaround.py with --force"
-            )
-        if not isinstance(self.metadata.get("block_names"), list):
-            raise StoreError(f"{paths.metadata}: no valid entry 'block_names'; run optimize_adaround.py --force")
+    def _check_bits(self, paths) -> None:
+        """Whether adaround_weights/ has the bits that the variant names."""
         for part, key in ((self.variant.weights, "weight_bits"), (self.variant.activations, "activation_bits")):
-            if (
-                part
-                and (part.get("method") or part.get("way") == "learned")
-                and int(part["bits"]) != self.metadata.get(key)
-            ):
-                raise click.UsageError(f"{self.variant.name}: {paths.root} holds {self.metadata.get(key)} bits")
+            learned = part and (part.get("method") or part.get("way") == "learned")
+            if learned and int(part["bits"]) != self.metadata[key]:
+                raise click.UsageError(f"{self.variant.name}: {paths.root} holds {self.metadata[key]} bits")
 
-    def check(self, pipeline, model_version: str) -> None:
-        """Whether the variant's files are this model's, all of its layers at every step. Raises StoreError in one line."""
-        from calibration_store import StoreError, WeightPaths, read_quantized_block
+    def _learned_layers(self) -> "Iterator[tuple[str, dict[str, np.ndarray]]]":
+        """(layer, fields) of every learned layer, a block in memory at a time."""
+        from calibration_store import WeightPaths, read_quantized_block
+
+        for block in self.metadata["block_names"]:
+            yield from read_quantized_block(WeightPaths(self.calib_dir), block, self.metadata).items()
+
+    def check(self, pipeline, fingerprint: str | None) -> None:
+        """Whether the variant's files are of this run and this model, all of its layers at every step.
+
+        Raises StoreError in one line.
+        """
+        from calibration_store import StoreError, same_run
         from hooks import layer_slots
 
         name, weights = self.variant.name, self.variant.weights
@@ -229,20 +253,16 @@ class Quantization:
                     raise click.UsageError(
                         f"{name}: groups of {self.group_size} do not divide the {width} inputs of {layer}"
                     )
-        for source, made_for in self._models():
-            if made_for not in (None, model_version):
-                raise StoreError(f"{source}: made for {made_for}, not {model_version}; leave {name} out of --variants")
+        for path, noted in self._made_from:
+            if noted.get("weights_fingerprint") not in (None, fingerprint):
+                raise StoreError(
+                    f"{path}: made for {noted.get('model_version')}, and this model has other weights; leave {name} out of --variants"
+                )
+            if not same_run(self.manifest, noted):
+                raise StoreError(f"{path}: made from another calibration run; {MADE_ANEW[path.name]}")
         covered = list((self._entries or {}).items())
-        if weights and weights["method"]:
-            found = {}
-            for block in self.metadata["block_names"]:
-                for layer, fields in read_quantized_block(WeightPaths(self.calib_dir), block).items():
-                    found[layer] = fields
-                    if fields["q"].shape != layers.get(layer):
-                        raise StoreError(
-                            f"{WeightPaths(self.calib_dir).block(block)}: {layer} {fields['q'].shape} is not the model's"
-                        )
-            covered.append(("adaround_weights", found))
+        if self._learned:
+            covered.append(("adaround_weights", self._check_layers(layers)))
         for where, entries in covered:
             missing = [layer for layer in layers if layer not in entries]
             if missing:
@@ -251,12 +271,32 @@ class Quantization:
                     f"{name}: {len(missing)} of {len(layers)} layers are missing ({where}: {missing[0]} …); "
                     "make the files for the whole model, or leave it out of --variants"
                 )
+        self._check_channels(layers)
 
-    def _models(self) -> list[tuple[str, str | None]]:
-        """(where it is said, which model) the variant's files were made for."""
-        learned = self.metadata if self._learned else None
-        said = [(str(self.calib_dir / "adaround_weights"), learned.get("model_version"))] if learned else []
-        return [*said, (str(self.sources[-1]), self._config_model)] if self._config_model else said
+    def _check_layers(self, layers: dict[str, tuple[int, int]]) -> set[str]:
+        """The names of the learned layers, whose shapes must be the model's."""
+        from calibration_store import StoreError, WeightPaths
+
+        names = set()
+        for layer, fields in self._learned_layers():
+            names.add(layer)
+            if fields["q"].shape != layers.get(layer):
+                path = WeightPaths(self.calib_dir).block(layer.split(".")[0])
+                raise StoreError(f"{path}: {layer} {fields['q'].shape} is not the model's")
+        return names
+
+    def _check_channels(self, layers: dict[str, tuple[int, int]]) -> None:
+        """A shift or multiplier that is not one per channel would broadcast."""
+        from calibration_store import StoreError
+
+        for sigma, entries in (self._entries or {}).items():
+            for layer, entry in entries.items():
+                for key in ("shift", "multipliers"):
+                    if key in entry and entry[key].shape != layers[layer][1:]:
+                        raise StoreError(
+                            f"{self.sources[-1]}: {layer} at sigma {sigma:g}: {entry[key].size} values of {key} for "
+                            f"{layers[layer][1]} channels; run analyze_activations.py again"
+                        )
 
     @property
     def group_size(self) -> int:
@@ -293,7 +333,6 @@ class Quantization:
         import mlx.core as mx
         import numpy as np
 
-        from calibration_store import WeightPaths, read_quantized_block
         from quantizers import dequantize, min_max_grid, nearest_codes
 
         if self.variant.weights["nearest"]:
@@ -304,62 +343,55 @@ class Quantization:
                 rounded = dequantize(nearest_codes(weight, *grid, bits).astype(np.float32), *grid)
                 yield name, (mx.array(rounded).astype(layer.weight.dtype), None)
             return
-        for block in self.metadata["block_names"]:
-            for name, fields in read_quantized_block(WeightPaths(self.calib_dir), block).items():
-                dtype = layers[name].weight.dtype
-                weight = dequantize(fields["q"].astype(np.float32), fields["scale"], fields["zero_point"])
-                bias = mx.array(fields["bias"]).astype(dtype) if "bias" in fields else None
-                yield name, (mx.array(weight).astype(dtype), bias)
+        for name, fields in self._learned_layers():
+            dtype = layers[name].weight.dtype
+            weight = dequantize(fields["q"].astype(np.float32), fields["scale"], fields["zero_point"])
+            bias = mx.array(fields["bias"]).astype(dtype) if "bias" in fields else None
+            yield name, (mx.array(weight).astype(dtype), bias)
 
     # activations
 
-    def _read_activations(self) -> dict[str, Any] | None:
+    def _read_activations(self) -> dict[float, dict[str, dict]] | None:
         """The config of the activation part: {sigma: {layer: entry}}; learned ranges hold for every sigma."""
-        from calibration_store import (
-            MULTITIER_FORMAT,
-            W4A8_FORMAT,
-            StoreError,
-            WeightPaths,
-            read_json,
-            read_quantized_block,
-        )
+        from calibration_store import StoreError, read_config
 
         activations = self.variant.activations
         if activations is None or (activations["way"] or "").startswith("dynamic"):
             return None
         if activations["way"] == "learned":
-            entries = {}
-            for block in self.metadata["block_names"]:
-                for name, fields in read_quantized_block(WeightPaths(self.calib_dir), block).items():
-                    if "act_scale" not in fields:
-                        raise click.UsageError(
-                            f"{self.variant.name}: the learned weights have no activation ranges (--activation-bits 0)"
-                        )
-                    entries[name] = {"clipping_range": float(fields["act_scale"]), "bits": int(activations["bits"])}
-                    if "act_shift" in fields:
-                        entries[name]["shift"] = fields["act_shift"]
-            return {0.0: entries}
-        known, made_by = (
-            (MULTITIER_FORMAT, "analyze_activations_multitier.py")
-            if activations["kind"] == "multitier"
-            else (W4A8_FORMAT, "analyze_activations.py")
-        )
-        config = read_json(self.sources[-1], known, made_by)
-        self._config_model = (config.get("metadata") or {}).get("model_version")
-        try:
-            sigmas = {key: float(config["sigma_map"][key]) for key in config["per_timestep"]}
-            migration = config.get("outlier_config") or {}
-            bits = None if activations["kind"] == "multitier" else int(activations["bits"])
-            return {
-                sigmas[key]: {
-                    layer: activation_entry(entry, migration.get(layer), bits) for layer, entry in layers.items()
-                }
-                for key, layers in config["per_timestep"].items()
-            }
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            return {0.0: self._learned_entries(int(activations["bits"]))}
+        path, multitier = self.sources[-1], activations["kind"] == "multitier"
+        config = read_config(path, multitier)
+        metadata = config.get("metadata") or {}
+        self._made_from.append((path, metadata))
+        scale_is = metadata.get("scale_meaning") or self.scale_is
+        entries = [entry for layers in config["per_timestep"].values() for entry in layers.values()]
+        if scale_is is None and not all("clipping_range" in entry for entry in entries):
             raise StoreError(
-                f"{self.sources[-1]}: not a valid configuration ({error!r}); run {made_by} to make it anew"
-            ) from None
+                f"{path}: another tool's: its 'scale' may be the range or the step; say --scale-is range or --scale-is step"
+            )
+        # W·m has other codes than W: beside weights that were rounded without it, nothing is migrated
+        migration = {} if self.variant.weights else config.get("outlier_config") or {}
+        bits = None if multitier else int(activations["bits"])
+        return {
+            config["sigma_map"][key]: {
+                layer: activation_entry(entry, migration.get(layer), bits, scale_is) for layer, entry in layers.items()
+            }
+            for key, layers in config["per_timestep"].items()
+        }
+
+    def _learned_entries(self, bits: int) -> dict[str, dict]:
+        """The ranges that stage 3W learned."""
+        entries = {}
+        for name, fields in self._learned_layers():
+            if "act_scale" not in fields:
+                raise click.UsageError(
+                    f"{self.variant.name}: the learned weights have no activation ranges (--activation-bits 0)"
+                )
+            entries[name] = {"clipping_range": float(fields["act_scale"]), "bits": bits}
+            if "act_shift" in fields:
+                entries[name]["shift"] = fields["act_shift"]
+        return entries
 
     @contextlib.contextmanager
     def activations(self, pipeline, rows_per_image: int) -> Iterator[None]:
@@ -399,22 +431,28 @@ class Quantization:
         return (fake_quantize(centred, entry["clipping_range"], entry["bits"]) * multipliers + shift).astype(x.dtype)
 
 
-def activation_entry(entry: dict[str, Any], migration: dict[str, Any] | None, bits: int | None) -> dict[str, Any]:
+def activation_entry(
+    entry: dict[str, Any], migration: dict[str, Any] | None, bits: int | None, scale_is: str | None
+) -> dict[str, Any]:
     """One layer's entry at one step as `_quantize` takes it; `bits` overrides the entry's.
 
-    A config without our `clipping_range` is clipped at its scale; its outliers are not migrated, as no range of the
-    migrated tensor is given. A range of 0 (a layer that saw only zeros) becomes 1.
+    migration: the layer's outlier_config where its weights take part in it. A config without our `clipping_range` is clipped
+    at its scale, which is a range or (scale_is "step") a step of the entry's own bits; its outliers are not migrated,
+    as no range of the migrated tensor is given. A range of 0 (a layer that saw only zeros) becomes 1.
     """
     import numpy as np
 
-    found = {"bits": bits or int(entry["bits"])}
-    if "clipping_range" in entry:
-        found["clipping_range"] = float(entry["clipping_range"])
-        if migration:
-            found["multipliers"] = np.array(migration["multiplier_vector"], np.float32)
+    from quantizers import levels
+
+    found: dict[str, Any] = {"bits": bits or entry["bits"]}
+    if "clipping_range" not in entry:
+        scale = entry["scale"] if entry.get("shifted_scale") is None else entry["shifted_scale"]
+        found["clipping_range"] = (scale * levels(entry["bits"]) if scale_is == "step" else scale) or 1.0
+    elif migration:
+        found["clipping_range"] = entry["clipping_range"]
+        found["multipliers"] = np.array(migration["multiplier_vector"], np.float32)
     else:
-        found["clipping_range"] = float(entry["shifted_scale"] if "shifted_scale" in entry else entry["scale"])
-    found["clipping_range"] = found["clipping_range"] or 1.0
+        found["clipping_range"] = entry.get("unmigrated_clipping_range", entry["clipping_range"])
     if entry.get("shift") is not None:
         found["shift"] = np.array(entry["shift"], np.float32)
     return found
@@ -597,10 +635,11 @@ def check_gate(results: dict[str, dict], min_psnr: float | None, max_step_error:
     """Raise GateFailure with every figure that misses its bound."""
     failing = []
     for name, row in results.items():
-        mean = row["psnr"]["mean"]  # None when every image is the original's
-        if min_psnr is not None and mean is not None and not mean >= min_psnr:
+        mean, worst = row["psnr"]["mean"], row["max_step_error"]
+        if min_psnr is not None and mean is None and worst != 0:  # black images are equal, too
+            failing.append(f"{name}: every image equals the original's, but the latents do not")
+        elif min_psnr is not None and mean is not None and not mean >= min_psnr:
             failing.append(f"{name}: mean PSNR {mean:.2f} dB is below --min-psnr {min_psnr:g}")
-        worst = row["max_step_error"]
         if max_step_error is not None and not (worst is not None and worst <= max_step_error):
             shown = "not finite" if worst is None else f"{worst:.4f}"
             failing.append(f"{name}: latent error {shown} is above --max-step-error {max_step_error:g}")
@@ -612,19 +651,20 @@ def check_gate(results: dict[str, dict], min_psnr: float | None, max_step_error:
 
 
 def default_variants(calib_dir: Path) -> list[str]:
-    """Every variant that the folder has files for."""
-    from calibration_store import ActivationPaths, WeightPaths
+    """Every variant that the folder has files for, at the bits that they have."""
+    from calibration_store import WEIGHTS_METADATA, ActivationPaths, WeightPaths
 
-    learned, configs = WeightPaths(calib_dir).metadata.exists(), ActivationPaths(calib_dir)
-    variants = ["w4-rtn", *(["w4-adaround"] if learned else [])]
-    if configs.quant_config.exists():
-        variants += ["a8", *(["w4-adaround+a8"] if learned else [])]
-    return variants + (["multitier"] if configs.multitier_config.exists() else [])
+    learned, configs = WeightPaths(calib_dir).metadata, ActivationPaths(calib_dir)
+    bits = WEIGHTS_METADATA.read(learned)["weight_bits"] if learned.exists() else 4
+    weights = [f"w{bits}-rtn", *([f"w{bits}-adaround"] if learned.exists() else [])]
+    activations = ["a8", *(f"{name}+a8" for name in weights[1:])] if configs.quant_config.exists() else []
+    return weights + activations + (["multitier"] if configs.multitier_config.exists() else [])
 
 
 def plan_run(
     manifest: dict[str, Any],
-    info,
+    info: "ModelInfo",
+    fingerprint: str | None,
     prompts: list[str],
     num_steps: int | None,
     cfg_weight: float | None,
@@ -634,25 +674,42 @@ def plan_run(
     """The run that every variant shares; what is not given is the calibration's."""
     from diffusion import mx, package_versions
 
-    same_model = info.version == manifest["model_version"]
-    checkpoint = manifest.get("local_checkpoint") if same_model else None
-    files = sorted(info.folder.glob("*.safetensors")) if info.folder else [Path(checkpoint)] if checkpoint else []
-    stamps = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
-    if not same_model:  # the manifest says nothing of another model
-        manifest = manifest | {"use_t5": info.use_t5, "latent_size": info.latent_size, "cfg_scale": info.cfg_weight}
+    use_t5, latent_size, default_cfg, negative = (
+        manifest[key] for key in ("use_t5", "latent_size", "cfg_scale", "negative_prompt")
+    )
+    if fingerprint != manifest["weights_fingerprint"]:  # the manifest says nothing of another model
+        use_t5, latent_size, default_cfg, negative = info.use_t5, info.latent_size, info.cfg_weight, ""
+    cfg_weight = default_cfg if cfg_weight is None else cfg_weight
     return Run(
-        model_version=info.version,
-        local_checkpoint=checkpoint,
+        weights_fingerprint=fingerprint,
         dtype=manifest["activation_dtype"],
-        use_t5=manifest["use_t5"],
-        latent_size=tuple(manifest["latent_size"]),
+        use_t5=use_t5,
+        latent_size=tuple(latent_size),
         prompts=prompts,
         num_steps=num_steps or manifest["num_steps"],
-        cfg_weight=manifest["cfg_scale"] if cfg_weight is None else cfg_weight,
+        cfg_weight=cfg_weight,
+        negative_prompt=negative if cfg_weight > 1 else "",  # DiffusionKit ignores it otherwise
         seed=seed,
         batch_size=batch_size,
-        versions=package_versions() | {"device": str(mx.default_device()), "files": ", ".join(stamps)},
+        versions=package_versions() | {"device": str(mx.default_device())},
     )
+
+
+def load_evaluated(
+    manifest: dict[str, Any], model: str | None, local_checkpoint: Path | None
+) -> "tuple[DiffusionPipeline, ModelInfo, str | None]":
+    """The model to evaluate (by default the calibration's), what is known of it, and its weights' fingerprint."""
+    from diffusion import check_fingerprint, describe_run_model, load_pipeline, model_fingerprint
+
+    info, checkpoint = describe_run_model(manifest, model, local_checkpoint)
+    checkpoint = checkpoint if info.folder is None else None
+    use_t5 = info.use_t5 and manifest["use_t5"]
+    if model is None and info.folder is not None:
+        check_fingerprint(manifest, info, checkpoint)
+    pipeline = load_pipeline(info, manifest["activation_dtype"], use_t5, checkpoint)
+    if model is None and info.folder is None:
+        check_fingerprint(manifest, info, checkpoint)  # now that its files are in the cache
+    return pipeline, info, model_fingerprint(info, use_t5, checkpoint)
 
 
 def evaluate(
@@ -681,24 +738,49 @@ def stored_or_sampled(
     pipeline, run: Run, paths, quantization: "Quantization", stored: bool, bar
 ) -> "dict[str, np.ndarray]":
     """A variant's images and latents, from its file if that may be used, else sampled and written."""
-    from calibration_store import StoreError, read_npz, write_npz
+    import numpy as np
 
-    name = quantization.variant.name
-    path = paths.run(name, run.identity(quantization))
+    from calibration_store import StoreError, read_npz, remove_file, write_npz
+
+    name, identity = quantization.variant.name, run.identity(quantization)
+    path = paths.run(name, identity)
     for old in paths.runs_of(name):
         if old != path:
-            old.unlink()  # of other parameters or files, or half-written
-    if stored and path.exists():
+            remove_file(old)  # of other parameters or files, or half-written
+    if stored and os.path.lexists(path):
         with contextlib.suppress(StoreError):  # damaged: made anew
-            return read_npz(path, "")
+            arrays = read_npz(path, "")
+            if is_run(run, arrays, identity):
+                return arrays
     arrays = sample(pipeline, run, quantization, bar)
-    write_npz(path, arrays)
+    write_npz(path, arrays | {"identity": np.array(identity)})
     return arrays
+
+
+def is_run(run: Run, arrays: "dict[str, np.ndarray]", identity: str) -> bool:
+    """Whether arrays are the images and latents that this run gives."""
+    from calibration_store import EVALUATION_RUN
+
+    height, width = run.latent_size
+    fault = EVALUATION_RUN.fault(
+        arrays, images=len(run.prompts), states=run.num_steps + 1, **{"latent height": height, "latent width": width}
+    )
+    return not fault and arrays["identity"].item() == identity
 
 
 @stage_command
 @calib_dir_option
-@click.option("--model", help="Model to evaluate.  [default: the calibration's]")
+@click.option("--model", help="Model to evaluate, or where the calibration's is now.  [default: the calibration's]")
+@click.option(
+    "--local-checkpoint",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Where the calibration's checkpoint file is now.  [default: where it was]",
+)
+@click.option(
+    "--scale-is",
+    type=click.Choice(["range", "step"]),
+    help="What `scale` means in another tool's config that does not say it: the clipping range, or the integer step.",
+)
 @click.option(
     "--prompts",
     "prompt_file",
@@ -738,6 +820,8 @@ def stored_or_sampled(
 def main(
     calib_dir: Path,
     model: str | None,
+    local_checkpoint: Path | None,
+    scale_is: str | None,
     prompt_file: Path | None,
     num_images: int,
     num_steps: int | None,
@@ -751,26 +835,31 @@ def main(
     resume: bool,
 ) -> None:
     """Stage 4: same prompts, same seeds, original against quantized."""
-    from calibration_store import EVALUATION_FORMAT, EvaluationPaths, locked_folder, read_manifest, write_json
+    from calibration_store import EVALUATION_FORMAT, EvaluationPaths, locked_folder, read_manifest, shown, write_json
 
-    names = [name.strip() for name in variants.split(",")] if variants else default_variants(calib_dir)
     manifest = read_manifest(calib_dir)
-    quantizations = [Quantization(parse_variant(name), calib_dir) for name in dict.fromkeys(["fp", *names])]
-    from diffusion import check_prompts, describe_model, load_pipeline
+    names = [name.strip() for name in variants.split(",")] if variants is not None else default_variants(calib_dir)
+    quantizations = [
+        Quantization(parse_variant(name), calib_dir, manifest, scale_is) for name in dict.fromkeys(["fp", *names])
+    ]
+    from diffusion import check_prompts
 
-    info = describe_model(model or manifest["model_version"])
-    prompts, overlap = choose_prompts(manifest, info.captions, prompt_file, num_images, seed)
-    run = plan_run(manifest, info, prompts, num_steps, cfg_weight, seed, batch_size)
+    given_prompts = read_prompt_file(prompt_file) if prompt_file else None
+    pipeline, info, fingerprint = load_evaluated(manifest, model, local_checkpoint)
+    prompts, overlap = choose_prompts(manifest, info.captions, given_prompts, num_images, seed)
+    run = plan_run(manifest, info, fingerprint, prompts, num_steps, cfg_weight, seed, batch_size)
     paths = EvaluationPaths(output or calib_dir / "evaluation")
+    negative = f", negative prompt {shown(run.negative_prompt)}" if run.negative_prompt else ""
     click.echo(
-        f"{run.model_version}: {len(prompts)} images, {run.num_steps} steps, guidance {run.cfg_weight:g}, seeds from {seed}; "
+        f"{info.version}: {len(prompts)} images, {run.num_steps} steps, guidance {run.cfg_weight:g}{negative}, seeds from {seed}; "
         f"{overlap} of the prompts were used in calibration"
     )
-    checkpoint = Path(run.local_checkpoint) if run.local_checkpoint else None
-    pipeline = load_pipeline(info, run.dtype, run.use_t5, checkpoint)
-    check_prompts(pipeline, prompts, "prompt")
+    cut = check_prompts(pipeline, prompts, "prompt")
+    cut += check_prompts(pipeline, [run.negative_prompt], "negative prompt")
+    if cut:
+        click.echo(f"{cut} prompts are longer than the text encoder's positions: their ends are ignored.")
     for quantization in quantizations:
-        quantization.check(pipeline, run.model_version)
+        quantization.check(pipeline, fingerprint)
     with locked_folder(paths.root):
         try:
             original, images, results = evaluate(pipeline, run, paths, quantizations, resume)
@@ -783,8 +872,10 @@ def main(
         parameters = {"prompts": prompts, "overlap_with_calibration": overlap, "num_steps": run.num_steps}
         parameters |= {
             "cfg_weight": run.cfg_weight,
+            "negative_prompt": run.negative_prompt,
             "seed": seed,
-            "model_version": run.model_version,
+            "model_version": info.version,
+            "weights_fingerprint": fingerprint,
             "dtype": run.dtype,
         }
         draw_grid(paths.grid, run, original, images, results)

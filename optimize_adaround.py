@@ -12,6 +12,7 @@ round-to-nearest on a min-max grid, on the same samples. All in float32.
 """
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from cli_options import (
     calib_dir_option,
     format_bytes,
     format_seconds,
+    model_place_options,
     progress_bar,
     resume_command,
     resume_options,
@@ -46,7 +48,6 @@ LR_SCALES = 1e-3
 HELD_OUT = 0.1  # of the images: never trained on, they judge
 MODEL_UNIT_LIMIT = 100_000_000  # weights up to which the default unit is the whole model
 ITERS = 400
-VALUES_OF_A_RANGE = 2**19  # values of an input, of every few samples, that its first range is chosen by
 BYTES_PER_WEIGHT = 5 + 2 * 16  # codes and alpha, and a checkpoint being replaced by the next
 EVALUATED = 64  # samples that a loss is measured on
 FIELDS = ("alpha", "scale", "zero_point", "bias", "range")
@@ -143,6 +144,22 @@ class Samples:
             indices = mx.array(indices)
         picked = (array[indices] for array in self._arrays)
         return [mx.array(array.reshape(-1, *array.shape[2:])).astype(mx.float32) for array in picked]
+
+
+def verify_cache(calib_dir: Path, jobs: Sequence[Job]) -> None:
+    """Check what the jobs will train on, checksums and every value. Raises StoreError that names the file.
+
+    Once a run, before any work: later the data are mapped, and a flipped bit would be trained on.
+    """
+    from calibration_store import BlockCachePaths, block_keys, check_cached_sample, read_cache_metadata, stored_shapes
+
+    metadata, root = read_cache_metadata(calib_dir), BlockCachePaths(calib_dir).root
+    keys = {key for job in jobs for part in block_keys(metadata, job.blocks[0], job.blocks[-1]) for key in part}
+    shapes = {key: shape for key, shape in stored_shapes(metadata).items() if key in keys or key == "modulation_input"}
+    with progress_bar(len(metadata["samples"]), "checking the cache", "sample", leave=False) as bar:
+        for sample in metadata["samples"]:
+            check_cached_sample(root / sample["file"], sample["image_id"], sample["step_index"], shapes, checked=True)
+            bar.update()
 
 
 def split_samples(image_ids: list[int]) -> tuple[list[int], list[int]]:
@@ -391,40 +408,36 @@ class Unit:
     def measure_inputs(self, indices: list[int]) -> "tuple[dict[str, mx.array], dict[str, mx.array]]":
         """Shifts of the post-GELU layers, (min + max) / 2 per channel, and for every input the range to start from.
 
-        The range is the one with the least expected noise by the histogram of x − shift over these samples.
+        The range costs no more than the full one by the moments of x − shift over these samples, every token counted.
         """
         import mlx.core as mx
         import numpy as np
 
-        from quantizers import clipping_fraction, histogram_edges, histogram_grid
+        from quantizers import channel_clipping_range
 
         if not self.settings.activation_bits:
             return {}, {}
         inputs = list(dict.fromkeys(self.input_of.values()))
-        limits, shifts, ranges = {}, {}, {}
+        seen_of: dict[str, list[mx.array]] = {}  # minimum, maximum, sum and sum of squares per channel; tokens
         for seen in self.watch(inputs, indices):
             for name, x in seen.items():
-                low, high = x.min(axis=0), x.max(axis=0)
-                before = limits.get(name, (low, high))
-                limits[name] = (mx.minimum(before[0], low), mx.maximum(before[1], high))
-            mx.eval(limits)
-        for name, (low, high) in limits.items():
+                new = [x.min(axis=0), x.max(axis=0), x.sum(axis=0), mx.square(x).sum(axis=0), mx.array(float(len(x)))]
+                old = seen_of.get(name)
+                seen_of[name] = new if old is None else [
+                    mx.minimum(old[0], new[0]), mx.maximum(old[1], new[1]), *map(mx.add, old[2:], new[2:])
+                ]  # fmt: skip
+            mx.eval(seen_of)
+        shifts, ranges = {}, {}
+        for name, arrays in seen_of.items():
+            low, high, total, squares, tokens = (np.array(array, np.float64) for array in arrays)
+            shift = (low + high) / 2 if name.endswith(".mlp.fc2") else np.zeros_like(low)
             if name.endswith(".mlp.fc2"):
-                shifts[name] = (low + high) / 2
-            reach = mx.maximum(mx.abs(low - shifts.get(name, 0)), mx.abs(high - shifts.get(name, 0))).max().item()
-            ranges[name] = max(reach, 1e-8)
-        edges = {name: histogram_edges(*histogram_grid(-reach, reach)) for name, reach in ranges.items()}
-        counts = {name: np.zeros(256) for name in ranges}
-        for seen in self.watch(inputs, indices):
-            for name, x in seen.items():
-                every = -(-x.size // VALUES_OF_A_RANGE)
-                values = np.array(x[::every] - shifts.get(name, 0)).ravel()
-                bins = np.floor((values - edges[name][0]) / (edges[name][1] - edges[name][0])).astype(np.int64)
-                counts[name] += np.bincount(np.clip(bins, 0, 255), minlength=256)
-        fractions = {
-            name: clipping_fraction(counts[name], edges[name], [self.settings.activation_bits])[0] for name in ranges
-        }
-        return shifts, {name: mx.array(np.float32(reach * fractions[name])) for name, reach in ranges.items()}
+                shifts[name] = mx.array(shift.astype(np.float32))
+            reach = np.maximum(np.abs(low - shift), np.abs(high - shift))
+            power = np.maximum(squares / tokens - 2 * shift * total / tokens + shift * shift, 0)
+            found = channel_clipping_range(reach, power, 1, [self.settings.activation_bits])[0]
+            ranges[name] = mx.array(np.float32(max(found, 1e-8)))
+        return shifts, ranges
 
     def watch(self, names: list[str], indices: list[int]) -> "Iterator[dict[str, mx.array]]":
         """The inputs (tokens, channels) of these layers in the unquantized unit, a few samples at a time."""
@@ -493,6 +506,10 @@ def first_alpha(fraction: "np.ndarray", rounding: str) -> "mx.array":
 # --- training -----------------------------------------------------------------------------------------------
 
 
+class NotFiniteError(ArithmeticError):
+    """A loss or a gradient is NaN or infinite: nothing can be learned from it."""
+
+
 class Training:
     """The optimization of one unit: its state, optimizers and iteration; `step` takes one."""
 
@@ -506,6 +523,7 @@ class Training:
             optimizers.Adam(1e-3, bias_correction=True) for _ in range(3)
         )
         self.fixed = {name: alpha * 0 for name, alpha in self.state["alpha"].items()}  # sigmoid: 1 where decided
+        self._good = (self._parts(), 0)  # the last state whose loss was finite, and its iteration
 
     def arrays(self) -> "dict[str, mx.array]":
         """Everything that the rest of the training follows from, flat."""
@@ -515,20 +533,38 @@ class Training:
         return dict(flatten(tree))
 
     def restore(self, arrays: "dict[str, np.ndarray]", iteration: int) -> None:
-        """Go on from `arrays` at an iteration."""
+        """Go on from `arrays` at an iteration. Raises ValueError when they are not of this unit, or not finite."""
         import mlx.core as mx
+        import numpy as np
 
+        if not 0 <= iteration <= self.settings.iters:
+            raise ValueError(f"iteration {iteration}")
+        for name, array in arrays.items():
+            if not np.isfinite(array).all():
+                raise ValueError(f"{name} is not finite")
+        own = {name: array.shape for name, array in self.arrays().items() if "optimizer" not in name}
+        found = {name: array.shape for name, array in arrays.items() if "optimizer" not in name}
+        if own != found:
+            raise ValueError("arrays of another unit")
         tree = unflatten({name: mx.array(array) for name, array in arrays.items()})
+        for name in ("alpha", "scale", "range"):
+            if f"{name}_optimizer" not in tree:
+                raise ValueError(f"no {name}_optimizer")
         self.state = {key: tree["state"].get(key, {}) for key in FIELDS}
         self.fixed = tree.get("fixed") or self.fixed
         for name in ("alpha", "scale", "range"):
             getattr(self, f"{name}_optimizer").state = tree[f"{name}_optimizer"]
         self.iteration = iteration
+        self._good = (self._parts(), iteration)
 
     def step(self) -> float:
-        """One iteration on a batch that only seed and iteration decide; returns its loss."""
+        """One iteration on a batch that only seed and iteration decide; returns its loss.
+
+        Raises NotFiniteError, back at the last state whose loss and gradients were finite.
+        """
         import mlx.core as mx
         import numpy as np
+        from mlx.utils import tree_flatten
 
         unit, settings = self.unit, self.settings
         random = np.random.default_rng([settings.seed, self.iteration])
@@ -538,6 +574,13 @@ class Training:
         codes = unit.codes(self.state, hard=tuning)
         quantized = unit.quantized(self.state, codes, with_ranges=tuning)
         loss, gradients = unit.gradients(quantized, indices, self.iteration)
+        finite = [mx.isfinite(array).all() for _, array in tree_flatten([loss, gradients])]
+        if not mx.stack(finite).all().item():
+            found, self.iteration = self.iteration, self._good[1]
+            self._set(self._good[0])
+            what = "a gradient is" if mx.isfinite(loss).item() else "the loss is"
+            raise NotFiniteError(f"{what} not finite at iteration {found}")
+        self._good = (self._parts(), self.iteration)
         if tuning:
             self.tune(codes, gradients)
         else:
@@ -549,6 +592,18 @@ class Training:
             [o.state for o in (self.alpha_optimizer, self.scale_optimizer, self.range_optimizer)],
         )
         return loss.item()
+
+    def _parts(self) -> dict[str, Any]:
+        """The state as it is now: references, no copies (MLX arrays do not change)."""
+        from mlx.utils import tree_map
+
+        optimizers = {name: getattr(self, f"{name}_optimizer").state for name in ("alpha", "scale", "range")}
+        return tree_map(lambda array: array, {"state": self.state, "fixed": self.fixed, **optimizers})
+
+    def _set(self, parts: dict[str, Any]) -> None:
+        self.state, self.fixed = parts["state"], parts["fixed"]
+        for name in ("alpha", "scale", "range"):
+            getattr(self, f"{name}_optimizer").state = parts[name]
 
     def round(self, weight_gradients: "dict[str, mx.array]") -> None:
         """Move the rounding variables."""
@@ -668,13 +723,10 @@ def train(training: Training, bar, save: Callable[[], None], checkpoint_seconds:
     final = unit.quantized(training.state, codes, with_ranges=False)
     with_ranges = unit.quantized(training.state, codes, with_ranges=True)
     losses_with_ranges = unit.loss_with_ranges(held_out, with_ranges)
-    if losses_with_ranges is not None and not math.isfinite(losses_with_ranges):  # they diverged
-        training.state["range"] = unit.start["range"]
-        losses_with_ranges = unit.loss_with_ranges(held_out, unit.quantized(training.state, codes, with_ranges=True))
     first = unit.quantized(unit.start, unit.codes(unit.start, hard=True), with_ranges=False)
     hardened = unit.quantized({**unit.start, "alpha": training.state["alpha"]}, codes, with_ranges=False)
     chosen = spread_over(unit.samples.training, EVALUATED)
-    return {
+    losses = {
         "nearest": unit.loss(held_out, unit.nearest_state()),
         "start": unit.loss(held_out, first),
         "hardened": unit.loss(held_out, hardened),
@@ -682,6 +734,10 @@ def train(training: Training, bar, save: Callable[[], None], checkpoint_seconds:
         "end_activations": losses_with_ranges,
         "end_training": unit.loss(chosen, final),
     }
+    for name, value in losses.items():
+        if value is not None and not math.isfinite(value):
+            raise NotFiniteError(f"the held-out loss {name!r} is not finite after iteration {training.iteration}")
+    return losses
 
 
 def changed_share(training: Training) -> float:
@@ -726,8 +782,13 @@ def layer_arrays(training: Training, keep_nearest: bool) -> "dict[str, np.ndarra
 class Checkpoint:
     """checkpoint.npz: where the job under way stands, so that a kill costs little."""
 
-    def __init__(self, paths: "WeightPaths", job: Job):
+    def __init__(self, paths: "WeightPaths", job: Job, plan: dict[str, Any]):
+        import hashlib
+
+        import orjson
+
         self.path, self.job = paths.checkpoint, job
+        self.plan = hashlib.sha256(orjson.dumps(plan, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
     def save(self, stage: int, training: Training, done: "dict[str, np.ndarray]", losses: list[dict]) -> None:
         import numpy as np
@@ -735,49 +796,81 @@ class Checkpoint:
 
         from calibration_store import write_npz
 
-        position = {"job": self.job.name, "stage": stage, "iteration": training.iteration, "losses": losses}
+        position = {"plan": self.plan, "job": self.job.name, "stage": stage, "iteration": training.iteration}
         arrays = {f"training.{name}": np.array(array) for name, array in training.arrays().items()}
         arrays |= {f"done.{name}": array for name, array in done.items()}
-        write_npz(self.path, arrays | {"position": np.frombuffer(orjson.dumps(position), np.uint8)})
+        encoded = np.frombuffer(orjson.dumps(position | {"losses": losses}), np.uint8)
+        write_npz(self.path, arrays | {"position": encoded})
 
     def load(self) -> "tuple[dict[str, Any], dict[str, np.ndarray], dict[str, np.ndarray]] | None":
-        """(position, arrays of the training, arrays of finished stages) of this job's last checkpoint, or None."""
-        import orjson
+        """(position, arrays of the training, arrays of finished stages) of this job's last checkpoint, or None.
 
-        from calibration_store import read_npz
+        A damaged one, or one of another run, is said and left aside: the job begins anew.
+        """
+        from calibration_store import StoreError, read_npz, read_position
 
-        if not self.path.exists():
+        if not os.path.lexists(self.path):
             return None
-        arrays = read_npz(self.path, "delete it and give --resume again")
-        position = orjson.loads(arrays.pop("position").tobytes())
-        if position["job"] != self.job.name:
+        try:
+            arrays = read_npz(self.path, "the unit begins anew")
+            position = read_position(arrays)
+            if (position["plan"], position["job"]) != (self.plan, self.job.name):
+                return None
+            if not position["stage"] < len(self.job.stages) or len(position["losses"]) != position["stage"]:
+                raise ValueError(f"stage {position['stage']}")
+        except (StoreError, ValueError) as error:
+            self.discard(error)
             return None
-        parts = {"training": {}, "done": {}}
+        parts: dict[str, dict] = {"training": {}, "done": {}}
         for name, array in arrays.items():
             part, _, rest = name.partition(".")
-            parts[part][rest] = array
+            if rest:
+                parts.setdefault(part, {})[rest] = array
         return position, parts["training"], parts["done"]
+
+    def discard(self, why: Exception) -> None:
+        """Say that a checkpoint cannot be used; the next one takes its place."""
+        click.echo(
+            f"{self.path.name} cannot be used ({' '.join(str(why).split())[:160]}): {self.job.name} begins anew.",
+            err=True,
+        )
 
 
 def run_job(
-    pipeline, paths: "WeightPaths", job: Job, settings: Settings, unit_class: type[Unit], bar, checkpoint_seconds: float
-) -> None:
+    pipeline, paths: "WeightPaths", job: Job, plan: dict[str, Any], settings: Settings, unit_class: type[Unit], bar,
+    checkpoint_seconds: float,
+) -> None:  # fmt: skip
     """Train a job's stages, from its checkpoint if there is one, and write its blocks' files."""
-    from calibration_store import write_json, write_npz
+    from calibration_store import StoreError, write_json, write_npz
 
     samples = Samples(paths.calib_dir, job)
-    checkpoint = Checkpoint(paths, job)
+    checkpoint = Checkpoint(paths, job, plan)
     position, saved, done = checkpoint.load() or ({"stage": 0, "losses": []}, {}, {})
+    if not done_is_of(job, position["stage"], done):
+        checkpoint.discard(ValueError("arrays of another unit"))
+        position, saved, done = {"stage": 0, "losses": []}, {}, {}
     losses = position["losses"]
     bar.update(settings.iters * position["stage"])
     for stage in range(position["stage"], len(job.stages)):
         training = Training(unit_class(pipeline, job, job.stages[stage], samples, settings))
         if saved:
-            training.restore(saved, position["iteration"])
-            bar.update(position["iteration"])
+            try:
+                training.restore(saved, position["iteration"])
+                bar.update(position["iteration"])
+            except ValueError as error:
+                checkpoint.discard(error)
             saved = {}
-        found = train(training, bar, lambda: checkpoint.save(stage, training, done, losses), checkpoint_seconds)  # noqa: B023 (used at once)
-        found["kept_nearest"] = not found["end"] < found["nearest"]  # NaN is no improvement either
+
+        save = partial(checkpoint.save, stage, training, done, losses)
+        try:
+            found = train(training, bar, save, checkpoint_seconds)
+        except NotFiniteError as error:
+            save()
+            raise StoreError(
+                f"{unit_name(job, stage)}: {error}; the last good state, iteration {training.iteration}, is kept: --resume goes "
+                "on from it, --force with lower learning rates or more --weight-bits starts over (Issue 25)"
+            ) from None
+        found["kept_nearest"] = not found["end"] < found["nearest"]
         done |= layer_arrays(training, found["kept_nearest"])
         losses.append(found | {"layers": len(training.unit.layers)})
     for block in job.blocks:
@@ -788,40 +881,66 @@ def run_job(
     checkpoint.path.unlink(missing_ok=True)
 
 
+def unit_name(job: Job, stage: int) -> str:
+    """What a stage of a job is called."""
+    return job.name if len(job.stages) == 1 else f"{job.name} {('attention', 'MLP')[stage]}"
+
+
+def done_is_of(job: Job, stage: int, done: "dict[str, np.ndarray]") -> bool:
+    """Whether a checkpoint's finished arrays are codes and scales of the layers of the stages before this one."""
+    from calibration_store import layer_fault, layer_name
+
+    layers: dict[str, dict] = {}
+    for key, array in done.items():
+        name, _, field = key.rpartition("__")
+        layers.setdefault(layer_name(name), {})[field] = array
+    expected = {name for names, _ in job.stages[:stage] for name in names}
+    return set(layers) == expected and not any(layer_fault(fields, 8) for fields in layers.values())
+
+
 def train_jobs(
-    pipeline, paths: "WeightPaths", jobs: list[Job], settings: Settings, unit_class: type[Unit], seconds: float
-) -> None:
+    pipeline, paths: "WeightPaths", jobs: list[Job], plan: dict[str, Any], settings: Settings, unit_class: type[Unit],
+    seconds: float,
+) -> None:  # fmt: skip
     """Train every job that is not finished, with a checkpoint every `seconds`."""
-    with progress_bar(settings.iters * sum(len(job.stages) for job in jobs), jobs[0].name, "it") as bar:
+    todo = [job for job in jobs if not finished(pipeline, paths, job, plan)]
+    verify_cache(paths.calib_dir, todo)
+    stages = sum(len(job.stages) for job in jobs)
+    with progress_bar(settings.iters * stages, jobs[0].name, "it") as bar:
         for job in jobs:
-            if finished(paths, job):
-                bar.update(settings.iters * len(job.stages))
-            else:
+            if job in todo:
                 bar.set_description(job.name)
-                run_job(pipeline, paths, job, settings, unit_class, bar, seconds)
+                run_job(pipeline, paths, job, plan, settings, unit_class, bar, seconds)
+            else:
+                bar.update(settings.iters * len(job.stages))
 
 
-def finished(paths: "WeightPaths", job: Job) -> bool:
-    """Whether every block of the job is on disk and valid."""
-    from calibration_store import StoreError, read_quantized_block
+def finished(pipeline, paths: "WeightPaths", job: Job, plan: dict[str, Any]) -> bool:
+    """Whether every block of the job is on disk, valid, and of this model's layers."""
+    from calibration_store import LOSSES, StoreError, read_quantized_block
 
     try:
+        found = {}
         for block in job.blocks:
-            read_quantized_block(paths, block)
+            found |= read_quantized_block(paths, block, plan)
+            losses = LOSSES.read(paths.losses(block))
+            if losses["unit"] != job.name or len(losses["stages"]) != len(job.stages):
+                return False
     except StoreError:
         return False
-    return all(paths.losses(block).exists() for block in job.blocks)
+    layers = [name for names, _ in job.stages for name in names]
+    shapes = {name: weight.shape for name, weight in zip(layers, layer_weights(pipeline, layers), strict=True)}
+    return {name: fields["q"].shape for name, fields in found.items()} == shapes
 
 
 def write_metadata(paths: "WeightPaths", plan: dict[str, Any], jobs: list[Job]) -> list[tuple[str, dict]]:
     """Write metadata.json, last; returns (unit, losses) of every trained unit."""
-    from calibration_store import WEIGHTS_FORMAT, read_json, write_json
+    from calibration_store import LOSSES, WEIGHTS_FORMAT, write_json
 
     rows, blocks = [], {}
     for job in jobs:
-        stages = read_json(paths.losses(job.blocks[0]), "adaround_losses_v1", "optimize_adaround.py")["stages"]
-        names = [job.name] if len(stages) == 1 else [f"{job.name} attention", f"{job.name} MLP"]
-        rows += zip(names, stages, strict=True)
+        stages = LOSSES.read(paths.losses(job.blocks[0]))["stages"]
+        rows += [(unit_name(job, stage), losses) for stage, losses in enumerate(stages)]
         for block in job.blocks:
             blocks[block] = {"unit": job.name, "stages": stages}
     write_json(paths.metadata, {**plan, "format": WEIGHTS_FORMAT, "losses": blocks})
@@ -856,6 +975,7 @@ def make_plan(calib_dir: Path, unit: str, blocks: list[str], settings: Settings)
         "format": WEIGHTS_FORMAT,
         "model_version": cache.get("model_version"),
         "calibration_run": cache.get("calibration_run"),
+        "weights_fingerprint": cache.get("weights_fingerprint"),
         "unit": unit,
         "block_names": blocks,
         **asdict(settings),
@@ -877,13 +997,16 @@ def choose(
     pipeline, cached: list[str], blocks: str | None, unit: str | None, settings: Settings
 ) -> tuple[list[str], str, list[str]]:
     """(layers, unit, blocks) of the run. Raises UsageError for blocks that are not cached and groups that do not fit."""
+    from calibration_store import shown
     from hooks import block_slots, layer_slots
 
     model = list(block_slots(pipeline.mmdit))
-    chosen = [name.strip() for name in blocks.split(",")] if blocks else cached
+    chosen = [name.strip() for name in blocks.split(",")] if blocks is not None else cached
     unknown = [name for name in chosen if name not in cached]
     if unknown:
-        raise click.UsageError(f"--blocks: {', '.join(unknown)} not in the cache, which has {', '.join(cached)}")
+        raise click.UsageError(
+            f"--blocks: {', '.join(map(shown, unknown))} not in the cache, which has {', '.join(cached)}"
+        )
     chosen = [name for name in cached if name in chosen]
     slots = layer_slots(pipeline.mmdit)
     layers = [name for name in slots if name.split(".")[0] in chosen]
@@ -919,6 +1042,7 @@ def estimate(pipeline, paths: "WeightPaths", job: Job, settings: Settings, unit_
 
 @stage_command
 @calib_dir_option
+@model_place_options
 @click.option("--blocks", help="Blocks to train, such as mm0,mm5.  [default: all that are cached]")
 @click.option(
     "--iters",
@@ -927,7 +1051,12 @@ def estimate(pipeline, paths: "WeightPaths", job: Job, settings: Settings, unit_
     help="Iterations per unit; the last 30 % tune scales and ranges.",
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, help="Cached samples per iteration.")
-@click.option("--weight-bits", type=click.IntRange(2, 8), default=4, help="Bits of a weight's code.")
+@click.option(
+    "--weight-bits",
+    type=click.Choice(["2", "3", "4", "5", "6", "8"]),
+    default="4",
+    help="Bits of a weight's code; those that MLX runs natively.",
+)
 @click.option(
     "--activation-bits",
     type=click.IntRange(0, 8),
@@ -936,9 +1065,9 @@ def estimate(pipeline, paths: "WeightPaths", job: Job, settings: Settings, unit_
 )
 @click.option(
     "--group-size",
-    type=click.IntRange(min=0),
-    default=64,
-    help="Inputs that share a scale; 0: one scale per output channel.",
+    type=click.Choice(["0", "32", "64", "128"]),
+    default="64",
+    help="Inputs that share a scale; 0: one scale per output channel; those that MLX runs natively.",
 )
 @click.option(
     "--unit",
@@ -982,6 +1111,8 @@ def estimate(pipeline, paths: "WeightPaths", job: Job, settings: Settings, unit_
 @resume_options
 def main(
     calib_dir: Path,
+    model: str | None,
+    local_checkpoint: Path | None,
     blocks: str | None,
     unit: str | None,
     lr_alpha: float | None,
@@ -993,6 +1124,7 @@ def main(
 ) -> None:
     """Stage 3W: learned rounding (AdaRound, TaQ-DiT)."""
     from calibration_store import (
+        WEIGHTS_PLAN,
         WeightPaths,
         check_stage,
         locked_folder,
@@ -1006,14 +1138,15 @@ def main(
         raise click.UsageError("--activation-bits 1: a symmetric grid needs 2 bits or more; 0 leaves activations alone")
     if lr_alpha is None:
         lr_alpha = 4e-3 if options["rounding"] == "ste" else 1e-2
+    options |= {key: int(options[key]) for key in ("weight_bits", "group_size")}
     settings = Settings(lr_alpha=lr_alpha, **options)
     paths = WeightPaths(calib_dir)
-    cache = read_cache_metadata(calib_dir)
     manifest = read_manifest(calib_dir)
+    cache = read_cache_metadata(calib_dir)
     from diffusion import load_run_pipeline, run_cpu_streams_side_by_side
 
     run_cpu_streams_side_by_side()
-    pipeline = load_run_pipeline(manifest, "float32")
+    pipeline = load_run_pipeline(manifest, "float32", model, local_checkpoint)
     layers, unit, chosen = choose(pipeline, cache["block_names"], blocks, unit, settings)
     jobs = plan_jobs(layers, chosen, unit)
     plan = make_plan(calib_dir, unit, chosen, settings)
@@ -1023,31 +1156,59 @@ def main(
         f"{f'groups of {settings.group_size}' if settings.group_size else 'per output channel'}, unit {unit}, "
         f"{settings.iters} iterations of {settings.batch_size}, {len(cache['samples'])} cached samples"
     )
-    made_by = "optimize_adaround.py"
-    check_stage(paths, paths.plan, plan, OPTIONS, resume, force, made_by)
+    check_stage(paths, paths.plan, WEIGHTS_PLAN, plan, OPTIONS, resume, force)
     unit_class = LayerUnit if unit == "layer" else Unit
-    size = BYTES_PER_WEIGHT * sum(weight.size for weight in layer_weights(pipeline, layers))
+    todo = [job for job in jobs if force or not finished(pipeline, paths, job, plan)]
+    size = BYTES_PER_WEIGHT * sum(weight.size for weight in layer_weights(pipeline, layers_of(todo)))
     if dry_run:
-        seconds, peak = estimate(pipeline, paths, jobs[0], settings, unit_class)
-        seconds *= settings.iters * sum(len(job.stages) for job in jobs)
-        click.echo(
-            f"about {format_seconds(seconds)}, {format_bytes(peak)} of memory at the peak, at most {format_bytes(size)} "
-            f"in {paths.root}"
-        )
+        print_estimate(pipeline, paths, todo, len(jobs), plan, settings, unit_class, size)
         return
-    require_space(paths.root, size)
+    require_space(paths.root, size, "give fewer --blocks")
     with locked_folder(paths.root):
-        check_stage(paths, paths.plan, plan, OPTIONS, resume, force, made_by)
+        check_stage(paths, paths.plan, WEIGHTS_PLAN, plan, OPTIONS, resume, force)
         open_stage(paths, paths.plan, plan, force)
         try:
-            train_jobs(pipeline, paths, jobs, settings, unit_class, checkpoint_seconds)
+            train_jobs(pipeline, paths, jobs, plan, settings, unit_class, checkpoint_seconds)
             rows = write_metadata(paths, plan, jobs)
         except KeyboardInterrupt:
-            raise Interrupted(
-                f"interrupted: finished blocks and a checkpoint are kept in {paths.root}; go on with: {resume_command()}"
-            ) from None
+            raise Interrupted(what_is_kept(paths)) from None
     print_losses(rows)
     click.echo(f"wrote {paths.metadata} and a file per block")
+
+
+def layers_of(jobs: Sequence[Job]) -> list[str]:
+    """Every layer that the jobs train."""
+    return [name for job in jobs for names, _ in job.stages for name in names]
+
+
+def what_is_kept(paths: "WeightPaths") -> str:
+    """After Ctrl-C: what is on the disk, and how to go on."""
+    blocks = [path.stem for path in paths.owned_files() if path.suffix == ".npz" and path != paths.checkpoint]
+    kept = [f"finished blocks ({', '.join(blocks)})"] if blocks else []
+    kept += ["a checkpoint"] if paths.checkpoint.exists() else []
+    what = (
+        f"{' and '.join(kept)} kept in {paths.root}" if kept else "nothing was finished, and no checkpoint written, yet"
+    )
+    return f"interrupted: {what}; go on with: {resume_command()}"
+
+
+def print_estimate(
+    pipeline, paths: "WeightPaths", todo: list[Job], jobs: int, plan: dict[str, Any], settings: Settings,
+    unit_class: type[Unit], size: int,
+) -> None:  # fmt: skip
+    """--dry-run: time, memory and bytes of what is left to do."""
+    if not todo:
+        click.echo(f"nothing to do: all {jobs} units are finished in {paths.root}")
+        return
+    seconds, peak = estimate(pipeline, paths, todo[0], settings, unit_class)
+    left = settings.iters * sum(len(job.stages) for job in todo)
+    started = Checkpoint(paths, todo[0], plan).load()
+    if started is not None:
+        left -= settings.iters * started[0]["stage"] + min(started[0]["iteration"], settings.iters)
+    click.echo(
+        f"to do: {len(todo)} of {jobs} units, {left} iterations: about {format_seconds(seconds * left)}, {format_bytes(peak)} of memory at "
+        f"the peak, at most {format_bytes(size)} in {paths.root}"
+    )
 
 
 def layer_weights(pipeline, layers: list[str]) -> "list[mx.array]":

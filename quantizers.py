@@ -172,6 +172,36 @@ def clipping_fraction(counts: np.ndarray, edges: np.ndarray, bits: Sequence[int]
     return ranges[best] / ranges[-1]
 
 
+SAFETY = 1.0
+CANDIDATES = np.linspace(0.3, 1.0, 71)  # of the full range
+
+
+def channel_clipping_range(
+    reach: np.ndarray, power: np.ndarray | None, multipliers: np.ndarray | int, bits: Sequence[int]
+) -> np.ndarray:
+    """(bits,): clipping ranges of z = (x − shift) / m that cost no more than the full one, from moments per channel.
+
+    reach (channels,): largest |x − shift| of any image; power (channels,): E[(x − shift)²] over all tokens, None where it is
+    not known (then the full range stays); multipliers: m, (channels,) or 1. What clipping at t costs a channel is bounded
+    without knowing its distribution: E[max(0, |z| − t)²] ≤ (1 − t / r)²·E[z²] for |z| ≤ r. A channel whose range comes
+    from a few tokens has its ordinary ones at −shift, so that E[z²] is near r² and the bound is what is lost; a rare
+    excursion gives a small E[z²]. The range chosen has the least sum of rounding noise t² / (12·n²) and this bound, both
+    in units of x (times m²). A channel that ranges below t is not clipped at all.
+    """
+    m = np.broadcast_to(np.asarray(multipliers, np.float64), reach.shape)
+    r = reach / m
+    full = float(r.max())
+    if power is None or full == 0:
+        return np.full(len(bits), full)
+    ranges = CANDIDATES * full
+    wide = r > ranges[0]
+    excess = np.maximum(1 - ranges / r[wide, None], 0)
+    clipping = SAFETY * (power[wide] @ (excess * excess))
+    weight = float((m * m).sum())
+    best = [np.argmin(weight * ranges * ranges / (12 * levels(width) ** 2) + clipping) for width in bits]
+    return ranges[best]
+
+
 # --- weights: grids and codes -------------------------------------------------------------------------------
 
 

@@ -44,7 +44,8 @@ def matching(folder: Path, pattern: str) -> list[Path]:
     if not folder.is_dir():
         return []
     temp = rf"\.(?:{pattern})\.[a-z0-9_]+{re.escape(TEMP_SUFFIX)}"
-    return sorted(path for path in folder.iterdir() if re.fullmatch(f"(?:{pattern})|{temp}", path.name))
+    found = (path for path in folder.iterdir() if re.fullmatch(f"(?:{pattern})|{temp}", path.name))
+    return sorted(path for path in found if not path.is_dir())
 
 
 @contextlib.contextmanager
@@ -73,14 +74,13 @@ def locked_folder(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def require_space(folder: Path, num_bytes: int) -> None:
+def require_space(folder: Path, num_bytes: int, remedy: str = "lower --num-images or raise --stride") -> None:
     """Raise StoreError when the disk of `folder` (which need not exist yet) cannot hold num_bytes more."""
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if num_bytes > free:
         raise StoreError(
-            f"{folder}: needs {num_bytes / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; "
-            "free some, or lower the number of images or raise --stride"
+            f"{folder}: needs {num_bytes / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; free some, or {remedy}"
         )
 
 
@@ -106,6 +106,14 @@ def atomic_file(path: Path) -> Iterator[io.BufferedWriter]:
     finally:
         if temp is not None:
             Path(temp).unlink(missing_ok=True)
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file. Raises WriteError where the system refuses."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise WriteError(f"cannot remove {path}: {error.strerror}") from None
 
 
 def sync_folder(folder: Path) -> None:

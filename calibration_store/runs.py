@@ -11,7 +11,7 @@ import orjson
 from msgspec import Meta
 from PIL import Image
 
-from calibration_store.files import TEMP_SUFFIX, StoreError, matching, read_npz, write_json
+from calibration_store.files import TEMP_SUFFIX, StoreError, matching, read_npz, remove_file, write_json
 from calibration_store.schema import (
     FINITE,
     FLOATS,
@@ -395,7 +395,7 @@ def clear_files(owned: Sequence[Path], first: Path, everything: bool) -> None:
     """Remove temporary files, or everything, `first` first: without it the others are no run."""
     for path in sorted(owned, key=lambda path: path != first):
         if everything or path.suffix == TEMP_SUFFIX:
-            path.unlink()
+            remove_file(path)
 
 
 def owned_bytes(paths) -> int:

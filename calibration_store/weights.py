@@ -385,6 +385,11 @@ def layer_record(bits: int) -> Record:
     )
 
 
+def layer_fault(fields: Mapping[str, np.ndarray], bits: int) -> str | None:
+    """What is wrong with one layer's arrays, or None."""
+    return layer_record(bits).fault(fields)
+
+
 def read_quantized_block(
     paths: WeightPaths, block: str, plan: Mapping[str, Any] | None = None
 ) -> dict[str, dict[str, np.ndarray]]:
