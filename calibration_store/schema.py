@@ -52,7 +52,7 @@ class JsonFormat:
     def read(self, path: Path, remedy: str | None = None) -> Any:
         """The checked content. Raises StoreError: one line with the file, the place in it, and what to run."""
         remedy = remedy or f"run {self.made_by} with --force to make it anew"
-        content = read_bytes(path, f"run {self.made_by} first")
+        content = read_bytes(path, f"run {self.made_by} first" if self.made_by else remedy)
         try:
             if self.name is not None:
                 found = msgspec.json.decode(content, type=_Head).get("format")

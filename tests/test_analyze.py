@@ -281,12 +281,12 @@ def zero_width(arrays):
 
 
 BAD = {
-    "missing step": (lambda f: (f / "activations/timestep_stats/step_2.npz").unlink(), "step_2.npz: missing; run collect_layer_activations.py"),
-    "missing index": (lambda f: (f / "activations/timestep_stats/step_2_index.json").unlink(), "step_2_index.json: missing"),
+    "missing step": (lambda f: (f / "activations/timestep_stats/step_2.npz").unlink(), "step_2.npz: not found; run collect_layer_activations.py"),
+    "missing index": (lambda f: (f / "activations/timestep_stats/step_2_index.json").unlink(), "step_2_index.json: not found"),
     "damaged step": (lambda f: (f / "activations/timestep_stats/step_2.npz").write_bytes(b"PK"), "step_2.npz: truncated or damaged"),
     "absent layer": (lambda f: change(f, 1, lambda a: a.pop("mm0_img_mlp_fc1__avg_min")), "no mm0_img_mlp_fc1__avg_min and __avg_max for layer mm0.img.mlp.fc1"),
     "NaN": (lambda f: change(f, 1, with_nan), "step_1.npz: mm3.img.attn.q_proj: avg_max holds NaN or infinity"),
-    "zero width": (lambda f: change(f, 3, zero_width), "step_3.npz: mm1.txt.mlp.fc1: the histogram has bins of zero width"),
+    "zero width": (lambda f: change(f, 3, zero_width), "step_3.npz: mm1.txt.mlp.fc1: hist_edges has bins of zero width"),
     "unknown format": (lambda f: (f / "activations/layer_statistics.json").write_text('{"format": "x"}'), "format 'x' is not 'per_timestep_npz_v2'"),
     "no statistics": (lambda f: (f / "activations/layer_statistics.json").unlink(), "not found; run collect_layer_activations.py first"),
     "no sigma": (lambda f: (f / "activations/layer_statistics.json").write_text('{"format": "per_timestep_npz_v2", "step_keys": ["0"], "sigma_map": {}}'), "'sigma_map' has no sigma for step 0"),

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,12 +12,12 @@ from conftest import ROOT
 from calibration_store import (
     BackgroundWriter,
     CalibrationPaths,
+    JsonFormat,
     StoreError,
     WriteError,
     atomic_file,
     locked_folder,
     npz_bytes,
-    read_json,
     read_npz,
     read_sample,
     require_space,
@@ -26,7 +27,8 @@ from calibration_store import (
     write_npz,
 )
 
-MANIFEST = {"latent_size": [4, 4], "activation_dtype": "float16"}
+MANIFEST = {"latent_size": [4, 4], "activation_dtype": "float16", "num_steps": 4}
+ANY = JsonFormat("f", dict[str, Any], "x.py")
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -35,7 +37,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     with pytest.raises(ZeroDivisionError), atomic_file(path) as file:
         file.write(b"half")
         raise ZeroDivisionError
-    assert read_json(path, "f", "x.py")["n"] == 1
+    assert ANY.read(path)["n"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
@@ -84,14 +86,16 @@ def test_a_second_writer_is_refused_and_the_lock_leaves_nothing(tmp_path):
 def test_json_of_another_format_is_refused(tmp_path):
     path = tmp_path / "a.json"
     with pytest.raises(StoreError, match="not found; run x.py first"):
-        read_json(path, "f", "x.py")
-    for content in ('{"format": "other"}', "[1]"):
-        path.write_text(content)
-        with pytest.raises(StoreError, match="format .* is not 'f'; run x.py"):
-            read_json(path, "f", "x.py")
+        ANY.read(path)
+    path.write_text('{"format": "other"}')
+    with pytest.raises(StoreError, match="format 'other' is not 'f'; run x.py"):
+        ANY.read(path)
+    path.write_text("[1]")
+    with pytest.raises(StoreError, match="Expected `object`, got `array`; run x.py"):
+        ANY.read(path)
     path.write_text('{"format": ')
     with pytest.raises(StoreError, match="not valid JSON"):
-        read_json(path, "f", "x.py")
+        ANY.read(path)
 
 
 def test_damaged_npz_files_are_named(tmp_path):

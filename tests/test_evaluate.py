@@ -45,6 +45,15 @@ def evaluate(folder, *arguments):
     return invoke("evaluate_quantization", "--calib-dir", folder, *QUICK, *arguments)
 
 
+def quantization_of(name, folder):
+    return stage.Quantization(stage.parse_variant(name), folder, read_manifest(folder))
+
+
+def plan_of(manifest):
+    info, fingerprint = diffusion.describe_model("sd3-emoji"), manifest["weights_fingerprint"]
+    return stage.plan_run(manifest, info, fingerprint, ["rocket", "swan"], 3, None, 5, 2)
+
+
 @pytest.fixture(scope="module")
 def results(run):
     """Every kind of variant in one process, the original first and last."""
@@ -88,12 +97,12 @@ def test_original_is_bit_for_bit_the_same_after_every_variant(run, results):
     manifest = read_manifest(run)
     pipeline = diffusion.load_run_pipeline(manifest)
     before = [(name, array, np.array(array)) for name, array in tree_flatten(pipeline.mmdit.parameters())]
-    plan = stage.plan_run(manifest, diffusion.describe_model("sd3-emoji"), ["rocket", "swan"], 3, None, 5, 2)
-    first = stage.sample(pipeline, plan, stage.Quantization(stage.parse_variant("fp"), run), NoBar())
+    plan = plan_of(manifest)
+    first = stage.sample(pipeline, plan, quantization_of("fp", run), NoBar())
     for name in results[1]["variants"]:
-        found = stage.sample(pipeline, plan, stage.Quantization(stage.parse_variant(name), run), NoBar())
+        found = stage.sample(pipeline, plan, quantization_of(name, run), NoBar())
         assert np.array_equal(found["latents"], first["latents"]) == (name == "fp"), name
-    last = stage.sample(pipeline, plan, stage.Quantization(stage.parse_variant("fp"), run), NoBar())
+    last = stage.sample(pipeline, plan, quantization_of("fp", run), NoBar())
     assert all(np.array_equal(first[key], last[key]) for key in first)
     after = tree_flatten(pipeline.mmdit.parameters())
     assert [name for name, *_ in before] == [name for name, _ in after]
@@ -105,13 +114,13 @@ def test_weights_are_those_of_the_files(run):
     slots = layer_slots(pipeline.mmdit)
     layers = {name: slots[name][0][slots[name][1]] for name in slots}
     original = {name: np.array(layer.weight) for name, layer in layers.items()}
-    with stage.Quantization(stage.parse_variant("w4-adaround"), run).weights(pipeline):
+    with quantization_of("w4-adaround", run).weights(pipeline):
         for name, fields in read_quantized_block(WeightPaths(run), "mm5").items():
             expected = (
                 fields["q"].astype(np.float32).reshape(*fields["scale"].shape, -1) - fields["zero_point"][..., None]
             ) * fields["scale"][..., None]
             assert np.array_equal(np.array(layers[name].weight), expected.reshape(original[name].shape))
-    with stage.Quantization(stage.parse_variant("w8-rtn-g0"), run).weights(pipeline):
+    with quantization_of("w8-rtn-g0", run).weights(pipeline):
         grid = min_max_grid(original["mm1.img.mlp.fc2"], 8, 0)
         expected = dequantize(nearest_codes(original["mm1.img.mlp.fc2"], *grid, 8).astype(np.float32), *grid)
         assert np.array_equal(np.array(layers["mm1.img.mlp.fc2"].weight), expected)
@@ -125,7 +134,7 @@ def test_config_is_followed(run, name, config_file):
     """The step of the nearest sigma, shift, multipliers, clipping range: against the README's five lines."""
     config = json.loads((run / "activations" / config_file).read_bytes())
     migrated = next(iter(config["outlier_config"]), "mm2.txt.mlp.fc2")
-    quantization = stage.Quantization(stage.parse_variant(name), run)
+    quantization = quantization_of(name, run)
     for layer in {migrated, "mm2.txt.mlp.fc2", "mm0.img.attn.q_proj"}:
         for key, sigma in config["sigma_map"].items():
             quantization.sigma = sigma + 0.01
@@ -182,7 +191,8 @@ def test_gate(run, results):
         (["--variants", "w4"], "--variants: 'w4' is not known; there are fp, w4-rtn"),
         (["--variants", "w4-rtn+w8-rtn"], "is not known"),
         (["--variants", "w4-adaround-g32"], "is not known"),
-        (["--variants", "w4-rtn-g100"], "groups of 100 do not divide the 192 inputs"),
+        (["--variants", "w4-rtn-g100"], "is not known"),
+        (["--variants", "w4-rtn-g128"], "groups of 128 do not divide the 192 inputs"),
         (["--variants", "a4-learned"], "holds 8 bits"),
         (["--variants", "w3-adaround"], "holds 4 bits"),
         (["--num-images", 9999], "--num-images 9999: there are"),
@@ -201,7 +211,8 @@ def test_a_partial_run_is_not_scored_as_the_whole_model(run, tmp_path):
         done = evaluate(tmp_path / "run", "--variants", variant)
         assert done.exit_code == 2 and f"{variant}: 81 of 93 layers are missing" in done.stderr, done.output
     metadata = WeightPaths(tmp_path / "run").metadata
-    metadata.write_text(metadata.read_text().replace('"calibration_run": "', '"calibration_run": "x'))
+    noted = json.loads(metadata.read_text())
+    metadata.write_text(json.dumps(noted | {"calibration_run": "0" * 64}))
     done = evaluate(tmp_path / "run", "--variants", "w4-adaround")
     assert done.exit_code == 2 and "made from another calibration run" in done.stderr
 

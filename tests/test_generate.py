@@ -244,7 +244,7 @@ def test_builtin_prompts_are_many_distinct_diverse_and_drawn_by_seed():
         (["--cfg-weight", "inf"], "--cfg-weight inf: not a finite number"),
         (
             ["--negative-prompt", "日本"],
-            "--negative-prompt 1 '日本': the character '日' is not in the tokenizer's vocabulary",
+            "--negative-prompt '日本': the character '日' is not in the tokenizer's vocabulary",
         ),
         (["--prompts", "broken.csv"], "broken.csv: not valid CSV (unexpected end of data)"),
     ],

@@ -1,0 +1,194 @@
+"""Damage every kind of file that the stages read, one at a time, and see what they do with it.
+
+python tools/corruption_campaign.py                 # every mutation: about 15 minutes on two cores
+python tools/corruption_campaign.py --limit 60      # an even spread of 60
+
+The mutations are derived from the formats as calibration_store declares them (tools/mutations.py): every JSON entry missing,
+of another type, out of its range; every array missing, of another dtype or shape, not finite, or breaking the rule that it
+must keep; every file truncated, empty, flipped in a bit, a folder, a link to itself; files of another image or step under this
+one's name. A mutation is lost when a stage ends with a traceback, takes the file as good (exit code 0), keeps it under
+--resume, or runs longer than the limit. Each runs in a forked process of its own, so that a crash is seen as one.
+"""
+
+import importlib
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cli_options import progress_bar, stage_command
+from tools.campaign_cases import Case, Target, all_cases
+
+CLEAN = [  # what makes the clean folder, small
+    ("generate_calibration_data", "--num-images", "2", "--num-steps", "3"),
+    ("cache_adaround_data", "--num-images", "2", "--stride", "1"),
+    ("collect_layer_activations", "--num-images", "2", "--stride", "1"),
+    ("analyze_activations",),
+    ("analyze_activations_multitier",),
+    ("optimize_adaround", "--iters", "10", "--batch-size", "2", "--unit", "layer"),
+    ("evaluate_quantization", "--num-images", "1", "--num-steps", "1", "--variants", "w4-rtn"),
+]
+
+
+class Result(NamedTuple):
+    """What became of a case: fine, or one of the ways to lose it; and the stage's last line."""
+
+    case: Case
+    fate: str
+    line: str
+
+
+def stage_process(script: str, arguments: list[str], log: str | Path) -> int:
+    """Fork a process that runs a stage, its output to `log`; returns its pid."""
+    pid = os.fork()
+    if pid:
+        return pid
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.argv, code = [f"{script}.py", *arguments], 70
+    try:  # whatever happens, the parent's clean-up must not run here
+        importlib.import_module(script).main(arguments)
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def run_stage(script: str, arguments: list[str], log: Path, limit: float) -> tuple[int | None, str]:
+    """Run a stage in a forked process: (exit code; None: killed after `limit` seconds), and all that it printed."""
+    pid = stage_process(script, arguments, log)
+    end = time.monotonic() + limit
+    while time.monotonic() < end:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status), log.read_text(errors="replace")
+        time.sleep(0.02)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return None, log.read_text(errors="replace")
+
+
+def fate_of(target: Target, folder: Path, clean: Path, code: int | None, output: str) -> str:
+    """fine, traceback, accepted, kept or hung."""
+    if code is None:
+        return "hung"
+    if code < 0 or "Traceback" in output or (code and output.count("Error: ") != 1):
+        return "traceback"
+    if code:
+        return "fine"
+    if not target.resume:
+        return "accepted"
+    result = target.result or target.file
+    return "fine" if (folder / result).read_bytes() == (clean / target.base / result).read_bytes() else "kept"
+
+
+def run_case(case: Case, clean: Path, limit: float) -> Result:
+    """Copy the clean folder (by hard links), damage one file, run the stage."""
+    target = case.target
+    with tempfile.TemporaryDirectory(prefix="campaign") as work:
+        folder = Path(work) / target.base
+        shutil.copytree(clean / target.base, folder, copy_function=os.link)
+        case.mutation.apply(folder / target.file)
+        for extra in target.without:
+            (folder / extra).unlink(missing_ok=True)
+        script, *given = target.command
+        arguments = [word.replace("{run}", str(folder)).replace("{root}", str(clean)) for word in given]
+        if "--calib-dir" not in arguments:
+            arguments += ["--calib-dir", str(folder)]
+        code, output = run_stage(script, arguments, Path(work) / "log", limit)
+        lines = output.replace("\r", "\n").strip().splitlines()
+        return Result(case, fate_of(target, folder, clean, code, output), lines[-1] if lines else "")
+
+
+def make_clean(root: Path) -> None:
+    """model/: a copy of the bundled model; run/: every stage once; half/: stage 3W of a block, with its checkpoint."""
+    shutil.copytree(Path(__file__).resolve().parent.parent / "models/sd3-emoji", root / "model")
+    log = root / "log"
+
+    def run(script: str, *arguments: str) -> None:
+        code, output = run_stage(script, list(arguments), log, 600)
+        if code:
+            raise click.ClickException(f"the clean run failed: {script}: {output[-400:]}")
+
+    for script, *arguments in CLEAN:
+        model = ["--model", str(root / "model")] if script == "generate_calibration_data" else []
+        run(script, *arguments, *model, "--calib-dir", str(root / "run"))
+    for part in ("manifest.json", "samples", "adaround_cache"):
+        copy = shutil.copytree if (root / "run" / part).is_dir() else shutil.copy
+        (root / "half").mkdir(exist_ok=True)
+        copy(root / "run" / part, root / "half" / part)
+    block = [
+        "--iters",
+        "10",
+        "--batch-size",
+        "2",
+        "--unit",
+        "block",
+        "--blocks",
+        "mm0",
+        "--calib-dir",
+        str(root / "half"),
+    ]
+    checkpoint = root / "half/adaround_weights/checkpoint.npz"
+    pid = stage_process("optimize_adaround", [*block, "--checkpoint-seconds", "0"], os.devnull)
+    while not checkpoint.exists():
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    kept = checkpoint.read_bytes()
+    run("optimize_adaround", *block, "--resume")
+    checkpoint.write_bytes(kept)
+    log.unlink()
+
+
+def spread(cases: list[Case], limit: int | None) -> list[Case]:
+    """At most `limit` cases, evenly over all of them."""
+    return cases if limit is None or limit >= len(cases) else [cases[i * len(cases) // limit] for i in range(limit)]
+
+
+@stage_command
+@click.option("--limit", type=click.IntRange(min=1), help="Run only so many cases, evenly spread.  [default: all]")
+@click.option("--match", help="Only cases whose line holds this text.")
+@click.option("--seconds", type=click.FloatRange(min=1), default=60, help="How long a stage may take.")
+@click.option("--workers", type=click.IntRange(1, 64), default=os.cpu_count(), help="Stages that run at a time.")
+def main(limit: int | None, match: str | None, seconds: float, workers: int) -> None:
+    """Damage files and see what the stages do with them."""
+    import diffusion  # noqa: F401  (loaded once; every case is forked from here, before MLX has computed anything)
+
+    with tempfile.TemporaryDirectory(prefix="campaign") as root:
+        make_clean(Path(root))
+        cases = spread([case for case in all_cases(Path(root)) if match is None or match in str(case)], limit)
+        results = []
+        with ThreadPoolExecutor(workers) as pool, progress_bar(len(cases), "cases", "case") as bar:
+            for result in pool.map(lambda case: run_case(case, Path(root), seconds), cases):
+                results.append(result)
+                bar.update()
+    lost = [result for result in results if result.fate != "fine"]
+    for result in lost:
+        click.echo(f"{result.fate:10} {result.case}: {result.line[:200]}")
+    counts = Counter(result.fate for result in results)
+    click.echo(
+        f"{len(results)} damaged files: {counts['traceback']} tracebacks, {counts['accepted']} accepted, "
+        f"{counts['kept']} kept by --resume, {counts['hung']} above {seconds:g} s"
+    )
+    if lost or not results:
+        raise click.ClickException(f"{len(lost)} of {len(results)} cases are lost")
+
+
+if __name__ == "__main__":
+    main()

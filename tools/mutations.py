@@ -1,0 +1,244 @@
+"""Damaged files, derived from the formats that calibration_store declares: tools/corruption_campaign.py runs the stages on them."""
+
+import copy
+import io
+import json
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints, is_typeddict
+
+import numpy as np
+from msgspec import Meta
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from calibration_store import Record, write_npz
+
+RAW = {"@@NaN": "NaN", "@@Infinity": "Infinity", "@@1e999": "1e999"}  # what JSON has no value for
+
+
+class Mutation(NamedTuple):
+    """A change of a file: what it is, and the function that writes it over `path`."""
+
+    name: str
+    apply: Callable[[Path], None]
+
+
+# --- JSON ---------------------------------------------------------------------------------------------------
+
+
+def json_values(kind: Any, value: Any, where: str) -> Iterator[tuple[str, Any]]:
+    """(name, changed value) of every way in which `value` can break its type."""
+    bounds: list[Meta] = []
+    if get_origin(kind) is Annotated:
+        kind, *bounds = get_args(kind)
+    origin = get_origin(kind)
+    if origin in (Union, types.UnionType):
+        choices = [choice for choice in get_args(kind) if choice is not type(None)]
+        if value is not None:
+            yield from json_values(choices[0], value, where)
+        else:
+            yield f"{where}: a list", [[]]
+        return
+    if is_typeddict(kind):
+        yield from _object_values(kind, value, where)
+    elif origin is dict:
+        yield f"{where}: a list", []
+        for key in list(value)[:1]:
+            for name, changed in json_values(get_args(kind)[1], value[key], f"{where}.{key}"):
+                yield name, value | {key: changed}
+    elif origin in (list, tuple):
+        yield f"{where}: an object", {"a": 1}
+        inner = get_args(kind)[0]
+        if any(bound.min_length for bound in bounds) or origin is tuple:
+            yield f"{where}: empty", []
+        for index in sorted({0, len(value) - 1}) if value else ():
+            for name, changed in json_values(inner, value[index], f"{where}[{index}]"):
+                yield name, [*value[:index], changed, *value[index + 1 :]]
+    else:
+        yield from _plain_values(kind, bounds, where)
+
+
+def _object_values(kind: Any, value: dict, where: str) -> Iterator[tuple[str, Any]]:
+    yield f"{where}: a number", 7
+    for key in sorted(kind.__required_keys__ & value.keys()):
+        yield f"{where}.{key}: missing", {name: entry for name, entry in value.items() if name != key}
+    for key, inner in get_type_hints(kind, include_extras=True).items():
+        if key in value:
+            for name, changed in json_values(inner, value[key], f"{where}.{key}"):
+                yield name, value | {key: changed}
+
+
+def _plain_values(kind: Any, bounds: list[Meta], where: str) -> Iterator[tuple[str, Any]]:
+    if get_origin(kind) is Literal:
+        yield f"{where}: not in its enum", 10**12 if isinstance(get_args(kind)[0], int) else "other"
+    elif kind is bool:
+        yield f"{where}: 1 for true", 1
+    elif kind in (int, float):
+        yield f"{where}: a string", "4"
+        yield f"{where}: a boolean", True
+        yield f"{where}: null", None
+        yield f"{where}: NaN", "@@NaN"
+        yield f"{where}: infinity", "@@Infinity" if kind is int else "@@1e999"
+        if kind is int:
+            yield f"{where}: a fraction", 1.5
+        for bound in bounds:
+            yield from _beyond(bound, where)
+    elif kind is str:
+        yield f"{where}: a number", 5
+        for bound in bounds:
+            if bound.pattern is not None:
+                yield f"{where}: leaves its folder", "../../x"
+            if bound.min_length:
+                yield f"{where}: empty", ""
+
+
+def _beyond(bound: Meta, where: str) -> Iterator[tuple[str, Any]]:
+    if bound.ge is not None:
+        yield f"{where}: below its range", bound.ge - 1
+    if bound.gt is not None:
+        yield f"{where}: not above {bound.gt}", bound.gt
+    if bound.le is not None:
+        yield f"{where}: above its range", bound.le * 2 + 1
+
+
+def write_json_text(path: Path, content: Any) -> None:
+    """Write JSON in place, numbers that JSON has no words for included."""
+    text = json.dumps(content)
+    for placeholder, literal in RAW.items():
+        text = text.replace(f'"{placeholder}"', literal)
+    replace(path, text.encode())
+
+
+def json_mutations(kind: Any, path: Path) -> Iterator[Mutation]:
+    """Every way in which the JSON file at `path` can break its type."""
+    content = json.loads(path.read_bytes())
+    for name, changed in json_values(kind, content, "$"):
+        yield Mutation(name, lambda target, changed=changed: write_json_text(target, changed))
+
+
+def edited(name: str, edit: Callable[[Any], Any]) -> Mutation:
+    """A change of decoded JSON: `edit` changes it in place, or returns another value."""
+
+    def apply(path: Path) -> None:
+        content = copy.deepcopy(json.loads(path.read_bytes()))
+        result = edit(content)
+        write_json_text(path, content if result is None else result)
+
+    return Mutation(name, apply)
+
+
+# --- NPZ ----------------------------------------------------------------------------------------------------
+
+
+def npz_mutations(record: Record, path: Path, prefix: str = "", kept: tuple[str, ...] = ()) -> Iterator[Mutation]:
+    """Every way in which the arrays at `path` (of one layer: those with the prefix) can break their record.
+
+    kept: members whose absence means nothing.
+    """
+    arrays = {key: value for key, value in np.load(path).items() if key.startswith(prefix)}
+    own = {key.removeprefix(prefix): value for key, value in arrays.items()}
+    for name, member in record.members.items():
+        if name not in own:
+            continue
+        array = own[name]
+        if name not in kept:
+            yield _with_arrays(f"{prefix}{name}: missing", prefix, {name: None})
+        other = np.float64 if "float64" not in member.dtypes else np.complex128
+        yield _with_arrays(f"{prefix}{name}: {np.dtype(other)}", prefix, {name: _as(array, other)})
+        yield _with_arrays(f"{prefix}{name}: a dimension more", prefix, {name: array[None]})
+        if array.ndim:
+            yield _with_arrays(f"{prefix}{name}: empty", prefix, {name: array[:0]})
+            yield _with_arrays(f"{prefix}{name}: one longer", prefix, {name: np.concatenate([array, array[:1]])})
+            yield _with_arrays(f"{prefix}{name}: one value", prefix, {name: array.reshape(-1)[:1]})
+        for rule in member.rules:
+            broken = rule.broken(array)
+            if broken is not None and not rule.holds(broken):
+                yield _with_arrays(f"{prefix}{name} {rule.says}", prefix, {name: broken})
+    for relation in record.relations:
+        given = [own.get(name) for name in relation.members]
+        if all(array is not None for array in given):
+            broken = relation.broken(*given)
+            if not relation.holds(*(broken.get(name, own[name]) for name in relation.members)):
+                yield _with_arrays(f"{prefix}{relation.says}", prefix, broken)
+
+
+def _as(array: np.ndarray, dtype: Any) -> np.ndarray:
+    return np.zeros(array.shape, dtype) if array.dtype.kind in "US" else array.astype(dtype)
+
+
+def _with_arrays(name: str, prefix: str, changes: dict[str, np.ndarray | None]) -> Mutation:
+    def apply(path: Path) -> None:
+        arrays = dict(np.load(path))
+        for key, value in changes.items():
+            arrays.pop(prefix + key, None)
+            if value is not None:
+                arrays[prefix + key] = value
+        path.unlink()
+        write_npz(path, arrays)
+
+    return Mutation(name, apply)
+
+
+# --- any file -----------------------------------------------------------------------------------------------
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Write over a file that others may share by hard links."""
+    path.unlink()
+    path.write_bytes(content)
+
+
+def file_mutations(path: Path, kept_text: bool = False) -> Iterator[Mutation]:
+    """What can happen to any file. kept_text: a flipped bit may leave a valid text, so none is flipped."""
+
+    def half(target: Path) -> None:
+        replace(target, target.read_bytes()[: max(1, target.stat().st_size // 2)])
+
+    def flipped(target: Path) -> None:
+        content = bytearray(target.read_bytes())
+        content[len(content) * 2 // 3] ^= 0x10
+        replace(target, bytes(content))
+
+    def folder(target: Path) -> None:
+        target.unlink()
+        target.mkdir()
+
+    def loop(target: Path) -> None:
+        target.unlink()
+        target.symlink_to(target.name)
+
+    def dangling(target: Path) -> None:
+        target.unlink()
+        target.symlink_to("nothing-there")
+
+    yield Mutation("truncated", half)
+    yield Mutation("empty", lambda target: replace(target, b""))
+    yield Mutation("garbage", lambda target: replace(target, bytes(range(256)) * 8))
+    yield Mutation("missing", lambda target: target.unlink())
+    yield Mutation("a folder", folder)
+    yield Mutation("a link to itself", loop)
+    yield Mutation("a dangling link", dangling)
+    if not kept_text:
+        yield Mutation("a flipped bit", flipped)
+    if path.suffix == ".npz":
+        yield Mutation("pickled", lambda target: replace(target, _pickled()))
+        yield Mutation("no member", lambda target: replace(target, _npz_of()))
+
+
+def _pickled() -> bytes:
+    return _npz_of(x=np.array([{"a": 1}], dtype=object))
+
+
+def _npz_of(**arrays: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def copied(name: str, other: Path) -> Mutation:
+    """Another file's content under this one's name."""
+    content = other.read_bytes()
+    return Mutation(name, lambda target: replace(target, content))
