@@ -1141,8 +1141,8 @@ def main(
     options |= {key: int(options[key]) for key in ("weight_bits", "group_size")}
     settings = Settings(lr_alpha=lr_alpha, **options)
     paths = WeightPaths(calib_dir)
-    manifest = read_manifest(calib_dir)
     cache = read_cache_metadata(calib_dir)
+    manifest = read_manifest(calib_dir)
     from diffusion import load_run_pipeline, run_cpu_streams_side_by_side
 
     run_cpu_streams_side_by_side()

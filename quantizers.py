@@ -152,11 +152,22 @@ def _mean_square(counts: np.ndarray, edges: np.ndarray) -> float:
     return float(counts @ (low * low + low * high + high * high)) / (3 * float(counts.sum()))
 
 
+def clipping_weight(bits: int) -> float:
+    """How much worse an error by clipping is than one of equal energy by rounding.
+
+    Rounding errors differ from token to token and channel to channel and average out in a matrix product; those of clipping
+    come back in the same channels and tokens (the first text token is the same in every prompt). At 8 bits, where there is
+    little to win, clipping must be worth it 64 times over: with a weight of 1 the worst layer of sd3-emoji loses 5.8 dB
+    of its output's SQNR on held-out images against the full range, with 64 0.4 dB. Below 8 bits energy decides.
+    """
+    return 64.0 if bits == 8 else 1.0
+
+
 def clipping_fraction(counts: np.ndarray, edges: np.ndarray, bits: Sequence[int]) -> np.ndarray:
     """(bits,): the clipping range with the least expected noise, as a fraction of the largest |x|.
 
-    The noise of range t is t² / (12·n²) + E[max(0, |x| − t)²], n = 2^(bits−1) − 1: evenly spread rounding errors and
-    what clipping costs (as in ACIQ, Banner et al. 2019). Every edge of the histogram of |x| is tried.
+    The noise of range t is t² / (12·n²) + w·E[max(0, |x| − t)²], n = 2^(bits−1) − 1: evenly spread rounding errors and
+    what clipping costs (as in ACIQ, Banner et al. 2019; w: `clipping_weight`). Every edge of the histogram of |x| is tried.
     """
     inside, magnitudes = absolute_histogram(counts, edges)
     filled = int(np.flatnonzero(inside)[-1]) + 1
@@ -168,11 +179,12 @@ def clipping_fraction(counts: np.ndarray, edges: np.ndarray, bits: Sequence[int]
         - 2 * ranges * (first.sum() - first.cumsum())
         + ranges * ranges * (inside.sum() - inside.cumsum())
     ) / inside.sum()
-    best = [np.argmin(ranges * ranges / (12 * levels(width) ** 2) + clipping) for width in bits]
+    best = [
+        np.argmin(ranges * ranges / (12 * levels(width) ** 2) + clipping_weight(width) * clipping) for width in bits
+    ]
     return ranges[best] / ranges[-1]
 
 
-SAFETY = 1.0
 CANDIDATES = np.linspace(0.3, 1.0, 71)  # of the full range
 
 
@@ -185,8 +197,8 @@ def channel_clipping_range(
     not known (then the full range stays); multipliers: m, (channels,) or 1. What clipping at t costs a channel is bounded
     without knowing its distribution: E[max(0, |z| − t)²] ≤ (1 − t / r)²·E[z²] for |z| ≤ r. A channel whose range comes
     from a few tokens has its ordinary ones at −shift, so that E[z²] is near r² and the bound is what is lost; a rare
-    excursion gives a small E[z²]. The range chosen has the least sum of rounding noise t² / (12·n²) and this bound, both
-    in units of x (times m²). A channel that ranges below t is not clipped at all.
+    excursion gives a small E[z²]. The range chosen has the least sum of rounding noise t² / (12·n²) and this bound (times
+    `clipping_weight`), both in units of x (times m²). A channel that ranges below t is not clipped at all.
     """
     m = np.broadcast_to(np.asarray(multipliers, np.float64), reach.shape)
     r = reach / m
@@ -196,9 +208,12 @@ def channel_clipping_range(
     ranges = CANDIDATES * full
     wide = r > ranges[0]
     excess = np.maximum(1 - ranges / r[wide, None], 0)
-    clipping = SAFETY * (power[wide] @ (excess * excess))
+    clipping = power[wide] @ (excess * excess)
     weight = float((m * m).sum())
-    best = [np.argmin(weight * ranges * ranges / (12 * levels(width) ** 2) + clipping) for width in bits]
+    best = [
+        np.argmin(weight * ranges * ranges / (12 * levels(width) ** 2) + clipping_weight(width) * clipping)
+        for width in bits
+    ]
     return ranges[best]
 
 

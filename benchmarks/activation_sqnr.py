@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from cli_options import calib_dir_option, draw_builtin_prompts, progress_bar, stage_command
-from quantizers import clipping_fraction, expected_sqnrs
+from quantizers import channel_clipping_range, clipping_fraction, expected_sqnrs
 
 TIERS = (4, 6, 8)
 
@@ -91,24 +91,32 @@ def main(calib_dir: Path, num_images: int) -> None:
                 shift = np.array(entry.get("shift", 0.0))
                 multipliers = np.array(config["outlier_config"].get(name, {}).get("multiplier_vector", 1))
                 layer = layers[str(step)][name]
-                fractions = clipping_fraction(layer.counts, layer.edges, TIERS)
-                own, plain = layer.full_reach().max(), replace(layer, shift=None).full_reach().max()
+                shifted, plain = ranges_of(layer), ranges_of(replace(layer, shift=None))
+                unmigrated = entry.get("unmigrated_clipping_range", entry["clipping_range"])
                 ways = {
                     "config": quantized(x, entry["clipping_range"], 8, shift, multipliers),
+                    "full range": quantized(x, layer.full_reach().max(), 8, shift),
                     "scale": quantized(x, entry.get("shifted_scale", entry["scale"]), 8, shift),
-                    "no migration": quantized(x, own * fractions[-1], 8, shift),
+                    "no migration": quantized(x, unmigrated, 8, shift),
                     "dynamic": quantized(x, np.abs(x - shift).max(), 8, shift),
                     "dynamic, no shift": quantized(x, np.abs(x).max()),
                 }
-                for bits, fraction in zip(TIERS, fractions, strict=True):
-                    ways[f"A{bits}"] = quantized(x, own * fraction, bits, shift)
-                    ways[f"A{bits}, no shift"] = quantized(x, plain * fraction, bits)
+                for position, bits in enumerate(TIERS):
+                    ways[f"A{bits}"] = quantized(x, shifted[position], bits, shift)
+                    ways[f"A{bits}, no shift"] = quantized(x, plain[position], bits)
                 power[name] += (x * x).sum()
                 for way, rebuilt in ways.items():
                     noise[way, name] += ((x - rebuilt) ** 2).sum()
         bar.update()
     bar.close()
     report(power, noise, layers, config)
+
+
+def ranges_of(layer) -> np.ndarray:
+    """Clipping ranges at every tier, as stage 3A' chooses them."""
+    if layer.shift is None:
+        return layer.full_reach().max() * clipping_fraction(layer.counts, layer.edges, TIERS)
+    return channel_clipping_range(layer.full_reach(), layer.centred_power(), 1, TIERS)
 
 
 def report(power: dict, noise: dict, layers: dict, config: dict) -> None:
@@ -122,6 +130,7 @@ def report(power: dict, noise: dict, layers: dict, config: dict) -> None:
     migrated = np.array([name in config["outlier_config"] for name in names])
     rows = (
         ("config − dynamic absmax, all layers", sqnr["config"] - sqnr["dynamic"]),
+        ("config − full range, all layers", sqnr["config"] - sqnr["full range"]),
         ("`scale` as the range − dynamic absmax", sqnr["scale"] - sqnr["dynamic"]),
         ("config − no migration, migrated layers", (sqnr["config"] - sqnr["no migration"])[migrated]),
         *((f"fc2: shift − no shift, A{b}", (sqnr[f"A{b}"] - sqnr[f"A{b}, no shift"])[fc2]) for b in TIERS),
@@ -141,7 +150,7 @@ def expected(layers: dict, names: list[str], bits: int) -> np.ndarray:
         signal = error = 0.0
         for step in layers.values():
             layer = step[name]
-            ranges = layer.full_reach().max() * clipping_fraction(layer.counts, layer.edges, (bits,))
+            ranges = ranges_of(layer)[[TIERS.index(bits)]]
             ratio = 10 ** (expected_sqnrs(layer.counts, layer.edges, ranges, (bits,), layer.shift)[0] / 10)
             low, high = layer.edges[:-1], layer.edges[1:]
             mean_square = layer.counts @ (low * low + low * high + high * high) / 3 / layer.counts.sum()

@@ -51,6 +51,8 @@ def layer_arrays(random: np.random.Generator, name: str) -> tuple[dict[str, np.n
         "avg_max": high,
         "min": low,
         "max": high,
+        "mean": np.zeros_like(high) if not post_gelu else (width * 0.3).astype(np.float32),
+        "mean_square": np.square(width).astype(np.float32),
         "hist_counts": counts.astype(np.int64),
         "hist_edges": edges,
     }

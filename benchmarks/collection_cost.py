@@ -80,7 +80,7 @@ def time_statistics(pipeline, replay, sample: dict, folder: Path, repeats: int, 
     """Print what hooks and statistics cost; returns the seconds of a plain pass."""
     import mlx.core as mx
 
-    from calibration_store import BackgroundWriter
+    from calibration_store import ActivationPaths, BackgroundWriter
     from collect_layer_activations import choose_statistics, new_recorder, write_partial
     from hooks import hooked_layers
 
@@ -96,7 +96,7 @@ def time_statistics(pipeline, replay, sample: dict, folder: Path, repeats: int, 
         recorder = new_recorder(implementation)
         with hooked_layers(pipeline.mmdit, recorder.record):
             statistics = recorder.finish(forward())
-        writer.submit(write_partial, folder / "partial.npz", statistics, "")
+        writer.submit(write_partial, ActivationPaths(folder), statistics, 0, 0, "float32")
 
     inputs: dict[int, mx.array] = {}
     with hooked_layers(pipeline.mmdit, lambda name, x: inputs.update({id(x): x})) as names:
@@ -134,7 +134,7 @@ def time_cache(pipeline, replay, sample: dict, folder: Path, samples: int, plain
     import numpy as np
 
     from cache_adaround_data import boundary_keys, record_pass, write_sample
-    from calibration_store import BackgroundWriter, atomic_file
+    from calibration_store import BackgroundWriter, BlockCachePaths, atomic_file
     from hooks import block_slots
 
     keys = boundary_keys(list(block_slots(pipeline.mmdit)))
@@ -153,7 +153,7 @@ def time_cache(pipeline, replay, sample: dict, folder: Path, samples: int, plain
     with BackgroundWriter(pending=0) as writer:
         for index in range(samples):
             arrays = record_pass(pipeline, replay, sample, keys, list(keys), "")
-            writer.submit(write_sample, folder / f"{index}.npz", arrays)
+            writer.submit(write_sample, BlockCachePaths(folder), index, 0, arrays)
     per_sample = (time.perf_counter() - start) / samples
     write = median(writes)
     if label == "sd3-emoji":

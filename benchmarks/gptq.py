@@ -50,18 +50,27 @@ def gptq_codes(
 @stage_command
 @calib_dir_option
 @click.option("--output", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder to make.")
-@click.option("--bits", type=click.IntRange(2, 8), default=4, help="Bits of a weight.")
+@click.option("--bits", type=click.Choice(["2", "3", "4", "5", "6", "8"]), default="4", help="Bits of a weight.")
 @click.option(
-    "--group-size", type=click.IntRange(min=0), default=64, help="Inputs that share a scale; 0: per output channel."
+    "--group-size",
+    type=click.Choice(["0", "32", "64", "128"]),
+    default="64",
+    help="Inputs that share a scale; 0: per output channel.",
 )
-def main(calib_dir: Path, output: Path, bits: int, group_size: int) -> None:
+def main(calib_dir: Path, output: Path, bits: str, group_size: str) -> None:
     """GPTQ on the block cache, in stage 3W's format."""
+    write_gptq(calib_dir, output, int(bits), int(group_size))
+
+
+def write_gptq(calib_dir: Path, output: Path, bits: int, group_size: int) -> None:
+    """Codes of every cached block, and what stage 4 needs beside them."""
     import optimize_adaround as stage
     from calibration_store import WEIGHTS_FORMAT, WeightPaths, read_cache_metadata, read_manifest, write_json, write_npz
     from diffusion import load_run_pipeline
     from hooks import layer_slots
 
-    blocks = read_cache_metadata(calib_dir)["block_names"]
+    cache = read_cache_metadata(calib_dir)
+    blocks = cache["block_names"]
     pipeline = load_run_pipeline(read_manifest(calib_dir), "float32")
     slots = layer_slots(pipeline.mmdit)
     output.mkdir(parents=True, exist_ok=True)
@@ -87,7 +96,10 @@ def main(calib_dir: Path, output: Path, bits: int, group_size: int) -> None:
         bar.update()
     bar.close()
     metadata = {"format": WEIGHTS_FORMAT, "block_names": blocks, "weight_bits": bits, "activation_bits": 0}
-    write_json(paths.metadata, metadata | {"group_size": group_size, "method": "GPTQ"})
+    made_from = {key: cache[key] for key in ("calibration_run", "weights_fingerprint", "model_version")}
+    made_from |= {key: cache[key] for key in ("selected_image_ids", "key_timesteps")}
+    metadata |= {"group_size": group_size, "method": "GPTQ", "num_samples": len(cache["samples"])}
+    write_json(paths.metadata, metadata | made_from)
     click.echo(
         f"wrote {paths.root}; now: python evaluate_quantization.py --calib-dir {output} --variants w4-rtn,w4-adaround"
     )

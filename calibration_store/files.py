@@ -125,20 +125,20 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def read_bytes(path: Path, remedy: str) -> bytes:
-    """A file's content. Raises StoreError that says what the operating system says; `remedy` where the file is missing."""
+def read_bytes(path: Path, remedy: str, absent: str = "not found") -> bytes:
+    """A file's content. Raises StoreError that says what the operating system says; `remedy` where the file is absent."""
     try:
         return path.read_bytes()
     except OSError as error:
-        raise StoreError(f"{path}: {why_unreadable(path, error, remedy)}") from None
+        raise StoreError(f"{path}: {why_unreadable(path, error, remedy, absent)}") from None
 
 
-def why_unreadable(path: Path, error: OSError, remedy: str) -> str:
+def why_unreadable(path: Path, error: OSError, remedy: str, absent: str = "not found") -> str:
     """What kept a file from being read, and what helps: not `remedy` where the file is there."""
     if isinstance(error, (FileNotFoundError, NotADirectoryError)):
         if path.is_symlink():
             return f"a link to {os.readlink(path)}, which does not exist; mend or remove the link"
-        return f"not found; {remedy}"
+        return f"{absent}; {remedy}"
     if error.errno == errno.ELOOP:
         return "a link that leads back to itself; remove it"
     return f"cannot be read ({error.strerror})"
@@ -239,7 +239,7 @@ def read_npz(path: Path, remedy: str, wanted: Callable[[str], bool] = lambda key
     members of statistics. Raises StoreError with `remedy` (what to run) when the file is missing or damaged.
     """
     arrays = {}
-    content = read_bytes(path, remedy)
+    content = read_bytes(path, remedy, "missing")
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             for member in archive.infolist():
@@ -347,7 +347,7 @@ def map_npz(path: Path, keys: Sequence[str], remedy: str, checked: bool = False)
     except KeyError as error:
         raise StoreError(f"{path}: {error.args[0]}; {remedy}") from None
     except OSError as error:
-        raise StoreError(f"{path}: {why_unreadable(path, error, remedy)}") from None
+        raise StoreError(f"{path}: {why_unreadable(path, error, remedy, 'missing')}") from None
     except NPZ_ERRORS as error:
         raise StoreError(f"{path}: truncated or damaged ({error}); {remedy}") from None
     return arrays

@@ -295,15 +295,24 @@ GROUP_SIZES = (0, 32, 64, 128)  # 0: per output channel; the others are those of
 WEIGHT_BITS = (2, 3, 4, 5, 6, 8)
 
 
-class _WeightsPlan(TypedDict):
+class _Weights(TypedDict):
     format: Literal["adaround_weights_v1"]
-    unit: Literal["model", "block", "sublayer", "layer"]
     block_names: Annotated[list[BlockName], Meta(min_length=1)]
-    iters: Count
-    batch_size: Count
     weight_bits: Literal[2, 3, 4, 5, 6, 8]
     activation_bits: Literal[0, 2, 3, 4, 5, 6, 7, 8]
     group_size: Literal[0, 32, 64, 128]
+
+
+class _MadeFrom(TypedDict, total=False):
+    model_version: Name | None
+    calibration_run: Digest | None
+    weights_fingerprint: Digest | None
+
+
+class _Training(TypedDict):
+    unit: Literal["model", "block", "sublayer", "layer"]
+    iters: Count
+    batch_size: Count
     rounding: Literal["ste", "sigmoid"]
     qdrop: Share
     lr_alpha: NotNegative
@@ -315,12 +324,8 @@ class _WeightsPlan(TypedDict):
     key_timesteps: list[Index]
 
 
-class WeightsPlan(_WeightsPlan, total=False):
+class WeightsPlan(_Weights, _Training, _MadeFrom):
     """plan.json: what a run of stage 3W is, while it is under way."""
-
-    model_version: Name | None
-    calibration_run: Digest | None
-    weights_fingerprint: Digest | None
 
 
 class StageLosses(TypedDict):
@@ -343,29 +348,32 @@ class BlockLossesFile(BlockLosses):
     format: Literal["adaround_losses_v1"]
 
 
-class _WeightsMetadata(TypedDict):
+class WeightsMetadata(_Weights, _MadeFrom, total=False):
+    """metadata.json, written last: bits and groups; other tools' (benchmarks/gptq.py) say no more, ours the whole plan."""
+
+    unit: Literal["model", "block", "sublayer", "layer"]
+    iters: Count
+    num_samples: Count
+    selected_image_ids: list[Index]
+    key_timesteps: list[Index]
+    seed: Index
     losses: dict[BlockName, BlockLosses]
 
 
-class WeightsMetadata(WeightsPlan, _WeightsMetadata):
-    """metadata.json, written last."""
-
-
-def _plan_fault(plan: WeightsPlan) -> str | None:
-    fault = distinct(plan["block_names"], "block_names: block") or distinct(plan["selected_image_ids"], "image")
-    if not fault and plan["num_samples"] != len(plan["selected_image_ids"]) * len(plan["key_timesteps"]):
+def weights_fault(content: WeightsPlan | WeightsMetadata) -> str | None:
+    """What the entries of plan.json and metadata.json say of each other that cannot be."""
+    ids, steps = content.get("selected_image_ids", []), content.get("key_timesteps", [])
+    fault = distinct(content["block_names"], "block_names: block") or distinct(ids, "image")
+    if fault:
+        return fault
+    if content.get("num_samples", 0) != len(ids) * len(steps):
         return "num_samples is not that of selected_image_ids and key_timesteps"
-    return fault
-
-
-def weights_fault(metadata: WeightsMetadata) -> str | None:
-    """What the entries of the learned weights' metadata say of each other that cannot be."""
-    if set(metadata["losses"]) != set(metadata["block_names"]):
+    if set(content.get("losses", content["block_names"])) != set(content["block_names"]):
         return "losses are not those of block_names"
-    return _plan_fault(metadata)
+    return None
 
 
-WEIGHTS_PLAN = JsonFormat(WEIGHTS_FORMAT, WeightsPlan, OPTIMIZE, _plan_fault)
+WEIGHTS_PLAN = JsonFormat(WEIGHTS_FORMAT, WeightsPlan, OPTIMIZE, weights_fault)
 WEIGHTS_METADATA = JsonFormat(WEIGHTS_FORMAT, WeightsMetadata, OPTIMIZE, weights_fault)
 LOSSES = JsonFormat("adaround_losses_v1", BlockLossesFile, OPTIMIZE)
 
@@ -410,6 +418,8 @@ def read_quantized_block(
             fault = f"scale has shape {fields['scale'].shape} for groups of {plan['group_size']}"
         if not fault and ("act_scale" in fields) != bool(plan["activation_bits"]):
             fault = f"{'a' if 'act_scale' in fields else 'no'} range for {plan['activation_bits']} activation bits"
+        if not fault and ("act_shift" in fields) != ("act_scale" in fields and name.endswith(".mlp.fc2")):
+            fault = f"{'a' if 'act_shift' in fields else 'no'} shift of its input"
         if fault:
             raise StoreError(f"{path}: {name}: {fault}; {remedy}")
     if not layers:

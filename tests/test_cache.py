@@ -47,7 +47,9 @@ def test_files_keep_their_contract(run):
     }
     for sample in metadata["samples"]:
         arrays = np.load(run / "adaround_cache" / sample["file"], allow_pickle=False)
-        assert set(arrays.files) == keys | {"image_id", "step_index"} and all(arrays[key].dtype == np.float16 for key in keys)
+        assert set(arrays.files) == keys | {"image_id", "step_index"} and all(
+            arrays[key].dtype == np.float16 for key in keys
+        )
         assert arrays["mm0__arg0"].shape == (2, 64, 1, 192) and arrays["mm3__out1"].shape == (2, 32, 1, 192)
         assert arrays["modulation_input"].shape == (2, 1, 1, 192)
     separate = sum(

@@ -228,15 +228,28 @@ def test_config_of_another_tool(run, tmp_path):
     next(iter(config["per_timestep"].values()))["mm0.img.attn.o_proj"]["scale"] = 0
     del config["outlier_config"], config["metadata"]
     path.write_text(json.dumps(config))
-    assert evaluate(tmp_path / "run", "--variants", "a8").exit_code == 0
+    done = evaluate(tmp_path / "run", "--variants", "a8")
+    assert done.exit_code == 2 and "say --scale-is range or --scale-is step" in done.stderr
+    assert evaluate(tmp_path / "run", "--variants", "a8", "--scale-is", "range").exit_code == 0
+    as_range = json.loads((tmp_path / "run/evaluation/metrics.json").read_bytes())["variants"]["a8"]["psnr"]
+    for layers in config["per_timestep"].values():
+        for entry in layers.values():
+            entry |= {key: entry[key] / 127 for key in ("scale", "shifted_scale") if key in entry}
+    path.write_text(json.dumps(config))
+    assert evaluate(tmp_path / "run", "--variants", "a8", "--scale-is", "step").exit_code == 0
+    as_step = json.loads((tmp_path / "run/evaluation/metrics.json").read_bytes())["variants"]["a8"]["psnr"]
+    assert as_step["mean"] == pytest.approx(as_range["mean"], abs=0.5)
+    assert evaluate(tmp_path / "run", "--variants", "a8", "--scale-is", "range").exit_code == 0
+    misread = json.loads((tmp_path / "run/evaluation/metrics.json").read_bytes())["variants"]["a8"]["psnr"]
+    assert misread["mean"] < as_range["mean"] - 10
     del next(iter(config["per_timestep"].values()))["mm0.img.attn.o_proj"]
     path.write_text(json.dumps(config))
-    done = evaluate(tmp_path / "run", "--variants", "a8")
+    done = evaluate(tmp_path / "run", "--variants", "a8", "--scale-is", "range")
     assert done.exit_code == 2 and "a8: 1 of 93 layers are missing (sigma " in done.stderr
     del config["sigma_map"]
     path.write_text(json.dumps(config))
     done = evaluate(tmp_path / "run", "--variants", "a8")
-    assert done.exit_code == 2 and "not a valid configuration (KeyError('sigma_map'))" in done.stderr
+    assert done.exit_code == 2 and "Object missing required field `sigma_map`" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -162,12 +162,30 @@ def test_stride_and_batches(clean_run, tmp_path):
 
 
 def test_a_run_grown_from_a_short_batch_is_that_of_one_go(tmp_path):
-    arguments = ["--num-steps", 3, "--batch-size", 4, "--calib-dir"]
-    generate("--num-images", 2, *arguments, tmp_path / "grown")
+    arguments = ["--num-steps", 3, "--batch-size", 2, "--calib-dir"]
+    generate("--num-images", 3, *arguments, tmp_path / "grown")
     done = generate("--num-images", 5, *arguments, tmp_path / "grown", "--resume")
     assert done.exit_code == 0, done.stderr
     generate("--num-images", 5, *arguments, tmp_path / "whole")
     assert folder_bytes(tmp_path / "grown") == folder_bytes(tmp_path / "whole")
+
+
+def test_a_batch_larger_than_the_run_has_no_empty_rows(tmp_path, monkeypatch):
+    rows = []
+    original = diffusion.euler_steps
+    monkeypatch.setattr(
+        diffusion,
+        "euler_steps",
+        lambda p, text, noise, *rest: rows.append(len(noise)) or original(p, text, noise, *rest),
+    )
+    done = generate("--num-images", 2, "--num-steps", 2, "--batch-size", 16, "--calib-dir", tmp_path / "run")
+    assert done.exit_code == 0 and rows == [2], done.output
+    before = folder_bytes(tmp_path / "run/samples")
+    done = generate(
+        "--num-images", 5, "--num-steps", 2, "--batch-size", 16, "--calib-dir", tmp_path / "run", "--resume"
+    )
+    assert done.exit_code == 0 and rows == [2, 2, 2], done.output  # it goes on with as many rows as it began with
+    assert before.items() <= folder_bytes(tmp_path / "run/samples").items()
 
 
 def test_dry_run_writes_nothing_and_its_bytes_are_right(clean_run, tmp_path):

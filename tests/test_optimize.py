@@ -298,7 +298,9 @@ def test_dry_run_writes_nothing(copy):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--group-size", 50], "--group-size 50 does not divide the layers' inputs ([192, 768])"),
+        (["--group-size", 50], "'--group-size': '50' is not one of '0', '32', '64', '128'"),
+        (["--group-size", 128], "--group-size 128 does not divide the layers' inputs ([192, 768])"),
+        (["--weight-bits", 7], "'--weight-bits': '7' is not one of '2', '3', '4', '5', '6', '8'"),
         (["--blocks", "mm9"], "--blocks: mm9 not in the cache, which has mm0"),
         (["--activation-bits", 1], "--activation-bits 1: a symmetric grid needs 2 bits or more"),
         (["--unit", "model", "--blocks", "mm1"], "--unit model needs every block"),
