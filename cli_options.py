@@ -8,10 +8,14 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
 BUILTIN_PROMPTS = Path(__file__).resolve().parent / "prompts" / "builtin.csv"
+PROMPT_COLUMNS = ("prompt", "caption")  # the first that a table has
+TABLE_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+REFUSED_PROMPT_FILES = (".json", ".jsonl", ".yaml", ".yml")  # each line would pass for a prompt
 
 
 class StageCommand(click.Command):
@@ -37,6 +41,9 @@ class Interrupted(click.ClickException):
     """Ctrl-C, with a message that says what was left and how to go on."""
 
     exit_code = 130
+
+
+# --- options ------------------------------------------------------------------------------------------------
 
 
 def stage_command(function: Callable) -> click.Command:
@@ -98,6 +105,9 @@ def resume_options(function: Callable) -> Callable:
     return checked
 
 
+# --- output -------------------------------------------------------------------------------------------------
+
+
 def progress_bar(total: int, description: str, unit: str, initial: int = 0, leave: bool = True):
     """A tqdm bar with rate and time to go; in a log file a line every ten seconds instead of ten a second."""
     from tqdm import tqdm
@@ -112,6 +122,11 @@ def progress_bar(total: int, description: str, unit: str, initial: int = 0, leav
         mininterval=interval,
         dynamic_ncols=True,
     )
+
+
+def show(value: Any) -> str:
+    """How a message names a value: '' for an empty string, which would be invisible."""
+    return "''" if value == "" else str(value)
 
 
 def resume_command() -> str:
@@ -191,27 +206,39 @@ def save_figure(figure, path: Path) -> None:
 
 
 def read_prompt_file(path: Path) -> list[str]:
-    """Prompts of a .csv file (column `prompt`) or of a text file (one a line; empty lines are skipped)."""
+    """Prompts of a table (.csv, .tsv) or of a text file (one a line; empty lines are skipped)."""
+    suffix = path.suffix.lower()
+    if suffix in REFUSED_PROMPT_FILES:
+        raise click.UsageError(
+            f"--prompts {path}: {suffix} files are not read; give text (one prompt a line), .csv or .tsv "
+            "(column 'prompt' or 'caption')"
+        )
     try:
         text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise click.UsageError(f"--prompts {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise click.UsageError(f"--prompts {path}: not UTF-8 text (byte {error.start})") from None
-    if path.suffix.lower() == ".csv":
-        try:
-            rows = list(csv.DictReader(io.StringIO(text), strict=True))
-        except csv.Error as error:
-            raise click.UsageError(f"--prompts {path}: not valid CSV ({error})") from None
-        fields = next(csv.reader(io.StringIO(text)), [])
-        if "prompt" not in fields:
-            found = ", ".join(fields) or "none"
-            raise click.UsageError(f"--prompts {path}: no column 'prompt' (columns: {found})")
-        lines = [row["prompt"] or "" for row in rows]
-    else:
-        lines = text.splitlines()
+    lines = prompt_column(path, text, TABLE_DELIMITERS[suffix]) if suffix in TABLE_DELIMITERS else text.splitlines()
     prompts = [" ".join(line.split()) for line in lines if line.strip()]
     if not prompts:
         raise click.UsageError(f"--prompts {path}: holds no prompt")
     return prompts
+
+
+def prompt_column(path: Path, text: str, delimiter: str) -> list[str]:
+    """The cells below `prompt` or, without one, `caption`; rows that are too short to have one are left out."""
+    try:
+        rows = [row for row in csv.reader(io.StringIO(text), delimiter=delimiter, strict=True) if row]
+    except csv.Error as error:
+        raise click.UsageError(f"--prompts {path}: not valid {path.suffix[1:].upper()} ({error})") from None
+    fields = [field.strip() for field in rows[0]] if rows else []
+    names = [field.lower() for field in fields]
+    column = next((names.index(name) for name in PROMPT_COLUMNS if name in names), None)
+    if column is None:
+        found = ", ".join(fields) or "none"
+        raise click.UsageError(f"--prompts {path}: no column 'prompt' or 'caption' (columns: {found})")
+    return [row[column] for row in rows[1:] if column < len(row)]
 
 
 def draw_builtin_prompts(captions: Path | None, seed: int) -> list[str]:
