@@ -3,6 +3,7 @@
 import csv
 import functools
 import io
+import math
 import shlex
 import sys
 from collections import defaultdict
@@ -35,6 +36,19 @@ class StageCommand(click.Command):
         if "mlx.core" in sys.modules:
             sys.modules["mlx.core"].synchronize()  # what an interrupted pass left running ends before the process
         sys.exit(code if isinstance(code, int) else 0)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Refuse NaN and infinity: click takes both for numbers, and NaN passes every range."""
+        rest = super().parse_args(ctx, args)
+        for parameter in self.get_params(ctx):
+            value = ctx.params.get(parameter.name)
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, float) and not math.isfinite(number):
+                    raise click.UsageError(f"{max(parameter.opts, key=len)} {number}: not a finite number")
+        return rest
+
+
+StageCommand.command_class = StageCommand  # what click.Group makes its subcommands of
 
 
 class Interrupted(click.ClickException):

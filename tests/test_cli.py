@@ -1,5 +1,6 @@
 """What every stage's command line shares: prompt files, numbers, Ctrl-C at any moment, terminals, log files."""
 
+import importlib
 import json
 import os
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import click
 import pytest
-from conftest import ROOT, generate
+from conftest import ROOT, generate, invoke
 
 import cli_options
 from cli_options import read_prompt_file
@@ -111,6 +112,36 @@ def test_files_without_permission_say_so(tmp_path):
         assert refusal(tmp_path / "a.txt") == f"--prompts {tmp_path}/a.txt: Permission denied"
     finally:
         os.seteuid(user)
+
+
+# --- numbers ------------------------------------------------------------------------------------------------
+
+
+def float_options():
+    """(script, subcommand's name or none, option) of every option that takes a float."""
+    for script in SCRIPTS:
+        main = importlib.import_module(script).main
+        commands = main.commands.items() if isinstance(main, click.Group) else [("", main)]
+        for name, command in commands:
+            for option in command.params:
+                if isinstance(option.type, click.types.FloatParamType):
+                    yield script, name, option.opts[0]
+
+
+def test_every_numeric_option_refuses_what_is_not_finite(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = list(float_options())
+    assert len(options) >= 15
+    for script, command, option in options:
+        arguments = [command, "data", "output"] if command else []
+        done = invoke(script, *arguments, option, "nan")
+        assert (done.exit_code, done.stderr) == (2, f"Error: {option} nan: not a finite number\n"), script
+        for value in ("inf", "-inf"):
+            done = invoke(script, *arguments, f"{option}={value}")
+            assert done.exit_code == 2 and done.stderr.count("\n") == 1, (script, done.stderr)
+            assert re.search(
+                rf"{option} {value}: not a finite number|'{option}': {value} is not in the range", done.stderr
+            )
 
 
 # --- messages -----------------------------------------------------------------------------------------------
