@@ -1,11 +1,13 @@
 """What the stages' command lines share: one-line errors, option groups, prompts, progress bars, figures for people."""
 
+import codecs
 import csv
 import functools
 import io
 import math
 import shlex
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ BUILTIN_PROMPTS = Path(__file__).resolve().parent / "prompts" / "builtin.csv"
 PROMPT_COLUMNS = ("prompt", "caption")  # the first that a table has
 TABLE_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 REFUSED_PROMPT_FILES = (".json", ".jsonl", ".yaml", ".yml")  # each line would pass for a prompt
+LOG_SECONDS = 10.0
 
 
 class StageCommand(click.Command):
@@ -25,6 +28,8 @@ class StageCommand(click.Command):
     def main(self, *args, standalone_mode: bool = True, **kwargs):
         if not standalone_mode:
             return super().main(*args, standalone_mode=False, **kwargs)
+        for stream in (sys.stdout, sys.stderr):
+            replace_what_cannot_be_encoded(stream)
         try:
             code = super().main(*args, standalone_mode=False, **kwargs)
         except click.ClickException as error:
@@ -122,20 +127,79 @@ def resume_options(function: Callable) -> Callable:
 # --- output -------------------------------------------------------------------------------------------------
 
 
+def plain_ascii(name: str) -> codecs.CodecInfo | None:
+    """ASCII under a name of its own: click takes a stream that is called ascii for a mistake and writes UTF-8 to it."""
+    if name != "plain_ascii":
+        return None
+    found = codecs.lookup("ascii")
+    return codecs.CodecInfo(*found, found.incrementalencoder, found.incrementaldecoder, name=name)
+
+
+codecs.register(plain_ascii)
+
+
+def replace_what_cannot_be_encoded(stream: Any) -> None:
+    """Let a terminal that lacks a character (×, –) show a question mark in its place."""
+    if isinstance(stream, io.TextIOWrapper):
+        is_ascii = codecs.lookup(stream.encoding).name == "ascii"
+        stream.reconfigure(encoding="plain_ascii" if is_ascii else None, errors="replace")
+
+
 def progress_bar(total: int, description: str, unit: str, initial: int = 0, leave: bool = True):
-    """A tqdm bar with rate and time to go; in a log file a line every ten seconds instead of ten a second."""
+    """A tqdm bar with rate and time to go; in a log file whole lines, and none for a bar that would not stay."""
+    if not sys.stderr.isatty():
+        return ProgressLines(total, description, unit, initial, LOG_SECONDS if leave else None)
     from tqdm import tqdm
 
-    interval = 0.1 if sys.stderr.isatty() else 10
-    return tqdm(
-        total=total,
-        desc=description,
-        unit=unit,
-        initial=initial,
-        leave=leave,
-        mininterval=interval,
-        dynamic_ncols=True,
-    )
+    return tqdm(total=total, desc=description, unit=unit, initial=initial, leave=leave, dynamic_ncols=True)
+
+
+class ProgressLines:
+    """A progress bar for a log file, used as tqdm is: a line at most every `interval` seconds and one at the end.
+
+    The rate counts what `update` was told, not `initial` and not what is assigned to `n`: that took no time.
+    """
+
+    def __init__(self, total: int, description: str, unit: str, initial: int = 0, interval: float | None = LOG_SECONDS):
+        self.total, self.description, self.unit, self.n = total, description, unit, initial
+        self.interval = interval  # None: print nothing
+        self._done, self._postfix, self._closed = 0, "", False
+        self._begin = self._printed = time.monotonic()
+
+    def __enter__(self) -> "ProgressLines":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def update(self, count: int = 1) -> None:
+        self.n += count
+        self._done += count
+        if self.interval is not None and time.monotonic() - self._printed >= self.interval:
+            self._print()
+
+    def set_description(self, description: str, refresh: bool = True) -> None:
+        self.description = description
+
+    def set_postfix(self, refresh: bool = True, **values) -> None:
+        self._postfix = "".join(f", {name}={value}" for name, value in values.items())
+
+    def close(self) -> None:
+        if self.interval is not None and not self._closed:
+            self._print()
+        self._closed = True
+
+    def _print(self) -> None:
+        self._printed = time.monotonic()
+        spent = self._printed - self._begin
+        percent = 100 * self.n // self.total if self.total else 100
+        parts = [f"{self.description} {self.n}/{self.total} ({percent}%)", format_seconds(spent)]
+        if self._done and spent:
+            each = spent / self._done
+            if self.n < self.total:
+                parts.append(f"{format_seconds(each * (self.total - self.n))} to go")
+            parts.append(f"{each:.1f} s/{self.unit}" if each >= 1 else f"{1 / each:.1f} {self.unit}/s")
+        click.echo(", ".join(parts) + self._postfix, err=True)
 
 
 def show(value: Any) -> str:

@@ -1,18 +1,23 @@
 """What every stage's command line shares: prompt files, numbers, Ctrl-C at any moment, terminals, log files."""
 
+import contextlib
+import fcntl
 import importlib
 import json
 import os
+import pty
 import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
 import click
 import pytest
-from conftest import ROOT, generate, invoke
+from conftest import ROOT, generate, invoke, start
 
 import cli_options
 from cli_options import read_prompt_file
@@ -142,6 +147,94 @@ def test_every_numeric_option_refuses_what_is_not_finite(tmp_path, monkeypatch):
             assert re.search(
                 rf"{option} {value}: not a finite number|'{option}': {value} is not in the range", done.stderr
             )
+
+
+# --- terminals and log files --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("environment", "printed"),
+    [
+        ({"PYTHONIOENCODING": "ascii"}, b"2 ? 3 ? 4"),
+        ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, b"2 ? 3 ? 4"),
+        ({"PYTHONIOENCODING": "latin-1"}, b"2 \xd7 3 ? 4"),
+        ({"PYTHONIOENCODING": "utf-8"}, "2 × 3 – 4".encode()),
+    ],
+)
+def test_a_terminal_that_is_not_utf_8_gets_question_marks(tmp_path, environment, printed):
+    body = 'click.echo("2 × 3 – 4")\nprint("2 × 3 – 4", file=sys.stderr)\nraise click.UsageError("2 × 3 – 4")'
+    process = start_stage(tmp_path, body, env=environment)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 2 and stdout == printed + b"\n"
+    assert stderr == printed + b"\nError: " + printed + b"\n"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_stage_names_a_file_that_the_terminal_cannot_show(tmp_path, encoding):
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    process = start("analyze_activations", "--stats", tmp_path / "2–3.json", env=environment)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 2 and "2?3.json" in stderr and stderr.count("\n") == 1
+
+
+def test_progress_in_a_log_file(capsys):
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        cli_options.ProgressLines(24, "images", "image", 10, interval=0) as bar,
+    ):
+        bar.set_postfix(loss="0.123", changed="1%", refresh=False)
+        time.sleep(0.2)
+        bar.update(2)
+        bar.set_description("w4")
+        bar.n = 20
+        raise KeyboardInterrupt
+    first, last = capsys.readouterr().err.splitlines()
+    figures = re.fullmatch(
+        r"images 12/24 \(50%\), (0\.\d) s, ([\d.]+) s to go, ([\d.]+) image/s, loss=0.123, changed=1%", first
+    )
+    _, left, rate = map(float, figures.groups())
+    assert 5 < rate <= 10.1 and left == pytest.approx(
+        12 / rate, rel=0.1
+    )  # 2 images in 0.2 s, whatever was there before
+    assert re.fullmatch(r"w4 20/24 \(83%\), 0\.\d s, 0\.\d s to go, [\d.]+ image/s, loss=0.123, changed=1%", last)
+
+
+def test_progress_without_anything_to_do_and_slow_progress(capsys):
+    with cli_options.progress_bar(3, "images", "image", initial=3):
+        pass
+    with cli_options.progress_bar(0, "images", "image"):
+        pass
+    bar = cli_options.ProgressLines(1, "units", "unit")
+    bar._begin -= 75.0
+    bar.update()
+    bar.close()
+    bar.close()
+    with cli_options.progress_bar(8, "steps", "step", leave=False) as steps:
+        steps.update(8)
+    assert capsys.readouterr().err.splitlines() == [
+        "images 3/3 (100%), 0.0 s", "images 0/0 (100%), 0.0 s", "units 1/1 (100%), 1 min 15 s, 75.0 s/unit",
+    ]  # fmt: skip
+
+
+def test_a_log_file_gets_whole_lines(tmp_path):
+    arguments = ["--model", "sd3-emoji", "--num-images", 2, "--num-steps", 2, "--calib-dir", tmp_path / "run"]
+    process = start("generate_calibration_data", *arguments, env=ONE_THREAD)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0
+    line = r"images \d/2 \(\d+%\), [\d.]+ s(, [\d.]+ s to go)?, [\d.]+ (s/image|image/s)\n"
+    assert re.fullmatch(rf"({line})+", stderr) and "images 2/2 (100%), " in stderr
+
+
+def test_a_terminal_keeps_its_bar(tmp_path):
+    controller, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
+    body = "with progress_bar(4, 'images', 'image') as bar:\n    time.sleep(0.2); bar.update(4)"
+    process = start_stage(tmp_path, body, stderr=terminal)
+    assert process.wait(timeout=60) == 0
+    os.close(terminal)
+    shown = os.read(controller, 10_000)
+    os.close(controller)
+    assert b"\rimages: 100%" in shown and "█".encode() in shown
 
 
 # --- messages -----------------------------------------------------------------------------------------------
