@@ -1,17 +1,23 @@
 """What the stages' command lines share: one-line errors, option groups, prompts, progress bars, figures for people."""
 
+import atexit
 import codecs
+import contextlib
 import csv
 import functools
 import io
 import math
+import os
 import shlex
+import signal
 import sys
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import FrameType, TracebackType
+from typing import Any, NoReturn
 
 import click
 
@@ -30,6 +36,11 @@ class StageCommand(click.Command):
             return super().main(*args, standalone_mode=False, **kwargs)
         for stream in (sys.stdout, sys.stderr):
             replace_what_cannot_be_encoded(stream)
+        with ctrl_c_handled():
+            sys.exit(self._exit_code(*args, **kwargs))
+
+    def _exit_code(self, *args, **kwargs) -> int:
+        """Run the command, say its error, wait for MLX."""
         try:
             code = super().main(*args, standalone_mode=False, **kwargs)
         except click.ClickException as error:
@@ -40,7 +51,7 @@ class StageCommand(click.Command):
             code = 130
         if "mlx.core" in sys.modules:
             sys.modules["mlx.core"].synchronize()  # what an interrupted pass left running ends before the process
-        sys.exit(code if isinstance(code, int) else 0)
+        return code if isinstance(code, int) else 0
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Refuse NaN and infinity: click takes both for numbers, and NaN passes every range."""
@@ -52,6 +63,14 @@ class StageCommand(click.Command):
                     raise click.UsageError(f"{max(parameter.opts, key=len)} {number}: not a finite number")
         return rest
 
+    def make_context(self, *args, **kwargs) -> click.Context:
+        with without_empty_line():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with without_empty_line():
+            return super().invoke(ctx)
+
 
 StageCommand.command_class = StageCommand  # what click.Group makes its subcommands of
 
@@ -60,6 +79,89 @@ class Interrupted(click.ClickException):
     """Ctrl-C, with a message that says what was left and how to go on."""
 
     exit_code = 130
+
+
+# --- Ctrl-C -------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def ctrl_c_handled() -> Iterator[None]:
+    """Use CtrlC in place of Python's own handler; one that somebody else set, and `nohup`'s SIG_IGN, are left alone.
+
+    After an interrupt the handler stays: the process is about to end, and a second Ctrl-C may come until it has.
+    """
+    on_main_thread = threading.current_thread() is threading.main_thread()
+    if not on_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    handler = CtrlC()
+    signal.signal(signal.SIGINT, handler)
+    atexit.unregister(ignore_ctrl_c)
+    atexit.register(ignore_ctrl_c)
+    try:
+        yield
+    finally:
+        if not handler.interrupted:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class CtrlC:
+    """The handler of SIGINT: the first one raises KeyboardInterrupt, the next ends the process at once.
+
+    The first one, too, while a module is imported, for imports lose exceptions. coremltools imports its dependencies
+    below `except:` and goes on without them; NumPy calls its installation broken, or crashes.
+    """
+
+    def __init__(self):
+        self.interrupted = False
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        if self.interrupted:
+            end_process("Interrupted again: ended at once.")
+        if importing(frame):
+            end_process("Interrupted.")
+        self.interrupted = True
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def without_empty_line() -> Iterator[None]:
+    """Abort instead of KeyboardInterrupt, for which click prints an empty line."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise click.Abort from None
+
+
+def importing(frame: FrameType | None) -> bool:
+    """Whether `frame` runs below an import statement."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib."):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def end_process(message: str) -> NoReturn:
+    """Leave with one line and exit code 130, whatever is going on. Files are written atomically: none is left half."""
+    with contextlib.suppress(OSError):  # nobody reads stderr any more
+        os.write(2, f"\n{message}\n".encode() if os.isatty(2) else f"{message}\n".encode())  # below a progress bar
+    os._exit(130)
+
+
+def ignore_ctrl_c() -> None:
+    """At exit: all is said and done, and Python would print what an interrupt breaks while it takes itself apart."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def end_on_ctrl_c(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """sys.excepthook: one line for Ctrl-C outside of StageCommand.main, that is while the script itself is imported."""
+    if issubclass(kind, KeyboardInterrupt):
+        end_process("Interrupted.")
+    sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = end_on_ctrl_c
 
 
 # --- options ------------------------------------------------------------------------------------------------

@@ -149,6 +149,115 @@ def test_every_numeric_option_refuses_what_is_not_finite(tmp_path, monkeypatch):
             )
 
 
+# --- Ctrl-C -------------------------------------------------------------------------------------------------
+
+
+def own_lines(path) -> list[str]:
+    """The lines of a stderr file that Python's PYTHONPROFILEIMPORTTIME did not write."""
+    return [line for line in path.read_text().splitlines() if not line.startswith("import time:")]
+
+
+def interrupt_imports(command, tmp_path, module: str, seconds: float) -> tuple[int, list[str]]:
+    """Start a process, send SIGINT so many seconds after it has imported `module`: its exit code and stderr."""
+    log = tmp_path / f"{module}-{seconds}.log"
+    with log.open("w") as stderr:
+        environment = os.environ | {"PYTHONPROFILEIMPORTTIME": "1"}
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, env=environment, preexec_fn=interruptible
+        )
+        wait_for(lambda: f" {module}" in log.read_text(), process)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=120)
+    return process.returncode, own_lines(log)
+
+
+@pytest.mark.parametrize(
+    ("module", "seconds"),
+    [("cli_options", s) for s in (0, 0.15, 0.5, 1, 1.5, 2, 3)] + [("numpy", 0), ("torch.", 0), ("transformers", 0)],
+)
+def test_ctrl_c_while_a_stage_imports(tmp_path, module, seconds):
+    script = [sys.executable, "generate_calibration_data.py", "--model", "sd3-emoji"]
+    arguments = ["--num-images", "40", "--num-steps", "8", "--calib-dir", str(tmp_path / "run")]
+    code, lines = interrupt_imports([*script, *arguments], tmp_path, module, seconds)
+    assert code == 130
+    assert lines == ["Interrupted."] or re.match(r"Error: interrupted: \d+ of 40 images", lines[-1])
+    assert not any("Traceback" in line for line in lines)
+
+
+def test_ctrl_c_while_a_script_imports_diffusion_itself(tmp_path):
+    """As the benchmarks do: coremltools swallows the exception while it imports transformers."""
+    code = "import cli_options, diffusion; print('goes on')"
+    assert interrupt_imports([sys.executable, "-c", code], tmp_path, "transformers", 0) == (130, ["Interrupted."])
+
+
+CLEANING = """
+try:
+    print("on", flush=True)
+    time.sleep(60)
+finally:
+    for _ in range(20):
+        time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize("gap", [0.001, 0.03, 0.1, 0.19, 0.2, 0.21, 0.22, 0.23])
+def test_a_second_ctrl_c_ends_the_clean_up_at_once(tmp_path, gap):
+    """At any moment after the first, until the process is gone; clean-up takes 0.2 s here."""
+    process = start_stage(tmp_path, CLEANING)
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    time.sleep(gap)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    lines = stderr.decode().splitlines()
+    assert process.returncode == 130, stderr
+    assert lines in (["Interrupted again: ended at once."], ["Interrupted."], ["Interrupted.", lines[-1]]), stderr
+
+
+def test_a_third_and_a_hundredth_ctrl_c(tmp_path):
+    process = start_stage(tmp_path, CLEANING)
+    process.stdout.readline()
+    while process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.002)
+    _, stderr = process.communicate()
+    assert process.returncode == 130 and stderr == b"Interrupted again: ended at once.\n"
+
+
+def test_an_inherited_sig_ign_stays(tmp_path):
+    script = tmp_path / "stage.py"
+    script.write_text(STAGE.format("    print('on', flush=True); time.sleep(0.3); print('done')"))
+    command = ["sh", "-c", f"trap '' INT; exec {sys.executable} {script}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60) == (b"done\n", b"") and process.returncode == 0
+
+
+def test_the_handler_is_put_back(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    assert invoke("analyze_activations", "--calib-dir", tmp_path).exit_code == 2
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_second_ctrl_c_in_the_evaluation(tmp_path):
+    calibration = tmp_path / "run"
+    generate("--num-images", 1, "--num-steps", 1, "--no-images", "--calib-dir", calibration)
+    runs = tmp_path / "evaluation" / "runs"
+    arguments = ["--variants", "w4-rtn,w5-rtn,a8-dynamic", "--num-images", 2, "--output", tmp_path / "evaluation"]
+    arguments += ["--calib-dir", calibration]
+    process = start("evaluate_quantization", *arguments, preexec_fn=interruptible, env=ONE_THREAD)
+    wait_for(lambda: runs.is_dir() and len(list(runs.glob("*.npz"))) > 1, process)  # all is imported by then
+    while process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.02)
+    _, stderr = process.communicate()
+    assert process.returncode == 130 and "Traceback" not in stderr
+    assert re.search(r"(go on with: .*|Interrupted again: ended at once\.)\n\Z", stderr)
+
+
 # --- terminals and log files --------------------------------------------------------------------------------
 
 
