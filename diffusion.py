@@ -16,8 +16,10 @@ import importlib.util
 import logging
 import os
 import platform
+import signal
 import socket
 import sys
+import threading
 import urllib.parse
 import urllib.request
 import warnings
@@ -61,13 +63,31 @@ def _quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
+@contextlib.contextmanager
+def _ctrl_c_at_the_end() -> Iterator[None]:
+    """Hold KeyboardInterrupt back until the block ends: coremltools swallows it (`except:`) and goes on.
+
+    Below a stage's command line there is nothing to do: cli_options.CtrlC ends the process at once.
+    """
+    on_main_thread = threading.current_thread() is threading.main_thread()
+    if not on_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    held_back = []
+    signal.signal(signal.SIGINT, lambda signum, frame: held_back.append(signum))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if held_back:
+        raise KeyboardInterrupt
+
+
 _load_fast_blas()
 
-import mlx.core as mx  # noqa: E402  (the BLAS comes first)
-import numpy as np  # noqa: E402
-from mlx.utils import tree_flatten, tree_map  # noqa: E402
-
-with _quiet():
+with _ctrl_c_at_the_end(), _quiet():  # after the BLAS
+    import mlx.core as mx
+    import numpy as np
     import torch
     from diffusionkit.mlx import MMDIT_CKPT, CFGDenoiser, DiffusionPipeline, SD3LatentFormat, append_dims
     from diffusionkit.mlx.clip import CLIPTextModel
@@ -84,6 +104,7 @@ with _quiet():
     from huggingface_hub import constants as hub_constants
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from mlx.utils import tree_flatten, tree_map
     from PIL import Image
 
 from calibration_store import (  # noqa: E402

@@ -785,7 +785,7 @@ def is_run(run: Run, arrays: "dict[str, np.ndarray]", identity: str) -> bool:
     "--prompts",
     "prompt_file",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Text file, one prompt a line, or CSV with a column 'prompt'.  [default: ones that the calibration did not use]",
+    help="Text file, one prompt a line, or CSV or TSV with a column 'prompt' or 'caption'.  [default: ones that the calibration did not use]",
 )
 @click.option("--num-images", type=click.IntRange(min=1), default=16, help="Images per variant.")
 @click.option("--num-steps", type=click.IntRange(min=1), help="Euler steps.  [default: the calibration's]")
@@ -842,6 +842,9 @@ def main(
     quantizations = [
         Quantization(parse_variant(name), calib_dir, manifest, scale_is) for name in dict.fromkeys(["fp", *names])
     ]
+    import skimage.metrics  # noqa: F401  (now: Ctrl-C during an import ends the process without a word on what is kept)
+    from matplotlib import pyplot  # noqa: F401
+
     from diffusion import check_prompts
 
     given_prompts = read_prompt_file(prompt_file) if prompt_file else None

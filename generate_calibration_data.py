@@ -6,7 +6,6 @@ Writes  manifest.json, samples/{image:04d}_{step:03d}.npz and images/{image:04d}
     python generate_calibration_data.py --model sd3-emoji --num-images 8
 """
 
-import math
 import os
 import time
 from collections.abc import Sequence
@@ -72,8 +71,6 @@ def plan_run(
                 f"--latent-size {latent_size[0]} {latent_size[1]}: both sides must be multiples of {info.patch_size} "
                 f"from {info.patch_size} to {info.max_latent_size} for {info.version}"
             )
-    if not math.isfinite(cfg_weight):
-        raise click.UsageError(f"--cfg-weight {cfg_weight}: not a finite number")
     if negative_prompt and cfg_weight <= 1:
         raise click.UsageError("--negative-prompt needs --cfg-weight above 1: DiffusionKit ignores it otherwise")
     if seed + num_images > 2**32:
@@ -395,7 +392,7 @@ def print_plan(plan: dict[str, Any], info: "ModelInfo", paths: "CalibrationPaths
     "--prompts",
     "prompt_file",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="Text file, one prompt a line, or CSV with a column 'prompt'.  [default: built-in list, drawn by --seed]",
+    help="Text file, one prompt a line, or CSV or TSV with a column 'prompt' or 'caption'.  [default: built-in list, drawn by --seed]",
 )
 @click.option("--num-images", type=click.IntRange(min=1), default=10, help="Images to sample.")
 @click.option("--num-steps", type=click.IntRange(min=1), default=50, help="Euler steps per image.")

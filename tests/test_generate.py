@@ -244,7 +244,7 @@ def test_builtin_prompts_are_many_distinct_diverse_and_drawn_by_seed():
     [
         (["--prompts", "none.txt"], "File 'none.txt' does not exist"),
         (["--prompts", "empty.txt"], "empty.txt: holds no prompt"),
-        (["--prompts", "other.csv"], "other.csv: no column 'prompt' (columns: id, text)"),
+        (["--prompts", "other.csv"], "other.csv: no column 'prompt' or 'caption' (columns: id, text)"),
         (["--prompts", "binary.txt"], "binary.txt: not UTF-8 text"),
         (["--prompts", "smile.txt"], "prompt 2 'a 😀': the character '😀' is not in the tokenizer's vocabulary"),
         (["--latent-size", 15, 16], "--latent-size 15 16: both sides must be multiples of 2 from 2 to 16"),

@@ -1,0 +1,356 @@
+"""What every stage's command line shares: prompt files, numbers, Ctrl-C at any moment, terminals, log files."""
+
+import contextlib
+import fcntl
+import importlib
+import json
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import click
+import pytest
+from conftest import ROOT, generate, invoke, start
+
+import cli_options
+from calibration_store import shown
+from cli_options import read_prompt_file
+
+SCRIPTS = (
+    "generate_calibration_data", "cache_adaround_data", "collect_layer_activations", "analyze_activations",
+    "analyze_activations_multitier", "optimize_adaround", "evaluate_quantization", "tools.train_sd3_emoji",
+)  # fmt: skip
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # threads that wait for a busy core make small models slow
+STAGE = """
+import sys, time
+import click
+from cli_options import Interrupted, progress_bar, stage_command
+
+@stage_command
+def main():
+{}
+
+main()
+"""
+
+
+def interruptible():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a suite that runs in the background inherits SIG_IGN
+
+
+def start_stage(tmp_path, body: str, **options) -> subprocess.Popen:
+    """Start a small stage of its own, whose `main` is `body`."""
+    script = tmp_path / "stage.py"
+    script.write_text(STAGE.format(re.sub("^", "    ", body.strip("\n"), flags=re.M)))
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | options.pop("env", {})
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    return subprocess.Popen([sys.executable, str(script)], env=environment, preexec_fn=interruptible, **options)
+
+
+def wait_for(found, process):
+    """Until found() is true, while the process runs."""
+    while not found():
+        assert process.poll() is None
+        time.sleep(0.01)
+
+
+# --- prompt files -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", "id, Caption \n1,rocket\n2,swan\n"),
+        ("a.tsv", "id\tprompt\n1\trocket\n2\t swan \n"),
+        ("a.TSV", '"PROMPT"\tid\n"rocket"\t1\n\n""\t2\nswan\n'),
+        ("a.csv", "caption,prompt\nno,rocket\nno,swan\nno\n"),
+        ("a.csv", "\ufeffprompt\nrocket\nswan\n"),
+        ("a.csv", "\n\nprompt\nrocket\nswan\n"),
+        ("a.txt", "\ufeffrocket\r\n\r\n  swan\n"),
+    ],
+)
+def test_prompt_files(tmp_path, name, content):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    assert read_prompt_file(tmp_path / name) == ["rocket", "swan"]
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".yaml", ".yml", ".JSON"])
+def test_structured_files_are_refused_by_name(tmp_path, suffix):
+    path = tmp_path / f"prompts{suffix}"
+    path.write_text(json.dumps(["rocket"]))
+    done = generate("--prompts", path, "--calib-dir", tmp_path / "run")
+    assert done.exit_code == 2 and done.stderr.count("\n") == 1
+    assert f"--prompts {path}: {suffix.lower()} files are not read; give text (one prompt a line), .csv" in done.stderr
+
+
+def refusal(path) -> str:
+    with pytest.raises(click.UsageError) as refused:
+        read_prompt_file(path)
+    return refused.value.format_message()
+
+
+def test_files_that_cannot_be_read_say_why(tmp_path):
+    assert refusal(tmp_path) == f"--prompts {tmp_path}: Is a directory"
+    assert refusal(tmp_path / "none.txt") == f"--prompts {tmp_path}/none.txt: No such file or directory"
+    assert refusal(Path("/proc/self/mem")) == "--prompts /proc/self/mem: Input/output error"
+    (tmp_path / "a.tsv").write_text("id\ttext\n")
+    assert (
+        refusal(tmp_path / "a.tsv")
+        == f"--prompts {tmp_path}/a.tsv: no column 'prompt' or 'caption' (columns: id, text)"
+    )
+    (tmp_path / "b.tsv").write_text('prompt\n"open\n')
+    assert refusal(tmp_path / "b.tsv") == f"--prompts {tmp_path}/b.tsv: not valid TSV (unexpected end of data)"
+
+
+def test_files_without_permission_say_so(tmp_path):
+    (tmp_path / "a.txt").touch(mode=0)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)  # root may read everything
+    try:
+        assert refusal(tmp_path / "a.txt") == f"--prompts {tmp_path}/a.txt: Permission denied"
+    finally:
+        os.seteuid(user)
+
+
+# --- numbers ------------------------------------------------------------------------------------------------
+
+
+def float_options():
+    """(script, subcommand's name or none, option) of every option that takes a float."""
+    for script in SCRIPTS:
+        main = importlib.import_module(script).main
+        commands = main.commands.items() if isinstance(main, click.Group) else [("", main)]
+        for name, command in commands:
+            for option in command.params:
+                if isinstance(option.type, click.types.FloatParamType):
+                    yield script, name, option.opts[0]
+
+
+def test_every_numeric_option_refuses_what_is_not_finite(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = list(float_options())
+    assert len(options) >= 15
+    for script, command, option in options:
+        arguments = [command, "data", "output"] if command else []
+        done = invoke(script, *arguments, option, "nan")
+        assert (done.exit_code, done.stderr) == (2, f"Error: {option} nan: not a finite number\n"), script
+        for value in ("inf", "-inf"):
+            done = invoke(script, *arguments, f"{option}={value}")
+            assert done.exit_code == 2 and done.stderr.count("\n") == 1, (script, done.stderr)
+            assert re.search(
+                rf"{option} {value}: not a finite number|'{option}': {value} is not in the range", done.stderr
+            )
+
+
+# --- Ctrl-C -------------------------------------------------------------------------------------------------
+
+
+def own_lines(path) -> list[str]:
+    """The lines of a stderr file that Python's PYTHONPROFILEIMPORTTIME did not write."""
+    return [line for line in path.read_text().splitlines() if not line.startswith("import time:")]
+
+
+def interrupt_imports(command, tmp_path, module: str, seconds: float) -> tuple[int, list[str]]:
+    """Start a process, send SIGINT so many seconds after it has imported `module`: its exit code and stderr."""
+    log = tmp_path / f"{module}-{seconds}.log"
+    with log.open("w") as stderr:
+        environment = os.environ | {"PYTHONPROFILEIMPORTTIME": "1"}
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, env=environment, preexec_fn=interruptible
+        )
+        wait_for(lambda: f" {module}" in log.read_text(), process)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=120)
+    return process.returncode, own_lines(log)
+
+
+@pytest.mark.parametrize(
+    ("module", "seconds"),
+    [("cli_options", s) for s in (0, 0.15, 0.5, 1, 1.5, 2, 3)] + [("numpy", 0), ("torch.", 0), ("transformers", 0)],
+)
+def test_ctrl_c_while_a_stage_imports(tmp_path, module, seconds):
+    script = [sys.executable, "generate_calibration_data.py", "--model", "sd3-emoji"]
+    arguments = ["--num-images", "40", "--num-steps", "8", "--calib-dir", str(tmp_path / "run")]
+    code, lines = interrupt_imports([*script, *arguments], tmp_path, module, seconds)
+    assert code == 130
+    assert lines == ["Interrupted."] or re.match(r"Error: interrupted: \d+ of 40 images", lines[-1])
+    assert not any("Traceback" in line for line in lines)
+
+
+def test_ctrl_c_while_a_script_imports_diffusion_itself(tmp_path):
+    """As the benchmarks do: coremltools swallows the exception while it imports transformers."""
+    code = "import cli_options, diffusion; print('goes on')"
+    assert interrupt_imports([sys.executable, "-c", code], tmp_path, "transformers", 0) == (130, ["Interrupted."])
+
+
+CLEANING = """
+try:
+    print("on", flush=True)
+    time.sleep(60)
+finally:
+    for _ in range(20):
+        time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize("gap", [0.001, 0.03, 0.1, 0.19, 0.2, 0.21, 0.22, 0.23])
+def test_a_second_ctrl_c_ends_the_clean_up_at_once(tmp_path, gap):
+    """At any moment after the first, until the process is gone; clean-up takes 0.2 s here."""
+    process = start_stage(tmp_path, CLEANING)
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    time.sleep(gap)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    lines = stderr.decode().splitlines()
+    assert process.returncode == 130, stderr
+    assert lines in (["Interrupted again: ended at once."], ["Interrupted."], ["Interrupted.", lines[-1]]), stderr
+
+
+def test_a_third_and_a_hundredth_ctrl_c(tmp_path):
+    process = start_stage(tmp_path, CLEANING)
+    process.stdout.readline()
+    while process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.002)
+    _, stderr = process.communicate()
+    assert process.returncode == 130 and stderr == b"Interrupted again: ended at once.\n"
+
+
+def test_an_inherited_sig_ign_stays(tmp_path):
+    script = tmp_path / "stage.py"
+    script.write_text(STAGE.format("    print('on', flush=True); time.sleep(0.3); print('done')"))
+    command = ["sh", "-c", f"trap '' INT; exec {sys.executable} {script}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60) == (b"done\n", b"") and process.returncode == 0
+
+
+def test_the_handler_is_put_back(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    assert invoke("analyze_activations", "--calib-dir", tmp_path).exit_code == 2
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_second_ctrl_c_in_the_evaluation(tmp_path):
+    calibration = tmp_path / "run"
+    generate("--num-images", 1, "--num-steps", 1, "--no-images", "--calib-dir", calibration)
+    runs = tmp_path / "evaluation" / "runs"
+    arguments = ["--variants", "w4-rtn,w5-rtn,a8-dynamic", "--num-images", 2, "--output", tmp_path / "evaluation"]
+    arguments += ["--calib-dir", calibration]
+    process = start("evaluate_quantization", *arguments, preexec_fn=interruptible, env=ONE_THREAD)
+    wait_for(lambda: runs.is_dir() and len(list(runs.glob("*.npz"))) > 1, process)  # all is imported by then
+    while process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.02)
+    _, stderr = process.communicate()
+    assert process.returncode == 130 and "Traceback" not in stderr
+    assert re.search(r"(go on with: .*|Interrupted again: ended at once\.)\n\Z", stderr)
+
+
+# --- terminals and log files --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("environment", "printed"),
+    [
+        ({"PYTHONIOENCODING": "ascii"}, b"2 ? 3 ? 4"),
+        ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, b"2 ? 3 ? 4"),
+        ({"PYTHONIOENCODING": "latin-1"}, b"2 \xd7 3 ? 4"),
+        ({"PYTHONIOENCODING": "utf-8"}, "2 × 3 – 4".encode()),
+    ],
+)
+def test_a_terminal_that_is_not_utf_8_gets_question_marks(tmp_path, environment, printed):
+    body = 'click.echo("2 × 3 – 4")\nprint("2 × 3 – 4", file=sys.stderr)\nraise click.UsageError("2 × 3 – 4")'
+    process = start_stage(tmp_path, body, env=environment)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 2 and stdout == printed + b"\n"
+    assert stderr == printed + b"\nError: " + printed + b"\n"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_stage_names_a_file_that_the_terminal_cannot_show(tmp_path, encoding):
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    process = start("analyze_activations", "--stats", tmp_path / "2–3.json", env=environment)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 2 and "2?3.json" in stderr and stderr.count("\n") == 1
+
+
+def test_progress_in_a_log_file(capsys):
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        cli_options.ProgressLines(24, "images", "image", 10, interval=0) as bar,
+    ):
+        bar.set_postfix(loss="0.123", changed="1%", refresh=False)
+        time.sleep(0.2)
+        bar.update(2)
+        bar.set_description("w4")
+        bar.n = 20
+        raise KeyboardInterrupt
+    first, last = capsys.readouterr().err.splitlines()
+    figures = re.fullmatch(
+        r"images 12/24 \(50%\), (0\.\d) s, ([\d.]+) s to go, ([\d.]+) image/s, loss=0.123, changed=1%", first
+    )
+    _, left, rate = map(float, figures.groups())
+    assert 5 < rate <= 10.1 and left == pytest.approx(
+        12 / rate, rel=0.1
+    )  # 2 images in 0.2 s, whatever was there before
+    assert re.fullmatch(r"w4 20/24 \(83%\), 0\.\d s, 0\.\d s to go, [\d.]+ image/s, loss=0.123, changed=1%", last)
+
+
+def test_progress_without_anything_to_do_and_slow_progress(capsys):
+    with cli_options.progress_bar(3, "images", "image", initial=3):
+        pass
+    with cli_options.progress_bar(0, "images", "image"):
+        pass
+    bar = cli_options.ProgressLines(1, "units", "unit")
+    bar._begin -= 75.0
+    bar.update()
+    bar.close()
+    bar.close()
+    with cli_options.progress_bar(8, "steps", "step", leave=False) as steps:
+        steps.update(8)
+    assert capsys.readouterr().err.splitlines() == [
+        "images 3/3 (100%), 0.0 s", "images 0/0 (100%), 0.0 s", "units 1/1 (100%), 1 min 15 s, 75.0 s/unit",
+    ]  # fmt: skip
+
+
+def test_a_log_file_gets_whole_lines(tmp_path):
+    arguments = ["--model", "sd3-emoji", "--num-images", 2, "--num-steps", 2, "--calib-dir", tmp_path / "run"]
+    process = start("generate_calibration_data", *arguments, env=ONE_THREAD)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0
+    line = r"images \d/2 \(\d+%\), [\d.]+ s(, [\d.]+ s to go)?, [\d.]+ (s/image|image/s)\n"
+    assert re.fullmatch(rf"({line})+", stderr) and "images 2/2 (100%), " in stderr
+
+
+def test_a_terminal_keeps_its_bar(tmp_path):
+    controller, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
+    body = "with progress_bar(4, 'images', 'image') as bar:\n    time.sleep(0.2); bar.update(4)"
+    process = start_stage(tmp_path, body, stderr=terminal)
+    assert process.wait(timeout=60) == 0
+    os.close(terminal)
+    shown = os.read(controller, 10_000)
+    os.close(controller)
+    assert b"\rimages: 100%" in shown and "█".encode() in shown
+
+
+# --- messages -----------------------------------------------------------------------------------------------
+
+
+def test_an_empty_value_is_shown(monkeypatch):
+    assert [shown(value) for value in ("", "red", 0, None, [])] == ["''", "red", "0", "None", "[]"]
+    monkeypatch.setattr(sys, "argv", ["/x/generate.py", "--negative-prompt", "", "--prompts", "a b.txt", "--force"])
+    assert cli_options.resume_command() == "python generate.py --negative-prompt '' --prompts 'a b.txt' --resume"
