@@ -850,13 +850,13 @@ def run_job(
         checkpoint.discard(ValueError("arrays of another unit"))
         position, saved, done = {"stage": 0, "losses": []}, {}, {}
     losses = position["losses"]
-    bar.update(settings.iters * position["stage"])
+    bar.n += settings.iters * position["stage"]
     for stage in range(position["stage"], len(job.stages)):
         training = Training(unit_class(pipeline, job, job.stages[stage], samples, settings))
         if saved:
             try:
                 training.restore(saved, position["iteration"])
-                bar.update(position["iteration"])
+                bar.n += position["iteration"]
             except ValueError as error:
                 checkpoint.discard(error)
             saved = {}
@@ -912,7 +912,7 @@ def train_jobs(
                 bar.set_description(job.name)
                 run_job(pipeline, paths, job, plan, settings, unit_class, bar, seconds)
             else:
-                bar.update(settings.iters * len(job.stages))
+                bar.n += settings.iters * len(job.stages)
 
 
 def finished(pipeline, paths: "WeightPaths", job: Job, plan: dict[str, Any]) -> bool:
