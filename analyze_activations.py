@@ -40,37 +40,24 @@ class LayerStep:
     shifted_scale: float | None
     reach: "np.ndarray"  # (channels,) float32: largest |x − shift| of all images
     power: "np.ndarray | None"  # (channels,) float32: E[(x − shift)²]
-    fraction: float | None  # of the reach, where clipping x costs least by its histogram; None: x is shifted
+    unmigrated_range: float  # where x − shift is clipped
 
 
 def describe_layer(layer: "LayerStatistics", use_hist_p999: bool) -> LayerStep:
     """The ranges of one layer at one step. Raises ValueError when a percentile is asked for and cannot be had."""
     import numpy as np
 
-    from quantizers import clipping_fraction
+    from quantizers import unmigrated_clipping_ranges
 
-    scale, shifted_scale, fraction = layer.tensor_absmax(), None, None
+    scale, shifted_scale, shift = layer.tensor_absmax(), None, None
     if layer.shift is not None:
-        shifted_scale = float(layer.reach().max())
-    elif layer.counts is not None:
-        fraction = float(clipping_fraction(layer.counts, layer.edges, [8])[0])
+        shifted_scale, shift = float(layer.reach().max()), np.array(layer.shift, np.float32)
+    reach, power = layer.full_reach().astype(np.float32), layer.centred_power()
+    unmigrated = float(unmigrated_clipping_ranges(layer.histogram, shift, reach, power, [8])[0]) or DEAD_SCALE
     if use_hist_p999:
         scale, shifted_scale = percentile_ranges(layer, shifted_scale)
-    shift = None if layer.shift is None else np.array(layer.shift, np.float32)
-    power = layer.centred_power()
     power = None if power is None else power.astype(np.float32)
-    return LayerStep(scale or DEAD_SCALE, shift, shifted_scale, layer.full_reach().astype(np.float32), power, fraction)
-
-
-def clipping_range(layer: LayerStep, multipliers: "np.ndarray | int") -> float:
-    """Where (x − shift) / multipliers is clipped; DEAD_SCALE for a layer that saw only zeros."""
-    import numpy as np
-
-    from quantizers import channel_clipping_range
-
-    if layer.fraction is not None and np.max(multipliers) == 1:  # x itself: its histogram is exact
-        return float(layer.reach.max()) * layer.fraction or DEAD_SCALE
-    return float(channel_clipping_range(layer.reach, layer.power, multipliers, [8])[0]) or DEAD_SCALE
+    return LayerStep(scale or DEAD_SCALE, shift, shifted_scale, reach, power, unmigrated)
 
 
 def percentile_ranges(layer: "LayerStatistics", shifted_absmax: float | None) -> tuple[float, float | None]:
@@ -142,6 +129,8 @@ def config_steps(
     steps: dict[str, dict[str, LayerStep]], outlier_config: dict[str, dict], use_hist_p999: bool
 ) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
     """`per_timestep` of the config, a step at a time."""
+    from quantizers import channel_clipping_range
+
     for key, layers in steps.items():
         entries = {}
         for name, layer in layers.items():
@@ -151,10 +140,11 @@ def config_steps(
             if use_hist_p999:
                 entry["clipping_range"] = entry.get("shifted_scale", layer.scale)
             else:
-                entry["clipping_range"] = clipping_range(layer, 1)
+                entry["clipping_range"] = layer.unmigrated_range
                 if name in outlier_config:
-                    entry["unmigrated_clipping_range"] = entry["clipping_range"]
-                    entry["clipping_range"] = clipping_range(layer, outlier_config[name]["multiplier_vector"])
+                    multipliers = outlier_config[name]["multiplier_vector"]
+                    migrated = channel_clipping_range(layer.reach, layer.power, multipliers, [8])
+                    entry |= {"unmigrated_clipping_range": layer.unmigrated_range, "clipping_range": float(migrated[0])}
             entries[name] = entry
         yield key, entries
 

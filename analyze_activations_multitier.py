@@ -48,15 +48,11 @@ def measure(layer: "LayerStatistics", with_sqnr: bool) -> Decision:
     """A layer's ranges at one step, and its expected SQNR at every tier. Raises ValueError without a histogram."""
     import numpy as np
 
-    from quantizers import channel_clipping_range, clipping_fraction, expected_sqnrs
+    from quantizers import expected_sqnrs, unmigrated_clipping_ranges
 
     shift = None if layer.shift is None else np.array(layer.shift, np.float32)
     shifted_scale = None if shift is None else float(layer.reach().max()) or DEAD_SCALE
-    reach = layer.full_reach()
-    if shift is None and layer.counts is not None:  # x itself: its histogram is exact
-        ranges = float(reach.max()) * clipping_fraction(layer.counts, layer.edges, TIERS)
-    else:
-        ranges = channel_clipping_range(reach, layer.centred_power(), 1, TIERS)
+    ranges = unmigrated_clipping_ranges(layer.histogram, shift, layer.full_reach(), layer.centred_power(), TIERS)
     ranges = [float(found) or DEAD_SCALE for found in ranges]
     sqnr = None
     if with_sqnr:

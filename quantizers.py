@@ -163,8 +163,8 @@ def clipping_weight(bits: int) -> float:
     return 64.0 if bits == 8 else 1.0
 
 
-def clipping_fraction(counts: np.ndarray, edges: np.ndarray, bits: Sequence[int]) -> np.ndarray:
-    """(bits,): the clipping range with the least expected noise, as a fraction of the largest |x|.
+def histogram_clipping_ranges(counts: np.ndarray, edges: np.ndarray, bits: Sequence[int]) -> np.ndarray:
+    """(bits,): the clipping range with the least expected noise.
 
     The noise of range t is t² / (12·n²) + w·E[max(0, |x| − t)²], n = 2^(bits−1) − 1: evenly spread rounding errors and
     what clipping costs (as in ACIQ, Banner et al. 2019; w: `clipping_weight`). Every edge of the histogram of |x| is tried.
@@ -182,7 +182,33 @@ def clipping_fraction(counts: np.ndarray, edges: np.ndarray, bits: Sequence[int]
     best = [
         np.argmin(ranges * ranges / (12 * levels(width) ** 2) + clipping_weight(width) * clipping) for width in bits
     ]
-    return ranges[best] / ranges[-1]
+    return ranges[best]
+
+
+def clipping_fraction(counts: np.ndarray, edges: np.ndarray, bits: Sequence[int]) -> np.ndarray:
+    """(bits,): `histogram_clipping_ranges` as a fraction of the largest |x|."""
+    inside, magnitudes = absolute_histogram(counts, edges)
+    return histogram_clipping_ranges(counts, edges, bits) / magnitudes[int(np.flatnonzero(inside)[-1]) + 1]
+
+
+def unmigrated_clipping_ranges(
+    histogram: tuple[np.ndarray, np.ndarray] | None, shift: np.ndarray | None, reach: np.ndarray,
+    power: np.ndarray | None, bits: Sequence[int],
+) -> np.ndarray:  # fmt: skip
+    """(bits,): where x − shift is clipped: where that costs least, judged on what is quantized.
+
+    histogram: (counts, edges) of x; without a shift it is exact. With one, that of x − shift follows from it and the shifts; a
+    channel whose range comes from a few tokens has its ordinary ones at −shift, so no range is below the root mean square
+    of any channel's x − shift (power, (channels,): E[(x − shift)²]). Where histogram or moments are missing the full
+    range stays: reach (channels,), the largest |x − shift| of any image.
+    """
+    full = float(reach.max())
+    if histogram is None or full == 0 or (shift is not None and power is None):
+        return np.full(len(bits), full)
+    if shift is None:
+        return full * clipping_fraction(*histogram, bits)
+    ranges = histogram_clipping_ranges(*centred_histogram(*histogram, shift), bits)
+    return np.clip(ranges, float(np.sqrt(power.max())), full)
 
 
 CANDIDATES = np.linspace(0.3, 1.0, 71)  # of the full range

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from cli_options import calib_dir_option, draw_builtin_prompts, progress_bar, stage_command
-from quantizers import channel_clipping_range, clipping_fraction, expected_sqnrs
+from quantizers import expected_sqnrs, unmigrated_clipping_ranges
 
 TIERS = (4, 6, 8)
 
@@ -114,9 +114,7 @@ def main(calib_dir: Path, num_images: int) -> None:
 
 def ranges_of(layer) -> np.ndarray:
     """Clipping ranges at every tier, as stage 3A' chooses them."""
-    if layer.shift is None:
-        return layer.full_reach().max() * clipping_fraction(layer.counts, layer.edges, TIERS)
-    return channel_clipping_range(layer.full_reach(), layer.centred_power(), 1, TIERS)
+    return unmigrated_clipping_ranges(layer.histogram, layer.shift, layer.full_reach(), layer.centred_power(), TIERS)
 
 
 def report(power: dict, noise: dict, layers: dict, config: dict) -> None:

@@ -251,6 +251,11 @@ class LayerStatistics:
     edges: np.ndarray | None  # (bins + 1,)
     entry: Mapping[str, Any]  # what the JSON index says of it; may be empty
 
+    @property
+    def histogram(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """(counts, edges), where the file has them."""
+        return None if self.counts is None else (self.counts, self.edges)
+
     def reach(self) -> np.ndarray:
         """Per channel, the largest |x − shift| between the average minimum and maximum: (channels,) float64."""
         return self._reach(self.avg_min, self.avg_max)
