@@ -841,7 +841,7 @@ def run_job(
     checkpoint_seconds: float,
 ) -> None:  # fmt: skip
     """Train a job's stages, from its checkpoint if there is one, and write its blocks' files."""
-    from calibration_store import StoreError, write_json, write_npz
+    from calibration_store import StoreError, remove_file, write_json, write_npz
 
     samples = Samples(paths.calib_dir, job)
     checkpoint = Checkpoint(paths, job, plan)
@@ -878,7 +878,7 @@ def run_job(
         write_npz(paths.block(block), {key: array for key, array in done.items() if key.startswith(prefix)})
         write_json(paths.losses(block), {"format": "adaround_losses_v1", "unit": job.name, "stages": losses})
     pipeline.mmdit.clear_modulation_params_cache()
-    checkpoint.path.unlink(missing_ok=True)
+    remove_file(checkpoint.path)
 
 
 def unit_name(job: Job, stage: int) -> str:

@@ -169,10 +169,11 @@ def _shape_fault(name: str, found: tuple[int, ...], wanted: tuple, sizes: dict[s
     if len(found) != len(wanted):
         return f"{name} has shape {found}, not of {len(wanted)} dimensions"
     for length, side in zip(found, wanted, strict=True):
-        if isinstance(side, str) and side not in sizes:
-            if length == 0:
+        base, more = (side, 0) if isinstance(side, str) else side if isinstance(side, tuple) else (None, 0)
+        if base is not None and base not in sizes:
+            if length <= more:
                 return f"{name} is empty"
-            sizes[side] = length
+            sizes[base] = length - more
         expected = side if isinstance(side, int) else sizes[side] if isinstance(side, str) else sizes[side[0]] + side[1]
         if length != expected:
             return f"{name} has shape {found}, expected {_sides(wanted, sizes)}"

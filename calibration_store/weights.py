@@ -130,6 +130,9 @@ def cache_fault(metadata: CacheMetadata) -> str | None:
         for side in ("input", "output"):
             if not 1 <= len(block[f"{side}_keys"]) == len(block[f"{side}_shapes"]) <= 2:
                 return f"block_shapes: {name}: {side}_keys and {side}_shapes do not belong together"
+    wrong = next((name for name in names if not _keys_fit(name, shapes[name])), None)
+    if wrong is not None:
+        return f"block_shapes: {wrong} has the keys {shapes[wrong]['input_keys']} and {shapes[wrong]['output_keys']}"
     of_key = list(_shapes_of_keys(metadata).items())
     rows = 2 if metadata["cfg_weight"] > 0 else 1
     for key, found in of_key:
@@ -143,6 +146,17 @@ def cache_fault(metadata: CacheMetadata) -> str | None:
         if sample["file"] != f"samples/{sample['image_id']:04d}_{sample['step_index']:03d}.npz":
             return f"samples: file {sample['file']!r} is not of image {sample['image_id']}, step {sample['step_index']}"
     return None
+
+
+def _keys_fit(name: str, block: BlockShapes) -> bool:
+    """Whether a block's keys are its own: a block's input is its predecessor's output, the first one's its arguments."""
+    prefix, number = re.fullmatch(r"(mm|uni)(\d+)", name).groups()
+    before, source = (f"{prefix}{int(number) - 1}", "out") if int(number) else (name, "arg")
+    sides = "01" if prefix == "mm" else "0"
+    inputs, outputs = (
+        [f"{block_name}__{what}{side}" for side in sides] for block_name, what in ((before, source), (name, "out"))
+    )
+    return block["input_keys"] == inputs and block["output_keys"] in (outputs, outputs[:1])
 
 
 def _shapes_of_keys(metadata: Mapping[str, Any]) -> dict[str, list[tuple[int, ...]]]:

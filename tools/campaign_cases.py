@@ -97,8 +97,15 @@ def of_json(path: Path, kind: Any, *more: Mutation) -> list[Mutation]:
     return [*json_mutations(kind.type, path), *file_mutations(path, kept_text=True), *more]
 
 
-def of_npz(path: Path, record: Record, *more: Mutation, prefix: str = "", kept: tuple[str, ...] = ()) -> list[Mutation]:
-    return [*npz_mutations(record, path, prefix, kept), *file_mutations(path), *more]
+def of_npz(
+    path: Path,
+    record: Record,
+    *more: Mutation,
+    prefix: str = "",
+    kept: tuple[str, ...] = (),
+    flip_at: float = 2 / 3,
+) -> list[Mutation]:
+    return [*npz_mutations(record, path, prefix, kept), *file_mutations(path, flip_at=flip_at), *more]
 
 
 def stage_1(run: Path) -> Iterator[tuple[list[Target], list[Mutation]]]:
@@ -174,7 +181,7 @@ def weight_track(run: Path, half: Path) -> Iterator[tuple[list[Target], list[Mut
     ]
     yield (
         [forced(name, OPTIMIZE, *one_block), resumed("run", name, CACHE)],
-        of_npz(run / name, cache_record(shapes), *more),
+        of_npz(run / name, cache_record(shapes), *more, flip_at=0.01),  # in the block that is trained
     )
 
     learned = (*EVALUATE, "--variants", "w4-adaround")

@@ -187,7 +187,7 @@ def replace(path: Path, content: bytes) -> None:
     path.write_bytes(content)
 
 
-def file_mutations(path: Path, kept_text: bool = False) -> Iterator[Mutation]:
+def file_mutations(path: Path, kept_text: bool = False, flip_at: float = 2 / 3) -> Iterator[Mutation]:
     """What can happen to any file. kept_text: a flipped bit may leave a valid text, so none is flipped."""
 
     def half(target: Path) -> None:
@@ -195,7 +195,7 @@ def file_mutations(path: Path, kept_text: bool = False) -> Iterator[Mutation]:
 
     def flipped(target: Path) -> None:
         content = bytearray(target.read_bytes())
-        content[len(content) * 2 // 3] ^= 0x10
+        content[int(len(content) * flip_at)] ^= 0x10
         replace(target, bytes(content))
 
     def folder(target: Path) -> None:
