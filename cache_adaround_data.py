@@ -15,6 +15,7 @@ import click
 from cli_options import (
     Interrupted,
     calib_dir_option,
+    few,
     format_bytes,
     format_seconds,
     model_place_options,
@@ -263,7 +264,7 @@ def main(
     plan, images = plan_cache(manifest, num_images, stride, blocks, before)
     passes = len(images) * len(plan["key_timesteps"])
     click.echo(
-        f"{manifest['model_version']}: images {plan['selected_image_ids']}, {len(plan['key_timesteps'])} steps each, "
+        f"{manifest['model_version']}: images {few(plan['selected_image_ids'])}, {len(plan['key_timesteps'])} steps each, "
         f"{passes} samples"
     )
     options = {"num_images": "--num-images", "stride": "--stride", "blocks": "--blocks"}

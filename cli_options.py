@@ -320,6 +320,13 @@ class ProgressLines:
         click.echo(", ".join(parts) + self._postfix, err=True)
 
 
+def few(values: Sequence[Any], limit: int = 12) -> str:
+    """A list in a message, the middle of a long one left out."""
+    if len(values) <= limit:
+        return f"[{', '.join(map(str, values))}]"
+    return f"[{', '.join(map(str, values[: limit // 2]))}, …, {values[-1]}] ({len(values)})"
+
+
 def resume_command() -> str:
     """The command line that continues this run."""
     kept = [argument for argument in sys.argv[1:] if argument not in ("--force", "--resume")]

@@ -21,6 +21,7 @@ import click
 from cli_options import (
     Interrupted,
     calib_dir_option,
+    few,
     format_bytes,
     format_seconds,
     model_place_options,
@@ -771,7 +772,7 @@ def main(
     plan, images = plan_collection(manifest, num_images, stride, before)
     passes = len(images) * len(plan["key_timesteps"])
     click.echo(
-        f"{manifest['model_version']}: images {plan['selected_image_ids']}, {len(plan['key_timesteps'])} steps each, "
+        f"{manifest['model_version']}: images {few(plan['selected_image_ids'])}, {len(plan['key_timesteps'])} steps each, "
         f"{passes} passes, {manifest['activation_dtype']}"
     )
     options = {"num_images": "--num-images", "stride": "--stride"}

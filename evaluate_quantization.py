@@ -295,7 +295,7 @@ class Quantization:
                     if key in entry and entry[key].shape != layers[layer][1:]:
                         raise StoreError(
                             f"{self.sources[-1]}: {layer} at sigma {sigma:g}: {entry[key].size} values of {key} for "
-                            f"{layers[layer][1]} channels; run analyze_activations.py again"
+                            f"{layers[layer][1]} channels; {MADE_ANEW.get(self.sources[-1].name, 'make it anew')}"
                         )
 
     @property

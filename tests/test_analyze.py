@@ -113,6 +113,25 @@ def test_percentile_scales_come_from_the_histogram(copy):
     assert config["outlier_config"] == {}
 
 
+def test_statistics_of_an_older_version_are_read(copy):
+    """0.2.0 noted no moments, no step in its arrays and no fingerprint: the full range stays where it cannot be judged."""
+    statistics = load(copy / "activations/layer_statistics.json")
+    del statistics["metadata"]["weights_fingerprint"]
+    (copy / "activations/layer_statistics.json").write_text(json.dumps(statistics))
+    for key in map(str, range(STEPS)):
+        change(copy, key, lambda arrays: [arrays.pop(k) for k in list(arrays) if "__mean" in k or k == "step_index"])
+    done = analyze(copy)
+    assert done.exit_code == 0, done.output
+    config = load(copy / "activations/quant_config.json")
+    layers, _ = step(copy, "1")
+    for name, entry in config["per_timestep"]["1"].items():
+        if name.endswith(".mlp.fc2"):
+            low, high, shift = (layers[name][field].astype(float) for field in ("min", "max", "shift"))
+            full = np.maximum(abs(low - shift), abs(high - shift)).max()
+            assert entry.get("unmigrated_clipping_range", entry["clipping_range"]) == pytest.approx(full, rel=1e-6)
+    assert analyze_tiers(copy).exit_code == 0
+
+
 def test_percentile_of_a_histogram_without_an_edge_at_zero():
     x = np.random.default_rng(0).normal(0.3, 1, 200_000)
     counts, edges = np.histogram(x, np.linspace(-5.013, 6.1, 257))

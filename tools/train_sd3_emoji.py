@@ -717,6 +717,7 @@ def bundle(data: Path, weights: Path, output: Path) -> None:
             save({key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}),
         )
     config = CONFIG | {"latent_format": {"scale_factor": 1 / deviation, "shift_factor": mean}}
+    config |= {key: {"pad_with_eos": True} for key in ("tokenizer_l", "tokenizer_g")}  # as encode_caption pads
     write_file(output / "config.json", json.dumps(config, indent=2))
     write_file(output / "vocab.json", json.dumps(vocabulary, ensure_ascii=False, indent=0))
     write_file(output / "merges.txt", merges + "\n")
