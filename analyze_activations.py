@@ -94,6 +94,7 @@ def describe_steps(
     for key in statistics.step_keys:
         layers = statistics.read_step(key)
         steps[key] = {}
+        refuse_other_layers(statistics, key, layers, steps)
         for name, layer in layers.items():
             try:
                 steps[key][name] = describe_layer(layer, use_hist_p999)
@@ -101,6 +102,21 @@ def describe_steps(
                 raise StoreError(f"{statistics.timestep_dir}/step_{key}.npz: {name}: {error}") from None
             widest[name] = np.maximum(widest.get(name, 0), layer.reach())
     return steps, widest
+
+
+def refuse_other_layers(statistics: "ActivationStatistics", key: str, layers: dict, steps: dict) -> None:
+    """Raise StoreError when a layer has other channels, or no shift where it has one, at a step before this one."""
+    from calibration_store import StoreError
+
+    for name, layer in layers.items():
+        before = next((step[name] for step in steps.values() if name in step), None)
+        if before is None:
+            continue
+        if before.reach.shape != layer.avg_min.shape or (before.shift is None) != (layer.shift is None):
+            raise StoreError(
+                f"{statistics.timestep_dir}/step_{key}.npz: {name}: {layer.avg_min.size} channels, "
+                f"{'no ' if layer.shift is None else 'a '}shift; not so at the steps before"
+            )
 
 
 def migrate_outliers(widest: dict[str, "np.ndarray"], threshold: float) -> dict[str, dict[str, Any]]:

@@ -171,9 +171,9 @@ def describe_model(name: str) -> ModelInfo:
         )
     try:
         folder = BUNDLED_FOLDER if name == BUNDLED_MODEL else Path(name).expanduser().resolve()
-    except (RuntimeError, OSError) as error:  # ~nobody, a link that leads back to itself
+    except (RuntimeError, OSError, ValueError) as error:  # ~nobody, a link that leads back to itself, a null character
         raise ModelError(f"--model {name!r}: {error}") from None
-    if not name or not folder.is_dir():
+    if not name or not os.path.isdir(folder):
         known = ", ".join((BUNDLED_MODEL, *HUB_MODELS))
         raise ModelError(f"--model {name or repr(name)}: no such folder, and not one of {known}")
     config = read_model_config(folder)
@@ -649,9 +649,9 @@ def describe_run_model(
     manifest: dict[str, Any], model: str | None = None, local_checkpoint: Path | None = None
 ) -> tuple[ModelInfo, Path | None]:
     """Where a calibration run's model is: as the manifest says, or where `--model`, `--local-checkpoint` say it is now."""
-    noted = manifest.get("local_checkpoint")
+    noted = manifest.get("local_checkpoint") if model in (None, manifest["model_version"]) else None
     checkpoint = local_checkpoint or (Path(noted) if noted else None)
-    if checkpoint is not None and not checkpoint.is_file():
+    if checkpoint is not None and not os.path.isfile(checkpoint):
         raise ModelError(
             f"{checkpoint}: the calibration run's local checkpoint is not there; --local-checkpoint FILE says where it is now"
         )

@@ -113,7 +113,7 @@ class Run:
         import orjson
 
         group = quantization.group_size if quantization.variant.weights else None
-        parts = [asdict(self), quantization.variant.name, group]
+        parts = [asdict(self), quantization.variant.name, group, quantization.scale_is]
         parts += [hashlib.sha256(path.read_bytes()).hexdigest() for path in quantization.sources]
         return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
@@ -264,6 +264,11 @@ class Quantization:
         if self._learned:
             covered.append(("adaround_weights", self._check_layers(layers)))
         for where, entries in covered:
+            extra = [layer for layer in entries if layer not in layers]
+            if extra:
+                raise StoreError(
+                    f"{name}: its files have {extra[0]}, which this model has not; leave it out of --variants"
+                )
             missing = [layer for layer in layers if layer not in entries]
             if missing:
                 where = f"sigma {where:g}" if isinstance(where, float) else where
@@ -665,6 +670,7 @@ def plan_run(
     manifest: dict[str, Any],
     info: "ModelInfo",
     fingerprint: str | None,
+    use_t5: bool,
     prompts: list[str],
     num_steps: int | None,
     cfg_weight: float | None,
@@ -674,11 +680,9 @@ def plan_run(
     """The run that every variant shares; what is not given is the calibration's."""
     from diffusion import mx, package_versions
 
-    use_t5, latent_size, default_cfg, negative = (
-        manifest[key] for key in ("use_t5", "latent_size", "cfg_scale", "negative_prompt")
-    )
+    latent_size, default_cfg, negative = (manifest[key] for key in ("latent_size", "cfg_scale", "negative_prompt"))
     if fingerprint != manifest["weights_fingerprint"]:  # the manifest says nothing of another model
-        use_t5, latent_size, default_cfg, negative = info.use_t5, info.latent_size, info.cfg_weight, ""
+        latent_size, default_cfg, negative = info.latent_size, info.cfg_weight, ""
     cfg_weight = default_cfg if cfg_weight is None else cfg_weight
     return Run(
         weights_fingerprint=fingerprint,
@@ -703,7 +707,7 @@ def load_evaluated(
 
     info, checkpoint = describe_run_model(manifest, model, local_checkpoint)
     checkpoint = checkpoint if info.folder is None else None
-    use_t5 = info.use_t5 and manifest["use_t5"]
+    use_t5 = manifest["use_t5"] if model in (None, manifest["model_version"]) else info.use_t5 and manifest["use_t5"]
     if model is None and info.folder is not None:
         check_fingerprint(manifest, info, checkpoint)
     pipeline = load_pipeline(info, manifest["activation_dtype"], use_t5, checkpoint)
@@ -765,7 +769,10 @@ def is_run(run: Run, arrays: "dict[str, np.ndarray]", identity: str) -> bool:
     fault = EVALUATION_RUN.fault(
         arrays, images=len(run.prompts), states=run.num_steps + 1, **{"latent height": height, "latent width": width}
     )
-    return not fault and arrays["identity"].item() == identity
+    if fault or arrays["identity"].item() != identity:
+        return False
+    pictures = arrays["images"].shape[1:3]
+    return pictures[0] % height == pictures[1] % width == 0 and pictures[0] // height == pictures[1] // width
 
 
 @stage_command
@@ -850,7 +857,7 @@ def main(
     given_prompts = read_prompt_file(prompt_file) if prompt_file else None
     pipeline, info, fingerprint = load_evaluated(manifest, model, local_checkpoint)
     prompts, overlap = choose_prompts(manifest, info.captions, given_prompts, num_images, seed)
-    run = plan_run(manifest, info, fingerprint, prompts, num_steps, cfg_weight, seed, batch_size)
+    run = plan_run(manifest, info, fingerprint, pipeline.use_t5, prompts, num_steps, cfg_weight, seed, batch_size)
     paths = EvaluationPaths(output or calib_dir / "evaluation")
     negative = f", negative prompt {shown(run.negative_prompt)}" if run.negative_prompt else ""
     click.echo(

@@ -147,9 +147,17 @@ def check_same_model(plan: dict[str, Any], manifest: dict[str, Any]) -> None:
         return
     given = plan["local_checkpoint"] or plan["model_version"]
     raise click.UsageError(
-        f"--resume: the run in this folder has --model {manifest['local_checkpoint'] or manifest['model_version']}, and the "
+        f"--resume: the run in this folder has --model {manifest.get('local_checkpoint') or manifest['model_version']}, and the "
         f"weights of {given} are not its; use --force to start over, or another --calib-dir"
     )
+
+
+def refuse_hub_options(info: "ModelInfo", plan: dict[str, Any]) -> None:
+    """Options that a model folder has no use for."""
+    if info.folder is not None and plan["local_checkpoint"]:
+        raise click.UsageError("--local-checkpoint goes with a hub model; a model folder brings its own weights")
+    if info.folder is not None and plan["use_t5"]:
+        raise click.UsageError(f"--t5: {info.version} has no T5 text encoder; use --no-t5")
 
 
 def read_own_run(paths: "CalibrationPaths", plan: dict[str, Any], resume: bool, force: bool) -> dict[str, Any] | None:
@@ -171,7 +179,8 @@ def read_own_run(paths: "CalibrationPaths", plan: dict[str, Any], resume: bool, 
 def continue_run(plan: dict[str, Any], manifest: dict[str, Any]) -> None:
     """Check that the run in the folder is the planned one; rows of a pass and package versions stay what they were."""
     check_same_run(plan, manifest)
-    if plan["weights_fingerprint"] is not None:
+    where = ("model_version", "local_checkpoint")
+    if plan["weights_fingerprint"] is not None or any(plan[key] != manifest.get(key) for key in where):
         check_same_model(plan, manifest)
     plan |= {key: manifest[key] for key in ("batch_option", "batch_size", "package_versions")}
 
@@ -436,6 +445,7 @@ def main(
         info, prompts, num_images, num_steps, cfg_weight, negative_prompt, seed, latent_size, stride, batch_size,
         use_t5, dtype or default_dtype(), local_checkpoint, save_images,
     )  # fmt: skip
+    refuse_hub_options(info, plan)
     plan["weights_fingerprint"] = model_fingerprint(info, plan["use_t5"], local_checkpoint)
     say_how_many_prompts(prompts, num_images, prompt_file)
     paths = CalibrationPaths(calib_dir)

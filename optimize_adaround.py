@@ -540,8 +540,11 @@ class Training:
         if not 0 <= iteration <= self.settings.iters:
             raise ValueError(f"iteration {iteration}")
         for name, array in arrays.items():
-            if not np.isfinite(array).all():
+            if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
                 raise ValueError(f"{name} is not finite")
+            if name.startswith("state|scale|") and not (array > 0).all():
+                raise ValueError(f"{name} is not above 0")
+            self._check_moment(name, array)
         own = {name: array.shape for name, array in self.arrays().items() if "optimizer" not in name}
         found = {name: array.shape for name, array in arrays.items() if "optimizer" not in name}
         if own != found:
@@ -556,6 +559,16 @@ class Training:
             getattr(self, f"{name}_optimizer").state = tree[f"{name}_optimizer"]
         self.iteration = iteration
         self._good = (self._parts(), iteration)
+
+    def _check_moment(self, name: str, array: "np.ndarray") -> None:
+        """An optimizer's m and v have the shape of what they move. Raises ValueError."""
+        optimizer, *path = name.split("|")
+        if optimizer.endswith("_optimizer") and path[-1] in ("m", "v"):
+            kind = {"alpha_optimizer": "alpha", "range_optimizer": "range"}.get(optimizer)
+            moved = self.state[kind] if kind else self.state[path[0]]
+            own = moved.get(path[-2])
+            if own is None or own.shape != array.shape:
+                raise ValueError(f"{name} is of another layer")
 
     def step(self) -> float:
         """One iteration on a batch that only seed and iteration decide; returns its loss.
@@ -788,7 +801,10 @@ class Checkpoint:
         import orjson
 
         self.path, self.job = paths.checkpoint, job
-        self.plan = hashlib.sha256(orjson.dumps(plan, option=orjson.OPT_SORT_KEYS)).hexdigest()
+        same = {
+            key: value for key, value in plan.items() if key not in LEARNING_RATES
+        }  # these may change after a fault
+        self.plan = hashlib.sha256(orjson.dumps(same, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
     def save(self, stage: int, training: Training, done: "dict[str, np.ndarray]", losses: list[dict]) -> None:
         import numpy as np
@@ -846,7 +862,7 @@ def run_job(
     samples = Samples(paths.calib_dir, job)
     checkpoint = Checkpoint(paths, job, plan)
     position, saved, done = checkpoint.load() or ({"stage": 0, "losses": []}, {}, {})
-    if not done_is_of(job, position["stage"], done):
+    if not done_is_of(job, position["stage"], done, settings.weight_bits):
         checkpoint.discard(ValueError("arrays of another unit"))
         position, saved, done = {"stage": 0, "losses": []}, {}, {}
     losses = position["losses"]
@@ -866,9 +882,10 @@ def run_job(
             found = train(training, bar, save, checkpoint_seconds)
         except NotFiniteError as error:
             save()
+            write_json(paths.plan, plan | {"diverged": unit_name(job, stage)})
             raise StoreError(
                 f"{unit_name(job, stage)}: {error}; the last good state, iteration {training.iteration}, is kept: --resume goes "
-                "on from it, --force with lower learning rates or more --weight-bits starts over (Issue 25)"
+                "on from it, also with a lower --lr-alpha or --lr-activation-scale (TROUBLESHOOTING_GUIDE Issue 25)"
             ) from None
         found["kept_nearest"] = not found["end"] < found["nearest"]
         done |= layer_arrays(training, found["kept_nearest"])
@@ -886,7 +903,7 @@ def unit_name(job: Job, stage: int) -> str:
     return job.name if len(job.stages) == 1 else f"{job.name} {('attention', 'MLP')[stage]}"
 
 
-def done_is_of(job: Job, stage: int, done: "dict[str, np.ndarray]") -> bool:
+def done_is_of(job: Job, stage: int, done: "dict[str, np.ndarray]", bits: int) -> bool:
     """Whether a checkpoint's finished arrays are codes and scales of the layers of the stages before this one."""
     from calibration_store import layer_fault, layer_name
 
@@ -895,7 +912,7 @@ def done_is_of(job: Job, stage: int, done: "dict[str, np.ndarray]") -> bool:
         name, _, field = key.rpartition("__")
         layers.setdefault(layer_name(name), {})[field] = array
     expected = {name for names, _ in job.stages[:stage] for name in names}
-    return set(layers) == expected and not any(layer_fault(fields, 8) for fields in layers.values())
+    return set(layers) == expected and not any(layer_fault(fields, bits) for fields in layers.values())
 
 
 def train_jobs(
@@ -985,6 +1002,7 @@ def make_plan(calib_dir: Path, unit: str, blocks: list[str], settings: Settings)
     }
 
 
+LEARNING_RATES = ("lr_alpha", "lr_activation_scale")
 OPTIONS = {
     "unit": "--unit", "block_names": "--blocks", "iters": "--iters", "batch_size": "--batch-size", "weight_bits": "--weight-bits",
     "activation_bits": "--activation-bits", "group_size": "--group-size", "rounding": "--rounding", "qdrop": "--qdrop",
@@ -1129,9 +1147,11 @@ def main(
         check_stage,
         locked_folder,
         open_stage,
+        plan_before,
         read_cache_metadata,
         read_manifest,
         require_space,
+        write_json,
     )
 
     if options["activation_bits"] == 1:
@@ -1156,17 +1176,21 @@ def main(
         f"{f'groups of {settings.group_size}' if settings.group_size else 'per output channel'}, unit {unit}, "
         f"{settings.iters} iterations of {settings.batch_size}, {len(cache['samples'])} cached samples"
     )
-    check_stage(paths, paths.plan, WEIGHTS_PLAN, plan, OPTIONS, resume, force)
+    before = plan_before(paths.plan, WEIGHTS_PLAN, resume) or {}
+    compared = {key: flag for key, flag in OPTIONS.items() if not ("diverged" in before and key in LEARNING_RATES)}
+    check_stage(paths, paths.plan, WEIGHTS_PLAN, plan, compared, resume, force)
     unit_class = LayerUnit if unit == "layer" else Unit
     todo = [job for job in jobs if force or not finished(pipeline, paths, job, plan)]
     size = BYTES_PER_WEIGHT * sum(weight.size for weight in layer_weights(pipeline, layers_of(todo)))
     if dry_run:
-        print_estimate(pipeline, paths, todo, len(jobs), plan, settings, unit_class, size)
+        print_estimate(pipeline, paths, todo, len(jobs), None if force else plan, settings, unit_class, size)
         return
     require_space(paths.root, size, "give fewer --blocks")
     with locked_folder(paths.root):
-        check_stage(paths, paths.plan, WEIGHTS_PLAN, plan, OPTIONS, resume, force)
+        check_stage(paths, paths.plan, WEIGHTS_PLAN, plan, compared, resume, force)
         open_stage(paths, paths.plan, plan, force)
+        if "diverged" in before:
+            write_json(paths.plan, plan)
         try:
             train_jobs(pipeline, paths, jobs, plan, settings, unit_class, checkpoint_seconds)
             rows = write_metadata(paths, plan, jobs)
@@ -1200,9 +1224,12 @@ def print_estimate(
     if not todo:
         click.echo(f"nothing to do: all {jobs} units are finished in {paths.root}")
         return
-    seconds, peak = estimate(pipeline, paths, todo[0], settings, unit_class)
+    try:
+        seconds, peak = estimate(pipeline, paths, todo[0], settings, unit_class)
+    except NotFiniteError as error:
+        raise click.ClickException(f"{todo[0].name}: {error}: nothing can be learned with these options") from None
     left = settings.iters * sum(len(job.stages) for job in todo)
-    started = Checkpoint(paths, todo[0], plan).load()
+    started = Checkpoint(paths, todo[0], plan).load() if plan else None
     if started is not None:
         left -= settings.iters * started[0]["stage"] + min(started[0]["iteration"], settings.iters)
     click.echo(

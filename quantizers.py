@@ -98,7 +98,7 @@ def outlier_multipliers(reach: np.ndarray, threshold: float) -> tuple[np.ndarray
     normal = float(reach[~outliers].max())
     if normal == 0 or not outliers.any():
         return np.ones(reach.shape, np.int64), normal
-    return np.where(outliers, np.maximum(1, np.rint(reach / normal)), 1).astype(np.int64), normal
+    return np.where(outliers, np.clip(np.rint(reach / normal), 1, 2**24), 1).astype(np.int64), normal
 
 
 def centred_histogram(counts: np.ndarray, edges: np.ndarray, shift: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

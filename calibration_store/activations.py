@@ -1,5 +1,6 @@
 """The activation track: statistics (2A), also those that another tool wrote, configurations (3A, 3A'), evaluation (4)."""
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -519,7 +520,7 @@ def read_statistics(path: Path) -> ActivationStatistics:
     if ".." in folder.parts:
         raise StoreError(f"{path}: its 'timestep_dir' {folder} leads out of its folder; run {COLLECT} to make it anew")
     candidates = [path.parent / folder, folder]  # an absolute folder is both
-    timestep_dir = next((candidate for candidate in candidates if candidate.is_dir()), None)
+    timestep_dir = next((candidate for candidate in candidates if os.path.isdir(candidate)), None)
     if timestep_dir is None:
         raise StoreError(f"{path}: its 'timestep_dir' {folder} is neither beside it nor in the working folder")
     keys = [str(key) for key in content["step_keys"]]
@@ -611,7 +612,7 @@ def write_quant_config(path: Path, head: Mapping[str, Any], steps: Iterator[tupl
 
 def refuse_other_format(path: Path, own_format: str, option: str) -> None:
     """Raise StoreError when `path` is a file that another stage wrote: an output never takes its place."""
-    if not path.exists():
+    if not os.path.exists(path):
         return
     try:
         with path.open("rb") as file:
@@ -620,6 +621,10 @@ def refuse_other_format(path: Path, own_format: str, option: str) -> None:
         raise StoreError(f"{path}: cannot be read ({error.strerror}); give another {option}") from None
     if f'"format":"{own_format}"'.encode() not in head.replace(b'": "', b'":"'):
         raise StoreError(f"{path}: exists and is no {own_format} file; give another {option}")
+
+
+WRITTEN_BESIDE = {"layer_temporal_analysis.json", "layer_temporal_analysis_multitier.json"}
+WRITTEN_BESIDE |= {"scale_over_sigma.png", "scale_map.png", "shift_map.png", "bit_map.png"}
 
 
 def analysis_files(paths: ActivationPaths) -> list[Path]:
@@ -631,7 +636,10 @@ def analysis_files(paths: ActivationPaths) -> list[Path]:
     for config in (paths.quant_config, paths.multitier_config):
         try:
             metadata = orjson.loads(config.read_bytes())["metadata"]
-            files = [config, *(paths.root / name for name in metadata["written_with"] if Path(name).name == name)]
+            if not metadata["calibration_run"]:
+                continue
+            names = set(metadata.get("written_with", [])) & WRITTEN_BESIDE
+            files = [config, *(paths.root / name for name in sorted(names))]
         except (OSError, ValueError, TypeError, KeyError):  # there is none, or it is not ours
             continue
         found += [path for path in files if path.is_file()]

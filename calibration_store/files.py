@@ -41,10 +41,13 @@ class WriteError(StoreError):
 
 
 def matching(folder: Path, pattern: str) -> list[Path]:
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return []
     temp = rf"\.(?:{pattern})\.[a-z0-9_]+{re.escape(TEMP_SUFFIX)}"
-    found = (path for path in folder.iterdir() if re.fullmatch(f"(?:{pattern})|{temp}", path.name))
+    try:
+        found = [path for path in folder.iterdir() if re.fullmatch(f"(?:{pattern})|{temp}", path.name)]
+    except OSError as error:
+        raise StoreError(f"{folder}: cannot be read ({error.strerror})") from None
     return sorted(path for path in found if not path.is_dir())
 
 

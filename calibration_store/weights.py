@@ -321,6 +321,7 @@ class _MadeFrom(TypedDict, total=False):
     model_version: Name | None
     calibration_run: Digest | None
     weights_fingerprint: Digest | None
+    diverged: Name  # plan.json: the unit whose loss was not finite; --resume may then lower the learning rates
 
 
 class _Training(TypedDict):

@@ -122,6 +122,8 @@ def test_only_the_boundaries_of_the_chosen_blocks_are_stored(run, tmp_path):
             "mm6__out1",
             "mm7__out0",
             "modulation_input",
+            "image_id",
+            "step_index",
         }
         assert all(np.array_equal(some[key], whole[key]) for key in some.files)
     assert [c.step_index for c in read_cached_block(tmp_path, "mm7")] == [0, 2, 0, 2]

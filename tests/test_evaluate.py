@@ -51,7 +51,7 @@ def quantization_of(name, folder):
 
 def plan_of(manifest):
     info, fingerprint = diffusion.describe_model("sd3-emoji"), manifest["weights_fingerprint"]
-    return stage.plan_run(manifest, info, fingerprint, ["rocket", "swan"], 3, None, 5, 2)
+    return stage.plan_run(manifest, info, fingerprint, False, ["rocket", "swan"], 3, None, 5, 2)
 
 
 @pytest.fixture(scope="module")

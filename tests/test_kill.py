@@ -1,6 +1,6 @@
 """kill -9 at random moments, then --resume: the very bytes of one clean run, and nothing else in the folder.
 
-KILLS=20 make test   kills each stage twenty times (the default is five, to keep the suite short).
+KILLS=20 make test   kills each stage twenty times (the default is three, to keep the suite short).
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import time
 import pytest
 from conftest import folder_bytes, generate, start
 
-KILLS = int(os.environ.get("KILLS", "5"))
+KILLS = int(os.environ.get("KILLS", "3"))
 
 
 def newest(folder) -> int:
@@ -29,7 +29,7 @@ def kill_and_resume(script, arguments, folder, rng) -> int:
     for kill in range(KILLS):
         before = newest(folder)
         process = start(script, *arguments, "--resume")
-        if kill % 5 != 4:  # one in five dies while it starts, the others at a random moment after their first write
+        if kill % 5 != 2:  # one in five dies while it starts, the others at a random moment after their first write
             while newest(folder) == before and process.poll() is None:
                 time.sleep(0.005)
         time.sleep(rng.uniform(0, 1))

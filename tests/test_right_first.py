@@ -286,6 +286,13 @@ def test_a_loss_that_is_not_finite_names_unit_and_iteration_and_resume_goes_on(r
     assert (weights / "mm0.npz").exists() and (weights / "checkpoint.npz").exists()
     assert not (weights / "metadata.json").exists()
     monkeypatch.undo()
+    slower = run.parent / "slower"
+    shutil.copytree(run, slower)
+    lower = (*arguments[:-1], slower, "--resume", "--lr-alpha", 1e-3)
+    assert invoke("optimize_adaround", *lower).exit_code == 0  # allowed after such a fault
+    one_line(
+        invoke("optimize_adaround", *arguments[:-1], slower, "--resume"), "--lr-alpha 0.001, not 0.004"
+    )  # and only then
     done = invoke("optimize_adaround", *arguments, "--resume")
     assert done.exit_code == 0, done.output
     found, expected = (np.load(folder / "adaround_weights/mm1.npz") for folder in (run, whole))
