@@ -160,7 +160,7 @@ def refuse_hub_options(info: "ModelInfo", plan: dict[str, Any]) -> None:
         raise click.UsageError(f"--t5: {info.version} has no T5 text encoder; use --no-t5")
 
 
-def read_own_run(paths: "CalibrationPaths", plan: dict[str, Any], resume: bool, force: bool) -> dict[str, Any] | None:
+def read_own_run(paths: "CalibrationPaths", resume: bool, force: bool) -> dict[str, Any] | None:
     """The manifest of the run that --resume goes on with; None where there is none yet."""
     from calibration_store import TEMP_SUFFIX, StoreError, read_manifest
 
@@ -450,7 +450,7 @@ def main(
     say_how_many_prompts(prompts, num_images, prompt_file)
     paths = CalibrationPaths(calib_dir)
     with nullcontext() if dry_run else locked_folder(paths.root):
-        manifest, complete = read_own_run(paths, plan, resume, force), {}
+        manifest, complete = read_own_run(paths, resume, force), {}
         if manifest is not None:
             continue_run(plan, manifest)
             complete = complete_images(paths, plan, info)
