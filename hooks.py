@@ -8,6 +8,9 @@ the layer's place can. It is put there as a dictionary (or list) item: assigning
 layer from its parent's parameters and put it back in another order.
 """
 
+from w4a8 import blas  # noqa: F401  (before MLX)
+
+# isort: split
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,8 +18,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP_LINEARS = ("fc1", "fc2")
+from w4a8.model.layers import model_blocks, model_layers
 
 LayerRecord = Callable[[str, mx.array], mx.array | None]
 BlockRecord = Callable[[str, tuple, Any], None]
@@ -83,35 +85,15 @@ class BlockHook(_Proxy):
         return outputs
 
 
-def block_slots(mmdit: nn.Module) -> dict[str, tuple[list, int]]:
-    """Where each block lives, in the order of the forward pass: name (mm0 …, uni0 …) -> (list, index)."""
-    slots = {}
-    for prefix, attribute in (("mm", "multimodal_transformer_blocks"), ("uni", "unified_transformer_blocks")):
-        blocks = mmdit.get(attribute, [])
-        slots |= {f"{prefix}{index}": (blocks, index) for index in range(len(blocks))}
-    return slots
+Places = dict[str, tuple[Any, Any]]  # name -> the list or module that holds it, and where in it
 
 
-def layer_slots(mmdit: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Where each linear layer of the blocks lives: name (mm0.img.attn.q_proj …) -> (parent module, key).
+def _block_places(mmdit: nn.Module) -> Places:
+    return {name: (block.blocks, block.index) for name, block in model_blocks(mmdit).items()}
 
-    The last multimodal block of SD3 has no text o_proj (an Identity stands there) and no text mlp: they are left out.
-    """
-    slots = {}
-    for name, (blocks, index) in block_slots(mmdit).items():
-        block = blocks[index]
-        streams = (
-            {f"{name}.img": block.image_transformer_block, f"{name}.txt": block.text_transformer_block}
-            if name.startswith("mm")
-            else {name: block.transformer_block}
-        )
-        for prefix, stream in streams.items():
-            for part, keys in (("attn", ATTENTION_LINEARS), ("mlp", MLP_LINEARS)):
-                parent = getattr(stream, part, {})
-                for key in keys:
-                    if key in parent and not isinstance(parent[key], nn.Identity):
-                        slots[f"{prefix}.{part}.{key}"] = (parent, key)
-    return slots
+
+def _layer_places(mmdit: nn.Module) -> Places:
+    return {name: (layer.parent, layer.key) for name, layer in model_layers(mmdit).items()}
 
 
 @contextlib.contextmanager
@@ -124,7 +106,7 @@ def hooked_layers(
     called with the same array object: compute once, report three times. Raises LiveHooksError when hooks are
     live already; so does `mmdit.load_weights` inside the block.
     """
-    with _installed(mmdit, _HookedLayer, layer_slots, record, names) as installed:
+    with _installed(mmdit, _HookedLayer, _layer_places(mmdit), record, names) as installed:
         yield installed
 
 
@@ -136,7 +118,7 @@ def substituted_layers(
 
     Raises LiveHooksError as `hooked_layers` does.
     """
-    with _installed(mmdit, _SubstitutedLayer, layer_slots, compute, names) as installed:
+    with _installed(mmdit, _SubstitutedLayer, _layer_places(mmdit), compute, names) as installed:
         yield installed
 
 
@@ -148,17 +130,18 @@ def hooked_blocks(
 
     Raises LiveHooksError as `hooked_layers` does.
     """
-    with _installed(mmdit, BlockHook, block_slots, record, names) as installed:
+    with _installed(mmdit, BlockHook, _block_places(mmdit), record, names) as installed:
         yield installed
 
 
 @contextlib.contextmanager
-def _installed(mmdit, proxy: type, find_slots: Callable, record, names) -> Iterator[list[str]]:
+def _installed(
+    mmdit: nn.Module, proxy: type, places: Places, record: Callable | None, names: Sequence[str] | None
+) -> Iterator[list[str]]:
     if "load_weights" in vars(mmdit):
         raise LiveHooksError("hooks are installed a second time")
-    slots = find_slots(mmdit)
-    names = list(slots) if names is None else list(names)
-    originals = {name: slots[name][0][slots[name][1]] for name in names}
+    names = list(places) if names is None else list(names)
+    originals = {name: places[name][0][places[name][1]] for name in names}
 
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise LiveHooksError("weights are reloaded")
@@ -166,11 +149,11 @@ def _installed(mmdit, proxy: type, find_slots: Callable, record, names) -> Itera
     try:
         mmdit.load_weights = refuse  # on the instance, before the method of the class
         for name, original in originals.items():
-            container, key = slots[name]
+            container, key = places[name]
             container[key] = proxy(original, name, record)
         yield names
     finally:
         for name, original in originals.items():
-            container, key = slots[name]
+            container, key = places[name]
             container[key] = original
         del mmdit.load_weights

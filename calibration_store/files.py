@@ -1,43 +1,25 @@
-"""Files: atomic writes, locks, JSON, and NPZ that is written, read and mapped without NumPy's detours."""
+"""Files: atomic writes, locks, free space, JSON, PNG, and a thread that writes."""
 
 import contextlib
 import errno
-import functools
 import io
-import math
 import os
 import re
 import shutil
-import struct
 import tempfile
-import tokenize
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import BoundedSemaphore
 from typing import Any
 
-import click
 import filelock
-import numpy as np
 import orjson
 from PIL import Image, PngImagePlugin
 
+from calibration_store.errors import StoreError, WriteError
+
 TEMP_SUFFIX = ".tmp"
-
-
-class StoreError(click.ClickException):
-    """A file or folder is not what it should be; the message is one line that says what to do."""
-
-    exit_code = 2
-
-
-class WriteError(StoreError):
-    """A file could not be written; what was complete before stays complete."""
-
-    exit_code = 1
 
 
 def matching(folder: Path, pattern: str) -> list[Path]:
@@ -153,62 +135,6 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         file.write(orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY) + b"\n")
 
 
-def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write an uncompressed NPZ atomically; equal arrays give equal bytes.
-
-    np.savez computes the checksums between the writes, in one thread. Here threads compute them while the data
-    goes to the disk, and data begin at multiples of 64 bytes so that they can be mapped aligned. The format
-    is the same: a ZIP archive of stored .npy files.
-    """
-    members = [(f"{key}.npy", _npy_header(array), np.ascontiguousarray(array)) for key, array in arrays.items()]
-    if sum(array.nbytes + 1024 for *_, array in members) >= 2**32:
-        with atomic_file(path) as file:
-            np.savez(file, **arrays)  # ZIP64
-        return
-    with atomic_file(path) as file, ThreadPoolExecutor(max_workers=min(4, len(members))) as pool:
-        checksums = [pool.submit(_crc32, header, array) for _, header, array in members]
-        offsets = []
-        for name, header, array in members:
-            offsets.append(file.tell())
-            size = len(header) + array.nbytes
-            padding = -(file.tell() + _LOCAL_HEADER.size + len(name) + 4 + len(header)) % 64
-            extra = struct.pack("<HH", 0xD935, padding) + bytes(padding)  # the field Android's zipalign pads with
-            file.write(_LOCAL_HEADER.pack(b"PK\3\4", 20, 0, 0, 0, 33, 0, size, size, len(name), len(extra)))
-            file.write(name.encode() + extra + header)
-            file.write(_bytes_of(array))
-        directory = file.tell()
-        for (name, header, array), checksum, offset in zip(members, checksums, offsets, strict=True):
-            size, crc = len(header) + array.nbytes, checksum.result()
-            file.write(
-                _CENTRAL_HEADER.pack(b"PK\1\2", 20, 20, 0, 0, 0, 33, crc, size, size, len(name), 0, 0, 0, 0, 0, offset)
-            )
-            file.write(name.encode())
-        end = file.tell()
-        file.write(struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, len(members), len(members), end - directory, directory, 0))
-        for checksum, offset in zip(checksums, offsets, strict=True):
-            file.seek(offset + 14)
-            file.write(struct.pack("<L", checksum.result()))
-
-
-_LOCAL_HEADER = struct.Struct("<4s5H3L2H")
-_CENTRAL_HEADER = struct.Struct("<4s6H3L5H2L")
-
-
-def _npy_header(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    fields = np.lib.format.header_data_from_array_1_0(np.ascontiguousarray(array) if array.ndim else array)
-    np.lib.format.write_array_header_1_0(buffer, fields)
-    return buffer.getvalue()
-
-
-def _bytes_of(array: np.ndarray) -> memoryview:
-    return memoryview(array.reshape(-1).view(np.uint8))
-
-
-def _crc32(header: bytes, array: np.ndarray) -> int:
-    return zlib.crc32(_bytes_of(array), zlib.crc32(header))
-
-
 def write_png(path: Path, image: Image.Image, chunks: Mapping[str, str] | None = None) -> None:
     """Write an image as PNG atomically; chunks: text that image programs show (prompt, seed)."""
     text = PngImagePlugin.PngInfo()
@@ -216,80 +142,6 @@ def write_png(path: Path, image: Image.Image, chunks: Mapping[str, str] | None =
         text.add_itxt(key, value)
     with atomic_file(path) as file:
         image.save(file, "PNG", pnginfo=text)
-
-
-def npz_bytes(arrays: Mapping[str, np.ndarray]) -> int:
-    """Size in bytes of the file that `write_npz` writes."""
-    size = 0
-    for key, array in arrays.items():
-        header = len(_npy_header(array))
-        size += _LOCAL_HEADER.size + len(key) + 4 + 4
-        size += -(size + header) % 64 + header + array.nbytes
-    return size + sum(_CENTRAL_HEADER.size + len(key) + 4 for key in arrays) + 22
-
-
-# what damaged bytes raise in zipfile, NumPy's header parser and the file system
-NPZ_ERRORS = (
-    ValueError, TypeError, IndexError, OSError, EOFError, AttributeError, RuntimeError, NotImplementedError, struct.error,
-    tokenize.TokenError, zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
-
-
-def read_npz(path: Path, remedy: str, wanted: Callable[[str], bool] = lambda key: True) -> dict[str, np.ndarray]:
-    """Read the arrays of an NPZ whose keys are wanted, checksums included; read-only; pickled arrays are refused.
-
-    np.load takes 0.1 ms a member, most of it for parsing headers and copying: too long for the thousands of
-    members of statistics. Raises StoreError with `remedy` (what to run) when the file is missing or damaged.
-    """
-    arrays = {}
-    content = read_bytes(path, remedy, "missing")
-    try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            for member in archive.infolist():
-                key = member.filename.removesuffix(".npy")
-                if wanted(key):
-                    arrays[key] = _npy_array(_member_bytes(content, member))
-    except NPZ_ERRORS as error:
-        pickled = "Object arrays cannot be loaded" in str(error)
-        what = "holds a pickled array, which is not read" if pickled else "truncated or damaged"
-        raise StoreError(f"{path}: {what}; {remedy}") from None
-    return arrays
-
-
-def _member_bytes(content: bytes | memoryview, member: zipfile.ZipInfo, checked: bool = True) -> memoryview:
-    """The data of one member, its checksum verified."""
-    names = struct.unpack_from("<HH", content, member.header_offset + 26)
-    start = member.header_offset + _LOCAL_HEADER.size + sum(names)
-    data = memoryview(content)[start : start + member.compress_size]
-    if member.compress_type == zipfile.ZIP_DEFLATED:
-        data = memoryview(zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, member.file_size + 1))
-    elif member.compress_type != zipfile.ZIP_STORED:
-        raise NotImplementedError(f"compression method {member.compress_type}")
-    if checked and zlib.crc32(data) != member.CRC:
-        raise zipfile.BadZipFile(f"checksum of {member.filename}")
-    return data
-
-
-def _npy_array(data: memoryview) -> np.ndarray:
-    """The array of a whole .npy file, without a copy."""
-    size, start = struct.unpack_from("<H", data, 8)[0] if data[6] == 1 else struct.unpack_from("<L", data, 8)[0], 10
-    start += 0 if data[6] == 1 else 2
-    shape, fortran, dtype = _npy_layout(bytes(data[: start + size]))
-    if min(shape, default=0) < 0 or len(data) - start - size != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"{len(data) - start - size} bytes for shape {shape} of {dtype}")
-    array = np.frombuffer(data, dtype, math.prod(shape), start + size)
-    return array.reshape(shape, order="F" if fortran else "C")
-
-
-@functools.lru_cache
-def _npy_layout(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
-    file = io.BytesIO(header)
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(file)
-    if dtype.hasobject:
-        raise ValueError("Object arrays cannot be loaded")
-    return shape, fortran, dtype
 
 
 class BackgroundWriter:
@@ -330,27 +182,3 @@ class BackgroundWriter:
         self._futures = [future for future in self._futures if not future.done()]
         for future in done:
             future.result()
-
-
-def map_npz(path: Path, keys: Sequence[str], remedy: str, checked: bool = False) -> dict[str, np.ndarray]:
-    """Members of an uncompressed NPZ, mapped read-only where they lie in the file: only what is used is read.
-
-    checked: verify the members' checksums, which reads them. Raises StoreError when the file or a member is missing or
-    damaged, or when members are compressed.
-    """
-    arrays = {}
-    try:
-        with zipfile.ZipFile(path) as archive:
-            content = memoryview(np.memmap(path, np.uint8, "r"))
-            for key in keys:
-                member = archive.getinfo(f"{key}.npy")
-                if member.compress_type != zipfile.ZIP_STORED:
-                    raise StoreError(f"{path}: compressed members cannot be mapped; {remedy}")
-                arrays[key] = _npy_array(_member_bytes(content, member, checked))
-    except KeyError as error:
-        raise StoreError(f"{path}: {error.args[0]}; {remedy}") from None
-    except OSError as error:
-        raise StoreError(f"{path}: {why_unreadable(path, error, remedy, 'missing')}") from None
-    except NPZ_ERRORS as error:
-        raise StoreError(f"{path}: truncated or damaged ({error}); {remedy}") from None
-    return arrays

@@ -10,7 +10,8 @@ import msgspec
 from msgspec import Meta
 from safetensors import SafetensorError, safe_open
 
-from calibration_store.files import StoreError, read_bytes, why_unreadable
+from calibration_store.errors import StoreError
+from calibration_store.files import read_bytes, why_unreadable
 from calibration_store.schema import Count, Index, JsonFormat, Name, NotNegative, Positive, Side, distinct
 
 BUNDLED_MODEL = "sd3-emoji"

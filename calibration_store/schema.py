@@ -13,7 +13,8 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
-from calibration_store.files import StoreError, read_bytes
+from calibration_store.errors import StoreError
+from calibration_store.files import read_bytes
 
 # --- JSON ---------------------------------------------------------------------------------------------------
 # msgspec decodes strictly: no booleans for numbers, no NaN or infinity, unknown keys are skipped.
@@ -31,8 +32,6 @@ Bounded = Annotated[float, Meta(ge=-1e30, le=1e30)]
 Name = Annotated[str, Meta(min_length=1)]
 Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 StepKey = Annotated[str, Meta(pattern="^[0-9]{1,9}$")]
-BlockName = Annotated[str, Meta(pattern="^(mm|uni)[0-9]{1,4}$")]
-LayerName = Annotated[str, Meta(pattern=r"^(mm|uni)[0-9]{1,4}(\.[a-z0-9_]+){1,6}$")]
 RelativePath = Annotated[str, Meta(pattern=r"^(?!/)(?!(.*/)?\.\.(/|$))[^\x00]+$")]  # stays inside its folder
 
 

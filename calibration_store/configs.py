@@ -1,0 +1,117 @@
+"""Quantization configs of the analyzers (3A, 3A'), and the analyses beside them."""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypedDict
+
+import orjson
+from msgspec import Meta
+
+from calibration_store.errors import StoreError
+from calibration_store.files import atomic_file, write_json
+from calibration_store.model_folder import Bounded
+from calibration_store.names import LayerName
+from calibration_store.schema import Index, JsonFormat, NotNegative, Positive, distinct
+from calibration_store.statistics import metadata_fault
+
+W4A8_FORMAT = "per_timestep_quant_config_v4"
+MULTITIER_FORMAT = "per_timestep_quant_config_v3"
+TEMPORAL_FORMAT = "layer_temporal_analysis_v1"
+
+
+class _ConfigEntry(TypedDict):
+    bits: Literal[4, 6, 8]
+    scale: NotNegative
+
+
+class ConfigEntry(_ConfigEntry, total=False):
+    """A layer at a step. Other tools' files have no `clipping_range`."""
+
+    shift: Annotated[list[Bounded], Meta(min_length=1)] | None
+    shifted_scale: NotNegative | None
+    clipping_range: Positive
+    unmigrated_clipping_range: Positive
+    reason: str
+    expected_sqnr: float | None
+
+
+class Migration(TypedDict):
+    outlier_indices: list[Index]
+    multiplier_vector: Annotated[list[Annotated[float, Meta(ge=1, le=2**24)]], Meta(min_length=1)]
+    scale_normal: NotNegative
+    scale_outlier: NotNegative
+
+
+class _Config(TypedDict):
+    per_timestep: Annotated[dict[str, dict[LayerName, ConfigEntry]], Meta(min_length=1)]
+    sigma_map: dict[str, NotNegative]
+
+
+class Config(_Config, total=False):
+    """quant_config.json and quant_config_multitier.json."""
+
+    outlier_config: dict[LayerName, Migration] | None
+    metadata: dict[str, Any] | None  # StatisticsMetadata and what the analyzer notes
+    summary: dict[str, Any] | None
+    thresholds: dict[str, Any] | None
+
+
+def config_fault(config: Config) -> str | None:
+    """What the entries of a config say of each other that cannot be."""
+    metadata = config.get("metadata") or {}
+    if metadata.get("scale_meaning", "range") not in ("range", "step"):
+        return f"metadata: scale_meaning {metadata['scale_meaning']!r} is neither 'range' nor 'step'"
+    unknown = [key for key in config["per_timestep"] if key not in config["sigma_map"]]
+    if unknown:
+        return f"'sigma_map' has no sigma for step {unknown[0]}"
+    fault = distinct([config["sigma_map"][key] for key in config["per_timestep"]], "sigma_map: sigma")
+    fault = fault or metadata_fault(metadata)
+    if fault:
+        return fault
+    for name, migration in (config.get("outlier_config") or {}).items():
+        wide = [index for index, m in enumerate(migration["multiplier_vector"]) if m > 1]
+        if sorted(migration["outlier_indices"]) != wide or any(m != int(m) for m in migration["multiplier_vector"]):
+            return f"outlier_config: {name}: outlier_indices are not where multiplier_vector is above 1"
+    if "calibration_run" in metadata and list(config["per_timestep"]) != [str(s) for s in metadata["key_timesteps"]]:
+        return "per_timestep has not the steps of its metadata"
+    return None
+
+
+W4A8_CONFIG = JsonFormat(W4A8_FORMAT, Config, "analyze_activations.py", config_fault)
+MULTITIER_CONFIG = JsonFormat(MULTITIER_FORMAT, Config, "analyze_activations_multitier.py", config_fault)
+ANALYZED_AGAIN = "run {} again to make it anew"
+
+
+def read_config(path: Path, multitier: bool) -> dict[str, Any]:
+    """A config of stage 3A or 3A', or another tool's. Raises StoreError in one line."""
+    kind = MULTITIER_CONFIG if multitier else W4A8_CONFIG
+    return kind.read(path, ANALYZED_AGAIN.format(kind.made_by))
+
+
+def write_quant_config(path: Path, head: Mapping[str, Any], steps: Iterator[tuple[str, Mapping]]) -> None:
+    """Write a quantization config atomically, `per_timestep` a step at a time: compact, never whole in memory."""
+    with atomic_file(path) as file:
+        file.write(orjson.dumps(head, option=orjson.OPT_SERIALIZE_NUMPY)[:-1] + b',"per_timestep":{')
+        for position, (key, layers) in enumerate(steps):
+            file.write(b"," if position else b"")
+            file.write(orjson.dumps(key) + b":" + orjson.dumps(layers, option=orjson.OPT_SERIALIZE_NUMPY))
+        file.write(b"}}\n")
+
+
+def refuse_other_format(path: Path, own_format: str, option: str) -> None:
+    """Raise StoreError when `path` is a file that another stage wrote: an output never takes its place."""
+    if not os.path.exists(path):
+        return
+    try:
+        with path.open("rb") as file:
+            head = file.read(200)
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read ({error.strerror}); give another {option}") from None
+    if f'"format":"{own_format}"'.encode() not in head.replace(b'": "', b'":"'):
+        raise StoreError(f"{path}: exists and is no {own_format} file; give another {option}")
+
+
+def write_temporal_analysis(path: Path, sigmas: Mapping[str, float], layers: Mapping[str, Mapping]) -> None:
+    """Write how each layer behaves along the schedule, beside a config."""
+    write_json(path, {"format": TEMPORAL_FORMAT, "sigma_map": sigmas, "layers": layers})

@@ -1,0 +1,192 @@
+"""Stage 1's manifest, and what it says to the stages after it: identity, images, steps."""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypedDict
+
+import numpy as np
+import orjson
+from msgspec import Meta
+
+from calibration_store.errors import StoreError
+from calibration_store.files import sync_folder, write_json
+from calibration_store.layout import CalibrationPaths
+from calibration_store.schema import (
+    Count,
+    Digest,
+    Index,
+    JsonFormat,
+    Name,
+    NotNegative,
+    Positive,
+    RelativePath,
+    Seed,
+    Side,
+    Steps,
+)
+
+MANIFEST_FORMAT = "calibration_manifest_v1"
+GENERATE = "generate_calibration_data.py"
+
+
+class ImageEntry(TypedDict):
+    image_id: Index
+    prompt: Name
+    negative_prompt: str
+    seed: Seed
+    cfg_weight: NotNegative
+    num_steps: Steps
+    filename: RelativePath | None
+
+
+class _Manifest(TypedDict):
+    format: Literal["calibration_manifest_v1"]
+    model_version: Name
+    num_steps: Steps
+    cfg_scale: NotNegative
+    negative_prompt: str
+    latent_size: tuple[Side, Side]
+    use_t5: bool
+    sampler_shift: Positive
+    seed_base: Annotated[int, Meta(ge=0, le=2**31)]
+    activation_dtype: Literal["float16", "float32"]
+    stride: Steps
+    batch_size: Count
+    save_images: bool
+    num_images: Count
+    n_completed: Index
+    prompts_sha256: Digest
+    package_versions: dict[str, str]
+    images: list[ImageEntry]
+
+
+class Manifest(_Manifest, total=False):
+    """manifest.json; `weights_fingerprint` is not in files of version 0.2.0 and older."""
+
+    local_checkpoint: Name | None
+    weights_fingerprint: Digest
+    batch_option: Count  # what was asked for; a run of fewer images has fewer rows in a pass
+
+
+SHARED_WITH_IMAGES = {"cfg_weight": "cfg_scale", "negative_prompt": "negative_prompt", "num_steps": "num_steps"}
+
+
+def manifest_fault(manifest: Manifest) -> str | None:
+    """What a manifest's entries say of each other that cannot be."""
+    images = manifest["images"]
+    if not len(images) == manifest["n_completed"] <= manifest["num_images"]:
+        return f"{len(images)} images, n_completed {manifest['n_completed']}, num_images {manifest['num_images']}"
+    shared = {key: manifest[name] for key, name in SHARED_WITH_IMAGES.items()}
+    for image in images:
+        image_id = image["image_id"]
+        own = shared | {"seed": manifest["seed_base"] + image_id}
+        own["filename"] = f"images/{image_id:04d}.png" if manifest["save_images"] else None
+        for key, expected in own.items():
+            if image[key] != expected:
+                return f"image {image_id}: {key} {image[key]!r}, expected {expected!r}"
+    if manifest["batch_size"] > min(manifest.get("batch_option", manifest["batch_size"]), manifest["num_images"]):
+        return f"batch_size {manifest['batch_size']} is above what was asked for, or the number of images"
+    ids = [image["image_id"] for image in images]
+    if ids != sorted(set(ids)) or (ids and ids[-1] >= manifest["num_images"]):
+        return "image_ids are not distinct and ascending below num_images"
+    if len(images) == manifest["num_images"]:
+        digest = prompts_digest([image["prompt"] for image in images])
+        if digest != manifest["prompts_sha256"]:
+            return "prompts are not those of prompts_sha256"
+    return None
+
+
+MANIFEST = JsonFormat(MANIFEST_FORMAT, Manifest, GENERATE, manifest_fault)
+
+
+def prompts_digest(prompts: Sequence[str]) -> str:
+    """SHA-256 of the prompts in order: tells another list under --resume."""
+    return hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+
+
+def read_manifest(root: Path) -> dict[str, Any]:
+    """Read the manifest of a calibration folder. Raises StoreError, also for one of version 0.2.0 or older."""
+    path = CalibrationPaths(root).manifest
+    manifest = MANIFEST.read(path)
+    if "weights_fingerprint" not in manifest or "batch_option" not in manifest:
+        raise StoreError(
+            f"{path}: of version 0.2.0 or older, which did not note the model's weights (and padded sd3-emoji's prompts "
+            f"wrongly); run {GENERATE} with --force to make the run anew"
+        )
+    return manifest
+
+
+IDENTITY_KEYS = ("weights_fingerprint", "num_steps", "cfg_scale", "negative_prompt", "latent_size", "use_t5")
+IDENTITY_KEYS += ("sampler_shift", "seed_base", "activation_dtype", "batch_size")
+
+
+def run_identity(manifest: Mapping[str, Any], image_ids: Iterable[int]) -> str:
+    """SHA-256 over what the samples of these images follow from, wherever the model lies and however the run grew.
+
+    Raises StoreError when the run lacks one of the images.
+    """
+    prompts = {image["image_id"]: image["prompt"] for image in manifest["images"]}
+    used = sorted(image_ids)
+    missing = [image_id for image_id in used if image_id not in prompts]
+    if missing:
+        raise StoreError(f"the calibration run has no image {missing[0]}; finish it with {GENERATE} --resume")
+    keys = [list(v) if isinstance(v := manifest.get(key), tuple) else v for key in IDENTITY_KEYS]
+    return hashlib.sha256(orjson.dumps([keys, [[image_id, prompts[image_id]] for image_id in used]])).hexdigest()
+
+
+def same_run(manifest: Mapping[str, Any], made_from: Mapping[str, Any]) -> bool:
+    """Whether files that note their `calibration_run` and `selected_image_ids` come from this run.
+
+    Files that note no run (another tool's) are taken as they are.
+    """
+    noted, used = made_from.get("calibration_run"), made_from.get("selected_image_ids")
+    if noted is None:
+        return True
+    known = {image["image_id"] for image in manifest["images"]}
+    return bool(used) and set(used) <= known and noted == run_identity(manifest, used)
+
+
+def select_images(
+    manifest: Mapping[str, Any], num_images: int, before: Sequence[int] | None = None
+) -> list[dict[str, Any]]:
+    """num_images entries of a finished run's images, evenly over the whole run, without repeats.
+
+    before: the image_ids that a stage under way chose already; a run that has grown since does not change them. Raises
+    StoreError when the run is unfinished or has fewer images.
+    """
+    images = manifest["images"]
+    if before is not None:
+        kept = [image for image in images if image["image_id"] in set(before)]
+        if len(kept) == len(before) == num_images:
+            return kept
+    if len(images) < manifest["num_images"]:
+        raise StoreError(
+            f"the calibration run has {len(images)} of {manifest['num_images']} images; "
+            f"finish it with {GENERATE} --resume (TROUBLESHOOTING_GUIDE Issue 9)"
+        )
+    if num_images > len(images):
+        raise StoreError(
+            f"--num-images {num_images}: the calibration run has {len(images)} images; give --num-images {len(images)} or fewer"
+        )
+    return [images[round(i)] for i in np.linspace(0, len(images) - 1, num_images)]
+
+
+def saved_steps(num_steps: int, stride: int) -> list[int]:
+    """Step indices that stage 1 keeps: every stride-th model input, and num_steps for the finished latent."""
+    return [*range(0, num_steps, stride), num_steps]
+
+
+def select_steps(manifest: Mapping[str, Any], stride: int) -> list[int]:
+    """Every stride-th of the model inputs that stage 1 saved, as step indices."""
+    return saved_steps(manifest["num_steps"], manifest["stride"])[:-1][::stride]
+
+
+def write_manifest(paths: CalibrationPaths, plan: Mapping[str, Any], complete: Mapping[int, Mapping]) -> None:
+    """Note the run and its complete images {image_id: entry}, whose files survive a power loss from here on."""
+    for folder in (paths.samples, paths.images):
+        if folder.is_dir():
+            sync_folder(folder)
+    images = [complete[image_id] for image_id in sorted(complete)]
+    write_json(paths.manifest, {**plan, "n_completed": len(images), "images": images})
+    sync_folder(paths.root)

@@ -1,0 +1,54 @@
+"""Stage 1's pictures: each says in text chunks what it is of, which makes it ours and tells it from another image's."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import orjson
+from PIL import Image
+
+from calibration_store.files import TEMP_SUFFIX
+
+# A picture says what it is of, in text chunks: that makes it ours, and tells one image's picture from another's.
+OUR_CHUNK = "calibration_image"
+
+
+PICTURE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises for damaged files
+
+
+def picture_chunks(image: Mapping[str, Any]) -> dict[str, str]:
+    """The text chunks of an image's PNG."""
+    return {OUR_CHUNK: str(image["image_id"]), "prompt": image["prompt"], "seed": str(image["seed"])}
+
+
+def _listed_pictures(manifest: Path) -> set[str]:
+    """Names of the PNG files that a manifest of any version lists."""
+    try:
+        images = orjson.loads(manifest.read_bytes())["images"]
+        return {Path(image["filename"]).name for image in images if image["filename"]}
+    except (OSError, ValueError, TypeError, KeyError):  # none, or damaged: it lists nothing
+        return set()
+
+
+def is_our_picture(path: Path) -> bool:
+    """Whether stage 1 wrote a file (temporary ones: by their name)."""
+    if path.suffix == TEMP_SUFFIX:
+        return True
+    try:
+        with Image.open(path) as picture:
+            return OUR_CHUNK in picture.text if picture.format == "PNG" else False
+    except PICTURE_ERRORS:
+        return False
+
+
+def is_picture(path: Path, image: Mapping[str, Any], size: tuple[int, int]) -> bool:
+    """Whether a file is the whole PNG of this image, size (width, height)."""
+    try:
+        with Image.open(path) as picture:
+            if picture.format != "PNG" or picture.size != size or picture.mode != "RGB":
+                return False
+            picture.load()
+            chunks = picture_chunks(image)
+            return {key: picture.text.get(key) for key in chunks} == chunks
+    except PICTURE_ERRORS:
+        return False

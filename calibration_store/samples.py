@@ -1,0 +1,102 @@
+"""Stage 1's samples: the latent before one denoising step."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from calibration_store.errors import StoreError
+from calibration_store.layout import CalibrationPaths
+from calibration_store.manifest import GENERATE, saved_steps
+from calibration_store.npz import npz_bytes, read_npz, write_npz
+from calibration_store.pictures import is_picture
+from calibration_store.schema import FINITE, FLOATS, NOT_NEGATIVE, Member, Record
+
+
+def sample_arrays(
+    x: np.ndarray, timestep: np.ndarray, sigma: float, step_index: int, image_id: int, is_final: bool
+) -> dict[str, np.ndarray]:
+    """The arrays of one sample file. x (1, h, w, 16) and timestep () share the activation dtype."""
+    return {
+        "x": x,
+        "timestep": np.asarray(timestep, dtype=x.dtype),
+        "sigma": np.float32(sigma),
+        "step_index": np.int32(step_index),
+        "image_id": np.int32(image_id),
+        "is_final": np.bool_(is_final),
+    }
+
+
+SAMPLE = Record(
+    {
+        "image_id": Member(("int32",), ()),
+        "step_index": Member(("int32",), ()),
+        "x": Member(FLOATS, (1, "height", "width", 16), (FINITE,)),
+        "timestep": Member(FLOATS, (), (FINITE, NOT_NEGATIVE)),
+        "sigma": Member(("float32",), (), (FINITE, NOT_NEGATIVE)),
+        "is_final": Member(("bool",), ()),
+    }
+)
+
+
+def write_sample(paths: CalibrationPaths, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write one sample (arrays of `sample_arrays`) where its image and step belong."""
+    write_npz(paths.sample(int(arrays["image_id"]), int(arrays["step_index"])), arrays)
+
+
+def sample_bytes(plan: Mapping[str, Any]) -> int:
+    """Bytes on disk of one image's samples: exact, from one sample's real layout."""
+    x = np.zeros((1, *plan["latent_size"], 16), plan["activation_dtype"])
+    steps = saved_steps(plan["num_steps"], plan["stride"])
+    return npz_bytes(sample_arrays(x, np.zeros(()), 0.0, 0, 0, False)) * len(steps)
+
+
+def read_sample(
+    paths: CalibrationPaths,
+    manifest: Mapping[str, Any],
+    image_id: int,
+    step_index: int,
+    schedule: tuple[Sequence[float], Sequence[float]] | None = None,
+) -> dict[str, np.ndarray]:
+    """Read one sample and check that it belongs to this run.
+
+    schedule: the run's (sigmas, timesteps), which the sample must have been taken at. Raises StoreError that names the
+    file when it is missing, damaged, not finite, or of another image, step, size or dtype.
+    """
+    path = paths.sample(image_id, step_index)
+    remedy = f"run {GENERATE} with --resume to make it anew"
+    arrays = read_npz(path, remedy)
+    fault = SAMPLE.fault(arrays)
+    if fault:
+        raise StoreError(f"{path}: not a calibration sample ({fault}); {remedy}")
+    found = {name: arrays[name].item() for name in ("image_id", "step_index", "is_final")}
+    found |= {"shape of x": arrays["x"].shape, "dtype of x": arrays["x"].dtype.name}
+    found |= {"dtype of timestep": arrays["timestep"].dtype.name}
+    dtype, shape = manifest["activation_dtype"], (1, *manifest["latent_size"], 16)
+    expected = {"image_id": image_id, "step_index": step_index, "is_final": step_index == manifest["num_steps"]}
+    expected |= {"shape of x": shape, "dtype of x": dtype, "dtype of timestep": dtype}
+    for name, values in zip(("sigma", "timestep"), schedule or (), strict=False):
+        found[name], exact = arrays[name].item(), values[step_index]
+        expected[name] = found[name] if abs(found[name] - exact) <= 1e-3 * exact else exact  # devices round differently
+    wrong = [f"{name} {value}, expected {expected[name]}" for name, value in found.items() if value != expected[name]]
+    if wrong:
+        raise StoreError(f"{path}: a sample of another run ({'; '.join(wrong)}); {remedy}")
+    return arrays
+
+
+def is_complete(
+    paths: CalibrationPaths,
+    manifest: Mapping[str, Any],
+    image: Mapping[str, Any],
+    schedule: tuple[Sequence[float], Sequence[float]],
+    picture_size: tuple[int, int],
+) -> bool:
+    """Whether every file of an image (its entry in the plan) is on disk and what it should be."""
+    if manifest["save_images"] and not is_picture(paths.image(image["image_id"]), image, picture_size):
+        return False
+    try:
+        for step_index in saved_steps(manifest["num_steps"], manifest["stride"]):
+            read_sample(paths, manifest, image["image_id"], step_index, schedule)
+    except StoreError:
+        return False
+    return True

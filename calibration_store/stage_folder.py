@@ -1,0 +1,150 @@
+"""The life of a stage in its folder, once: hold it, check what is there, begin or go on, work, finish."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from calibration_store.errors import StoreError
+from calibration_store.files import TEMP_SUFFIX, locked_folder, remove_file, write_json
+
+Item = TypeVar("Item")
+Written = TypeVar("Written")
+
+
+class StagePaths(Protocol):
+    """Where a stage keeps what (calibration_store/layout.py)."""
+
+    @property
+    def root(self) -> Path: ...
+
+    def owned_files(self) -> list[Path]: ...
+
+
+class Ranks(Protocol):
+    """The processes that share a folder: rank 0 creates, notes and finishes; the others wait for it."""
+
+    rank: int
+
+    def barrier(self) -> None: ...
+
+
+class Alone:
+    """The only process."""
+
+    rank = 0
+
+    def barrier(self) -> None:
+        pass
+
+
+ALONE = Alone()
+
+
+@dataclass(frozen=True)
+class StageFolder:
+    """A stage's folder under `--resume`, `--force`, or neither.
+
+    record is the JSON file that says what the run in the folder is (its plan), read with `read`; options names the flag
+    behind each key of the plan that a run cannot change while it goes on.
+
+        with folder.held(dry_run):
+            folder.check(plan)
+            todo = folder.todo(items, is_done)
+            folder.begin(plan)
+            ...
+            folder.finish(write_metadata)
+    """
+
+    paths: StagePaths
+    record: Path
+    read: Callable[[Path], dict[str, Any]]
+    options: Mapping[str, str]
+    resume: bool = False
+    force: bool = False
+    ranks: Ranks = ALONE
+    what: str = "files"  # that lie in the folder
+
+    @contextlib.contextmanager
+    def held(self, dry_run: bool = False) -> Iterator[None]:
+        """Keep every other run out until the block ends; a dry run, and any rank but the first, holds nothing.
+
+        Raises StoreError when another process is at work here, or the folder cannot be written.
+        """
+        with contextlib.nullcontext() if dry_run or self.ranks.rank else locked_folder(self.paths.root):
+            yield
+
+    def before(self, **options: Any) -> dict[str, Any] | None:
+        """The plan that --resume goes on with, if there is one with these options. Raises StoreError when it is damaged."""
+        if not self.resume or not self.record.exists():
+            return None
+        before = self.read(self.record)
+        return before if all(before[key] == value for key, value in options.items()) else None
+
+    def check(self, plan: Mapping[str, Any], may_change: Sequence[str] = ()) -> dict[str, Any] | None:
+        """Whether the run may begin, go on or start over here; writes nothing. Returns the plan that it goes on with.
+
+        may_change: keys of the plan that need not be as they were. Raises StoreError when the folder is used and neither
+        flag is given, or when --resume would mix two runs.
+        """
+        if not self._is_used():
+            return None
+        if not (self.resume or self.force):
+            raise StoreError(
+                f"{self.paths.root} holds a run already: --resume goes on with it, --force starts over, or use another --calib-dir"
+            )
+        if self.force:
+            return None
+        if not self.record.exists():
+            raise StoreError(f"{self.paths.root}: {self.what} without {self.record.name}; use --force to start over")
+        before = self.read(self.record)
+        for key, flag in self.options.items():
+            if key not in may_change and _plain(before.get(key)) != _plain(plan[key]):
+                raise StoreError(
+                    f"--resume: the run in {self.paths.root} has {flag} {shown(_plain(before.get(key)))}, not {shown(plan[key])}; "
+                    "give the same value, use --force to start over, or another --calib-dir"
+                )
+        if before.get("calibration_run") != plan.get("calibration_run"):
+            raise StoreError(f"--resume: {self.paths.root} was made from another calibration run; use --force")
+        return before
+
+    def todo(self, items: Iterable[Item], is_done: Callable[[Item], bool]) -> list[Item]:
+        """The items that are left: those that are not on the disk, whole and this run's; with --force all."""
+        return [item for item in items if self.force or not is_done(item)]
+
+    def begin(self, plan: Mapping[str, Any] | None, anew: bool = False) -> None:
+        """After `check`: clear half-written files, with --force all of an earlier run's, and note what the run is.
+
+        anew: note the plan also where one is noted; without a plan the stage writes its record itself.
+        """
+        if self.ranks.rank == 0:
+            clear_files(self.paths.owned_files(), self.record, self.force)
+            if plan is not None and (anew or not self.record.exists()):
+                write_json(self.record, plan)
+        self.ranks.barrier()
+
+    def finish(self, write: Callable[[], Written]) -> Written | None:
+        """Write what says that the stage is complete, once every rank's items are on the disk; rank 0 does."""
+        self.ranks.barrier()
+        return write() if self.ranks.rank == 0 else None
+
+    def _is_used(self) -> bool:
+        return any(path.suffix != TEMP_SUFFIX for path in self.paths.owned_files())
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def shown(value: Any) -> str:
+    """A value in a message; an empty one is seen."""
+    return repr(value) if value == "" else str(value)
+
+
+def clear_files(owned: Sequence[Path], first: Path, everything: bool) -> None:
+    """Remove temporary files, or everything, `first` first: without it the others are no run."""
+    for path in sorted(owned, key=lambda path: path != first):
+        if everything or path.suffix == TEMP_SUFFIX:
+            remove_file(path)

@@ -1,0 +1,191 @@
+"""A stage's command: one-line errors, and what Ctrl-C does."""
+
+import atexit
+import codecs
+import contextlib
+import io
+import math
+import os
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, NoReturn
+
+import click
+
+from calibration_store.errors import UserError
+
+
+class StageCommand(click.Command):
+    """A click command whose every error is one line on stderr, with a non-zero exit code and no traceback."""
+
+    def main(self, *args, standalone_mode: bool = True, **kwargs):
+        if not standalone_mode:
+            return super().main(*args, standalone_mode=False, **kwargs)
+        for stream in (sys.stdout, sys.stderr):
+            replace_what_cannot_be_encoded(stream)
+        with ctrl_c_handled():
+            sys.exit(self._exit_code(*args, **kwargs))
+
+    def _exit_code(self, *args, **kwargs) -> int:
+        """Run the command, say its error, wait for MLX."""
+        try:
+            code = super().main(*args, standalone_mode=False, **kwargs)
+        except (UserError, click.ClickException) as error:
+            message = error.message if isinstance(error, UserError) else error.format_message()
+            click.echo(f"Error: {' '.join(message.split())}", err=True)
+            code = error.exit_code
+        except click.Abort:
+            click.echo("Interrupted.", err=True)
+            code = 130
+        if "mlx.core" in sys.modules:
+            sys.modules["mlx.core"].synchronize()  # what an interrupted pass left running ends before the process
+        return code if isinstance(code, int) else 0
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Refuse NaN and infinity: click takes both for numbers, and NaN passes every range."""
+        rest = super().parse_args(ctx, args)
+        for parameter in self.get_params(ctx):
+            value = ctx.params.get(parameter.name)
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, float) and not math.isfinite(number):
+                    raise click.UsageError(f"{max(parameter.opts, key=len)} {number}: not a finite number")
+        return rest
+
+    def make_context(self, *args, **kwargs) -> click.Context:
+        with without_empty_line():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with without_empty_line():
+            return super().invoke(ctx)
+
+
+StageCommand.command_class = StageCommand  # what click.Group makes its subcommands of
+
+
+class Interrupted(UserError):
+    """Ctrl-C, with a message that says what was left and how to go on."""
+
+    exit_code = 130
+
+
+@contextlib.contextmanager
+def ctrl_c_handled() -> Iterator[None]:
+    """Use CtrlC in place of Python's own handler; one that somebody else set, and `nohup`'s SIG_IGN, are left alone.
+
+    After an interrupt the handler stays: the process is about to end, and a second Ctrl-C may come until it has.
+    """
+    on_main_thread = threading.current_thread() is threading.main_thread()
+    if not on_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    handler = CtrlC()
+    signal.signal(signal.SIGINT, handler)
+    atexit.unregister(ignore_ctrl_c)
+    atexit.register(ignore_ctrl_c)
+    try:
+        yield
+    finally:
+        if not handler.interrupted:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class CtrlC:
+    """The handler of SIGINT: the first one raises KeyboardInterrupt, the next ends the process at once.
+
+    The first one, too, while a module is imported, for imports lose exceptions. coremltools imports its dependencies
+    below `except:` and goes on without them; NumPy calls its installation broken, or crashes.
+    """
+
+    def __init__(self):
+        self.interrupted = False
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        if self.interrupted:
+            end_process("Interrupted again: ended at once.")
+        if importing(frame):
+            end_process("Interrupted.")
+        self.interrupted = True
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def without_empty_line() -> Iterator[None]:
+    """Abort instead of KeyboardInterrupt, for which click prints an empty line."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise click.Abort from None
+
+
+def importing(frame: FrameType | None) -> bool:
+    """Whether `frame` runs below an import statement."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib."):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def end_process(message: str) -> NoReturn:
+    """Leave with one line and exit code 130, whatever is going on. Files are written atomically: none is left half."""
+    with contextlib.suppress(OSError):  # nobody reads stderr any more
+        os.write(2, f"\n{message}\n".encode() if os.isatty(2) else f"{message}\n".encode())  # below a progress bar
+    os._exit(130)
+
+
+def ignore_ctrl_c() -> None:
+    """At exit: all is said and done, and Python would print what an interrupt breaks while it takes itself apart."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def end_on_ctrl_c(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """sys.excepthook: one line for Ctrl-C outside of StageCommand.main, that is while the script itself is imported."""
+    if issubclass(kind, KeyboardInterrupt):
+        end_process("Interrupted.")
+    sys.__excepthook__(kind, error, trace)
+
+
+def stage_command(function: Callable) -> click.Command:
+    """Decorator for a stage's `main`: `-h`, shown defaults, one-line errors."""
+    settings = {"help_option_names": ["-h", "--help"], "show_default": True}
+    return click.command(cls=StageCommand, context_settings=settings)(function)
+
+
+def plain_ascii(name: str) -> codecs.CodecInfo | None:
+    """ASCII under a name of its own: click takes a stream that is called ascii for a mistake and writes UTF-8 to it."""
+    if name != "plain_ascii":
+        return None
+    found = codecs.lookup("ascii")
+    return codecs.CodecInfo(*found, found.incrementalencoder, found.incrementaldecoder, name=name)
+
+
+def replace_what_cannot_be_encoded(stream: Any) -> None:
+    """Let a terminal that lacks a character (×, –) show a question mark in its place."""
+    if isinstance(stream, io.TextIOWrapper):
+        is_ascii = codecs.lookup(stream.encoding).name == "ascii"
+        stream.reconfigure(encoding="plain_ascii" if is_ascii else None, errors="replace")
+
+
+@contextlib.contextmanager
+def interruptible(kept: Callable[[], str]) -> Iterator[None]:
+    """Ctrl-C in the block ends the stage with a line: what is kept, as `kept` finds then, and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted: {kept()}; go on with: {resume_command()}") from None
+
+
+def resume_command() -> str:
+    """The command line that continues this run."""
+    kept = [argument for argument in sys.argv[1:] if argument not in ("--force", "--resume")]
+    return shlex.join(["python", Path(sys.argv[0]).name, *kept, "--resume"])
+
+
+sys.excepthook = end_on_ctrl_c
+codecs.register(plain_ascii)

@@ -1,0 +1,76 @@
+"""Options that several stages share."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+
+def calib_dir_option(function: Callable) -> Callable:
+    """`--calib-dir`, where every stage reads and writes."""
+    return click.option(
+        "--calib-dir",
+        type=click.Path(path_type=Path, file_okay=False),
+        default="calibration_data",
+        help="Folder that all stages share.",
+    )(function)
+
+
+def model_place_options(function: Callable) -> Callable:
+    """`--model` and `--local-checkpoint`: where the calibration run's model is now."""
+    for decorator in (
+        click.option(
+            "--local-checkpoint",
+            type=click.Path(path_type=Path, exists=True, dir_okay=False),
+            help="Where the run's checkpoint file is now.  [default: where it was]",
+        ),
+        click.option(
+            "--model", help="Where the run's model is now; its weights must be the same.  [default: where it was]"
+        ),
+    ):
+        function = decorator(function)
+    return function
+
+
+def analysis_options(config: str) -> Callable:
+    """What both analyzers take: `--stats`, `--output` (default: `config` beside the statistics) and `--plot`."""
+
+    def add(function: Callable) -> Callable:
+        for decorator in (
+            click.option("--plot", "with_plot", is_flag=True, help="Also write PNG figures beside the config."),
+            click.option(
+                "--output",
+                type=click.Path(path_type=Path, dir_okay=False),
+                help=f"Config to write.  [default: {config} beside the statistics]",
+            ),
+            click.option(
+                "--stats",
+                type=click.Path(path_type=Path, dir_okay=False),
+                help="Statistics to read.  [default: activations/layer_statistics.json below --calib-dir]",
+            ),
+        ):
+            function = decorator(function)
+        return function
+
+    return add
+
+
+def resume_options(function: Callable) -> Callable:
+    """`--resume` and `--force`, which exclude each other, and `--dry-run`."""
+
+    @functools.wraps(function)
+    def checked(*args, resume: bool, force: bool, **kwargs):
+        if resume and force:
+            raise click.UsageError("--resume goes on with a run and --force starts over: give one of them")
+        return function(*args, resume=resume, force=force, **kwargs)
+
+    for decorator in (
+        click.option(
+            "--dry-run", is_flag=True, help="Say what would be done, how long it takes, how many bytes; write nothing."
+        ),
+        click.option("--force", is_flag=True, help="Start over: delete what this stage wrote to the folder."),
+        click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped."),
+    ):
+        checked = decorator(checked)
+    return checked

@@ -1,0 +1,84 @@
+"""Progress bars, in a terminal and in a log."""
+
+import sys
+import time
+from typing import Any, Protocol
+
+import click
+from tqdm import tqdm
+
+from w4a8.cli.words import format_seconds
+
+LOG_SECONDS = 10.0
+
+
+def progress_bar(
+    total: int, description: str, unit: str, initial: int = 0, leave: bool = True
+) -> "tqdm | ProgressLines":
+    """A tqdm bar with rate and time to go; in a log file whole lines, and none for a bar that would not stay."""
+    if not sys.stderr.isatty():
+        return ProgressLines(total, description, unit, initial, LOG_SECONDS if leave else None)
+
+    return tqdm(total=total, desc=description, unit=unit, initial=initial, leave=leave, dynamic_ncols=True)
+
+
+class ProgressBar(Protocol):
+    """What stages use of tqdm."""
+
+    n: int
+
+    def update(self, count: int = 1) -> Any: ...
+
+    def set_description(self, description: str) -> Any: ...
+
+    def set_postfix(self, **values: Any) -> Any: ...
+
+    def close(self) -> None: ...
+
+
+class ProgressLines:
+    """A progress bar for a log file, used as tqdm is: a line at most every `interval` seconds and one at the end.
+
+    The rate counts what `update` was told, not `initial` and not what is assigned to `n`: that took no time.
+    """
+
+    def __init__(self, total: int, description: str, unit: str, initial: int = 0, interval: float | None = LOG_SECONDS):
+        self.total, self.description, self.unit, self.n = total, description, unit, initial
+        self.interval = interval  # None: print nothing
+        self._done, self._postfix, self._closed = 0, "", False
+        self._begin = self._printed = time.monotonic()
+
+    def __enter__(self) -> "ProgressLines":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def update(self, count: int = 1) -> None:
+        self.n += count
+        self._done += count
+        if self.interval is not None and time.monotonic() - self._printed >= self.interval:
+            self._print()
+
+    def set_description(self, description: str, refresh: bool = True) -> None:
+        self.description = description
+
+    def set_postfix(self, refresh: bool = True, **values) -> None:
+        self._postfix = "".join(f", {name}={value}" for name, value in values.items())
+
+    def close(self) -> None:
+        if self.interval is not None and not self._closed:
+            self._print()
+        self._closed = True
+
+    def _print(self) -> None:
+        self._printed = time.monotonic()
+        spent = self._printed - self._begin
+        percent = 100 * self.n // self.total if self.total else 100
+        parts = [f"{self.description} {self.n}/{self.total} ({percent}%)", format_seconds(spent)]
+        if self._done and spent:
+            each = spent / self._done
+            if self.n < self.total:
+                parts.append(f"{format_seconds(each * (self.total - self.n))} to go")
+            parts.append(f"{each:.1f} s/{self.unit}" if each >= 1 else f"{1 / each:.1f} {self.unit}/s")
+        click.echo(", ".join(parts) + self._postfix, err=True)

@@ -1,0 +1,29 @@
+"""Figures and lists as people read them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def few(values: Sequence[Any], limit: int = 12) -> str:
+    """A list in a message, the middle of a long one left out."""
+    if len(values) <= limit:
+        return f"[{', '.join(map(str, values))}]"
+    return f"[{', '.join(map(str, values[: limit // 2]))}, …, {values[-1]}] ({len(values)})"
+
+
+def format_bytes(count: float) -> str:
+    """1234567 -> '1.2 MB' (decimal units)."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def format_seconds(seconds: float) -> str:
+    """75 -> '1 min 15 s'."""
+    if seconds < 60:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"

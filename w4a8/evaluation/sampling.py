@@ -1,0 +1,193 @@
+"""Sample every variant: same prompts, same seeds, whatever is quantized."""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import orjson
+
+from calibration_store.errors import OptionError, StoreError
+from calibration_store.evaluation import read_variant, write_variant
+from calibration_store.files import remove_file
+from calibration_store.layout import EvaluationPaths
+from w4a8.cli.progress import ProgressBar, progress_bar
+from w4a8.cli.prompts import draw_builtin_prompts
+from w4a8.evaluation.metrics import describe_variant
+from w4a8.evaluation.variants import Variant
+from w4a8.model.catalog import ModelInfo, model_fingerprint, package_versions
+from w4a8.model.loading import Pipeline, load_pipeline, whole_model
+from w4a8.model.runs import check_fingerprint, describe_run_model
+from w4a8.model.sampling import EulerStep, decode_latents, euler_steps, initial_noise
+from w4a8.model.text import encode_prompts
+from w4a8.quantized.activation_rules import ActivationRule, inputs_quantized
+from w4a8.quantized.model import weights_in_place
+
+
+@dataclass(frozen=True)
+class Run:
+    """Prompts, seeds and sampling: the same for every variant."""
+
+    weights_fingerprint: str | None
+    dtype: str
+    use_t5: bool
+    latent_size: tuple[int, int]
+    prompts: list[str]
+    num_steps: int
+    cfg_weight: float
+    negative_prompt: str
+    seed: int
+    batch_size: int
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def identity(self, variant: Variant) -> str:
+        """SHA-256 over everything that a variant's images follow from, the content of its files included."""
+        group = None if variant.weights is None else variant.weights.group_size
+        parts = [asdict(self), variant.name, group, variant.scale_is]
+        parts += [hashlib.sha256(path.read_bytes()).hexdigest() for path in variant.sources]
+        return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+def choose_prompts(
+    manifest: Mapping[str, Any], captions: Path | None, given: list[str] | None, count: int, seed: int
+) -> tuple[list[str], int]:
+    """(prompts, how many of them the calibration used); by default ones that it did not use."""
+    used = {image["prompt"] for image in manifest["images"]}
+    if given is not None:
+        prompts = given[:count]
+    else:
+        prompts = [prompt for prompt in draw_builtin_prompts(captions, seed) if prompt not in used][:count]
+        if len(prompts) < count:
+            raise OptionError(
+                f"--num-images {count}: there are {len(prompts)} prompts; give --num-images {len(prompts)} or fewer"
+            )
+    return prompts, sum(prompt in used for prompt in prompts)
+
+
+def load_evaluated(
+    manifest: Mapping[str, Any], model: str | None, local_checkpoint: Path | None
+) -> tuple[Pipeline, ModelInfo, str | None]:
+    """The model to evaluate (by default the calibration's), what is known of it, and its weights' fingerprint."""
+    info, checkpoint = describe_run_model(manifest, model, local_checkpoint)
+    checkpoint = checkpoint if info.folder is None else None
+    use_t5 = manifest["use_t5"] if model in (None, manifest["model_version"]) else info.use_t5 and manifest["use_t5"]
+    if model is None and info.folder is not None:
+        check_fingerprint(manifest, info, checkpoint)
+    pipeline = load_pipeline(info, whole_model(manifest["activation_dtype"]), use_t5, checkpoint)
+    if model is None and info.folder is None:
+        check_fingerprint(manifest, info, checkpoint)  # now that its files are in the cache
+    return pipeline, info, model_fingerprint(info, use_t5, checkpoint)
+
+
+def plan_run(
+    manifest: Mapping[str, Any], info: ModelInfo, fingerprint: str | None, use_t5: bool, prompts: list[str],
+    num_steps: int | None, cfg_weight: float | None, seed: int, batch_size: int,
+) -> Run:  # fmt: skip
+    """The run that every variant shares; what is not given is the calibration's."""
+    latent_size, default_cfg, negative = (manifest[key] for key in ("latent_size", "cfg_scale", "negative_prompt"))
+    if fingerprint != manifest["weights_fingerprint"]:  # the manifest says nothing of another model
+        latent_size, default_cfg, negative = info.latent_size, info.cfg_weight, ""
+    cfg_weight = default_cfg if cfg_weight is None else cfg_weight
+    return Run(
+        weights_fingerprint=fingerprint,
+        dtype=manifest["activation_dtype"],
+        use_t5=use_t5,
+        latent_size=tuple(latent_size),
+        prompts=prompts,
+        num_steps=num_steps or manifest["num_steps"],
+        cfg_weight=cfg_weight,
+        negative_prompt=negative if cfg_weight > 1 else "",  # DiffusionKit ignores it otherwise
+        seed=seed,
+        batch_size=batch_size,
+        versions=package_versions() | {"device": str(mx.default_device())},
+    )
+
+
+def evaluate(
+    pipeline: Pipeline, run: Run, paths: EvaluationPaths, variants: Sequence[Variant], resume: bool
+) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, dict]]:
+    """Run every variant, the original first: (original images, images and metrics of each variant).
+
+    The original, and with `resume` the others, are taken from an earlier run's file where there is one. Latents are
+    in memory for two variants at a time.
+    """
+    images, results, original = {}, {}, None
+    total = len(variants) * run.num_steps * -(-len(run.prompts) // run.batch_size)
+    with progress_bar(total, "sampling", "step") as bar:
+        for variant in variants:
+            bar.set_description(variant.name)
+            found = stored_or_sampled(pipeline, run, paths, variant, resume or variant.name == "fp", bar)
+            original = found if original is None else original
+            images[variant.name] = found["images"]
+            results[variant.name] = describe_variant(run.prompts, run.seed, original, found)
+            bar.n = total * len(results) // len(variants)
+    return original["images"], images, results
+
+
+def stored_or_sampled(
+    pipeline: Pipeline, run: Run, paths: EvaluationPaths, variant: Variant, stored: bool, bar: ProgressBar
+) -> dict[str, np.ndarray]:
+    """A variant's images and latents, from its file if that may be used, else sampled and written."""
+    identity = run.identity(variant)
+    path = paths.run(variant.name, identity)
+    for old in paths.runs_of(variant.name):
+        if old != path:
+            remove_file(old)  # of other parameters or files, or half-written
+    if stored and os.path.lexists(path):
+        arrays = read_variant(path, identity, len(run.prompts), run.num_steps + 1, run.latent_size)
+        if arrays is not None:
+            return arrays
+    arrays = sample(pipeline, run, variant, bar)
+    write_variant(path, identity, arrays)
+    return arrays
+
+
+def sample(pipeline: Pipeline, run: Run, variant: Variant, bar: ProgressBar) -> dict[str, np.ndarray]:
+    """Images (N, H, W, 3) uint8 and the latents of every step (N, steps + 1, h, w, 16) float32 of all prompts."""
+    images, latents = [], []
+    with weights_in_place(pipeline.mmdit, variant.weights):
+        for begin in range(0, len(run.prompts), run.batch_size):
+            prompts = run.prompts[begin : begin + run.batch_size]
+            text = encode_prompts(pipeline, prompts, run.cfg_weight, run.negative_prompt)
+            noise = mx.concatenate([initial_noise(run.seed + begin + i, run.latent_size) for i in range(len(prompts))])
+            noise = noise.astype(pipeline.activation_dtype)
+            trajectory = []
+            with contextlib.closing(euler_steps(pipeline, text, noise, run.num_steps, run.cfg_weight)) as states:
+                for state in quantized_steps(pipeline, states, variant.rule, 2 if run.cfg_weight > 0 else 1):
+                    trajectory.append(np.array(state.x.astype(mx.float32)))
+                    bar.update(0 if state.is_final else 1)
+            latents.append(np.stack(trajectory, axis=1))
+            ids = range(begin, begin + len(prompts))
+            refuse_not_finite(variant.name, latents[-1], ids)
+            images += [np.asarray(image) for image in decode_latents(pipeline, state.x, ids)]
+    return {"images": np.stack(images), "latents": np.concatenate(latents)}
+
+
+def quantized_steps(
+    pipeline: Pipeline, states: Iterator[EulerStep], rule: ActivationRule | None, rows_per_image: int
+) -> Iterator[EulerStep]:
+    """The states of a sampling whose passes see inputs quantized by `rule`, at the noise level of each."""
+    first = next(states)  # builds the modulation cache, which refuses live hooks
+    if rule is None:
+        yield from chain([first], states)
+        return
+    with inputs_quantized(pipeline.mmdit, rule, rows_per_image) as step:
+        for state in chain([first], states):
+            step(state.sigma.item())
+            yield state
+            if state.is_final:
+                return
+
+
+def refuse_not_finite(variant: str, latents: np.ndarray, ids: Sequence[int]) -> None:
+    """Raise StoreError that names the first image and step (latents: (N, steps + 1, h, w, 16)) with NaN or infinity."""
+    bad = np.argwhere(~np.isfinite(latents).all(axis=(2, 3, 4)))
+    if len(bad):
+        image, step = bad[0]
+        raise StoreError(f"{variant}: the latent of image {ids[image]} holds NaN or infinity after step {step}")

@@ -1,0 +1,271 @@
+"""Stage 1: the plan of a run, its batches, and the samples of one batch."""
+
+import os
+import time
+from collections.abc import Container, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from calibration_store.errors import OptionError, StoreError
+from calibration_store.files import BackgroundWriter, write_png
+from calibration_store.layout import CalibrationPaths
+from calibration_store.manifest import MANIFEST_FORMAT, prompts_digest, saved_steps, write_manifest
+from calibration_store.pictures import picture_chunks
+from calibration_store.samples import is_complete, sample_arrays, sample_bytes, write_sample
+from w4a8.cli.progress import ProgressBar, progress_bar
+from w4a8.model.catalog import ModelInfo, package_versions
+from w4a8.model.loading import Pipeline
+from w4a8.model.runs import run_schedule
+from w4a8.model.sampling import EulerStep, decode_latents, euler_steps, initial_noise
+from w4a8.model.text import encode_prompts
+
+PNG_BYTES_PER_PIXEL = 3  # what an image takes at most
+MANIFEST_BYTES_PER_IMAGE = 400
+
+
+# manifest key -> the option that sets it: what --resume compares
+RUN_OPTIONS = {
+    "activation_dtype": "--dtype",
+    "use_t5": "--t5/--no-t5",
+    "num_steps": "--num-steps",
+    "cfg_scale": "--cfg-weight",
+    "negative_prompt": "--negative-prompt",
+    "latent_size": "--latent-size",
+    "sampler_shift": "--model",
+    "seed_base": "--seed",
+    "stride": "--stride",
+    "save_images": "--images/--no-images",
+}
+
+
+def plan_run(
+    info: ModelInfo, prompts: Sequence[str], num_images: int, num_steps: int, cfg_weight: float | None,
+    negative_prompt: str, seed: int, latent_size: tuple[int, int] | None, stride: int, batch_size: int,
+    use_t5: bool | None, dtype: str, local_checkpoint: Path | None, save_images: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """The manifest of a run before its first image. A list shorter than num_images starts again with new seeds."""
+    cfg_weight = info.cfg_weight if cfg_weight is None else cfg_weight
+    latent_size = info.latent_size if latent_size is None else latent_size
+    for side in latent_size:
+        if side % info.patch_size or not 0 < side <= info.max_latent_size:
+            raise OptionError(
+                f"--latent-size {latent_size[0]} {latent_size[1]}: both sides must be multiples of {info.patch_size} "
+                f"from {info.patch_size} to {info.max_latent_size} for {info.version}"
+            )
+    if negative_prompt and cfg_weight <= 1:
+        raise OptionError("--negative-prompt needs --cfg-weight above 1: DiffusionKit ignores it otherwise")
+    if seed + num_images > 2**32:
+        raise OptionError(f"--seed {seed}: seed + image must stay below 2^32")
+    chosen = [prompts[image_id % len(prompts)] for image_id in range(num_images)]
+    return {
+        "format": MANIFEST_FORMAT,
+        "model_version": info.version,
+        "local_checkpoint": str(local_checkpoint.resolve()) if local_checkpoint else None,
+        "num_steps": num_steps,
+        "cfg_scale": cfg_weight,
+        "negative_prompt": negative_prompt,
+        "latent_size": list(latent_size),
+        "weights_fingerprint": None,  # known once the files are there
+        "use_t5": info.use_t5 if use_t5 is None else use_t5,
+        "sampler_shift": info.sampler_shift,
+        "seed_base": seed,
+        "activation_dtype": dtype,
+        "stride": stride,
+        "batch_option": batch_size,
+        "batch_size": min(batch_size, num_images),
+        "save_images": save_images,
+        "num_images": num_images,
+        "n_completed": 0,
+        "prompts_sha256": prompts_digest(chosen),
+        "package_versions": package_versions(),
+        "images": [
+            {
+                "image_id": image_id,
+                "prompt": prompt,
+                "negative_prompt": negative_prompt,
+                "seed": seed + image_id,
+                "cfg_weight": cfg_weight,
+                "num_steps": num_steps,
+                "filename": f"images/{image_id:04d}.png" if save_images else None,
+            }
+            for image_id, prompt in enumerate(chosen)
+        ],
+    }
+
+
+def continue_run(plan: dict[str, Any], manifest: dict[str, Any]) -> str | None:
+    """Check what StageFolder does not: batches, growth, prompts, weights; rows of a pass and package versions stay as they were.
+
+    Returns a warning where the packages are others than the run was started with.
+    """
+    if plan["batch_option"] != manifest["batch_option"] and plan["batch_size"] != manifest["batch_size"]:
+        raise OptionError(
+            f"--resume: the run in this folder has --batch-size {manifest['batch_option']}, not {plan['batch_option']}; "
+            "give the same value, use --force to start over, or another --calib-dir"
+        )
+    started_with = manifest["num_images"]
+    if plan["num_images"] < started_with:
+        raise OptionError(f"--resume: the run has --num-images {started_with}; it can grow, not shrink")
+    if prompts_digest([image["prompt"] for image in plan["images"][:started_with]]) != manifest["prompts_sha256"]:
+        raise OptionError("--resume: the run was started with other --prompts; give the same list or use --force")
+    where = ("model_version", "local_checkpoint")
+    if plan["weights_fingerprint"] is not None or any(plan[key] != manifest.get(key) for key in where):
+        check_same_model(plan, manifest)
+    versions = plan["package_versions"]
+    plan |= {key: manifest[key] for key in ("batch_option", "batch_size", "package_versions")}
+    if versions == manifest["package_versions"]:
+        return None
+    return (
+        f"Warning: the run was started with {manifest['package_versions']}, now {versions}: "
+        "arrays may differ in their last bits."
+    )
+
+
+def check_same_model(plan: dict[str, Any], manifest: dict[str, Any]) -> None:
+    """Refuse to resume a run with other weights; the same ones may have moved."""
+    if plan["weights_fingerprint"] == manifest["weights_fingerprint"]:
+        return
+    given = plan["local_checkpoint"] or plan["model_version"]
+    raise OptionError(
+        f"--resume: the run in this folder has --model {manifest.get('local_checkpoint') or manifest['model_version']}, and the "
+        f"weights of {given} are not its; use --force to start over, or another --calib-dir"
+    )
+
+
+def refuse_hub_options(info: ModelInfo, plan: dict[str, Any]) -> None:
+    """Options that a model folder has no use for."""
+    if info.folder is not None and plan["local_checkpoint"]:
+        raise OptionError("--local-checkpoint goes with a hub model; a model folder brings its own weights")
+    if info.folder is not None and plan["use_t5"]:
+        raise OptionError(f"--t5: {info.version} has no T5 text encoder; use --no-t5")
+
+
+def complete_images(paths: CalibrationPaths, plan: dict[str, Any], info: ModelInfo) -> dict[int, dict]:
+    """The images whose files are all on the disk and what they should be."""
+    height, width = plan["latent_size"]
+    size, schedule = (width * info.vae_downscale, height * info.vae_downscale), run_schedule(plan)
+    return {image["image_id"]: image for image in plan["images"] if is_complete(paths, plan, image, schedule, size)}
+
+
+def refuse_foreign_pictures(paths: CalibrationPaths, plan: dict[str, Any], complete: dict[int, dict]) -> None:
+    """Raise StoreError where an image would take the place of a file that is not this stage's."""
+    ours = set(paths.owned_files())
+    for image in plan["images"]:
+        path = paths.image(image["image_id"])
+        if plan["save_images"] and image["image_id"] not in complete and os.path.lexists(path) and path not in ours:
+            raise StoreError(f"{path}: not written by this stage; move it, or use another --calib-dir")
+
+
+def batches_to_do(plan: dict[str, Any], complete: dict[int, dict]) -> list[list[dict]]:
+    """Batches at fixed places in the list, so that a resumed run samples an image beside the same neighbours."""
+    size = plan["batch_size"]
+    batches = [plan["images"][start : start + size] for start in range(0, plan["num_images"], size)]
+    return [batch for batch in batches if any(image["image_id"] not in complete for image in batch)]
+
+
+def generate(
+    pipeline: Pipeline, paths: CalibrationPaths, plan: dict[str, Any], complete: dict[int, dict], bar: ProgressBar
+) -> None:
+    """Sample every incomplete batch; the manifest lists an image, and `complete` has it, once its files are on the disk."""
+    kept = set(saved_steps(plan["num_steps"], plan["stride"]))
+    write_manifest(paths, plan, complete)
+    with BackgroundWriter(pending=2 * plan["batch_size"]) as writer:
+        for batch in batches_to_do(plan, complete):
+            steps_bar = progress_bar(plan["num_steps"], "steps", "step", leave=False)
+            with steps_bar, closing(sample_batch(pipeline, plan, batch, plan["num_steps"])) as steps:
+                for step in steps:
+                    if step.step_index in kept:
+                        write_step(writer, paths, batch, step, complete, plan["activation_dtype"])
+                    steps_bar.update(step.step_index > 0)
+            if plan["save_images"]:
+                write_images(writer, paths, pipeline, batch, step.x, complete)
+            writer.drain()
+            new = {image["image_id"]: image for image in batch if image["image_id"] not in complete}
+            complete.update(new)
+            write_manifest(paths, plan, complete)
+            bar.update(len(new))
+
+
+def bytes_to_do(plan: dict[str, Any], info: ModelInfo, missing: int) -> tuple[int, int]:
+    """(bytes of samples, bytes of pictures at most) of this many images."""
+    pixels = plan["latent_size"][0] * plan["latent_size"][1] * info.vae_downscale**2
+    return missing * sample_bytes(plan), missing * pixels * PNG_BYTES_PER_PIXEL if plan["save_images"] else 0
+
+
+def sample_batch(pipeline: Pipeline, plan: dict[str, Any], batch: list[dict], num_steps: int) -> Iterator[EulerStep]:
+    """The Euler steps of one batch of images, as a generator.
+
+    A short last batch is filled up with its last image: an image's bytes then depend on its place in a batch of
+    the run's size and on nothing else, also when the run grows later.
+    """
+    cfg_weight = plan["cfg_scale"]
+    batch = batch + batch[-1:] * (plan["batch_size"] - len(batch))
+    text = encode_prompts(pipeline, [image["prompt"] for image in batch], cfg_weight, plan["negative_prompt"])
+    noise = mx.concatenate([initial_noise(image["seed"], tuple(plan["latent_size"])) for image in batch])
+    return euler_steps(pipeline, text, noise, num_steps, cfg_weight)
+
+
+def write_step(
+    writer: BackgroundWriter,
+    paths: CalibrationPaths,
+    batch: list[dict],
+    step: EulerStep,
+    complete: Container[int],
+    dtype: str,
+) -> None:
+    """Hand the samples of one step to the writer, in the dtype that the model is given."""
+    x = np.array(step.x.astype(getattr(mx, dtype)))
+    finite = np.isfinite(x).all(axis=(1, 2, 3))
+    if not finite[: len(batch)].all():
+        image = batch[int(np.argmin(finite))]["image_id"]
+        way = (
+            "a smaller --cfg-weight or another copy of the model"
+            if dtype == "float32"
+            else "--dtype float32 or a smaller --cfg-weight"
+        )
+        raise StoreError(f"step {step.step_index} of image {image} holds NaN or infinity; try {way}")
+    timestep, sigma = np.array(step.timestep), float(step.sigma)
+    for row, image in enumerate(batch):
+        if image["image_id"] not in complete:
+            arrays = sample_arrays(x[row : row + 1], timestep, sigma, step.step_index, image["image_id"], step.is_final)
+            writer.submit(write_sample, paths, arrays)
+
+
+def write_images(
+    writer: BackgroundWriter,
+    paths: CalibrationPaths,
+    pipeline: Pipeline,
+    batch: list[dict],
+    x: mx.array,
+    complete: Container[int],
+) -> None:
+    """Decode finished latents and hand the PNG files to the writer."""
+    for row, image in enumerate(batch):
+        if image["image_id"] not in complete:
+            picture = decode_latents(pipeline, x[row : row + 1], [image["image_id"]])[0]
+            writer.submit(write_png, paths.image(image["image_id"]), picture, picture_chunks(image))
+
+
+def probe_seconds(pipeline: Pipeline, plan: dict[str, Any], batches: list[list[dict]]) -> float:
+    """Seconds that `batches` will take, from a short run of the first one: set-up, two steps, one decoded image."""
+    if not batches:
+        return 0.0
+    with closing(sample_batch(pipeline, plan, batches[0], 1)) as steps:
+        next(steps)  # warm-up: weights are in memory, the adaLN kernels compiled
+    marks = [time.perf_counter()]
+    with closing(sample_batch(pipeline, plan, batches[0], 2)) as steps:
+        for step in steps:
+            marks.append(time.perf_counter())
+    setup_seconds, step_seconds = marks[1] - marks[0], marks[-1] - marks[-2]
+    cached_timesteps = 3
+    per_batch = setup_seconds * (plan["num_steps"] + 1) / cached_timesteps + step_seconds * plan["num_steps"]
+    decode_seconds = 0.0
+    if plan["save_images"]:
+        start = time.perf_counter()
+        decode_latents(pipeline, step.x[:1])
+        decode_seconds = time.perf_counter() - start
+    return len(batches) * per_batch + sum(map(len, batches)) * decode_seconds

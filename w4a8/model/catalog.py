@@ -1,0 +1,119 @@
+"""What models there are, and what is known of one before its weights are read."""
+
+import importlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from calibration_store.errors import UserError
+from calibration_store.model_folder import BUNDLED_MODEL, folder_files, read_model_config, weights_fingerprint
+from w4a8.model.diffusionkit import (
+    HEIGHT,
+    HUB_MMDIT_CONFIGS,
+    HUB_MMDIT_FILES,
+    HUB_TEXT_ENCODERS,
+    HUB_TEXT_FILES,
+    MMDIT_CKPT,
+    SHIFT,
+    WIDTH,
+    LocalEntryNotFoundError,
+    hf_hub_download,
+)
+
+BUNDLED_FOLDER = Path(__file__).resolve().parents[2] / "models" / BUNDLED_MODEL
+HUB_MODELS = tuple(key for key in MMDIT_CKPT if "FLUX" not in key and "4bit" not in key)
+HUB_CFG_WEIGHT = 5.0  # the default of DiffusionKit's own command line
+HUB_VAE_DOWNSCALE = 8
+
+
+class ModelError(UserError):
+    """The model cannot be had or used; the message is one line that says why and what to do."""
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What is known of a model before its weights are read."""
+
+    version: str  # as it was given: sd3-emoji, a hub id, or a local folder
+    folder: Path | None  # None for a hub id
+    latent_size: tuple[int, int]
+    max_latent_size: int
+    patch_size: int
+    vae_downscale: int  # image pixels per latent, each way
+    cfg_weight: float
+    use_t5: bool
+    sampler_shift: float
+    captions: Path | None  # prompts that the model was made for, if it brings any
+
+
+def describe_model(name: str) -> ModelInfo:
+    """Look a `--model` value up: `sd3-emoji`, a folder in its layout, or a hub id that DiffusionKit knows.
+
+    Raises ModelError for anything else. Reads no weights and needs no network.
+    """
+    if name in HUB_MODELS:
+        config = HUB_MMDIT_CONFIGS[name]
+        return ModelInfo(
+            version=name,
+            folder=None,
+            latent_size=(HEIGHT[name] // HUB_VAE_DOWNSCALE, WIDTH[name] // HUB_VAE_DOWNSCALE),
+            max_latent_size=config.max_latent_resolution,
+            patch_size=config.patch_size,
+            vae_downscale=HUB_VAE_DOWNSCALE,
+            cfg_weight=HUB_CFG_WEIGHT,
+            use_t5=True,
+            sampler_shift=SHIFT[name],
+            captions=None,
+        )
+    try:
+        folder = BUNDLED_FOLDER if name == BUNDLED_MODEL else Path(name).expanduser().resolve()
+    except (RuntimeError, OSError, ValueError) as error:  # ~nobody, a link that leads back to itself, a null character
+        raise ModelError(f"--model {name!r}: {error}") from None
+    if not name or not os.path.isdir(folder):
+        known = ", ".join((BUNDLED_MODEL, *HUB_MODELS))
+        raise ModelError(f"--model {name or repr(name)}: no such folder, and not one of {known}")
+    config = read_model_config(folder)
+    captions = folder / "captions.txt"
+    return ModelInfo(
+        version=name,
+        folder=folder,
+        latent_size=tuple(config["latent_size"]),
+        max_latent_size=config["mmdit"]["max_latent_resolution"],
+        patch_size=config["mmdit"]["patch_size"],
+        vae_downscale=config["vae"]["downscale"],
+        cfg_weight=float(config["default_cfg_weight"]),
+        use_t5=False,
+        sampler_shift=float(config["sampler_shift"]),
+        captions=captions if captions.exists() else None,
+    )
+
+
+def model_fingerprint(info: ModelInfo, use_t5: bool, local_checkpoint: Path | None = None) -> str | None:
+    """SHA-256 over the files that a model's numbers come from; None for a hub model that is not in the local cache.
+
+    Raises StoreError when a file cannot be read. The names are roles: a folder, or a checkpoint, may lie anywhere.
+    """
+    if info.folder is not None:
+        return weights_fingerprint(folder_files(info.folder))
+    repository = MMDIT_CKPT[info.version]
+    transformer, text = HUB_MMDIT_FILES[repository], HUB_TEXT_FILES[HUB_TEXT_ENCODERS]
+    wanted = {part: (HUB_TEXT_ENCODERS, text[part]) for part in ("clip_l", "clip_g", *(["t5"] if use_t5 else []))}
+    if local_checkpoint is None:
+        wanted |= {"mmdit": (repository, transformer[info.version]), "vae": (repository, transformer["vae"])}
+    try:
+        files = {role: Path(hf_hub_download(*where, local_files_only=True)) for role, where in wanted.items()}
+    except LocalEntryNotFoundError:
+        return None
+    return weights_fingerprint(files | ({"checkpoint": local_checkpoint} if local_checkpoint else {}))
+
+
+def default_dtype() -> str:
+    """float16 on Metal and CUDA; float32 on a CPU, where only float32 products have a fast BLAS."""
+    return "float32" if mx.default_device() == mx.Device(mx.cpu) else "float16"
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that decide the numbers."""
+    return {name: importlib.metadata.version(name) for name in ("mlx", "diffusionkit", "numpy")}

@@ -1,0 +1,273 @@
+"""Load the parts of a model that a stage asks for, each in a precision that it states."""
+
+import logging
+import os
+import socket
+import urllib.parse
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from calibration_store.model_folder import (
+    BUNDLED_MODEL,
+    LAYOUT,
+    LOCAL_FILES,
+    check_weight_file,
+    read_model_config,
+    read_tokenizer_files,
+)
+from w4a8.model.catalog import ModelError, ModelInfo
+from w4a8.model.diffusionkit import (
+    HUB_TEXT_ENCODERS,
+    MMDIT_CKPT,
+    CLIPTextModel,
+    CLIPTextModelConfig,
+    DiffusionPipeline,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    MMDiT,
+    MMDiTConfig,
+    ModelSamplingDiscreteFlow,
+    SD3LatentFormat,
+    SD3T5Encoder,
+    T5Tokenizer,
+    Tokenizer,
+    VAEDecoder,
+    hub_constants,
+    model_io,
+)
+
+TRANSFORMER, TEXT, DECODER = "transformer", "text encoders", "VAE decoder"
+Parts = Mapping[str, str]  # part -> "float16" or "float32"
+
+
+def whole_model(dtype: str) -> Parts:
+    """Every part in one precision."""
+    return dict.fromkeys((TRANSFORMER, TEXT, DECODER), dtype)
+
+
+class Pipeline(DiffusionPipeline):
+    """DiffusionKit's pipeline with the parts that were asked for; what was not is no attribute.
+
+    The transformer's precision, or without one the first part's, is that of the activations.
+    """
+
+    model_version: str
+    activation_dtype: mx.Dtype
+    use_t5: bool
+    sampler: ModelSamplingDiscreteFlow
+    latent_format: SD3LatentFormat
+    mmdit: MMDiT
+    tokenizer_l: Tokenizer
+    tokenizer_g: Tokenizer
+    clip_l: CLIPTextModel
+    clip_g: CLIPTextModel
+    t5_encoder: "_T5Encoder"
+    t5_tokenizer: T5Tokenizer
+    decoder: VAEDecoder
+
+    def __init__(self, info: ModelInfo, parts: Parts, use_t5: bool):
+        self.model_version = info.version
+        self.float16_dtype = mx.float16
+        self.dtype = self.activation_dtype = getattr(mx, parts.get(TRANSFORMER) or next(iter(parts.values())))
+        self.use_t5, self.use_clip_g, self.low_memory_mode = use_t5, True, False
+        self.sampler = ModelSamplingDiscreteFlow(shift=info.sampler_shift)
+        self.latent_format = SD3LatentFormat()
+
+
+class FolderPipeline(Pipeline):
+    """A model folder in sd3-emoji's layout instead of the hub's files; packed weights stay packed."""
+
+    def __init__(self, info: ModelInfo, parts: Parts):
+        super().__init__(info, parts, use_t5=False)
+        self.folder, self.model_config = info.folder, read_model_config(info.folder)
+        vars(self.latent_format).update(self.model_config["latent_format"])
+        if TRANSFORMER in parts:
+            self.load_mmdit()
+        if TEXT in parts:
+            self.tokenizer_l = self._load_tokenizer("l", default=True)
+            self.tokenizer_g = self._load_tokenizer("g", default=False)
+            for name in ("clip_l", "clip_g"):
+                encoder = CLIPTextModel(CLIPTextModelConfig(**self.model_config[name]))
+                setattr(self, name, self._load(encoder, name, getattr(mx, parts[TEXT])))
+        if DECODER in parts:
+            vae = self.model_config["vae"]
+            decoder = VAEDecoder(
+                block_out_channels=vae["block_out_channels"],
+                layers_per_block=vae["decoder_layers_per_block"],
+                resnet_groups=vae["resnet_groups"],
+            )
+            self.decoder = self._load(decoder, "decoder", getattr(mx, parts[DECODER]))
+
+    def load_mmdit(self, only_modulation_dict: bool = False) -> list[tuple[str, mx.array]] | None:
+        """Load the transformer; with `only_modulation_dict` return its adaLN weights, as DiffusionKit's does."""
+        if only_modulation_dict:
+            weights = mx.load(str(self.folder / "mmdit.safetensors"))
+            return [(key, value.astype(self.dtype)) for key, value in weights.items() if "adaLN" in key]
+        config = dict(self.model_config["mmdit"])
+        config["hidden_size_override"] = config.pop("hidden_size")
+        model = MMDiT(MMDiTConfig(**config, low_memory_mode=False, dtype=self.dtype))
+        self.mmdit = self._load(model, "mmdit", self.dtype, self.model_config.get("quantization"))
+        return None
+
+    def _load(
+        self, model: nn.Module, part: str, dtype: mx.Dtype, quantization: Mapping[str, Any] | None = None
+    ) -> nn.Module:
+        """quantization: as MLX's own tools write it to config.json (bits, group_size, exceptions by layer path)."""
+        path = self.folder / f"{part}.safetensors"
+        check_weight_file(path)
+        try:
+            weights = mx.load(str(path))
+            if quantization is not None:
+                nn.quantize(
+                    model, quantization["group_size"], quantization["bits"],
+                    class_predicate=lambda name, module: quantization.get(name, f"{name}.scales" in weights),
+                )  # fmt: skip
+            cast = {key: value if value.dtype == mx.uint32 else value.astype(dtype) for key, value in weights.items()}
+            model.load_weights(list(cast.items()))
+        except (RuntimeError, ValueError) as error:
+            raise ModelError(f"cannot load {path}: {' '.join(str(error).split())[:200]}") from None
+        _check_finite(model, path)
+        return model
+
+    def _load_tokenizer(self, encoder: str, default: bool) -> Tokenizer:
+        """The tokenizer of text encoder l or g; default: whether DiffusionKit pads with the end token there."""
+        text = self.model_config[f"clip_{encoder}"]
+        vocabulary, ranks = read_tokenizer_files(self.folder, text["vocab_size"])
+        padding = self.model_config.get(f"tokenizer_{encoder}", {"pad_with_eos": default})
+        tokenizer = Tokenizer(ranks, vocabulary, padding["pad_with_eos"])
+        tokenizer.max_length = text["max_length"]
+        return tokenizer
+
+
+class HubPipeline(Pipeline):
+    """A model of the Hugging Face hub, or of its local cache; local_checkpoint: its transformer and VAE come from there."""
+
+    def __init__(self, info: ModelInfo, parts: Parts, use_t5: bool, local_checkpoint: Path | None):
+        super().__init__(info, parts, use_t5)
+        model_io.LOCAl_SD3_CKPT = str(local_checkpoint) if local_checkpoint else None
+        model_io._FLOAT16 = self.float16_dtype
+        self.mmdit_ckpt, self.model = MMDIT_CKPT[info.version], HUB_TEXT_ENCODERS
+        if TRANSFORMER in parts:
+            self.load_mmdit()
+            _check_finite(self.mmdit, local_checkpoint or f"{info.version}, transformer")
+        if DECODER in parts:
+            self.decoder = model_io.load_vae_decoder(float16=parts[DECODER] == "float16", key=self.mmdit_ckpt)
+            _check_finite(self.decoder, local_checkpoint or f"{info.version}, VAE decoder")
+        if TEXT in parts:
+            self._load_text(info.version, parts[TEXT] == "float16")
+
+    def _load_text(self, version: str, half: bool) -> None:
+        for encoder, padded in (("l", True), ("g", False)):
+            clip = model_io.load_text_encoder(self.model, float16=half, model_key=f"clip_{encoder}")
+            _check_finite(clip, f"{version}, CLIP-{encoder.upper()}")
+            tokenizer = model_io.load_tokenizer(
+                self.model, merges_key=f"tokenizer_{encoder}_merges", vocab_key=f"tokenizer_{encoder}_vocab",
+                pad_with_eos=padded,
+            )  # fmt: skip
+            setattr(self, f"clip_{encoder}", clip)
+            setattr(self, f"tokenizer_{encoder}", tokenizer)
+        if self.use_t5:
+            t5_encoder = model_io.load_t5_encoder(float16=half, low_memory_mode=False)
+            _check_finite(t5_encoder, f"{version}, T5")
+            self.t5_encoder = _T5Encoder(t5_encoder)
+            self.set_up_t5()  # its tokenizer
+
+
+def _check_finite(model: nn.Module, source: Path | str) -> None:
+    """Read a model's weights. Raises ModelError that names a weight which is not finite: NaN would reach every image."""
+    named = tree_flatten(model.parameters())
+    finite = mx.stack([mx.isfinite(array).all() for _, array in named])
+    mx.eval([array for _, array in named], finite)
+    bad = [name for (name, _), fine in zip(named, finite.tolist(), strict=True) if not fine]
+    if bad:
+        raise ModelError(
+            f"{source}: {bad[0]} holds NaN or infinity ({len(bad)} such weights); copy or download it again"
+        )
+
+
+class _T5Encoder:
+    """DiffusionKit's T5 without its `mx.metal` memory limits, which raise KeyError off macOS.
+
+    The same layers in the same order as diffusionkit.mlx.t5.TransformerEncoder.__call__.
+    """
+
+    def __init__(self, model: SD3T5Encoder):
+        self.model = model
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        encoder = self.model.encoder
+        x = self.model.wte(tokens)
+        dtype, bias = x.dtype, encoder.relative_attention_bias(x.shape[1], x.shape[1])
+        for layer in encoder.layers:
+            x = layer(x, mask=bias)
+        return encoder.ln(x).astype(dtype)
+
+
+def _reach_hub() -> str | None:
+    """Look the hub up once; without it use its local cache only, and say why.
+
+    huggingface_hub by itself would retry for half a minute per file, with a warning for each try. Behind a proxy
+    the name need not resolve here, so nothing is concluded.
+    """
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    host = urllib.parse.urlsplit(hub_constants.ENDPOINT).hostname
+    if hub_constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set and it is not in the local cache"
+    if urllib.request.getproxies():
+        return None
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        hub_constants.HF_HUB_OFFLINE = True
+        return f"no network: {host} cannot be found, and it is not in the local cache"
+    return None
+
+
+INSTEAD = f", or run now with --model {BUNDLED_MODEL}"
+
+
+def load_pipeline(
+    info: ModelInfo, parts: Parts, use_t5: bool = False, local_checkpoint: Path | None = None, instead: str = INSTEAD
+) -> Pipeline:
+    """Load the asked parts of a model, weights and activations of each as stated: {TRANSFORMER: "float16", …}.
+
+    local_checkpoint replaces the hub's transformer and VAE file, as DiffusionKit's `--local-ckpt` does. instead: what
+    else to do when the hub cannot be reached. Raises ModelError when the files cannot be had.
+    """
+    if info.folder is not None:
+        return _load_folder(info, parts, use_t5, local_checkpoint)
+    if local_checkpoint is not None:
+        check_weight_file(local_checkpoint)
+    unreachable = _reach_hub()
+    try:
+        return HubPipeline(info, parts, use_t5, local_checkpoint)
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = unreachable or str(error).strip().split("\n")[0][:160]
+        raise ModelError(
+            f"cannot get {info.version} from the Hugging Face hub ({reason}): accept the licence on the model's page and "
+            f"log in with `hf auth login`{instead}"
+        ) from None
+    except (RuntimeError, ValueError, KeyError) as error:
+        source = local_checkpoint or info.version
+        raise ModelError(f"cannot load {source}: {' '.join(str(error).split())[:200]}") from None
+
+
+def _load_folder(info: ModelInfo, parts: Parts, use_t5: bool, local_checkpoint: Path | None) -> FolderPipeline:
+    if local_checkpoint is not None:
+        raise ModelError("--local-checkpoint goes with a hub model; a model folder brings its own weights")
+    if use_t5:
+        raise ModelError(f"--t5: {info.version} has no T5 text encoder; use --no-t5")
+    wanted = [*(f"{part}.safetensors" for part in LOCAL_FILES), "vocab.json", "merges.txt"]
+    missing = [name for name in wanted if not os.path.lexists(info.folder / name)]
+    if missing:
+        raise ModelError(f"{info.folder}: no {', '.join(missing)}; {LAYOUT}")
+    try:
+        return FolderPipeline(info, parts)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{info.folder / 'config.json'}: {error}; {LAYOUT}") from None

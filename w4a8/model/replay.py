@@ -1,0 +1,48 @@
+"""Run the model again as it ran at a stored latent."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from w4a8.model.loading import Pipeline
+from w4a8.model.modulation import modulation_cache
+from w4a8.model.text import TextConditioning, encode_prompts
+
+
+class Replay:
+    """Runs the model as it ran for one image of a calibration run; `replaying` makes it."""
+
+    def __init__(self, pipeline: Pipeline, text: TextConditioning):
+        self._mmdit = pipeline.mmdit
+        self._pooled = text.pooled
+        self._tokens = mx.expand_dims(text.tokens, 2)
+        self._rows = text.pooled.shape[0]
+
+    def forward(self, x: np.ndarray, timestep: np.ndarray) -> mx.array:
+        """x (1, h, w, 16) and timestep () as stored -> the transformer's output (R, h, w, 16), unevaluated."""
+        return self._mmdit(
+            latent_image_embeddings=mx.concatenate([mx.array(x)] * self._rows),
+            token_level_text_embeddings=self._tokens,
+            timestep=mx.broadcast_to(mx.array(timestep), [self._rows]),
+        )
+
+    def modulation_input(self, timestep: np.ndarray) -> mx.array:
+        """What feeds every adaLN layer: pooled text plus timestep embedding, (R, 1, 1, hidden), unevaluated."""
+        embedded = self._mmdit.t_embedder(mx.repeat(mx.array(timestep)[None], self._rows, axis=0))
+        return self._mmdit.y_embedder(self._pooled)[:, None, None, :] + embedded
+
+
+@contextlib.contextmanager
+def replaying(pipeline: Pipeline, image: dict[str, Any], timesteps: Sequence[np.ndarray]) -> Iterator[Replay]:
+    """Replay `image` (an entry of the manifest) with its own prompt and guidance: R = 2 rows with guidance
+    (conditional, unconditional), else 1.
+
+    timesteps are the stored ones that will be asked for. Hooks go inside this block: leaving it puts the adaLN
+    weights back.
+    """
+    text = encode_prompts(pipeline, [image["prompt"]], image["cfg_weight"], image["negative_prompt"])
+    with modulation_cache(pipeline, [text.pooled], mx.array(np.array(timesteps))):
+        yield Replay(pipeline, text)

@@ -1,0 +1,106 @@
+"""Sampling: noise, Euler steps as a generator, decoding."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+from PIL import Image
+
+from w4a8.model.catalog import ModelError
+from w4a8.model.diffusionkit import CFGDenoiser, append_dims
+from w4a8.model.loading import Pipeline
+from w4a8.model.modulation import modulation_cache
+from w4a8.model.text import TextConditioning
+from w4a8.parallel import _row_groups, side_by_side
+
+
+def sigma_schedule(pipeline: Pipeline, num_steps: int) -> tuple[mx.array, mx.array]:
+    """DiffusionKit's schedule: sigmas (num_steps + 1,) float32, the last 0, and timesteps in the activation dtype."""
+    sigmas = pipeline.get_sigmas(pipeline.sampler, num_steps)
+    timesteps = pipeline.sampler.timestep(sigmas).astype(pipeline.activation_dtype)
+    mx.eval(sigmas, timesteps)
+    return sigmas, timesteps
+
+
+def initial_noise(seed: int, latent_size: tuple[int, int]) -> mx.array:
+    """The noise (1, h, w, 16) float32 that DiffusionKit draws for `seed`, without reseeding NumPy's global state."""
+    h, w = latent_size
+    return mx.array(np.random.RandomState(seed).randn(1, 16, h, w)).transpose(0, 2, 3, 1)
+
+
+@dataclass(frozen=True)
+class EulerStep:
+    """State before step `step_index`; `is_final` marks the finished latent after the last one (sigma 0)."""
+
+    step_index: int
+    x: mx.array  # (B, h, w, 16) float32, evaluated
+    timestep: mx.array  # () activation dtype, the key of the modulation cache
+    sigma: mx.array  # () float32
+    is_final: bool
+
+
+def euler_steps(
+    pipeline: Pipeline, text: TextConditioning, noise: mx.array, num_steps: int, cfg_weight: float
+) -> Iterator[EulerStep]:
+    """Sample B images (Euler method, Karras et al. 2022, Algorithm 2): yields num_steps + 1 states.
+
+    text: R rows; noise (B, h, w, 16). The modulation cache lives as long as the generator: close it (or run
+    it to its end) before the model is used for anything else. For B = 1 every state equals that of
+    DiffusionKit's `sample_euler` bit for bit.
+    """
+    images = noise.shape[0]
+    rows_per_image = text.pooled.shape[0] // images
+    sigmas, timesteps = sigma_schedule(pipeline, num_steps)
+    start = pipeline.get_empty_latent(*noise.shape[1:3])
+    x = pipeline.sampler.noise_scaling(sigmas[0], noise, start, pipeline.max_denoise(sigmas))
+    mx.eval(x)
+
+    def rows_of(array: mx.array, group: slice) -> mx.array:
+        return mx.concatenate(
+            [array[r * images + group.start : r * images + group.stop] for r in range(rows_per_image)]
+        )
+
+    tokens = [rows_of(text.tokens, group) for group in _row_groups(images)]
+    pooled = [rows_of(text.pooled, group) for group in _row_groups(images)]
+    mx.eval(tokens, pooled)
+    denoise = CFGDenoiser(pipeline)
+    with side_by_side(images) as groups, modulation_cache(pipeline, pooled, timesteps) as select:
+        for i in range(num_steps):
+            yield EulerStep(i, x, timesteps[i], sigmas[i], is_final=False)
+            parts = []
+            for index, (group, stream) in enumerate(groups):
+                select(index)
+                with mx.stream(stream):
+                    part = x[group]
+                    denoised = denoise(part, timesteps[i], sigmas[i], tokens[index], cfg_weight=cfg_weight)
+                    derivative = (part - denoised) / append_dims(sigmas[i], part.ndim)
+                    parts.append(part + derivative * (sigmas[i + 1] - sigmas[i]))
+            x = parts[0] if len(parts) == 1 else mx.concatenate(parts)
+            mx.eval(x)
+        yield EulerStep(num_steps, x, timesteps[num_steps], sigmas[num_steps], is_final=True)
+
+
+def decode_latents(pipeline: Pipeline, x: mx.array, image_ids: Sequence[int] | None = None) -> list[Image.Image]:
+    """Turn finished latents (B, h, w, 16) in model space into B RGB images, one decoder pass each.
+
+    image_ids: what to call them in an error (default: 0 …). Raises ModelError when a pixel is not finite: as an integer it would be black or white.
+    """
+    images = []
+    for row in range(x.shape[0]):
+        latent = pipeline.latent_format.process_out(x[row : row + 1]).astype(pipeline.activation_dtype)
+        pixels = pipeline.decoder(latent)[0].astype(mx.float32)
+        if not mx.isfinite(pixels).all().item():
+            what = "the decoded pixels" if mx.isfinite(latent).all().item() else "the finished latent's values"
+            image = row if image_ids is None else image_ids[row]
+            raise ModelError(f"image {image}: {what} hold NaN or infinity; {not_finite_advice(pipeline)}")
+        pixels = mx.clip(pixels / 2 + 0.5, 0, 1)  # as DiffusionKit's decode_latents_to_image
+        images.append(Image.fromarray(np.array((pixels * 255).astype(mx.uint8))))
+    return images
+
+
+def not_finite_advice(pipeline: Pipeline) -> str:
+    """What to try when numbers overflow in this precision."""
+    if pipeline.activation_dtype == mx.float32:
+        return "try a smaller --cfg-weight, or another copy of the model"
+    return "try --dtype float32 in stage 1, or a smaller --cfg-weight"

@@ -1,0 +1,58 @@
+"""Who computes what at the same time: the CPU's cores, a stream each. Changes no result."""
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator
+from itertools import pairwise
+
+import mlx.core as mx
+import torch
+
+
+def run_cpu_streams_side_by_side() -> None:
+    """Let gradients of several CPU streams really run at the same time; call it before anything is evaluated.
+
+    MLX walks a graph with many outputs depth first, one stream's part after the other's, unless this variable is
+    large; it is read once. On a GPU nothing changes.
+    """
+    if mx.default_device() == mx.Device(mx.cpu):
+        os.environ.setdefault("MLX_BFS_MAX_WIDTH", "2000")
+
+
+@contextlib.contextmanager
+def side_by_side(count: int) -> Iterator[list[tuple[slice, mx.Stream]]]:
+    """Split `count` rows of work over the CPU's cores, one group elsewhere: (rows, the stream to compute them on)."""
+    groups = _row_groups(count)
+    streams = [mx.default_stream(mx.default_device())] if len(groups) == 1 else _cpu_streams(len(groups))
+    with _blas_threads(len(groups)):
+        yield list(zip(groups, streams, strict=True))
+
+
+def _row_groups(images: int) -> list[slice]:
+    """Split the images of one pass over the CPU's cores; one group elsewhere.
+
+    Most of MLX's CPU operations use one thread of their stream, so groups on streams of their own run side by
+    side. Which group an image falls in depends on its place in the batch and on the number of cores.
+    """
+    cores = min(images, os.cpu_count() or 1) if mx.default_device() == mx.Device(mx.cpu) else 1
+    edges = [images * core // cores for core in range(cores + 1)]
+    return [slice(a, b) for a, b in pairwise(edges)]
+
+
+@functools.cache
+def _cpu_streams(count: int) -> list[mx.Stream]:
+    """Made once: MLX never frees a stream, and each is a thread."""
+    return [mx.new_stream(mx.cpu) for _ in range(count)]
+
+
+@contextlib.contextmanager
+def _blas_threads(groups: int) -> Iterator[None]:
+    """One BLAS thread per group when several run side by side; the result then never depends on their timing."""
+    threads = torch.get_num_threads()
+    try:
+        if groups > 1:
+            torch.set_num_threads(1)
+        yield
+    finally:
+        torch.set_num_threads(threads)

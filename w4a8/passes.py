@@ -1,0 +1,96 @@
+"""Passes of the model at latents that stage 1 stored: what stages 2W and 2A record from."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, TypeVar
+
+import mlx.core as mx
+import numpy as np
+
+from calibration_store.layout import CalibrationPaths
+from calibration_store.manifest import run_identity, select_images, select_steps
+from calibration_store.samples import read_sample
+from w4a8.model.loading import Pipeline
+from w4a8.model.replay import Replay, replaying
+from w4a8.model.runs import run_schedule
+
+Result = TypeVar("Result")
+Place = tuple[int, int]  # (image_id, step_index)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass of the model, as it ran in stage 1."""
+
+    pipeline: Pipeline
+    image_id: int
+    step: int
+    sample: Mapping[str, np.ndarray]
+    replay: Replay
+
+    @property
+    def where(self) -> str:
+        return f"step {self.step} of image {self.image_id}"
+
+    def forward(self) -> mx.array:
+        """The transformer's output (R, h, w, 16), unevaluated."""
+        return self.replay.forward(self.sample["x"], self.sample["timestep"])
+
+    def modulation_input(self) -> mx.array:
+        """What feeds every adaLN layer, (R, 1, 1, hidden), unevaluated."""
+        return self.replay.modulation_input(self.sample["timestep"])
+
+
+@dataclass(frozen=True)
+class StoredPasses:
+    """Passes at samples of a calibration run; images: the manifest's entries of those that are used."""
+
+    pipeline: Pipeline
+    calib_dir: Path
+    manifest: Mapping[str, Any]
+    images: Sequence[Mapping[str, Any]]
+
+    def over(self, places: Sequence[Place]) -> Iterator[Pass]:
+        """A pass for every place (ordered by image). Hooks go inside the loop; close the iterator when you leave early."""
+        images = {image["image_id"]: image for image in self.images}
+        schedule, paths = run_schedule(self.manifest), CalibrationPaths(self.calib_dir)
+        for image_id, group in groupby(places, key=lambda place: place[0]):
+            steps = [step for _, step in group]
+            samples = [read_sample(paths, self.manifest, image_id, step, schedule) for step in steps]
+            with replaying(self.pipeline, images[image_id], [sample["timestep"] for sample in samples]) as replay:
+                for step, sample in zip(steps, samples, strict=True):
+                    yield Pass(self.pipeline, image_id, step, sample, replay)
+
+    def probe(self, step: int, work: Callable[[Pass], Result]) -> tuple[float, Result]:
+        """Seconds of `work` on the first image's pass at a step (the second of two times), and what it gave."""
+        with closing(self.over([(self.images[0]["image_id"], step)])) as passes:
+            first = next(passes)
+            for _ in range(2):
+                start = time.perf_counter()
+                found = work(first)
+                seconds = time.perf_counter() - start
+        return seconds, found
+
+
+def select_passes(
+    manifest: Mapping[str, Any], num_images: int, stride: int, before: Mapping[str, Any] | None
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The images that a stage uses, and what its plan says of the choice; before: the plan that --resume goes on with."""
+    images = select_images(manifest, num_images, before and before["selected_image_ids"])
+    image_ids = [image["image_id"] for image in images]
+    return images, {
+        "calibration_run": run_identity(manifest, image_ids),
+        "num_images": num_images,
+        "stride": stride,
+        "selected_image_ids": image_ids,
+        "key_timesteps": select_steps(manifest, stride),
+    }
+
+
+def places_of(plan: Mapping[str, Any]) -> list[Place]:
+    """Every (image_id, step) of a plan, image by image."""
+    return [(image_id, step) for image_id in plan["selected_image_ids"] for step in plan["key_timesteps"]]

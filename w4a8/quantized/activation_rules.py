@@ -1,0 +1,266 @@
+"""How the input of every layer is quantized: one class a rule. Simulated: quantized and dequantized in float32.
+
+A new rule is a subclass here: its name in `--variants` (grammar, spelled), the files that it follows from, and x̂.
+"""
+
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from calibration_store.configs import read_config
+from calibration_store.errors import OptionError, StoreError
+from calibration_store.layout import ActivationPaths
+from calibration_store.names import is_post_gelu
+from hooks import hooked_layers
+from w4a8.model.layers import Layer
+from w4a8.quantized.differentiable import fake_quantize
+from w4a8.quantized.model import StoredWeights, check_coverage
+from w4a8.quantized.ranges import levels
+
+Quantize = Callable[[str, mx.array], mx.array]  # (layer, x (R, tokens, 1, channels) float32) -> x̂
+
+
+class ActivationRule(ABC):
+    """A rule; `sources` are the files it follows from, made_from what these say of their run."""
+
+    grammar: ClassVar[str]  # regular expression of its name; a group `bits` where they can be chosen
+    spelled: ClassVar[str]  # an example, for people
+
+    sources: list[Path]
+    made_from: list[tuple[Path, Mapping[str, Any]]]
+
+    @classmethod
+    @abstractmethod
+    def named(
+        cls, variant: str, bits: int | None, calib_dir: Path, rounded: bool, scale_is: str | None
+    ) -> "ActivationRule":
+        """The rule of a variant's name. rounded: the variant's weights are quantized; scale_is: `--scale-is`.
+
+        Raises a UserError when a file that it needs is missing or cannot be.
+        """
+
+    @abstractmethod
+    def at(self, sigma: float, rows_per_image: int) -> Quantize:
+        """x̂ of every layer at a noise level; rows r·images + i of x belong to image i."""
+
+    def check(self, variant: str, layers: Mapping[str, Layer]) -> None:  # noqa: B027  (most have no file)
+        """Whether its files are of this model, all of its layers at every step. Raises StoreError that names the variant."""
+
+
+@contextmanager
+def inputs_quantized(mmdit: nn.Module, rule: ActivationRule, rows_per_image: int) -> Iterator[Callable[[float], None]]:
+    """The inputs of all linear layers quantized as the rule says, in the layers' dtype, until the block ends.
+
+    Yields `step(sigma)`, to be called before each pass.
+    """
+    quantize: Quantize
+    given = quantized = None
+
+    def record(name: str, x: mx.array) -> mx.array:
+        nonlocal given, quantized
+        if given is not x:  # q, k and v of a stream are given the same array
+            given, quantized = x, quantize(name, x.astype(mx.float32)).astype(x.dtype)
+        return quantized
+
+    def step(sigma: float) -> None:
+        nonlocal quantize
+        quantize = rule.at(sigma, rows_per_image)
+
+    with hooked_layers(mmdit, record):
+        yield step
+
+
+# --- static -------------------------------------------------------------------------------------------------
+
+
+class StaticByStep(ActivationRule):
+    """quant_config.json (3A): a range, and where it has them shift and multipliers, for every layer and step."""
+
+    grammar, spelled = r"a(?P<bits>[2-8])", "a8 (any bits)"
+    script: ClassVar[str] = "analyze_activations.py"
+    multitier: ClassVar[bool] = False
+
+    def __init__(self, entries: Mapping[float, Mapping[str, dict[str, Any]]], path: Path, metadata: Mapping[str, Any]):
+        self.entries, self.path = entries, path  # {sigma: {layer: entry}}
+        self.sources, self.made_from = [path], [(path, metadata)]
+
+    @classmethod
+    def named(
+        cls, variant: str, bits: int | None, calib_dir: Path, rounded: bool, scale_is: str | None
+    ) -> "StaticByStep":
+        paths = ActivationPaths(calib_dir)
+        path = paths.multitier_config if cls.multitier else paths.quant_config
+        if not os.path.lexists(path):
+            raise StoreError(f"{path}: not found; {variant} needs it: run {cls.script}")
+        config = read_config(path, cls.multitier)
+        metadata = config.get("metadata") or {}
+        scale_is = metadata.get("scale_meaning") or scale_is
+        entries = [entry for layers in config["per_timestep"].values() for entry in layers.values()]
+        if scale_is is None and not all("clipping_range" in entry for entry in entries):
+            raise StoreError(
+                f"{path}: another tool's: its 'scale' may be the range or the step; say --scale-is range or --scale-is step"
+            )
+        # W·m has other codes than W: beside weights that were rounded without it, nothing is migrated
+        migration = {} if rounded else config.get("outlier_config") or {}
+        by_sigma = {
+            config["sigma_map"][key]: {
+                layer: activation_entry(entry, migration.get(layer), bits, scale_is) for layer, entry in layers.items()
+            }
+            for key, layers in config["per_timestep"].items()
+        }
+        return cls(by_sigma, path, metadata)
+
+    def check(self, variant: str, layers: Mapping[str, Layer]) -> None:
+        for sigma, entries in self.entries.items():
+            check_coverage(variant, f"sigma {sigma:g}", set(entries), layers)
+            for name, entry in entries.items():
+                for key in ("shift", "multipliers"):  # one that is not one per channel would broadcast
+                    if key in entry and entry[key].shape != layers[name].shape[1:]:
+                        raise StoreError(
+                            f"{self.path}: {name} at sigma {sigma:g}: {entry[key].size} values of {key} for "
+                            f"{layers[name].shape[1]} channels; run collect_layer_activations.py --force, then {self.script}"
+                        )
+
+    def at(self, sigma: float, rows_per_image: int) -> Quantize:
+        entries = self.entries[min(self.entries, key=lambda known: abs(known - sigma))]
+
+        def quantize(name: str, x: mx.array) -> mx.array:
+            entry = entries[name]
+            shift = mx.array(entry["shift"]) if "shift" in entry else 0.0
+            multipliers = mx.array(entry["multipliers"]) if "multipliers" in entry else 1.0
+            centred = (x - shift) / multipliers
+            return fake_quantize(centred, entry["clipping_range"], entry["bits"]) * multipliers + shift
+
+        return quantize
+
+
+class Multitier(StaticByStep):
+    """quant_config_multitier.json (3A'): 4, 6 or 8 bits for every layer and step."""
+
+    grammar, spelled = "multitier", "multitier"
+    script, multitier = "analyze_activations_multitier.py", True
+
+
+def activation_entry(
+    entry: dict[str, Any], migration: dict[str, Any] | None, bits: int | None, scale_is: str | None
+) -> dict[str, Any]:
+    """One layer's entry at one step as `StaticByStep` takes it; `bits` overrides the entry's.
+
+    migration: the layer's outlier_config where its weights take part in it. A config without our `clipping_range` is clipped
+    at its scale, which is a range or (scale_is "step") a step of the entry's own bits; its outliers are not migrated,
+    as no range of the migrated tensor is given. A range of 0 (a layer that saw only zeros) becomes 1.
+    """
+    found: dict[str, Any] = {"bits": bits or entry["bits"]}
+    if "clipping_range" not in entry:
+        scale = entry["scale"] if entry.get("shifted_scale") is None else entry["shifted_scale"]
+        found["clipping_range"] = (scale * levels(entry["bits"]) if scale_is == "step" else scale) or 1.0
+    elif migration:
+        found["clipping_range"] = entry["clipping_range"]
+        found["multipliers"] = np.array(migration["multiplier_vector"], np.float32)
+    else:
+        found["clipping_range"] = entry.get("unmigrated_clipping_range", entry["clipping_range"])
+    if entry.get("shift") is not None:
+        found["shift"] = np.array(entry["shift"], np.float32)
+    return found
+
+
+class Learned(ActivationRule):
+    """Stage 3W's: a range for every input, and shifts of the post-GELU ones, the same at every noise level."""
+
+    grammar, spelled = r"a(?P<bits>[2-8])-learned", "a8-learned"
+
+    def __init__(self, ranges: Mapping[str, Any], shifts: Mapping[str, mx.array], bits: int):
+        self.ranges, self.shifts, self.bits = ranges, shifts, bits  # by layer
+        self.sources, self.made_from = [], []
+        self._stored: StoredWeights | None = None
+
+    @classmethod
+    def named(cls, variant: str, bits: int | None, calib_dir: Path, rounded: bool, scale_is: str | None) -> "Learned":
+        stored = StoredWeights(calib_dir)
+        if bits != stored.activation_bits:
+            raise OptionError(f"{variant}: {stored.paths.root} holds {stored.activation_bits} bits")
+        ranges, shifts = {}, {}
+        for name, fields in stored.fields():
+            ranges[name] = float(fields["act_scale"])
+            if "act_shift" in fields:
+                shifts[name] = mx.array(fields["act_shift"])
+        rule = cls(ranges, shifts, bits)
+        rule.sources, rule.made_from, rule._stored = stored.sources, stored.made_from, stored
+        return rule
+
+    def check(self, variant: str, layers: Mapping[str, Layer]) -> None:
+        if self._stored is not None:
+            self._stored.check(variant, layers)
+
+    def at(self, sigma: float = 0.0, rows_per_image: int = 1) -> Quantize:
+        def quantize(name: str, x: mx.array) -> mx.array:
+            return fake_quantize(x, self.ranges[name], self.bits, self.shifts.get(name))
+
+        return quantize
+
+
+# --- dynamic ------------------------------------------------------------------------------------------------
+
+
+class Dynamic(ActivationRule):
+    """A rule that needs no file: ranges are those of what is quantized."""
+
+    def __init__(self, bits: int):
+        self.bits, self.sources, self.made_from = bits, [], []
+
+    @classmethod
+    def named(cls, variant: str, bits: int | None, calib_dir: Path, rounded: bool, scale_is: str | None) -> "Dynamic":
+        return cls(bits)
+
+
+class DynamicPerTensor(Dynamic):
+    """The range, and per channel of post-GELU inputs the shift (min + max) / 2, of each image's own tensor, all its rows."""
+
+    grammar, spelled = r"a(?P<bits>[2-8])-dynamic", "a8-dynamic"
+    shifted: ClassVar[bool] = True
+
+    def at(self, sigma: float, rows_per_image: int) -> Quantize:
+        def quantize(name: str, x: mx.array) -> mx.array:
+            grouped = x.reshape(rows_per_image, -1, *x.shape[1:])
+            rows, shift, centred = (0, 2, 3), None, grouped
+            if self.shifted and is_post_gelu(name):
+                shift = (grouped.min(axis=rows, keepdims=True) + grouped.max(axis=rows, keepdims=True)) / 2
+                centred = grouped - shift
+            reach = mx.abs(centred).max(axis=(*rows, 4), keepdims=True)
+            return fake_quantize(grouped, mx.maximum(reach, 1e-8), self.bits, shift).reshape(x.shape)
+
+        return quantize
+
+
+class DynamicPerTensorUnshifted(DynamicPerTensor):
+    """The same without shifts."""
+
+    grammar, spelled = r"a(?P<bits>[2-8])-dynamic-unshifted", "a8-dynamic-unshifted"
+    shifted = False
+
+
+RULES: tuple[type[ActivationRule], ...] = (
+    StaticByStep,
+    Learned,
+    DynamicPerTensor,
+    DynamicPerTensorUnshifted,
+    Multitier,
+)
+
+
+def rule_of(part: str) -> tuple[type[ActivationRule], int | None] | None:
+    """The rule that a part of a variant's name stands for, and its bits; None for another name."""
+    for rule in RULES:
+        match = re.fullmatch(rule.grammar, part)
+        if match:
+            bits = match.groupdict().get("bits")
+            return rule, bits and int(bits)
+    return None

@@ -1,0 +1,69 @@
+"""The arithmetic of weights: grids, codes, packing. NumPy; grid_position and dequantize take MLX arrays, too."""
+
+import numpy as np
+
+
+def min_max_grid(weight: np.ndarray, bits: int, group_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Asymmetric grid over each group's range: scale and zero point (out, groups) float32, Ŵ = scale·(code − zero point).
+
+    weight (out, in); groups of group_size consecutive inputs, 0 for one group per output channel. The range always
+    holds 0; the zero point is the integer code of 0.
+    """
+    return _grid(_grouped(weight, group_size), bits, 1.0)
+
+
+def searched_grid(weight: np.ndarray, bits: int, group_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """As `min_max_grid`, but of 21 ranges between 0.6 and 1 × the group's, the one with the least squared error."""
+    grouped = _grouped(weight, group_size).astype(np.float32)
+    best_error = best = None
+    for shrink in np.linspace(1, 0.6, 21):
+        scale, zero_point = _grid(grouped, bits, shrink)
+        error = grouped / scale[..., None]  # everything else in place: the layers of a large model are 9 M weights
+        error += zero_point[..., None]
+        np.subtract(np.clip(np.rint(error), 0, 2**bits - 1), error, out=error)
+        error = np.einsum("ogi,ogi->og", error, error) * np.square(scale)
+        if best is None:
+            best_error, best = error, (scale, zero_point)
+        else:
+            best = tuple(
+                np.where(error < best_error, new, old) for new, old in zip((scale, zero_point), best, strict=True)
+            )
+            best_error = np.minimum(error, best_error)
+    return best
+
+
+def _grouped(weight: np.ndarray, group_size: int) -> np.ndarray:
+    return weight.astype(np.float64).reshape(len(weight), -1, group_size or weight.shape[1])
+
+
+def _grid(grouped: np.ndarray, bits: int, shrink: float) -> tuple[np.ndarray, np.ndarray]:
+    low, high = np.minimum(grouped.min(axis=-1), 0) * shrink, np.maximum(grouped.max(axis=-1), 0) * shrink
+    scale = np.maximum((high - low) / (2**bits - 1), np.finfo(np.float32).tiny)
+    return scale.astype(np.float32), np.rint(-low / scale).astype(np.float32)
+
+
+def grid_position(weight, scale, zero_point):
+    """Where each weight lies on its grid, as a real code: W / scale + zero point (out, in). NumPy or MLX arrays."""
+    return (weight.reshape(*scale.shape, -1) / scale[..., None] + zero_point[..., None]).reshape(weight.shape)
+
+
+def dequantize(codes, scale, zero_point):
+    """Ŵ = scale·(code − zero point), (out, in), from codes (out, in). NumPy or MLX arrays."""
+    grouped = codes.reshape(*scale.shape, -1)
+    return ((grouped - zero_point[..., None]) * scale[..., None]).reshape(codes.shape)
+
+
+def nearest_codes(weight: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, bits: int) -> np.ndarray:
+    """Round to nearest: codes (out, in) uint8."""
+    return np.clip(np.rint(grid_position(weight, scale, zero_point)), 0, 2**bits - 1).astype(np.uint8)
+
+
+def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Codes (out, in) uint8 -> uint32 (out, in·bits / 32), the layout of `mx.quantize`: the first code in the lowest bits.
+
+    With scales = scale and biases = −scale·zero_point, `mx.dequantize` and `mx.quantized_matmul` read it. in·bits must be
+    a multiple of 32.
+    """
+    ones_and_zeros = (codes[..., None] >> np.arange(bits, dtype=np.uint8)) & 1
+    packed = np.packbits(ones_and_zeros.reshape(len(codes), -1), axis=1, bitorder="little")
+    return packed.view("<u4")

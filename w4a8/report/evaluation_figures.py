@@ -1,0 +1,61 @@
+"""The figures of stage 4: the grid of images, and the errors along the schedule."""
+
+import textwrap
+from pathlib import Path
+
+import numpy as np
+from matplotlib import font_manager, pyplot
+from PIL import Image, ImageDraw, ImageFont
+
+from calibration_store.files import write_png
+from w4a8.report.figures import save_figure
+
+GRID_ROWS, GRID_CELL = 8, 96
+
+
+def draw_grid(
+    path: Path, prompts: list[str], reference: np.ndarray, found: dict[str, np.ndarray], results: dict
+) -> None:
+    """Write the grid: a row a prompt, the original, and each variant with its difference ×4."""
+    rows, cell, gap, left, top = min(GRID_ROWS, len(reference)), GRID_CELL, 6, 110, 44
+    columns = 1 + 2 * len(found)
+    sheet = Image.new("RGB", (left + columns * (cell + gap), top + rows * (cell + gap)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 11)
+
+    def put(row: int, column: int, pixels: np.ndarray) -> None:
+        scaled = Image.fromarray(pixels).resize((cell, cell), Image.Resampling.LANCZOS)
+        sheet.paste(scaled, (left + column * (cell + gap), top + row * (cell + gap)))
+
+    def title(column: int, text: str) -> None:
+        draw.multiline_text((left + column * (cell + gap), 6), text, fill="black", font=font)
+
+    title(0, "original")
+    for row in range(rows):
+        put(row, 0, reference[row])
+        caption = "\n".join(textwrap.wrap(prompts[row], 17)[:5])
+        draw.multiline_text((4, top + row * (cell + gap) + 8), caption, fill="black", font=font)
+    for position, (name, images) in enumerate(found.items()):
+        mean = results[name]["psnr"]["mean"]
+        title(1 + 2 * position, "\n".join(textwrap.wrap(name.replace("+", " + "), 15)[:2]))
+        title(2 + 2 * position, f"difference ×4\n{'inf' if mean is None else f'{mean:.1f}'} dB mean")
+        for row in range(rows):
+            put(row, 1 + 2 * position, images[row])
+            difference = np.abs(images[row].astype(int) - reference[row].astype(int)) * 4
+            put(row, 2 + 2 * position, np.clip(difference, 0, 255).astype(np.uint8))
+    write_png(path, sheet)
+
+
+def plot_errors(path: Path, results: dict[str, dict]) -> None:
+    """Write the plot of the latents' relative error along the schedule."""
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, row in results.items():
+        if any(row["step_error"]["mean"]):
+            errors = row["step_error"]["mean"]
+            axes.plot(range(1, len(errors)), errors[1:], label=name)  # all start from the same noise
+    axes.set(
+        xlabel="Euler step (noise on the left, image on the right)", ylabel="relative error of the latent", yscale="log"
+    )
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    save_figure(figure, path)

@@ -1,0 +1,39 @@
+"""Figures: a heat map of layers by step, and how a figure reaches the disk."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib import pyplot
+
+from calibration_store.files import atomic_file
+from calibration_store.names import layers_by_kind
+
+
+def heat_map(path: Path, rows: Mapping[str, Sequence[float]], sigmas: Sequence[float], title: str, label: str, **style):
+    """Draw one value per layer (rows, grouped by kind of layer) and step (columns) as a PNG.
+
+    style: matplotlib's `norm` and `cmap`, and `ticks`, the values that the colour bar names.
+    """
+    ticks = style.pop("ticks", None)
+    kinds = layers_by_kind(list(rows))
+    matrix = np.array([rows[layer] for layers in kinds.values() for layer in layers], np.float64)
+    figure, axes = pyplot.subplots(figsize=(9, 2 + max(0.045 * len(matrix), 0.2 * len(kinds))), layout="constrained")
+    image = axes.imshow(matrix, aspect="auto", interpolation="nearest", **style)
+    ends = np.cumsum([len(layers) for layers in kinds.values()])
+    starts = ends - [len(layers) for layers in kinds.values()]
+    axes.set_yticks((starts + ends - 1) / 2, [f"{kind} ({len(layers)})" for kind, layers in kinds.items()])
+    for end in ends[:-1]:
+        axes.axhline(end - 0.5, color="white", linewidth=1)
+    columns = np.unique(np.linspace(0, len(sigmas) - 1, min(len(sigmas), 9)).round().astype(int))
+    axes.set_xticks(columns, [f"{sigmas[column]:.2f}" for column in columns])
+    axes.set(title=title, xlabel="sigma (noise on the left, image on the right)")
+    figure.colorbar(image, label=label, ticks=ticks, aspect=40)
+    save_figure(figure, path)
+
+
+def save_figure(figure, path: Path) -> None:
+    """Write a matplotlib figure as PNG, atomically, and close it."""
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+    pyplot.close(figure)

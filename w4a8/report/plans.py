@@ -1,0 +1,52 @@
+"""What stage 1 says of its run before it begins."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from calibration_store.layout import CalibrationPaths
+from calibration_store.manifest import saved_steps
+from w4a8.cli.words import format_bytes
+from w4a8.generation import MANIFEST_BYTES_PER_IMAGE, batches_to_do, bytes_to_do
+from w4a8.model.catalog import ModelInfo
+
+
+def print_plan(plan: dict[str, Any], info: ModelInfo, paths: CalibrationPaths, complete: dict[int, dict]) -> int:
+    """Say what the run is; returns the bytes that it still has to write."""
+    height, width = plan["latent_size"]
+    guidance = f"guidance {plan['cfg_scale']:g}" if plan["cfg_scale"] > 0 else "no guidance"
+    guidance += f", negative prompt {plan['negative_prompt']!r}" if plan["negative_prompt"] else ""
+    click.echo(
+        f"{plan['model_version']}: {plan['num_images']} images, {plan['num_steps']} steps, {guidance}, "
+        f"latents {height} x {width}, {plan['activation_dtype']}, T5 {'on' if plan['use_t5'] else 'off'}, "
+        f"seed {plan['seed_base']}, batch {plan['batch_size']}"
+    )
+    batches, missing = batches_to_do(plan, complete), plan["num_images"] - len(complete)
+    if complete:
+        click.echo(f"complete in {paths.root}: {len(complete)} of {plan['num_images']} images")
+    samples = missing * len(saved_steps(plan["num_steps"], plan["stride"]))
+    sample_bytes, png_bytes = bytes_to_do(plan, info, missing)
+    click.echo(
+        f"to do: {len(batches) * plan['num_steps']} forward passes; {samples} samples ({format_bytes(sample_bytes)})"
+        + (f", {missing} images (at most {format_bytes(png_bytes)})" if png_bytes else "")
+    )
+    return sample_bytes + png_bytes + plan["num_images"] * MANIFEST_BYTES_PER_IMAGE
+
+
+def say_how_many_prompts(prompts: Sequence[str], num_images: int, prompt_file: Path | None) -> None:
+    """A list that is not used as a whole, or more than once."""
+    if len(prompts) < num_images:
+        click.echo(f"{len(prompts)} prompts for {num_images} images: the list is used again with other seeds.")
+    elif prompt_file is not None and len(prompts) > num_images:
+        click.echo(f"{num_images} of {len(prompts)} prompts used: raise --num-images for more.")
+
+
+def warn_of_old_results(paths: CalibrationPaths) -> None:
+    """After --force: what later stages made from the run that is gone."""
+    old = [name for name in ("adaround_cache", "activations") if (paths.root / name).is_dir()]
+    if old:
+        click.echo(
+            f"Note: {' and '.join(old)} in {paths.root} belong to the run that is gone; make them anew with --force."
+        )
