@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from calibration_store.errors import StoreError
+from calibration_store.errors import OptionError, StoreError
 from calibration_store.names import layer_kind
 from calibration_store.statistics import ActivationStatistics, LayerStatistics
 from w4a8.analysis.w4a8_config import DEAD_SCALE
@@ -173,3 +173,18 @@ def decide(steps: dict[str, dict[str, Decision]], policy: dict[str, Any]) -> Non
         policy["optimality_gap"] = decide_by_average(decisions, policy["average_bits"])
     else:
         decide_by_sqnr(decisions, policy["min_sqnr"])
+
+
+def check_policy(policy: str, min_sqnr: float | None, average_bits: float | None, thresholds: dict) -> dict[str, Any]:
+    """The chosen policy as the config's `thresholds`. Raises UsageError for options that contradict each other."""
+    if policy == "threshold":
+        if min_sqnr is not None or average_bits is not None:
+            raise OptionError("--min-sqnr and --average-bits belong to --policy sqnr")
+        for prefix in ("", "shifted_"):
+            if thresholds[f"{prefix}a4_threshold"] > thresholds[f"{prefix}a6_threshold"]:
+                flag = "--" + prefix.replace("_", "-")
+                raise OptionError(f"{flag}a4-threshold is above {flag}a6-threshold")
+        return {"policy": policy, **thresholds}
+    if (min_sqnr is None) == (average_bits is None):
+        raise OptionError("--policy sqnr needs one of --min-sqnr and --average-bits")
+    return {"policy": policy} | ({"min_sqnr": min_sqnr} if average_bits is None else {"average_bits": average_bits})

@@ -177,3 +177,13 @@ def summarize_config(
         "num_outlier_channels": sum(len(layer["outlier_indices"]) for layer in outlier_config.values()),
         "num_dead_layers": sum(not layer.reach.any() for layer in next(iter(steps.values())).values()),
     }
+
+
+FIGURES = ("scale_over_sigma.png", "scale_map.png", "shift_map.png")
+
+
+def figure_names(steps: dict[str, dict[str, LayerStep]]) -> tuple[str, ...]:
+    """The figures of `--plot`; the last one where layers that every step has are shifted."""
+    first, *others = steps.values()
+    shifted = any(layer.shift is not None for name, layer in first.items() if all(name in step for step in others))
+    return FIGURES if shifted else FIGURES[:2]

@@ -10,11 +10,9 @@ from calibration_store.names import layers_by_kind
 from w4a8.analysis.w4a8_config import LayerStep
 from w4a8.report.figures import heat_map, save_figure
 
-FIGURES = ("scale_over_sigma.png", "scale_map.png", "shift_map.png")
 
-
-def plot(folder: Path, steps: dict[str, dict[str, LayerStep]], sigmas: dict[str, float]) -> list[Path]:
-    """Write the stage's figures: scale over sigma per kind, scale and shift as layer × step maps."""
+def plot(paths: list[Path], steps: dict[str, dict[str, LayerStep]], sigmas: dict[str, float]) -> None:
+    """Write the figures of `figure_names`: scale over sigma per kind, scale and shift as layer × step maps."""
     keys = list(steps)
     common = [name for name in steps[keys[0]] if all(name in layers for layers in steps.values())]
     scales = {name: [steps[key][name].scale for key in keys] for name in common}
@@ -24,14 +22,12 @@ def plot(folder: Path, steps: dict[str, dict[str, LayerStep]], sigmas: dict[str,
         if steps[keys[0]][name].shift is not None
     }
     columns = [sigmas[key] for key in keys]
-    paths = [folder / name for name in FIGURES[: 3 if shifts else 2]]
     plot_bands(paths[0], scales, columns)
     heat_map(
         paths[1], scales, columns, "Clipping range of every layer's input", "scale", norm=LogNorm(), cmap="viridis"
     )
-    if shifts:
+    if len(paths) > 2:
         heat_map(paths[2], shifts, columns, "Largest shift of the post-GELU layers", "max |shift|", cmap="magma")
-    return paths
 
 
 def plot_bands(path: Path, scales: dict[str, list[float]], sigmas: list[float]) -> None:

@@ -1,0 +1,58 @@
+"""Where the job under way stands."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import click
+import numpy as np
+import orjson
+
+from calibration_store.checkpoint import Layers, read_checkpoint, write_checkpoint
+from calibration_store.errors import StoreError
+from calibration_store.layout import WeightPaths
+from calibration_store.weights import layer_fault
+from w4a8.rounding.training import Training
+from w4a8.rounding.units import Job
+
+LEARNING_RATES = ("lr_alpha", "lr_activation_scale")
+
+
+class Checkpoint:
+    """Where the job under way stands, on the disk; a damaged one, or one of another run, is said and left aside."""
+
+    def __init__(self, paths: WeightPaths, job: Job, plan: Mapping[str, Any]):
+        self.paths, self.job = paths, job
+        same = {key: value for key, value in plan.items() if key not in LEARNING_RATES}  # may change after a fault
+        self.plan = hashlib.sha256(orjson.dumps(same, option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+    def save(self, index: int, training: Training, done: Layers, losses: list[dict]) -> None:
+        position = {"plan": self.plan, "job": self.job.name, "stage": index, "iteration": training.iteration}
+        arrays = {name: np.array(array) for name, array in training.arrays().items()}
+        write_checkpoint(self.paths, position | {"losses": losses}, arrays, done)
+
+    def load(self, weight_bits: int) -> tuple[dict[str, Any], dict[str, np.ndarray], Layers] | None:
+        """(position, arrays of the training, layers of finished parts) of this job's last checkpoint, or None."""
+        try:
+            found = read_checkpoint(self.paths)
+            if found is None:
+                return None
+            position, arrays, done = found
+            if (position["plan"], position["job"]) != (self.plan, self.job.name):
+                return None
+            if not position["stage"] < len(self.job.parts) or len(position["losses"]) != position["stage"]:
+                raise ValueError(f"stage {position['stage']}")
+            expected = {name for part in self.job.parts[: position["stage"]] for name in part.layers}
+            if done.keys() != expected or any(layer_fault(fields, weight_bits) for fields in done.values()):
+                raise ValueError("arrays of another unit")
+        except (StoreError, ValueError) as error:
+            self.discard(error)
+            return None
+        return position, arrays, done
+
+    def discard(self, why: Exception) -> None:
+        """Say that a checkpoint cannot be used; the next one takes its place."""
+        click.echo(
+            f"{self.paths.checkpoint.name} cannot be used ({' '.join(str(why).split())[:160]}): {self.job.name} begins anew.",
+            err=True,
+        )

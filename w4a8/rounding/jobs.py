@@ -1,0 +1,246 @@
+"""The jobs of stage 3W: what is left of them, what they cost, and how one runs, from its checkpoint to its files."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from calibration_store.checkpoint import Layers
+from calibration_store.errors import OptionError, StoreError
+from calibration_store.files import remove_file, write_json
+from calibration_store.layout import WeightPaths
+from calibration_store.names import block_of
+from calibration_store.stage_folder import shown
+from calibration_store.weights import (
+    LOSSES,
+    WEIGHTS_FORMAT,
+    read_quantized_block,
+    write_losses,
+    write_quantized_block,
+)
+from w4a8.cli.progress import ProgressBar
+from w4a8.model.layers import Layer, model_blocks, model_layers
+from w4a8.quantized.arithmetic import grid_position
+from w4a8.rounding.checkpoint import Checkpoint
+from w4a8.rounding.samples import Samples
+from w4a8.rounding.settings import Settings
+from w4a8.rounding.training import NotFiniteError, Training, train
+from w4a8.rounding.units import UNITS, Job, Unit
+
+MODEL_UNIT_LIMIT = 100_000_000  # weights up to which the default unit is the whole model
+BYTES_PER_WEIGHT = 5 + 2 * 16  # codes and alpha, and a checkpoint being replaced by the next
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """A run of stage 3W: the model, what is trained in which pieces, and from what."""
+
+    mmdit: nn.Module
+    paths: WeightPaths
+    cache: Mapping[str, Any]  # the block cache's metadata
+    settings: Settings
+    unit: str  # a name of units.UNITS
+    blocks: list[str]
+
+    @property
+    def unit_class(self) -> type[Unit]:
+        return UNITS[self.unit]
+
+    @property
+    def layers(self) -> dict[str, Layer]:
+        return {name: layer for name, layer in model_layers(self.mmdit).items() if layer.block in self.blocks}
+
+    @property
+    def jobs(self) -> list[Job]:
+        return self.unit_class.jobs(self.layers, self.blocks)
+
+    def plan(self) -> dict[str, Any]:
+        """What the run is (plan.json), and most of metadata.json."""
+        cache = self.cache
+        return {
+            "format": WEIGHTS_FORMAT,
+            "model_version": cache.get("model_version"),
+            "calibration_run": cache.get("calibration_run"),
+            "weights_fingerprint": cache.get("weights_fingerprint"),
+            "unit": self.unit,
+            "block_names": self.blocks,
+            **asdict(self.settings),
+            "num_samples": len(cache["samples"]),
+            "selected_image_ids": cache["selected_image_ids"],
+            "key_timesteps": cache["key_timesteps"],
+        }
+
+    def is_finished(self, job: Job) -> bool:
+        """Whether every block of the job is on disk, valid, and of this model's layers."""
+        try:
+            found: Layers = {}
+            for block in job.blocks:
+                found |= read_quantized_block(self.paths, block, self.plan())
+                losses = LOSSES.read(self.paths.losses(block))
+                if losses["unit"] != job.name or len(losses["stages"]) != len(job.parts):
+                    return False
+        except StoreError:
+            return False
+        shapes = {name: layer.shape for name, layer in self.layers.items() if layer.block in job.blocks}
+        return {name: fields["q"].shape for name, fields in found.items()} == shapes
+
+    def bytes_of(self, jobs: Sequence[Job]) -> int:
+        """What these jobs take on the disk at most."""
+        layers = self.layers
+        names = [name for job in jobs for part in job.parts for name in part.layers]
+        return BYTES_PER_WEIGHT * sum(layers[name].weight.size for name in names)
+
+    def training(self, job: Job, index: int, samples: Samples) -> Training:
+        return Training(self.unit_class(self.mmdit, job, job.parts[index], samples, self.settings))
+
+    def samples(self, job: Job) -> Samples:
+        return Samples(self.paths.calib_dir, self.cache, job.blocks)
+
+
+def choose_unit(
+    mmdit: nn.Module, cached: Sequence[str], blocks: str | None, unit: str | None, group_size: int
+) -> tuple[str, list[str]]:
+    """(unit, blocks) of a run. Raises OptionError for blocks that are not cached and groups that do not fit."""
+    every = list(model_blocks(mmdit))
+    chosen = [name.strip() for name in blocks.split(",")] if blocks is not None else list(cached)
+    unknown = [name for name in chosen if name not in cached]
+    if unknown:
+        raise OptionError(f"--blocks: {', '.join(map(shown, unknown))} not in the cache, which has {', '.join(cached)}")
+    chosen = [name for name in cached if name in chosen]
+    shapes = [layer.shape for layer in model_layers(mmdit).values() if layer.block in chosen]
+    if group_size and any(width % group_size for _, width in shapes):
+        widths = sorted({width for _, width in shapes})
+        raise OptionError(f"--group-size {group_size} does not divide the layers' inputs ({widths})")
+    if unit == "model" and chosen != every:
+        raise OptionError(
+            "--unit model needs every block: run cache_adaround_data.py without --blocks, and leave --blocks out here"
+        )
+    if unit is None:
+        fits = sum(out * width for out, width in shapes) <= MODEL_UNIT_LIMIT
+        unit = "model" if chosen == every and fits else "block"
+    return unit, chosen
+
+
+# --- one job ------------------------------------------------------------------------------------------------
+
+
+def run_job(rounding: Rounding, job: Job, plan: Mapping[str, Any], bar: ProgressBar, checkpoint_seconds: float) -> None:
+    """Train a job's parts, from its checkpoint if there is one, and write its blocks' files."""
+    paths, settings = rounding.paths, rounding.settings
+    samples, checkpoint = rounding.samples(job), Checkpoint(paths, job, plan)
+    position, saved, done = checkpoint.load(settings.weight_bits) or ({"stage": 0, "losses": []}, {}, {})
+    losses = position["losses"]
+    bar.n += settings.iters * position["stage"]
+    for index in range(position["stage"], len(job.parts)):
+        training = rounding.training(job, index, samples)
+        if saved:
+            try:
+                training.restore(saved, position["iteration"])
+                bar.n += position["iteration"]
+            except ValueError as error:
+                checkpoint.discard(error)
+            saved = {}
+        found = train_part(
+            training, plan, paths, bar, partial(checkpoint.save, index, training, done, losses), checkpoint_seconds
+        )
+        found["kept_nearest"] = not found["end"] < found["nearest"]
+        done |= trained_layers(training, found["kept_nearest"])
+        losses.append(found | {"layers": len(training.unit.layers)})
+    for block in job.blocks:
+        write_quantized_block(paths, block, {name: fields for name, fields in done.items() if block_of(name) == block})
+        write_losses(paths, block, job.name, losses)
+    rounding.mmdit.clear_modulation_params_cache()
+    remove_file(paths.checkpoint)
+
+
+def train_part(
+    training: Training, plan: Mapping[str, Any], paths: WeightPaths, bar: ProgressBar, save: Callable[[], None],
+    checkpoint_seconds: float,
+) -> dict[str, Any]:  # fmt: skip
+    """`train`; a loss that is not finite leaves the last good state on the disk and ends the stage in a line."""
+    try:
+        return train(training, bar, save, checkpoint_seconds)
+    except NotFiniteError as error:
+        save()
+        write_json(paths.plan, {**plan, "diverged": training.unit.name})
+        raise StoreError(
+            f"{training.unit.name}: {error}; the last good state, iteration {training.iteration}, is kept: --resume goes "
+            "on from it, also with a lower --lr-alpha or --lr-activation-scale (TROUBLESHOOTING_GUIDE Issue 25)"
+        ) from None
+
+
+def trained_layers(training: Training, keep_nearest: bool) -> Layers:
+    """What the block files say of a trained unit's layers: {layer: {field: array}}."""
+    unit, state = training.unit, training.state
+    quantized = unit.nearest
+    if not keep_nearest:
+        quantized = unit.quantized(state, unit.codes(state, hard=True), with_ranges=False).layers
+    layers: Layers = {}
+    for name in unit.layers:
+        fields = quantized[name].fields()
+        if keep_nearest:
+            lower = np.floor(grid_position(np.array(unit.weights[name]), fields["scale"], fields["zero_point"]))
+            alpha = np.where(fields["q"] > lower, 0.5, -0.5).astype(np.float32)
+        else:
+            alpha = np.array(state["alpha"][name])
+        bias = {key: fields.pop(key) for key in ("bias",) if key in fields}
+        layers[name] = bias | {"alpha": alpha} | fields
+        if state["range"]:
+            layers[name]["act_scale"] = np.exp(np.array(state["range"][unit.input_of[name]], np.float32))
+        if name in unit.shifts:
+            layers[name]["act_shift"] = np.array(unit.shifts[name])
+    return layers
+
+
+# --- before it begins ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What is left to do, from a job set up and two timed iterations."""
+
+    iterations: int
+    seconds: float
+    peak_bytes: int
+
+
+def estimate(rounding: Rounding, todo: Sequence[Job], started: Mapping[str, Any] | None) -> Estimate:
+    """started: the position of the first job's checkpoint. Raises OptionError when nothing can be learned."""
+    mx.reset_peak_memory()
+    samples = rounding.samples(todo[0])
+    training = rounding.training(todo[0], 0, samples)
+    iters = rounding.settings.iters
+    training.iteration = rounding.settings.rounding_iters  # the tuning iterations take the most
+    try:
+        for _ in range(2):
+            start = time.perf_counter()
+            training.step()
+            seconds = time.perf_counter() - start
+    except NotFiniteError as error:
+        raise NothingLearned(f"{todo[0].name}: {error}: nothing can be learned with these options") from None
+    on_cpu = mx.default_device() == mx.Device(mx.cpu)  # else the peak holds the samples already
+    left = iters * sum(len(job.parts) for job in todo)
+    if started is not None:
+        left -= iters * started["stage"] + min(started["iteration"], iters)
+    return Estimate(left, seconds * left, mx.get_peak_memory() + (samples.num_bytes if on_cpu else 0))
+
+
+class NothingLearned(OptionError):
+    """The first iterations diverge."""
+
+    exit_code = 1
+
+
+def kept_after_interrupt(paths: WeightPaths) -> str:
+    """What is on the disk."""
+    blocks = [path.stem for path in paths.owned_files() if path.suffix == ".npz" and path != paths.checkpoint]
+    kept = [f"finished blocks ({', '.join(blocks)})"] if blocks else []
+    kept += ["a checkpoint"] if paths.checkpoint.exists() else []
+    return (
+        f"{' and '.join(kept)} kept in {paths.root}" if kept else "nothing was finished, and no checkpoint written, yet"
+    )

@@ -1,0 +1,223 @@
+"""The optimization of one unit: rounding variables first, then with the codes decided scales, zero points, biases, ranges."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optimizers
+import numpy as np
+from mlx.utils import tree_flatten, tree_map
+
+from w4a8.cli.progress import ProgressBar
+from w4a8.rounding.settings import EVALUATED, LR_SCALES, cosine, spread_over
+from w4a8.rounding.units import FIELDS, Arrays, Gradients, Unit
+
+OPTIMIZERS = ("alpha", "scale", "range")  # what each of them moves; `scale` also zero points and biases
+CODES_PER_UNIT = 10  # zero points move in tenths of a code
+
+
+class NotFiniteError(ArithmeticError):
+    """A loss or a gradient is NaN or infinite: nothing can be learned from it."""
+
+
+class Training:
+    """A unit's state, optimizers and iteration; `step` takes one."""
+
+    def __init__(self, unit: Unit):
+        self.unit, self.settings, self.iteration = unit, unit.settings, 0
+        self.state: dict[str, Arrays] = {key: dict(value) for key, value in unit.start.items()}
+        self.optimizers = {name: optimizers.Adam(1e-3, bias_correction=True) for name in OPTIMIZERS}
+        self.fixed = unit.method.begin(self.state["alpha"])
+        self._good = (self._parts(), 0)  # the last state whose loss was finite, and its iteration
+
+    # what a checkpoint holds
+
+    def arrays(self) -> dict[str, mx.array]:
+        """Everything that the rest of the training follows from, flat."""
+        tree: dict[str, Any] = {"state": self.state, "fixed": self.fixed}
+        return dict(flatten(tree | {f"{name}_optimizer": each.state for name, each in self.optimizers.items()}))
+
+    def restore(self, arrays: Mapping[str, np.ndarray], iteration: int) -> None:
+        """Go on from `arrays` at an iteration. Raises ValueError when they are not of this unit, or not finite."""
+        if not 0 <= iteration <= self.settings.iters:
+            raise ValueError(f"iteration {iteration}")
+        for name, array in arrays.items():
+            if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
+                raise ValueError(f"{name} is not finite")
+            if name.startswith("state|scale|") and not (array > 0).all():
+                raise ValueError(f"{name} is not above 0")
+            self._check_moment(name, array)
+        own = {name: array.shape for name, array in self.arrays().items() if "optimizer" not in name}
+        found = {name: array.shape for name, array in arrays.items() if "optimizer" not in name}
+        if own != found:
+            raise ValueError("arrays of another unit")
+        tree = unflatten({name: mx.array(array) for name, array in arrays.items()})
+        missing = [name for name in OPTIMIZERS if f"{name}_optimizer" not in tree]
+        if missing:
+            raise ValueError(f"no {missing[0]}_optimizer")
+        self.state = {key: tree["state"].get(key, {}) for key in FIELDS}
+        self.fixed = tree.get("fixed", {})
+        for name, each in self.optimizers.items():
+            each.state = tree[f"{name}_optimizer"]
+        self.iteration = iteration
+        self._good = (self._parts(), iteration)
+
+    def _check_moment(self, name: str, array: np.ndarray) -> None:
+        """An optimizer's m and v have the shape of what they move. Raises ValueError."""
+        optimizer, *path = name.split("|")
+        if optimizer.endswith("_optimizer") and path[-1] in ("m", "v"):
+            kind = optimizer.removesuffix("_optimizer")
+            moved = self.state[path[0] if kind == "scale" else kind]
+            own = moved.get(path[-2])
+            if own is None or own.shape != array.shape:
+                raise ValueError(f"{name} is of another layer")
+
+    def _parts(self) -> dict[str, Any]:
+        """The state as it is now: references, no copies (MLX arrays do not change)."""
+        states = {name: each.state for name, each in self.optimizers.items()}
+        return tree_map(lambda array: array, {"state": self.state, "fixed": self.fixed, **states})
+
+    def _set(self, parts: dict[str, Any]) -> None:
+        self.state, self.fixed = parts["state"], parts["fixed"]
+        for name, each in self.optimizers.items():
+            each.state = parts[name]
+
+    # one iteration
+
+    def step(self) -> float:
+        """One iteration on a batch that only seed and iteration decide; returns its loss.
+
+        Raises NotFiniteError, back at the last state whose loss and gradients were finite.
+        """
+        unit, settings = self.unit, self.settings
+        random = np.random.default_rng([settings.seed, self.iteration])
+        size = min(settings.batch_size, len(unit.samples.training))
+        indices = np.sort(random.choice(unit.samples.training, size, replace=False))
+        tuning = self.iteration >= settings.rounding_iters
+        codes = unit.codes(self.state, hard=tuning)
+        quantized = unit.quantized(self.state, codes, with_ranges=tuning)
+        loss, gradients = unit.gradients(quantized, indices, self.iteration)
+        finite = [mx.isfinite(array).all() for _, array in tree_flatten([loss, gradients])]
+        if not mx.stack(finite).all().item():
+            found, self.iteration = self.iteration, self._good[1]
+            self._set(self._good[0])
+            what = "a gradient is" if mx.isfinite(loss).item() else "the loss is"
+            raise NotFiniteError(f"{what} not finite at iteration {found}")
+        self._good = (self._parts(), self.iteration)
+        if tuning:
+            self.tune(codes, gradients)
+        else:
+            self.round(gradients["weights"])
+        self.iteration += 1
+        mx.eval(self.state, self.fixed, [each.state for each in self.optimizers.values()])
+        return loss.item()
+
+    def round(self, weight_gradients: Arrays) -> None:
+        """Move the rounding variables."""
+        settings, alphas, method = self.settings, self.state["alpha"], self.unit.method
+        progress = self.iteration / settings.rounding_iters
+        count = sum(alpha.size for alpha in alphas.values())
+        gradients = {}
+        for name, alpha in alphas.items():
+            scale = self.state["scale"][name]
+            slope = (weight_gradients[name].reshape(*scale.shape, -1) * scale[..., None]).reshape(alpha.shape)
+            gradients[name] = method.gradient(alpha, slope, self.fixed.get(name), progress, count)
+        optimizer = self.optimizers["alpha"]
+        optimizer.learning_rate = settings.lr_alpha * (0.05 + 0.95 * cosine(progress))
+        moved = optimizer.apply_gradients(gradients, alphas)
+        self.state["alpha"], self.fixed = method.settle(alphas, moved, self.fixed, progress, self.iteration)
+
+    def tune(self, codes: Arrays, gradients: Gradients) -> None:
+        """Move scales (on a log scale), zero points and biases, and the activation ranges (on a log scale)."""
+        state, settings = self.state, self.settings
+        parameters, slopes = {"scale": {}, "zero_point": {}, "bias": state["bias"]}, {"scale": {}, "zero_point": {}}
+        for name, code in codes.items():
+            scale, zero_point = state["scale"][name], state["zero_point"][name]
+            grouped = gradients["weights"][name].reshape(*scale.shape, -1)
+            distance = code.reshape(grouped.shape) - zero_point[..., None]
+            slopes["scale"][name] = (grouped * distance).sum(axis=-1) * scale
+            slopes["zero_point"][name] = -grouped.sum(axis=-1) * scale * CODES_PER_UNIT
+            parameters["scale"][name], parameters["zero_point"][name] = mx.log(scale), zero_point / CODES_PER_UNIT
+        slopes["bias"] = gradients["biases"]
+        progress = (self.iteration - settings.rounding_iters) / max(1, settings.iters - settings.rounding_iters)
+        self.optimizers["scale"].learning_rate = LR_SCALES * cosine(progress)
+        moved = self.optimizers["scale"].apply_gradients(slopes, parameters)
+        state["scale"] = {name: mx.exp(value) for name, value in moved["scale"].items()}
+        state["zero_point"] = {name: value * CODES_PER_UNIT for name, value in moved["zero_point"].items()}
+        state["bias"] = moved["bias"]
+        if state["range"]:
+            of_input: Arrays = {}
+            for name, gradient in gradients["ranges"].items():
+                source = self.unit.input_of[name]
+                of_input[source] = of_input.get(source, 0) + gradient * mx.exp(state["range"][source])
+            self.optimizers["range"].learning_rate = settings.lr_activation_scale * cosine(progress)
+            state["range"] = self.optimizers["range"].apply_gradients(of_input, state["range"])
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, mx.array]]:
+    """(path, array) of nested dictionaries; mlx.utils joins paths with dots, which layers have in their names."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{name}|")
+        else:
+            yield prefix + name, value
+
+
+def unflatten(arrays: Mapping[str, mx.array]) -> dict[str, Any]:
+    """Nested dictionaries from the paths of `flatten`."""
+    tree: dict[str, Any] = {}
+    for path, array in arrays.items():
+        *parents, name = path.split("|")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = array
+    return tree
+
+
+def train(training: Training, bar: ProgressBar, save: Callable[[], None], checkpoint_seconds: float) -> dict[str, Any]:
+    """Run the training to its end, with a checkpoint now and then; returns the unit's losses."""
+    last_saved, average, changed = time.monotonic(), None, "0.0%"
+    while training.iteration < training.settings.iters:
+        loss = training.step()
+        average = loss if average is None else 0.9 * average + 0.1 * loss
+        bar.update()
+        if training.iteration % 10 == 0:
+            changed = f"{changed_share(training):.1%}"
+        bar.set_postfix(loss=f"{average:.3f}", changed=changed, refresh=False)
+        if time.monotonic() - last_saved > checkpoint_seconds:
+            save()
+            last_saved = time.monotonic()
+    return measure(training)
+
+
+def measure(training: Training) -> dict[str, Any]:
+    """The losses of a finished training on held-out samples, and at its end on those that it was trained on."""
+    unit, state = training.unit, training.state
+    held_out, chosen = (spread_over(ids, EVALUATED) for ids in (unit.samples.held_out, unit.samples.training))
+    codes = unit.codes(state, hard=True)
+    final = unit.quantized(state, codes, with_ranges=False)
+    with_ranges = unit.loss_with_ranges(held_out, unit.quantized(state, codes, with_ranges=True))
+    first = unit.quantized(unit.start, unit.codes(unit.start, hard=True), with_ranges=False)
+    hardened = unit.quantized({**unit.start, "alpha": state["alpha"]}, codes, with_ranges=False)
+    losses = {
+        "nearest": unit.loss(held_out, unit.nearest_state()),
+        "start": unit.loss(held_out, first),
+        "hardened": unit.loss(held_out, hardened),
+        "end": unit.loss(held_out, final),
+        "end_activations": with_ranges,
+        "end_training": unit.loss(chosen, final),
+    }
+    for name, value in losses.items():
+        if value is not None and not math.isfinite(value):
+            raise NotFiniteError(f"the held-out loss {name!r} is not finite after iteration {training.iteration}")
+    return losses
+
+
+def changed_share(training: Training) -> float:
+    """Share of the unit's weights that by now do not round as they would at the start."""
+    start = training.unit.start["alpha"]
+    changed = [((alpha >= 0) != (start[name] >= 0)).sum() for name, alpha in training.state["alpha"].items()]
+    return sum(changed).item() / sum(alpha.size for alpha in start.values())

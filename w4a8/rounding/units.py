@@ -1,0 +1,352 @@
+"""What is trained together for its own output: one class a kind of unit, layer, sublayer, block or whole model."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_map
+
+from calibration_store.names import layer_role
+from hooks import substituted_layers
+from w4a8.model.layers import Layer, model_blocks, model_layers, run_final_layer
+from w4a8.parallel import side_by_side
+from w4a8.quantized.activation_rules import Learned
+from w4a8.quantized.arithmetic import grid_position, searched_grid
+from w4a8.quantized.model import QuantizedLayer
+from w4a8.quantized.ranges import channel_clipping_range
+from w4a8.rounding.methods import METHODS
+from w4a8.rounding.samples import TrainingSamples
+from w4a8.rounding.settings import EVALUATED, Settings, spread_over
+from w4a8.rounding.substitution import Substitution
+
+Arrays = dict[str, mx.array]  # by layer
+FIELDS = ("alpha", "scale", "zero_point", "bias", "range")
+Gradients = dict[str, Arrays]  # of weights, biases and ranges
+SMALLEST_RANGE, SMALLEST_ERROR = 1e-8, 1e-20
+
+
+@dataclass(frozen=True)
+class Part:
+    """Layers of a stretch of blocks that are trained together."""
+
+    name: str
+    layers: list[str]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A stretch of blocks that shares samples and files, and its parts, trained one after the other."""
+
+    name: str
+    blocks: list[str]
+    parts: list[Part]
+
+
+@dataclass(frozen=True)
+class QuantizedUnit:
+    """A point of a unit's training as a quantized model: its layers, and the rule for their inputs (None: as they are)."""
+
+    layers: Mapping[str, QuantizedLayer]
+    rule: Learned | None = None
+
+    @property
+    def weights(self) -> Arrays:
+        return {name: layer.weight for name, layer in self.layers.items()}
+
+    @property
+    def biases(self) -> Arrays:
+        return {name: layer.bias for name, layer in self.layers.items() if layer.bias is not None}
+
+    def substitution(self) -> Substitution:
+        return Substitution(self.weights, self.biases, None if self.rule is None else self.rule.at())
+
+
+class Unit:
+    """Layers, the loss of what they give, and the pieces that their training starts from. Subclasses say what they give."""
+
+    def __init__(self, mmdit: nn.Module, job: Job, part: Part, samples: TrainingSamples, settings: Settings):
+        self.mmdit, self.samples, self.settings = mmdit, samples, settings
+        self.name, self.layers = part.name, part.layers
+        self.method = METHODS[settings.rounding](settings)
+        blocks, layers = model_blocks(mmdit), model_layers(mmdit)
+        self._blocks = [blocks[name] for name in job.blocks]
+        linears: dict[str, Layer] = {name: layers[name] for name in self.layers}
+        self.input_of = {name: layer.input_owner for name, layer in linears.items()}
+        self.weights = {name: layer.weight for name, layer in linears.items()}
+        self.biases = {name: layer.bias for name, layer in linears.items() if layer.bias is not None}
+        self.nearest: dict[str, QuantizedLayer] = {}
+        self._floor: Arrays = {}
+        start: dict[str, Arrays] = {key: {} for key in FIELDS}
+        for name, weight in self.weights.items():
+            weight = np.array(weight, np.float32)
+            self.nearest[name] = QuantizedLayer.nearest(weight, settings.weight_bits, settings.group_size)
+            scale, zero_point = searched_grid(weight, settings.weight_bits, settings.group_size)
+            position = grid_position(weight, scale, zero_point)
+            self._floor[name] = mx.array(np.floor(position))
+            start["alpha"][name] = self.method.first_alpha(position - np.floor(position))
+            start["scale"][name], start["zero_point"][name] = mx.array(scale), mx.array(zero_point)
+        start["bias"] = dict(self.biases)
+        chosen = spread_over(samples.training, EVALUATED)
+        self.norms = [max(error, SMALLEST_ERROR) for error in self.mean_squares(self.nearest_state(), chosen)]
+        self.shifts, ranges = self._measure_inputs(chosen)
+        start["range"] = {name: mx.log(value) for name, value in ranges.items()}
+        self.start = start
+
+    @classmethod
+    def jobs(cls, layers: Mapping[str, Layer], blocks: Sequence[str]) -> list[Job]:
+        """What is trained together, in order: here a block at a time."""
+        of_block = {block: [name for name, layer in layers.items() if layer.block == block] for block in blocks}
+        return [Job(block, [block], cls.parts(block, layers, names)) for block, names in of_block.items()]
+
+    @classmethod
+    def parts(cls, block: str, layers: Mapping[str, Layer], names: list[str]) -> list[Part]:
+        return [Part(block, names)]
+
+    # what the unit gives, quantized and not
+
+    def run(self, batch: list[mx.array], stand_in: Substitution) -> list[mx.array]:
+        """The tokens that the last block gives for a batch, with substituted layers."""
+        tokens, modulation_input = batch[:2], batch[2]
+        with substituted_layers(self.mmdit, stand_in.compute):
+            for block in self._blocks:
+                tokens = block.run(tokens, modulation_input)
+        stand_in.let_go()
+        return tokens
+
+    def outputs(self, batch: list[mx.array], stand_in: Substitution) -> list[mx.array]:
+        """What the loss is measured on: here the block's outputs."""
+        return self.run(batch, stand_in)
+
+    def targets(self, batch: list[mx.array]) -> list[mx.array]:
+        """What the unquantized unit gives: here what the cache holds."""
+        return batch[3:]
+
+    # the loss
+
+    def square_parts(self, stand_in: Substitution, batch: list[mx.array]) -> list[mx.array]:
+        """Mean squared error of each output, unevaluated."""
+        targets, given = self.targets(batch), self.outputs(batch, stand_in)
+        return [mx.mean(mx.square(a - b)) for a, b in zip(given, targets, strict=True)]
+
+    def loss_parts(self, stand_in: Substitution, batch: list[mx.array]) -> list[mx.array]:
+        """The same, relative to round-to-nearest."""
+        return [square / norm for square, norm in zip(self.square_parts(stand_in, batch), self.norms, strict=True)]
+
+    def mean_squares(self, state: QuantizedUnit, indices: Sequence[int]) -> list[float]:
+        """Mean squared error of each output over these samples."""
+        return self._over_batches(self.square_parts, state, indices)
+
+    def loss(self, indices: Sequence[int], state: QuantizedUnit) -> float:
+        """Mean over outputs of the error relative to round-to-nearest: 1 for that on the training samples."""
+        errors = self._over_batches(self.loss_parts, state, indices)
+        return sum(errors) / len(errors)
+
+    def loss_with_ranges(self, indices: Sequence[int], state: QuantizedUnit) -> float | None:
+        """`loss` of a state with quantized inputs; None where it is not known."""
+        return self.loss(indices, state)
+
+    def _over_batches(self, parts, state: QuantizedUnit, indices: Sequence[int]) -> list[float]:
+        totals, size, stand_in = None, self.settings.batch_size, state.substitution()
+        for begin in range(0, len(indices), size):
+            found = parts(stand_in, self.samples.batch(indices[begin : begin + size]))
+            mx.eval(found)
+            share = len(indices[begin : begin + size]) / len(indices)
+            totals = [a + share * b.item() for a, b in zip(totals or [0.0] * len(found), found, strict=True)]
+        return totals
+
+    def gradients(self, state: QuantizedUnit, indices: np.ndarray, iteration: int) -> tuple[mx.array, Gradients]:
+        """Loss and its gradients with respect to weights, biases and ranges; the CPU's cores share the batch."""
+        shifts, settings = self.shifts, self.settings
+
+        def loss_of(parameters: Gradients, batch: list[mx.array], key: mx.array) -> mx.array:
+            ranges = parameters["ranges"]
+            quantize = Learned(ranges, shifts, settings.activation_bits).at() if ranges else None
+            stand_in = Substitution(parameters["weights"], parameters["biases"], quantize, settings.qdrop, key)
+            parts = self.loss_parts(stand_in, batch)
+            return sum(parts) / len(parts)
+
+        ranges = {} if state.rule is None else state.rule.ranges
+        parameters = {"weights": state.weights, "biases": state.biases, "ranges": ranges}
+        mx.eval(parameters)
+        total = []
+        with side_by_side(len(indices)) as groups:
+            for group, stream in groups:
+                key = mx.random.key(hash((settings.seed, iteration, group.start)) % 2**32)
+                with mx.stream(stream):
+                    batch = self.samples.batch(indices[group])
+                    found = mx.value_and_grad(loss_of)(parameters, batch, key)
+                    share = (group.stop - group.start) / len(indices)
+                    total.append(tree_map(partial(mx.multiply, share), found))
+            mx.eval(total)
+        loss, gradients = total[0]
+        for other_loss, other in total[1:]:
+            loss, gradients = loss + other_loss, tree_map(mx.add, gradients, other)
+        return loss, gradients
+
+    # what the unit looks like at a point of its training
+
+    def nearest_state(self) -> QuantizedUnit:
+        """Round-to-nearest on a min-max grid, biases and activations as they are."""
+        layers = {name: layer.as_mlx() for name, layer in self.nearest.items()}
+        own = self.biases
+        return QuantizedUnit({n: QuantizedLayer(q.codes, q.scale, q.zero_point, own.get(n)) for n, q in layers.items()})
+
+    def codes(self, state: dict[str, Arrays], hard: bool) -> Arrays:
+        """Codes (out, in) float32; between two of the grid's while a method is undecided, unless `hard`."""
+        top = 2**self.settings.weight_bits - 1
+        return {
+            name: mx.clip(
+                self._floor[name] + ((alpha >= 0).astype(mx.float32) if hard else self.method.up(alpha)), 0, top
+            )
+            for name, alpha in state["alpha"].items()
+        }
+
+    def quantized(self, state: dict[str, Arrays], codes: Arrays, with_ranges: bool) -> QuantizedUnit:
+        """The unit with these codes on the state's grids."""
+        layers = {
+            name: QuantizedLayer(code, state["scale"][name], state["zero_point"][name], state["bias"].get(name))
+            for name, code in codes.items()
+        }
+        if not (with_ranges and self.settings.activation_bits):
+            return QuantizedUnit(layers)
+        ranges = {name: mx.exp(state["range"][self.input_of[name]]) for name in self.layers}
+        return QuantizedUnit(layers, Learned(ranges, self.shifts, self.settings.activation_bits))
+
+    def _measure_inputs(self, indices: Sequence[int]) -> tuple[Arrays, Arrays]:
+        """Shifts of the post-GELU layers, (min + max) / 2 per channel, and for every input the range to start from.
+
+        The range costs no more than the full one by the moments of x − shift over these samples, every token counted.
+        """
+        if not self.settings.activation_bits:
+            return {}, {}
+        seen_of: dict[str, list[mx.array]] = {}  # minimum, maximum, sum and sum of squares per channel; tokens
+        for seen in self.watch(list(dict.fromkeys(self.input_of.values())), indices):
+            for name, x in seen.items():
+                new = [x.min(axis=0), x.max(axis=0), x.sum(axis=0), mx.square(x).sum(axis=0), mx.array(float(len(x)))]
+                old = seen_of.get(name)
+                seen_of[name] = new if old is None else [
+                    mx.minimum(old[0], new[0]), mx.maximum(old[1], new[1]), *map(mx.add, old[2:], new[2:])
+                ]  # fmt: skip
+            mx.eval(seen_of)
+        layers, shifts, ranges = model_layers(self.mmdit), {}, {}
+        for name, arrays in seen_of.items():
+            low, high, total, squares, tokens = (np.array(array, np.float64) for array in arrays)
+            shift = np.zeros_like(low)
+            if layers[name].is_post_gelu:
+                shift = (low + high) / 2
+                shifts[name] = mx.array(shift.astype(np.float32))
+            reach = np.maximum(np.abs(low - shift), np.abs(high - shift))
+            power = np.maximum(squares / tokens - 2 * shift * total / tokens + shift * shift, 0)
+            found = channel_clipping_range(reach, power, 1, [self.settings.activation_bits])[0]
+            ranges[name] = mx.array(np.float32(max(found, SMALLEST_RANGE)))
+        return shifts, ranges
+
+    def watch(self, names: Sequence[str], indices: Sequence[int]) -> Iterator[Arrays]:
+        """The inputs (tokens, channels) of these layers in the unquantized unit, a few samples at a time."""
+        size = min(8, self.settings.batch_size)
+        for begin in range(0, len(indices), size):
+            watching = Substitution({}, {}, watched=names)
+            self.run(self.samples.batch(indices[begin : begin + size]), watching)
+            yield watching.inputs
+
+
+class BlockUnit(Unit):
+    """A block for its outputs (BRECQ)."""
+
+
+class ModelUnit(Unit):
+    """Every block at once, for the velocity that the model gives."""
+
+    @classmethod
+    def jobs(cls, layers: Mapping[str, Layer], blocks: Sequence[str]) -> list[Job]:
+        return [Job("model", list(blocks), [Part("model", list(layers))])]
+
+    def outputs(self, batch: list[mx.array], stand_in: Substitution) -> list[mx.array]:
+        return [run_final_layer(self.mmdit, self.run(batch, stand_in)[0], batch[2])]
+
+    def targets(self, batch: list[mx.array]) -> list[mx.array]:
+        return [run_final_layer(self.mmdit, batch[3], batch[2])]
+
+
+class SublayerUnit(Unit):
+    """TaQ-DiT: attention and MLP of a block apart, each for the outputs of its last layers."""
+
+    last_roles: ClassVar[tuple[str, ...]] = ("attn.o_proj", "mlp.fc2")
+
+    @classmethod
+    def parts(cls, block: str, layers: Mapping[str, Layer], names: list[str]) -> list[Part]:
+        return [
+            Part(f"{block} {what}", [name for name in names if layers[name].role.startswith(f"{module}.")])
+            for what, module in (("attention", "attn"), ("MLP", "mlp"))
+        ]
+
+    @property
+    def last_layers(self) -> list[str]:
+        return [name for name in self.layers if layer_role(name) in self.last_roles]
+
+    def outputs(self, batch: list[mx.array], stand_in: Substitution) -> list[mx.array]:
+        stand_in.keep(self.last_layers)
+        self.run(batch, stand_in)
+        return [stand_in.outputs.pop(name) for name in self.last_layers]
+
+    def targets(self, batch: list[mx.array]) -> list[mx.array]:
+        return self.outputs(batch, Substitution({}, {}))
+
+
+class LayerUnit(Unit):
+    """Layers of a block that are each trained for their own output: ‖(Ŵ − W)·X‖² = tr(E·XXᵀ·Eᵀ) needs only XXᵀ."""
+
+    def __init__(self, mmdit: nn.Module, job: Job, part: Part, samples: TrainingSamples, settings: Settings):
+        self._grams: dict[tuple[int, ...], Arrays] = {}
+        super().__init__(mmdit, job, part, samples, settings)
+
+    def mean_squares(self, state: QuantizedUnit, indices: Sequence[int]) -> list[float]:
+        return [square.item() for square in self.gram_squares(state.weights, self.grams(indices))]
+
+    def loss(self, indices: Sequence[int], state: QuantizedUnit) -> float:
+        squares = self.gram_squares(state.weights, self.grams(indices))
+        errors = [(square / norm).item() for square, norm in zip(squares, self.norms, strict=True)]
+        return sum(errors) / len(errors)
+
+    def loss_with_ranges(self, indices: Sequence[int], state: QuantizedUnit) -> float | None:
+        """Not known: the Gram matrix is that of the unquantized inputs, and ranges keep their first value."""
+        return None
+
+    def gram_squares(self, weights: Arrays, grams: Arrays) -> list[mx.array]:
+        """Squared output error of each layer, unevaluated."""
+        errors = [weights[name] - self.weights[name] for name in self.layers]
+        return [(e * (e @ grams[self.input_of[name]])).sum() for name, e in zip(self.layers, errors, strict=True)]
+
+    def grams(self, indices: Sequence[int]) -> Arrays:
+        """XXᵀ per input, (channels, channels), divided by the number of samples."""
+        key = tuple(indices)
+        if key not in self._grams:
+            totals: Arrays = {}
+            for seen in self.watch(list(dict.fromkeys(self.input_of.values())), indices):
+                totals = {name: totals.get(name, 0) + x.T @ x / len(indices) for name, x in seen.items()}
+                mx.eval(totals)
+            self._grams[key] = totals
+        return self._grams[key]
+
+    def gradients(self, state: QuantizedUnit, indices: np.ndarray, iteration: int) -> tuple[mx.array, Gradients]:
+        """Over all training samples; biases and ranges are left alone."""
+        grams, quantized = self.grams(self.samples.training), state.weights
+        squares = self.gram_squares(quantized, grams)
+        loss = sum(square / norm for square, norm in zip(squares, self.norms, strict=True)) / len(self.layers)
+        weights = {}
+        for name, norm in zip(self.layers, self.norms, strict=True):
+            error = quantized[name] - self.weights[name]
+            weights[name] = 2 * (error @ grams[self.input_of[name]]) / norm / len(self.layers)
+        ranges = {} if state.rule is None else state.rule.ranges
+        return loss, {
+            "weights": weights,
+            "biases": {name: bias * 0 for name, bias in state.biases.items()},
+            "ranges": {name: value * 0 for name, value in ranges.items()},
+        }
+
+
+UNITS: dict[str, type[Unit]] = {"block": BlockUnit, "sublayer": SublayerUnit, "layer": LayerUnit, "model": ModelUnit}
