@@ -1,6 +1,5 @@
 """tools/train_sd3_emoji.py from a made-up package to a model that samples, on the CPU."""
 
-import importlib
 import json
 
 import mlx.core as mx
@@ -11,6 +10,9 @@ from conftest import invoke
 from PIL import Image, ImageDraw
 
 import diffusion
+from tools.emoji_training.autoencoder import Decoder
+from tools.emoji_training.config import END_TOKEN, TEXT_CHANNELS
+from tools.emoji_training.transformer import TextToImage
 
 SCRIPT = "tools.train_sd3_emoji"
 COLOURS = ("red", "green", "blue", "orange", "purple", "brown")
@@ -140,18 +142,17 @@ def bundled_weights(part):
 
 
 def test_the_modules_compute_what_diffusionkit_computes(emoji):
-    script = importlib.import_module(SCRIPT)
-    model, decoder = script.TextToImage(), script.Decoder()
+    model, decoder = TextToImage(), Decoder()
     decoder.load_state_dict(bundled_weights("decoder"))
     for part in ("clip_l", "clip_g", "mmdit"):
         weights = bundled_weights(part)
         if part == "mmdit":
-            weights["context_embedder.weight"] = weights["context_embedder.weight"][:, : script.TEXT_CHANNELS]
+            weights["context_embedder.weight"] = weights["context_embedder.weight"][:, :TEXT_CHANNELS]
         getattr(model, part).load_state_dict(weights)
 
     latents, sigma = diffusion.initial_noise(3, (16, 16)), 0.7
     tokens = emoji.tokenizer_l.tokenize("rocket")
-    ids = [tokens + [script.END_TOKEN] * (16 - len(tokens))]
+    ids = [tokens + [END_TOKEN] * (16 - len(tokens))]
     emoji_l, emoji_g = (encoder(mx.array(ids)) for encoder in (emoji.clip_l, emoji.clip_g))
     text = mx.concatenate([emoji_l.hidden_states[-2], emoji_g.hidden_states[-2]], axis=-1)
     text = mx.pad(text, [(0, 0), (0, 16), (0, 4096 - text.shape[-1])])

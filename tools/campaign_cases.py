@@ -31,7 +31,17 @@ from calibration_store.weights import (
     read_cache_metadata,
     stored_shapes,
 )
-from tools.mutations import Mutation, copied, edited, file_mutations, json_mutations, npz_mutations, replace
+from tools.mutations import (
+    Mutation,
+    checkpoint_mutations,
+    copied,
+    edited,
+    file_mutations,
+    json_mutations,
+    npz_mutations,
+    replace,
+    weight_mutations,
+)
 
 GENERATE = ("generate_calibration_data", "--num-images", "2", "--num-steps", "3", "--model", "{root}/model")
 CACHE = ("cache_adaround_data", "--num-images", "2", "--stride", "1")
@@ -217,42 +227,6 @@ def file_mutations_of(path: Path) -> list[Mutation]:
     return list(file_mutations(path))
 
 
-def checkpoint_mutations() -> Iterator[Mutation]:
-    """Another job's position, an iteration that cannot be, NaN in the state."""
-    import numpy as np
-    import orjson
-
-    from calibration_store import write_npz
-
-    def position(**changes: Any) -> Mutation:
-        def apply(path: Path) -> None:
-            arrays = dict(np.load(path))
-            found = orjson.loads(arrays["position"].tobytes()) | changes
-            arrays["position"] = np.frombuffer(orjson.dumps(found), np.uint8)
-            path.unlink()
-            write_npz(path, arrays)
-
-        return Mutation(f"position {changes}", apply)
-
-    def array(name: str, change: Any) -> Mutation:
-        def apply(path: Path) -> None:
-            arrays = dict(np.load(path))
-            key = next(key for key in sorted(arrays) if key.startswith("training."))
-            arrays[key] = change(arrays[key])
-            path.unlink()
-            write_npz(path, arrays)
-
-        return Mutation(name, apply)
-
-    for changes in (
-        {"job": "mm1"}, {"plan": "0" * 64}, {"stage": 5}, {"stage": -1}, {"iteration": -1}, {"iteration": 10**6},
-        {"iteration": True}, {"losses": [1]}, {"losses": None},
-    ):  # fmt: skip
-        yield position(**changes)
-    yield array("NaN", lambda a: a * np.float32("nan"))
-    yield array("another shape", lambda a: a.reshape(-1)[:1])
-
-
 def activation_track(run: Path) -> Iterator[tuple[list[Target], list[Mutation]]]:
     analyzers = (("analyze_activations",), ("analyze_activations_multitier", "--policy", "sqnr", "--average-bits", "6"))
 
@@ -374,37 +348,9 @@ def model_folder(model: Path) -> Iterator[tuple[list[Target], list[Mutation]]]:
             ],
         ],
     )
-    yield reads("captions.txt"), [m for m in file_mutations(model / "captions.txt", True) if m.name in ("empty", "garbage", "a folder", "a link to itself", "a dangling link")]  # fmt: skip
+    broken = ("empty", "garbage", "a folder", "a link to itself", "a dangling link")
+    yield reads("captions.txt"), [m for m in file_mutations(model / "captions.txt", True) if m.name in broken]
     for part in LOCAL_FILES:
         name = f"{part}.safetensors"
         plain = [m for m in file_mutations(model / name) if m.name != "a flipped bit"]  # nobody noted its bits yet
         yield reads(name), [*plain, *weight_mutations()]
-
-
-def weight_mutations() -> Iterator[Mutation]:
-    """NaN, infinity, a weight less, a weight of another shape."""
-    import numpy as np
-    from safetensors.numpy import load_file, save_file
-
-    def change(name: str, edit: Any) -> Mutation:
-        def apply(path: Path) -> None:
-            weights = load_file(path)
-            key = sorted(weights)[len(weights) // 2]
-            edit(weights, key)
-            path.unlink()
-            save_file(weights, path)
-
-        return Mutation(name, apply)
-
-    def filled(value: float) -> Any:
-        def edit(weights: dict, key: str) -> None:
-            weights[key] = weights[key].copy()
-            weights[key].reshape(-1)[0] = value
-
-        return edit
-
-    yield change("NaN", filled(np.nan))
-    yield change("infinity", filled(np.inf))
-    yield change("a weight less", lambda weights, key: weights.pop(key))
-    yield change("a weight more", lambda weights, key: weights.update(other=weights[key]))
-    yield change("another shape", lambda weights, key: weights.update({key: weights[key][:1]}))

@@ -3,11 +3,12 @@
 python tools/corruption_campaign.py                 # every mutation: about 15 minutes on two cores
 python tools/corruption_campaign.py --limit 60      # an even spread of 60
 
-The mutations are derived from the formats as calibration_store declares them (tools/mutations.py): every JSON entry missing,
-of another type, out of its range; every array missing, of another dtype or shape, not finite, or breaking the rule that it
-must keep; every file truncated, empty, flipped in a bit, a folder, a link to itself; files of another image or step under this
-one's name. A mutation is lost when a stage ends with a traceback, takes the file as good (exit code 0), keeps it under
---resume, or runs longer than the limit. Each runs in a forked process of its own, so that a crash is seen as one.
+The mutations are derived from the formats as calibration_store declares them (tools/mutations.py): every JSON entry
+missing, of another type, out of its range; every array missing, of another dtype or shape, not finite, or breaking the
+rule that it must keep; every file truncated, empty, flipped in a bit, a folder, a link to itself; files of another
+image or step under this one's name. A mutation is lost when a stage ends with a traceback, takes the file as good (exit
+code 0), keeps it under --resume, or runs longer than the limit. Each runs in a forked process of its own, so that a
+crash is seen as one.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""Damaged files, derived from the formats that calibration_store declares: tools/corruption_campaign.py runs the stages on them."""
+"""Damaged files, derived from calibration_store's formats: tools/corruption_campaign.py runs the stages on them."""
 
 import copy
 import io
@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 import numpy as np
+import orjson
 from msgspec import Meta
+from safetensors.numpy import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -238,3 +240,65 @@ def copied(name: str, other: Path) -> Mutation:
     """Another file's content under this one's name."""
     content = other.read_bytes()
     return Mutation(name, lambda target: replace(target, content))
+
+
+# --- checkpoints and weights --------------------------------------------------------------------------------
+
+
+def checkpoint_mutations() -> Iterator[Mutation]:
+    """Another job's position, an iteration that cannot be, NaN in the state."""
+
+    def position(**changes: Any) -> Mutation:
+        def apply(path: Path) -> None:
+            arrays = dict(np.load(path))
+            found = orjson.loads(arrays["position"].tobytes()) | changes
+            arrays["position"] = np.frombuffer(orjson.dumps(found), np.uint8)
+            path.unlink()
+            write_npz(path, arrays)
+
+        return Mutation(f"position {changes}", apply)
+
+    def array(name: str, change: Any) -> Mutation:
+        def apply(path: Path) -> None:
+            arrays = dict(np.load(path))
+            key = next(key for key in sorted(arrays) if key.startswith("training."))
+            arrays[key] = change(arrays[key])
+            path.unlink()
+            write_npz(path, arrays)
+
+        return Mutation(name, apply)
+
+    for changes in (
+        {"job": "mm1"}, {"plan": "0" * 64}, {"stage": 5}, {"stage": -1}, {"iteration": -1}, {"iteration": 10**6},
+        {"iteration": True}, {"losses": [1]}, {"losses": None},
+    ):  # fmt: skip
+        yield position(**changes)
+    yield array("NaN", lambda a: a * np.float32("nan"))
+    yield array("another shape", lambda a: a.reshape(-1)[:1])
+
+
+def weight_mutations() -> Iterator[Mutation]:
+    """NaN, infinity, a weight less, a weight of another shape."""
+
+    def change(name: str, edit: Any) -> Mutation:
+        def apply(path: Path) -> None:
+            weights = load_file(path)
+            key = sorted(weights)[len(weights) // 2]
+            edit(weights, key)
+            path.unlink()
+            save_file(weights, path)
+
+        return Mutation(name, apply)
+
+    def filled(value: float) -> Any:
+        def edit(weights: dict, key: str) -> None:
+            weights[key] = weights[key].copy()
+            weights[key].reshape(-1)[0] = value
+
+        return edit
+
+    yield change("NaN", filled(np.nan))
+    yield change("infinity", filled(np.inf))
+    yield change("a weight less", lambda weights, key: weights.pop(key))
+    yield change("a weight more", lambda weights, key: weights.update(other=weights[key]))
+    yield change("another shape", lambda weights, key: weights.update({key: weights[key][:1]}))

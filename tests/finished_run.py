@@ -1,0 +1,38 @@
+"""A run with every stage before evaluation, made once for the test files that share it, and what they say of errors."""
+
+import functools
+import shutil
+from pathlib import Path
+
+from conftest import invoke
+
+import diffusion
+
+SMALL = ("--num-images", 3, "--num-steps", 4)
+
+
+@functools.cache
+def model_copy(base: Path) -> Path:
+    """A copy of the bundled model below `base`, the session's temporary folder."""
+    return shutil.copytree(diffusion.BUNDLED_FOLDER, base / "finished/emoji")
+
+
+@functools.cache
+def finished_run(base: Path) -> Path:
+    """Every stage before evaluation, on that copy; for tests to copy in turn."""
+    folder = base / "finished/run"
+    for script, *arguments in (
+        ("generate_calibration_data", "--model", model_copy(base), *SMALL),
+        ("cache_adaround_data", "--num-images", 2, "--stride", 2),
+        ("collect_layer_activations", "--num-images", 2, "--stride", 2),
+        ("analyze_activations", "--plot"),
+        ("optimize_adaround", "--iters", 10, "--batch-size", 2, "--unit", "layer"),
+    ):
+        done = invoke(script, *arguments, "--calib-dir", folder)
+        assert done.exit_code == 0, done.output
+    return folder
+
+
+def one_line(done, message):
+    assert done.exit_code != 0 and message in done.stderr and "Traceback" not in done.output, done.output
+    assert done.stderr.count("Error: ") == 1

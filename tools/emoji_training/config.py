@@ -1,0 +1,14 @@
+"""The sizes of models/sd3-emoji, and its tokens."""
+
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+CONFIG = json.loads((ROOT / "models/sd3-emoji/config.json").read_text())  # the sizes; `latent_format` is measured anew
+CHANNELS, LATENT_CHANNELS = CONFIG["vae"]["block_out_channels"], CONFIG["mmdit"]["vae_latent_dim"]
+HIDDEN, HEADS, PATCH = (CONFIG["mmdit"][key] for key in ("hidden_size", "num_heads", "patch_size"))
+POSITIONS = CONFIG["mmdit"]["max_latent_resolution"]  # each way, in the table of position embeddings
+TEXT_CHANNELS = CONFIG["mmdit"]["pooled_text_embed_dim"]
+MAX_TOKENS = CONFIG["clip_l"]["max_length"]
+START, END = "<|startoftext|>", "<|endoftext|>"
+END_TOKEN = CONFIG["clip_l"]["vocab_size"] - 1  # CLIP pools at the largest id: the end token moves behind all others

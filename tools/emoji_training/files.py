@@ -1,0 +1,23 @@
+"""Files that are read with one-line errors and written atomically."""
+
+import contextlib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from calibration_store import StoreError, atomic_file
+
+
+@contextlib.contextmanager
+def reading(path: Path, source: str) -> Iterator[None]:
+    """Turn whatever is wrong with an input file into one line; `source` says where it comes from."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        reason = f"no entry {error}" if isinstance(error, KeyError) else getattr(error, "strerror", None) or error
+        raise StoreError(f"cannot read {path}: {reason} ({source})") from None
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    with atomic_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
