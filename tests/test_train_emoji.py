@@ -2,6 +2,7 @@
 
 import json
 
+import diffusion
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -9,7 +10,6 @@ import torch
 from conftest import invoke
 from PIL import Image, ImageDraw
 
-import diffusion
 from tools.emoji_training.autoencoder import Decoder
 from tools.emoji_training.config import END_TOKEN, TEXT_CHANNELS
 from tools.emoji_training.transformer import TextToImage
