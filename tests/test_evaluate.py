@@ -62,7 +62,7 @@ def plan_of(manifest):
 @pytest.fixture(scope="module")
 def results(run):
     """Every kind of variant in one process, the original first and last."""
-    variants = "fp,w4-rtn,w8-rtn-g0,w4-adaround,a8,a6-dynamic,a8-learned,multitier,w4-adaround+a8"
+    variants = "fp,w4-rtn,w8-rtn-g0,w4-adaround,a8,a6-dynamic,a8-token,a8-learned,multitier,w4-adaround+a8"
     done = evaluate(run, "--variants", variants)
     assert done.exit_code == 0, done.output
     return done, json.loads((run / "evaluation/metrics.json").read_bytes())
@@ -70,7 +70,7 @@ def results(run):
 
 def test_metrics_and_files(run, results):
     done, metrics = results
-    assert metrics["format"] == "evaluation_v1" and len(metrics["variants"]) == 9
+    assert metrics["format"] == "evaluation_v1" and len(metrics["variants"]) == 10
     assert metrics["variants"]["fp"]["equal_images"] == 2 and metrics["variants"]["fp"]["psnr"]["mean"] is None
     assert max(metrics["variants"]["fp"]["step_error"]["mean"]) == 0
     order = [metrics["variants"][name]["psnr"]["mean"] for name in ("w8-rtn-g0", "w4-rtn", "multitier")]
@@ -167,6 +167,23 @@ def test_dynamic_ranges_are_each_images_own():
         step = abs(own - shift).max() / 127
         expected = np.rint((own - shift) / step) * step + shift
         assert (abs(found[[image, 2 + image]] - expected) < 1e-5 * (1 + 9 * image)).mean() > 0.98  # but for ties
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_tokens_are_quantized_each_on_its_own_grid(bits):
+    """a8-token against float64: 2^bits levels from a token's minimum to its maximum, 0 among them."""
+    x = np.random.default_rng(0).normal(0.3, 1, (2, 6, 1, 16)).astype(np.float32)
+    x[0, 1] *= 100  # a wide token costs the others nothing
+    x[0, 2], x[1, 3] = np.abs(x[0, 2]), 0
+    found = np.array(make_variant(f"a{bits}-token", None).rule.at(0.5, 2)("mm0.img.mlp.fc1", mx.array(x)))
+    for token, rebuilt in zip(x.reshape(-1, 16).astype(float), found.reshape(-1, 16), strict=True):
+        low, high = min(token.min(), 0), max(token.max(), 0)
+        step = (high - low) / (2**bits - 1) or 1
+        zero_point = np.rint(-low / step)
+        expected = (np.clip(np.rint(token / step) + zero_point, 0, 2**bits - 1) - zero_point) * step
+        near_half = abs(token / step - np.rint(token / step)) > 0.499
+        np.testing.assert_allclose(rebuilt[~near_half], expected[~near_half], atol=1e-5 * (high - low + 1))
+        assert abs(rebuilt - token).max() <= step * 1.01
 
 
 def test_second_run_takes_the_original_over(run, results):

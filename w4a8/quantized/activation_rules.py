@@ -25,6 +25,7 @@ from w4a8.quantized.differentiable import fake_quantize
 from w4a8.quantized.model import StoredWeights, check_coverage
 from w4a8.quantized.ranges import levels
 
+SMALLEST_STEP = 1e-10  # of a token that holds only zeros
 Quantize = Callable[[str, mx.array], mx.array]  # (layer, x (R, tokens, 1, channels) float32) -> x̂
 
 
@@ -254,11 +255,30 @@ class DynamicPerTensorUnshifted(DynamicPerTensor):
     shifted = False
 
 
+class DynamicPerToken(Dynamic):
+    """Each token on a grid of its own, asymmetric: 2^bits levels from its minimum to its maximum, 0 among them."""
+
+    grammar, spelled = r"a(?P<bits>[2-8])-token", "a8-token"
+
+    def at(self, sigma: float, rows_per_image: int) -> Quantize:
+        top = 2**self.bits - 1
+
+        def quantize(name: str, x: mx.array) -> mx.array:
+            low = mx.minimum(x.min(axis=-1, keepdims=True), 0.0)
+            high = mx.maximum(x.max(axis=-1, keepdims=True), 0.0)
+            step = mx.maximum((high - low) / top, SMALLEST_STEP)
+            zero_point = mx.round(-low / step)
+            return (mx.clip(mx.round(x / step) + zero_point, 0, top) - zero_point) * step
+
+        return quantize
+
+
 RULES: tuple[type[ActivationRule], ...] = (
     StaticByStep,
     Learned,
     DynamicPerTensor,
     DynamicPerTensorUnshifted,
+    DynamicPerToken,
     Multitier,
 )
 
