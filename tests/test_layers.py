@@ -45,7 +45,7 @@ def test_unified_blocks_run_on_their_own():
     block = blocks["uni1"]
     assert [layer.name for layer in block.layers][:2] == ["uni1.attn.q_proj", "uni1.attn.k_proj"]
     tokens, modulation = mx.random.normal((1, 12, 1, 256)), mx.random.normal((1, 1, 1, 256))
-    rope = flux.pos_embedder(text_sequence_length=4, latent_image_resolution=(2, 4))
+    rope = flux.pre_sdpa_rope(text_sequence_length=4, latent_image_resolution=(2, 4))
     alone = block.run([tokens], modulation, positional_encodings=rope)
     stream = block.module.transformer_block
     stream["_modulation_params"] = {7.0: stream.adaLN_modulation(modulation)}
