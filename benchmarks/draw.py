@@ -12,8 +12,8 @@ import orjson
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from calibration_store import StoreError
-from cli_options import save_figure, stage_command
+from calibration_store.errors import StoreError
+from w4a8.cli import stage_command
 
 
 @stage_command
@@ -27,6 +27,8 @@ from cli_options import save_figure, stage_command
 def main(source: Path, output: Path) -> None:
     """Draw the figures of run_all.py beside their bounds."""
     from matplotlib import pyplot
+
+    from w4a8.report.figures import save_figure
 
     if not source.exists():
         raise StoreError(f"{source}: not found; run python benchmarks/run_all.py first")

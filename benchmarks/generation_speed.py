@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.figures import record
-from cli_options import stage_command
+from w4a8.cli import stage_command
 
 MATMUL = """
 import time
@@ -55,19 +55,21 @@ def seconds(function) -> float:
 @click.option("--t5/--no-t5", "use_t5", default=False, help="Use the T5 text encoder.")
 def main(model: str, num_steps: int, repeats: int, batch_sizes: str, use_t5: bool) -> None:
     """Time stage 1's sampling beside DiffusionKit's own loop."""
-    import diffusion  # before mlx.core: it loads the BLAS
+    import mlx.core as mx
 
-    mx = diffusion.mx
+    from w4a8.model.catalog import default_dtype, describe_model
+    from w4a8.model.loading import TEXT, TRANSFORMER, load_pipeline
+    from w4a8.model.sampling import euler_steps, initial_noise
+    from w4a8.model.text import encode_prompts
+
     if mx.default_device() == mx.Device(mx.cpu):
-        stock, fast = matmul_gflops(""), matmul_gflops("import diffusion")
-        click.echo(
-            f"float32 matmul: stock MLX wheel {stock:.1f} GFLOP/s, with diffusion.py {fast:.0f}: {fast / stock:.0f} x"
-        )
+        stock, fast = matmul_gflops(""), matmul_gflops("import w4a8")
+        click.echo(f"float32 matmul: stock MLX wheel {stock:.1f} GFLOP/s, with w4a8 {fast:.0f}: {fast / stock:.0f} x")
 
-    info = diffusion.describe_model(model)
-    pipeline = diffusion.load_pipeline(info, diffusion.default_dtype(), use_t5)
+    info = describe_model(model)
+    pipeline = load_pipeline(info, {TRANSFORMER: default_dtype(), TEXT: default_dtype()}, use_t5)
     cfg_weight, size = info.cfg_weight, info.latent_size
-    text = diffusion.encode_prompts(pipeline, ["rocket"], cfg_weight)
+    text = encode_prompts(pipeline, ["rocket"], cfg_weight)
 
     def diffusionkit() -> None:
         pipeline.denoise_latents(text.tokens, text.pooled, num_steps, cfg_weight, size, seed=42)
@@ -75,9 +77,9 @@ def main(model: str, num_steps: int, repeats: int, batch_sizes: str, use_t5: boo
         pipeline.mmdit.pop("to_offload")
 
     def ours(batch: int) -> None:
-        many = diffusion.encode_prompts(pipeline, ["rocket"] * batch, cfg_weight)
-        noise = mx.concatenate([diffusion.initial_noise(42 + image, size) for image in range(batch)])
-        for _ in diffusion.euler_steps(pipeline, many, noise, num_steps, cfg_weight):
+        many = encode_prompts(pipeline, ["rocket"] * batch, cfg_weight)
+        noise = mx.concatenate([initial_noise(42 + image, size) for image in range(batch)])
+        for _ in euler_steps(pipeline, many, noise, num_steps, cfg_weight):
             pass
 
     seconds(diffusionkit), seconds(lambda: ours(1))

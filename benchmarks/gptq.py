@@ -10,41 +10,11 @@ import sys
 from pathlib import Path
 
 import click
-import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from cli_options import calib_dir_option, progress_bar, stage_command
-from quantizers import searched_grid
-
-DAMPING = 0.01  # of the mean diagonal, as in the published code
-
-
-def gptq_codes(
-    weight: np.ndarray, gram: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, bits: int
-) -> np.ndarray:
-    """Codes (out, in) uint8: columns rounded in order of their activations' energy, each error spread over the rest.
-
-    weight (out, in), gram XXᵀ (in, in), grid (out, groups).
-    """
-    width = weight.shape[1]
-    order = np.argsort(-np.diag(gram), kind="stable")
-    damped = gram[np.ix_(order, order)] + np.eye(width) * DAMPING * np.trace(gram) / width
-    factor = np.linalg.cholesky(np.linalg.inv(damped)).T
-    remaining = weight.astype(np.float64)[:, order]
-    per_column = (
-        np.repeat(array.astype(np.float64), width // scale.shape[1], axis=1)[:, order] for array in (scale, zero_point)
-    )
-    scales, zero_points = per_column
-    codes = np.empty((len(weight), width), np.uint8)
-    for position, column in enumerate(order):
-        s, z = scales[:, position], zero_points[:, position]
-        code = np.clip(np.rint(remaining[:, position] / s + z), 0, 2**bits - 1)
-        error = (remaining[:, position] - (code - z) * s) / factor[position, position]
-        remaining[:, position + 1 :] -= np.outer(error, factor[position, position + 1 :])
-        codes[:, column] = code
-    return codes
+from w4a8.cli import calib_dir_option, progress_bar, stage_command
 
 
 @stage_command
@@ -59,42 +29,44 @@ def gptq_codes(
 )
 def main(calib_dir: Path, output: Path, bits: str, group_size: str) -> None:
     """GPTQ on the block cache, in stage 3W's format."""
-    write_gptq(calib_dir, output, int(bits), int(group_size))
+    run(calib_dir, output, int(bits), int(group_size))
 
 
-def write_gptq(calib_dir: Path, output: Path, bits: int, group_size: int) -> None:
+def run(calib_dir: Path, output: Path, bits: int, group_size: int) -> None:
     """Codes of every cached block, and what stage 4 needs beside them."""
-    import optimize_adaround as stage
-    from calibration_store import WEIGHTS_FORMAT, WeightPaths, read_cache_metadata, read_manifest, write_json, write_npz
-    from diffusion import load_run_pipeline
-    from hooks import layer_slots
+    from benchmarks.error_feedback import gptq_layer
+    from calibration_store.block_cache import read_cache_metadata
+    from calibration_store.files import write_json
+    from calibration_store.layout import WeightPaths
+    from calibration_store.manifest import read_manifest
+    from calibration_store.weights import WEIGHTS_FORMAT, write_quantized_block
+    from w4a8.model.layers import model_layers
+    from w4a8.model.loading import TRANSFORMER
+    from w4a8.model.runs import load_run_pipeline
+    from w4a8.rounding.samples import Samples
+    from w4a8.rounding.settings import Settings
+    from w4a8.rounding.units import LayerUnit
 
     cache = read_cache_metadata(calib_dir)
     blocks = cache["block_names"]
-    pipeline = load_run_pipeline(read_manifest(calib_dir), "float32")
-    slots = layer_slots(pipeline.mmdit)
+    mmdit = load_run_pipeline(read_manifest(calib_dir), {TRANSFORMER: "float32"}).mmdit
     output.mkdir(parents=True, exist_ok=True)
     for name in ("manifest.json", "activations"):
         if (calib_dir / name).exists() and not (output / name).exists():
             (output / name).symlink_to((calib_dir / name).resolve())
-    settings = stage.Settings(10, 16, bits, 0, group_size, "ste", 0.0, 0.0, 0.0, 0.0, 0)
+    settings = Settings(10, 16, bits, 0, group_size, "ste", 0.0, 0.0, 0.0, 0.0, 0)  # of a training that never begins
     paths = WeightPaths(output)
-    bar = progress_bar(len(blocks), "blocks", "block")
-    for job in stage.plan_jobs(list(slots), blocks, "layer"):
-        samples = stage.Samples(calib_dir, job)
-        unit = stage.LayerUnit(pipeline, job, job.stages[0], samples, settings)
-        grams = unit.grams(samples.training + samples.held_out)
-        arrays = {}
-        for name in unit.layers:
-            weight = np.array(unit.weights[name])
-            grid = searched_grid(weight, bits, group_size)
-            prefix = name.replace(".", "_")
-            gram = np.array(grams[unit.input_of[name]], np.float64)
-            arrays |= {f"{prefix}__q": gptq_codes(weight, gram, *grid, bits)}
-            arrays |= {f"{prefix}__scale": grid[0], f"{prefix}__zero_point": grid[1]}
-        write_npz(paths.block(job.name), arrays)
-        bar.update()
-    bar.close()
+    with progress_bar(len(blocks), "blocks", "block") as bar:
+        for job in LayerUnit.jobs(model_layers(mmdit), blocks):
+            samples = Samples(calib_dir, cache, job.blocks)
+            unit = LayerUnit(mmdit, job, job.parts[0], samples, settings)
+            grams = unit.grams(samples.training + samples.held_out)
+            layers = {
+                name: gptq_layer(unit.weights[name], grams[unit.input_of[name]], bits, group_size).fields()
+                for name in unit.layers
+            }
+            write_quantized_block(paths, job.name, layers)
+            bar.update()
     metadata = {"format": WEIGHTS_FORMAT, "block_names": blocks, "weight_bits": bits, "activation_bits": 0}
     made_from = {key: cache[key] for key in ("calibration_run", "weights_fingerprint", "model_version")}
     made_from |= {key: cache[key] for key in ("selected_image_ids", "key_timesteps")}

@@ -18,8 +18,7 @@ import orjson
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from calibration_store import write_json
-from cli_options import stage_command
+from w4a8.cli import stage_command
 
 SCRIPTS = (["generation_speed.py", "--repeats", "3"], ["collection_cost.py"], ["analysis_speed.py"])
 ON_A_GPU = (["collection_cost.py", "--size", "sd3-medium"], ["rounding_cost.py", "--samples", "32"])
@@ -32,9 +31,11 @@ ON_A_GPU = (["collection_cost.py", "--size", "sd3-medium"], ["rounding_cost.py",
 )  # fmt: skip
 def main(output: Path) -> None:
     """Run every benchmark and print one table."""
-    import diffusion
+    import mlx.core as mx
 
-    device = str(diffusion.mx.default_device())
+    from calibration_store.files import write_json
+
+    device = str(mx.default_device())
     gpu = "gpu" in device
     rows = []
     for script, *arguments in (*SCRIPTS, *(ON_A_GPU if gpu else ())):

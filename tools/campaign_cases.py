@@ -1,39 +1,21 @@
 """Which file, damaged how, is given to which stage: the cases of tools/corruption_campaign.py."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from calibration_store.activations import (
-    COLLECTION,
-    EVALUATION_RUN,
-    MULTITIER_CONFIG,
-    PARTIAL,
-    STATISTICS,
-    STATISTICS_FILE,
-    STEP_INDEX,
-    W4A8_CONFIG,
-)
-from calibration_store.runs import MANIFEST, SAMPLE
-
-from calibration_store import LOCAL_FILES, Record
-from calibration_store.model_folder import MODEL_CONFIG, VOCABULARY
-from calibration_store.weights import (
-    CACHE_METADATA,
-    CACHE_PLAN,
-    LOSSES,
-    WEIGHTS_METADATA,
-    WEIGHTS_PLAN,
-    cache_record,
-    layer_record,
-    read_cache_metadata,
-    stored_shapes,
-)
+from calibration_store.block_cache import CACHE_METADATA, CACHE_PLAN, cache_record, read_cache_metadata, stored_shapes
+from calibration_store.configs import MULTITIER_CONFIG, W4A8_CONFIG
+from calibration_store.evaluation import EVALUATION_RUN
+from calibration_store.manifest import MANIFEST
+from calibration_store.model_folder import LOCAL_FILES, MODEL_CONFIG, VOCABULARY
+from calibration_store.partials import COLLECTION, PARTIAL
+from calibration_store.samples import SAMPLE
+from calibration_store.schema import JsonFormat, Record
+from calibration_store.statistics import STATISTICS, STATISTICS_FILE, STEP_INDEX
+from calibration_store.weights import LOSSES, WEIGHTS_METADATA, WEIGHTS_PLAN, layer_record
+from tools.cases import Case, Mutation, Target
 from tools.mutations import (
-    Mutation,
     checkpoint_mutations,
     copied,
     edited,
@@ -51,31 +33,6 @@ OPTIMIZE = ("optimize_adaround", "--iters", "10", "--batch-size", "2", "--unit",
 HALF = ("optimize_adaround", "--iters", "10", "--batch-size", "2", "--unit", "block", "--blocks", "mm0")
 EVALUATE = ("evaluate_quantization", "--num-images", "1", "--num-steps", "1", "--output", "{run}/new")
 EVALUATE_AGAIN = ("evaluate_quantization", "--num-images", "1", "--num-steps", "1", "--variants", "w4-rtn", "--resume")
-
-
-class Target(NamedTuple):
-    """A file below `base` (run, half or model), and the stage that must not believe it when it is damaged.
-
-    resume: the stage may also make the file anew; then `result` (default: the file) must be that of the clean run.
-    """
-
-    base: str
-    file: str
-    command: tuple[str, ...]
-    resume: bool = False
-    result: str | None = None
-    without: tuple[str, ...] = ()
-
-
-class Case(NamedTuple):
-    """One damaged file and one stage."""
-
-    target: Target
-    mutation: Mutation
-
-    def __str__(self) -> str:
-        how = "--resume" if self.target.resume else "reads it"
-        return f"{self.target.base}/{self.target.file} [{self.mutation.name}] {self.target.command[0]} {how}"
 
 
 def resumed(base: str, file: str, command: tuple[str, ...], **more: Any) -> Target:
@@ -104,7 +61,7 @@ def every_format(clean: Path) -> Iterator[tuple[list[Target], list[Mutation]]]:
     yield from model_folder(clean / "model")
 
 
-def of_json(path: Path, kind: Any, *more: Mutation) -> list[Mutation]:
+def of_json(path: Path, kind: JsonFormat, *more: Mutation) -> list[Mutation]:
     return [*json_mutations(kind.type, path), *file_mutations(path, kept_text=True), *more]
 
 
@@ -221,7 +178,7 @@ def weight_track(run: Path, half: Path) -> Iterator[tuple[list[Target], list[Mut
         "half", name, HALF, result="adaround_weights/mm0.npz",
         without=("adaround_weights/mm0.npz", "adaround_weights/mm0_losses.json", "adaround_weights/metadata.json"),
     )  # fmt: skip
-    yield [target], [*file_mutations(half / name), *checkpoint_mutations()]
+    yield [target], [*file_mutations(half / name), *checkpoint_mutations(half / name)]
 
 
 def file_mutations_of(path: Path) -> list[Mutation]:

@@ -11,7 +11,8 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cli_options import calib_dir_option, stage_command
+from calibration_store.errors import StoreError
+from w4a8.cli import calib_dir_option, stage_command
 
 
 @stage_command
@@ -25,7 +26,8 @@ def main(calib_dir: Path, output: Path | None, columns: int, size: int) -> None:
     """Lay the images of a calibration run out on one sheet."""
     from PIL import Image, ImageDraw, ImageFont
 
-    from calibration_store import StoreError, atomic_file, read_manifest
+    from calibration_store.files import atomic_file
+    from calibration_store.manifest import read_manifest
 
     images = [image for image in read_manifest(calib_dir)["images"] if image["filename"]]
     if not images:

@@ -28,9 +28,8 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cli_options import progress_bar, stage_command
-
-from tools.campaign_cases import Case, Target, all_cases
+from tools.cases import Case, Target
+from w4a8.cli import progress_bar, stage_command
 
 CLEAN = [  # what makes the clean folder, small
     ("generate_calibration_data", "--num-images", "2", "--num-steps", "3"),
@@ -170,7 +169,8 @@ def spread(cases: list[Case], limit: int | None) -> list[Case]:
 @click.option("--workers", type=click.IntRange(1, 64), default=os.cpu_count(), help="Stages that run at a time.")
 def main(limit: int | None, match: str | None, seconds: float, workers: int) -> None:
     """Damage files and see what the stages do with them."""
-    import diffusion  # noqa: F401  (loaded once; every case is forked from here, before MLX has computed anything)
+    import w4a8.model.loading  # noqa: F401  (loaded once; every case is forked from here, before MLX has computed anything)
+    from tools.campaign_cases import all_cases
 
     with tempfile.TemporaryDirectory(prefix="campaign") as root:
         make_clean(Path(root))

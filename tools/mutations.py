@@ -3,29 +3,22 @@
 import copy
 import io
 import json
-import sys
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 import numpy as np
 import orjson
 from msgspec import Meta
 from safetensors.numpy import load_file, save_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from calibration_store import Record, write_npz
+from calibration_store.checkpoint import Position
+from calibration_store.npz import write_npz
+from calibration_store.schema import Record
+from tools.cases import Mutation
 
 RAW = {"@@NaN": "NaN", "@@1e999": "1e999"}  # what JSON has no value for
-
-
-class Mutation(NamedTuple):
-    """A change of a file: what it is, and the function that writes it over `path`."""
-
-    name: str
-    apply: Callable[[Path], None]
 
 
 # --- JSON ---------------------------------------------------------------------------------------------------
@@ -102,19 +95,19 @@ def _beyond(bound: Meta, where: str) -> Iterator[tuple[str, Any]]:
         yield f"{where}: above its range", bound.le * 2 + 1
 
 
-def write_json_text(path: Path, content: Any) -> None:
-    """Write JSON in place, numbers that JSON has no words for included."""
+def json_text(content: Any) -> bytes:
+    """JSON, numbers that it has no words for included."""
     text = json.dumps(content)
     for placeholder, literal in RAW.items():
         text = text.replace(f'"{placeholder}"', literal)
-    replace(path, text.encode())
+    return text.encode()
 
 
 def json_mutations(kind: Any, path: Path) -> Iterator[Mutation]:
     """Every way in which the JSON file at `path` can break its type."""
     content = json.loads(path.read_bytes())
     for name, changed in json_values(kind, content, "$"):
-        yield Mutation(name, lambda target, changed=changed: write_json_text(target, changed))
+        yield Mutation(name, lambda target, changed=changed: replace(target, json_text(changed)))
 
 
 def edited(name: str, edit: Callable[[Any], Any]) -> Mutation:
@@ -123,7 +116,7 @@ def edited(name: str, edit: Callable[[Any], Any]) -> Mutation:
     def apply(path: Path) -> None:
         content = copy.deepcopy(json.loads(path.read_bytes()))
         result = edit(content)
-        write_json_text(path, content if result is None else result)
+        replace(path, json_text(content if result is None else result))
 
     return Mutation(name, apply)
 
@@ -245,34 +238,24 @@ def copied(name: str, other: Path) -> Mutation:
 # --- checkpoints and weights --------------------------------------------------------------------------------
 
 
-def checkpoint_mutations() -> Iterator[Mutation]:
-    """Another job's position, an iteration that cannot be, NaN in the state."""
+def checkpoint_mutations(path: Path) -> Iterator[Mutation]:
+    """Every way in which the position can break its type, another job's, a stage that cannot be; NaN in the state."""
 
-    def position(**changes: Any) -> Mutation:
-        def apply(path: Path) -> None:
-            arrays = dict(np.load(path))
-            found = orjson.loads(arrays["position"].tobytes()) | changes
-            arrays["position"] = np.frombuffer(orjson.dumps(found), np.uint8)
-            path.unlink()
-            write_npz(path, arrays)
+    def position(name: str, changed: Any) -> Mutation:
+        return _with_arrays(name, "", {"position": np.frombuffer(json_text(changed), np.uint8)})
 
-        return Mutation(f"position {changes}", apply)
+    def array(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Mutation:
+        key = min(key for key in arrays if key.startswith("training."))
+        return _with_arrays(name, "", {key: change(arrays[key])})
 
-    def array(name: str, change: Any) -> Mutation:
-        def apply(path: Path) -> None:
-            arrays = dict(np.load(path))
-            key = next(key for key in sorted(arrays) if key.startswith("training."))
-            arrays[key] = change(arrays[key])
-            path.unlink()
-            write_npz(path, arrays)
-
-        return Mutation(name, apply)
-
+    arrays = dict(np.load(path))
+    own = orjson.loads(arrays["position"].tobytes())
+    for name, changed in json_values(Position, own, "position"):
+        yield position(name, changed)
     for changes in (
-        {"job": "mm1"}, {"plan": "0" * 64}, {"stage": 5}, {"stage": -1}, {"iteration": -1}, {"iteration": 10**6},
-        {"iteration": True}, {"losses": [1]}, {"losses": None},
+        {"job": "mm1"}, {"plan": "0" * 64}, {"stage": 5}, {"iteration": 10**6}, {"losses": [1]}, {"losses": None},
     ):  # fmt: skip
-        yield position(**changes)
+        yield position(f"position {changes}", own | changes)
     yield array("NaN", lambda a: a * np.float32("nan"))
     yield array("another shape", lambda a: a.reshape(-1)[:1])
 

@@ -5,7 +5,8 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from calibration_store import StoreError, atomic_file
+from calibration_store.errors import StoreError
+from calibration_store.files import atomic_file
 
 
 @contextlib.contextmanager

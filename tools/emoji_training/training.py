@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from cli_options import progress_bar
 from torch import Tensor, nn
 
 from tools.emoji_training.autoencoder import AutoEncoder, Encoder
 from tools.emoji_training.files import reading
 from tools.emoji_training.transformer import TextToImage
+from w4a8.cli import progress_bar
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,172 @@
+"""A hub cache that holds a random-weight SD3: what random_sd3_medium.py writes."""
+
+from w4a8 import blas  # noqa: F401  (before MLX)
+
+# isort: split
+import json
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from w4a8.model.catalog import BUNDLED_FOLDER
+from w4a8.model.diffusionkit import MMDiT, MMDiTConfig, VAEDecoder, VAEEncoder
+
+SD3_MEDIUM = "argmaxinc/mlx-stable-diffusion-3-medium"
+TEXT_ENCODERS = "argmaxinc/stable-diffusion"
+CLIP_LAYERS = 2  # enough for hidden_states[-2]; DiffusionKit reads the size from config.json
+
+
+def hub_folder(hf_home: Path, repository: str) -> Path:
+    """Make an empty snapshot of `repository` in the hub cache's layout and return its folder."""
+    folder = hf_home / "hub" / ("models--" + repository.replace("/", "--"))
+    revision = "0" * 40
+    (folder / "refs").mkdir(parents=True, exist_ok=True)
+    (folder / "refs" / "main").write_text(revision)
+    snapshot = folder / "snapshots" / revision
+    snapshot.mkdir(parents=True, exist_ok=True)
+    return snapshot
+
+
+def transformer_key(name: str) -> str:
+    """DiffusionKit's MMDiT parameter name -> the key of SD3's checkpoint (q, k, v are split there from one qkv)."""
+    for ours, theirs in (
+        ("multimodal_transformer_blocks", "joint_blocks"),
+        ("image_transformer_block", "x_block"),
+        ("text_transformer_block", "context_block"),
+        ("x_pos_embedder.pos_embed.weight", "pos_embed"),
+        ("attn.o_proj", "attn.proj"),
+        ("attn.q_proj", "attn.qkv"),
+        (".layers.", "."),
+    ):
+        name = name.replace(ours, theirs)
+    return "model.diffusion_model." + name
+
+
+def vae_key(name: str, part: str) -> str:
+    """DiffusionKit's VAE parameter name -> the key of SD3's checkpoint."""
+    for ours, theirs in (
+        ("up_blocks", "up"),
+        ("down_blocks", "down"),
+        ("mid_blocks.0", "mid.block_1"),
+        ("mid_blocks.1", "mid.attn_1"),
+        ("mid_blocks.2", "mid.block_2"),
+        ("resnets", "block"),
+        ("conv_shortcut", "nin_shortcut"),
+        ("group_norm", "norm"),
+        ("conv_norm_out", "norm_out"),
+        ("query_proj", "q"),
+        ("key_proj", "k"),
+        ("value_proj", "v"),
+        ("out_proj", "proj_out"),
+        ("upsample", "upsample.conv"),
+        ("downsample", "downsample.conv"),
+    ):
+        name = name.replace(ours, theirs)
+    return f"first_stage_model.{part}.{name}"
+
+
+def random_checkpoint(config: MMDiTConfig, seed: int = 0) -> dict:
+    """Random float16 weights of a transformer of `config` and SD3's VAE, keyed and shaped as SD3's checkpoint."""
+    key = mx.random.key(seed)
+
+    def draw(name: str, shape: tuple[int, ...]) -> mx.array:
+        nonlocal key
+        key, now = mx.random.split(key)
+        if name.endswith("bias"):
+            return mx.zeros(shape, dtype=mx.float16)
+        if "norm" in name:
+            return mx.ones(shape, dtype=mx.float16)
+        fan_in = shape[-1] if len(shape) == 2 else shape[1] * shape[2] * shape[3] if len(shape) == 4 else shape[-1]
+        return (mx.random.normal(shape, key=now) * fan_in**-0.5).astype(mx.float16)
+
+    weights = {}
+    for name, array in tree_flatten(MMDiT(config).parameters()):
+        shape = array.shape
+        if "k_proj" in name or "v_proj" in name:
+            continue
+        if "q_proj" in name:
+            shape = (3 * shape[0], *shape[1:])
+        if name == "x_embedder.proj.weight":
+            shape = (shape[0], shape[3], shape[1], shape[2])
+        if "pos_embed" in name:
+            shape = (1, *shape)
+        weights[transformer_key(name)] = draw(name, shape)
+    for part, model in (("decoder", VAEDecoder()), ("encoder", VAEEncoder())):
+        for name, array in tree_flatten(model.parameters()):
+            shape = array.shape
+            if len(shape) == 4:
+                shape = (shape[0], shape[3], shape[1], shape[2])
+            elif len(shape) == 2:
+                shape = (*shape, 1, 1)
+            weights[vae_key(name, part)] = draw(name, shape)
+    return weights
+
+
+def random_clip(width: int, heads: int, vocabulary: int, seed: int) -> tuple[dict, dict]:
+    """Config and random float16 weights of a small CLIP text encoder, keyed as transformers keys it."""
+    key = mx.random.key(seed)
+
+    def linear(name: str, rows: int, columns: int) -> dict:
+        nonlocal key
+        key, now = mx.random.split(key)
+        weight = mx.random.normal((rows, columns), key=now) * columns**-0.5
+        return {f"{name}.weight": weight.astype(mx.float16), f"{name}.bias": mx.zeros((rows,), dtype=mx.float16)}
+
+    def norm(name: str) -> dict:
+        return {
+            f"{name}.weight": mx.ones((width,), dtype=mx.float16),
+            f"{name}.bias": mx.zeros((width,), dtype=mx.float16),
+        }
+
+    weights = {
+        "text_model.embeddings.token_embedding.weight": linear("w", vocabulary, width)["w.weight"],
+        "text_model.embeddings.position_embedding.weight": linear("w", 77, width)["w.weight"],
+        "text_projection.weight": linear("w", width, width)["w.weight"],
+        **norm("text_model.final_layer_norm"),
+    }
+    for index in range(CLIP_LAYERS):
+        layer = f"text_model.encoder.layers.{index}"
+        for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            weights |= linear(f"{layer}.self_attn.{part}", width, width)
+        weights |= linear(f"{layer}.mlp.fc1", 4 * width, width) | linear(f"{layer}.mlp.fc2", width, 4 * width)
+        weights |= norm(f"{layer}.layer_norm1") | norm(f"{layer}.layer_norm2")
+    config = {
+        "architectures": ["CLIPTextModelWithProjection"],
+        "num_hidden_layers": CLIP_LAYERS,
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "max_position_embeddings": 77,
+        "vocab_size": vocabulary,
+        "projection_dim": width,
+        "hidden_act": "quick_gelu",
+    }
+    return config, weights
+
+
+def whole_vocabulary(vocabulary: dict[str, int]) -> dict[str, int]:
+    """sd3-emoji's vocabulary with every printable ASCII character; the end token keeps the largest id."""
+    tokens = [token for token in vocabulary if token != "<|endoftext|>"]
+    characters = [chr(code) + end for code in range(33, 127) for end in ("", "</w>")]
+    tokens += [token for token in characters if token not in vocabulary]
+    return {token: index for index, token in enumerate([*tokens, "<|endoftext|>"])}
+
+
+def write_hub_cache(hf_home: Path, config: MMDiTConfig, clip_widths: tuple[int, int] = (768, 1280)) -> Path:
+    """Write everything that loading SD3-Medium without T5 asks the hub for; returns the checkpoint's path."""
+    snapshot = hub_folder(hf_home, SD3_MEDIUM)
+    (snapshot / "config.json").write_text("{}")
+    mx.save_safetensors(str(snapshot / "sd3_medium.safetensors"), random_checkpoint(config))
+    encoders = hub_folder(hf_home, TEXT_ENCODERS)
+    vocabulary = whole_vocabulary(json.loads((BUNDLED_FOLDER / "vocab.json").read_text(encoding="utf-8")))
+    for seed, (part, width) in enumerate(zip(("clip_l", "clip_g"), clip_widths, strict=True)):
+        (encoders / part).mkdir(exist_ok=True)
+        clip_config, weights = random_clip(width, width // 64, len(vocabulary), seed)
+        (encoders / part / "config.json").write_text(json.dumps(clip_config))
+        mx.save_safetensors(str(encoders / part / "model.fp16.safetensors"), weights)
+        tokenizer = encoders / part.replace("clip", "tokenizer")
+        tokenizer.mkdir(exist_ok=True)
+        (tokenizer / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+        shutil.copy(BUNDLED_FOLDER / "merges.txt", tokenizer / "merges.txt")
+    return snapshot / "sd3_medium.safetensors"
