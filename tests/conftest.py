@@ -6,15 +6,16 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-ROOT = Path(__file__).resolve().parent.parent
+from w4a8.model.catalog import describe_model
+from w4a8.model.loading import load_pipeline, whole_model
 
-import diffusion  # first: it loads the BLAS before MLX
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="session")
 def emoji():
     """The bundled model, float32, shared by the tests that leave it as they found it."""
-    return diffusion.load_pipeline(diffusion.describe_model("sd3-emoji"), "float32")
+    return load_pipeline(describe_model("sd3-emoji"), whole_model("float32"))
 
 
 def invoke(script: str, *arguments):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from conftest import invoke
 
-import diffusion
+from w4a8.model.catalog import BUNDLED_FOLDER
 
 SMALL = ("--num-images", 3, "--num-steps", 4)
 
@@ -14,7 +14,7 @@ SMALL = ("--num-images", 3, "--num-steps", 4)
 @functools.cache
 def model_copy(base: Path) -> Path:
     """A copy of the bundled model below `base`, the session's temporary folder."""
-    return shutil.copytree(diffusion.BUNDLED_FOLDER, base / "finished/emoji")
+    return shutil.copytree(BUNDLED_FOLDER, base / "finished/emoji")
 
 
 @functools.cache
