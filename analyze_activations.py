@@ -17,12 +17,12 @@ from pathlib import Path
 
 import click
 
-from w4a8.cli import analysis_options, calib_dir_option, stage_command
+from w4a8 import cli
 
 
-@stage_command
-@calib_dir_option
-@analysis_options("quant_config.json")
+@cli.stage_command
+@cli.calib_dir_option
+@cli.analysis_options("quant_config.json")
 @click.option(
     "--use-hist-p999", is_flag=True, help="Clip at the 99.9th percentile instead of the average maximum; no migration."
 )

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import click
 
-from w4a8.cli import analysis_options, calib_dir_option, stage_command
+from w4a8 import cli
 
 
-@stage_command
-@calib_dir_option
-@analysis_options("quant_config_multitier.json")
+@cli.stage_command
+@cli.calib_dir_option
+@cli.analysis_options("quant_config_multitier.json")
 @click.option("--policy", type=click.Choice(["threshold", "sqnr"]), default="threshold", help="What decides the bits.")
 @click.option("--a4-threshold", type=click.FloatRange(min=0), default=6.0, help="A4 for a scale below this.")
 @click.option("--a6-threshold", type=click.FloatRange(min=0), default=10.0, help="A6 for a scale below this.")

@@ -11,30 +11,20 @@ from pathlib import Path
 
 import click
 
-from w4a8.cli import (
-    calib_dir_option,
-    few,
-    format_bytes,
-    format_seconds,
-    interruptible,
-    model_place_options,
-    progress_bar,
-    resume_options,
-    stage_command,
-)
+from w4a8 import cli
 
 OPTIONS = {"num_images": "--num-images", "stride": "--stride", "blocks": "--blocks"}
 
 
-@stage_command
-@calib_dir_option
-@model_place_options
+@cli.stage_command
+@cli.calib_dir_option
+@cli.model_place_options
 @click.option(
     "--num-images", type=click.IntRange(min=1), default=5, help="Images to use, evenly over the whole calibration run."
 )
 @click.option("--stride", type=click.IntRange(min=1), default=5, help="Use every Nth saved step.")
 @click.option("--blocks", help="Blocks to cache, such as mm0,mm5.  [default: all]")
-@resume_options
+@cli.resume_options
 def main(**options) -> None:
     """Stage 2W: cache the inputs and outputs of every block."""
     run(**options)
@@ -69,7 +59,7 @@ def run(
     plan = plan_cache(selection, blocks)
     places = places_of(plan)
     click.echo(
-        f"{manifest['model_version']}: images {few(plan['selected_image_ids'])}, {len(plan['key_timesteps'])} steps each, "
+        f"{manifest['model_version']}: images {cli.few(plan['selected_image_ids'])}, {len(plan['key_timesteps'])} steps each, "
         f"{len(places)} samples"
     )
     with folder.held(dry_run):
@@ -84,16 +74,16 @@ def run(
         )
         todo = folder.todo(places, lambda place: is_cached(paths, *place, shapes))
         click.echo(
-            f"to do: {len(todo)} of {len(places)} samples, {format_bytes(size * len(todo))} in {paths.root} "
-            f"({format_bytes(size)} a sample), about {format_seconds(seconds * len(todo))}"
+            f"to do: {len(todo)} of {len(places)} samples, {cli.format_bytes(size * len(todo))} in {paths.root} "
+            f"({cli.format_bytes(size)} a sample), about {cli.format_seconds(seconds * len(todo))}"
         )
         require_space(paths.root, size * len(todo))
         if dry_run:
             return
         folder.begin(plan)
-        with interruptible(lambda: f"finished samples are kept in {paths.samples}"):
+        with cli.interruptible(lambda: f"finished samples are kept in {paths.samples}"):
             with (
-                progress_bar(len(places), "samples", "sample", initial=len(places) - len(todo)) as bar,
+                cli.progress_bar(len(places), "samples", "sample", initial=len(places) - len(todo)) as bar,
                 BackgroundWriter(pending=0) as writer,  # one sample being written, one being made
                 closing(passes.over(todo)) as left,
             ):

@@ -12,30 +12,20 @@ from pathlib import Path
 
 import click
 
-from w4a8.cli import (
-    calib_dir_option,
-    few,
-    format_bytes,
-    format_seconds,
-    interruptible,
-    model_place_options,
-    progress_bar,
-    resume_options,
-    stage_command,
-)
+from w4a8 import cli
 
 OPTIONS = {"num_images": "--num-images", "stride": "--stride"}
 STEP_FILE_SIZES = 4  # of a partial result, that a step's files take: an array a layer, where partials have one an input
 
 
-@stage_command
-@calib_dir_option
-@model_place_options
+@cli.stage_command
+@cli.calib_dir_option
+@cli.model_place_options
 @click.option(
     "--num-images", type=click.IntRange(min=1), default=5, help="Images to use, evenly over the whole calibration run."
 )
 @click.option("--stride", type=click.IntRange(min=1), default=2, help="Use every Nth saved step.")
-@resume_options
+@cli.resume_options
 def main(**options) -> None:
     """Stage 2A: statistics of the input of every linear layer, per denoising step."""
     run(**options)
@@ -66,7 +56,7 @@ def run(
     plan = {"format": PARTIAL_FORMAT, **selection}
     places, dtype = places_of(plan), manifest["activation_dtype"]
     click.echo(
-        f"{manifest['model_version']}: images {few(plan['selected_image_ids'])}, {len(plan['key_timesteps'])} steps each, "
+        f"{manifest['model_version']}: images {cli.few(plan['selected_image_ids'])}, {len(plan['key_timesteps'])} steps each, "
         f"{len(places)} passes, {dtype}"
     )
     with folder.held(dry_run):
@@ -79,16 +69,16 @@ def run(
         size = npz_bytes(partial_arrays(found, *places[0], dtype))
         total = size * (len(todo) + STEP_FILE_SIZES * len(plan["key_timesteps"]))
         click.echo(
-            f"to do: {len(todo)} of {len(places)} passes, about {format_seconds(seconds * len(todo))} on this machine, "
-            f"at most {format_bytes(total)} in {paths.root}"
+            f"to do: {len(todo)} of {len(places)} passes, about {cli.format_seconds(seconds * len(todo))} on this machine, "
+            f"at most {cli.format_bytes(total)} in {paths.root}"
         )
         require_space(paths.root, total)
         if dry_run:
             return
         folder.begin(plan)
-        with interruptible(lambda: f"finished passes are kept in {paths.partials}"):
+        with cli.interruptible(lambda: f"finished passes are kept in {paths.partials}"):
             with (
-                progress_bar(len(places), "passes", "pass", initial=len(places) - len(todo)) as bar,
+                cli.progress_bar(len(places), "passes", "pass", initial=len(places) - len(todo)) as bar,
                 BackgroundWriter(pending=1) as writer,
                 closing(passes.over(todo)) as left,
             ):

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import click
 
-from w4a8.cli import calib_dir_option, interruptible, stage_command
+from w4a8 import cli
 
 
-@stage_command
-@calib_dir_option
+@cli.stage_command
+@cli.calib_dir_option
 @click.option("--model", help="Model to evaluate, or where the calibration's is now.  [default: the calibration's]")
 @click.option(
     "--local-checkpoint",
@@ -116,7 +116,7 @@ def run(
     for variant in chosen:
         variant.check(manifest, fingerprint, model_layers(pipeline.mmdit))
     with locked_folder(paths.root):
-        with interruptible(lambda: f"finished variants are kept in {paths.root}"):
+        with cli.interruptible(lambda: f"finished variants are kept in {paths.root}"):
             original, images, results = evaluate(pipeline, sampling, paths, chosen, resume)
         if "fp" not in names:
             del images["fp"], results["fp"]

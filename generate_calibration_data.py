@@ -10,12 +10,12 @@ from pathlib import Path
 
 import click
 
-from w4a8.cli import calib_dir_option, format_seconds, interruptible, progress_bar, resume_options, stage_command
+from w4a8 import cli
 
 DEFAULT_MODEL = "argmaxinc/mlx-stable-diffusion-3-medium"
 
 
-@stage_command
+@cli.stage_command
 @click.option(
     "--model", default=DEFAULT_MODEL, help="sd3-emoji, a folder in its layout, or a hub id that DiffusionKit knows."
 )
@@ -54,8 +54,8 @@ DEFAULT_MODEL = "argmaxinc/mlx-stable-diffusion-3-medium"
     help="Weights and activations.  [default: float16 on Metal and CUDA, float32 on a CPU]",
 )
 @click.option("--images/--no-images", "save_images", default=True, help="Decode the finished latents to PNG.")
-@calib_dir_option
-@resume_options
+@cli.calib_dir_option
+@cli.resume_options
 def main(**options) -> None:
     """Stage 1: sample images and keep the latents of their denoising steps as calibration data."""
     run(**options)
@@ -130,14 +130,14 @@ def run(
             click.echo("The negative prompt is longer than the text encoder's positions: its end is ignored.")
         if dry_run:
             seconds = probe_seconds(pipeline, plan, batches_to_do(plan, complete))
-            click.echo(f"time: about {format_seconds(seconds)} on this machine")
+            click.echo(f"time: about {cli.format_seconds(seconds)} on this machine")
             return
         folder.begin(None)  # the manifest is the record, and grows
         if force:
             warn_of_old_results(paths)
         with (
-            interruptible(lambda: f"{len(complete)} of {num_images} images are complete in {paths.root}"),
-            progress_bar(num_images, "images", "image", initial=len(complete)) as bar,
+            cli.interruptible(lambda: f"{len(complete)} of {num_images} images are complete in {paths.root}"),
+            cli.progress_bar(num_images, "images", "image", initial=len(complete)) as bar,
         ):
             generate(pipeline, paths, plan, complete, bar)
     click.echo(f"wrote {paths.manifest}, {paths.samples}/" + (f" and {paths.images}/" if save_images else ""))

@@ -15,16 +15,7 @@ from pathlib import Path
 
 import click
 
-from w4a8.cli import (
-    calib_dir_option,
-    format_bytes,
-    format_seconds,
-    interruptible,
-    model_place_options,
-    progress_bar,
-    resume_options,
-    stage_command,
-)  # fmt: skip
+from w4a8 import cli
 
 OPTIONS = {
     "unit": "--unit", "block_names": "--blocks", "iters": "--iters", "batch_size": "--batch-size", "weight_bits": "--weight-bits",
@@ -34,9 +25,9 @@ OPTIONS = {
 }  # fmt: skip
 
 
-@stage_command
-@calib_dir_option
-@model_place_options
+@cli.stage_command
+@cli.calib_dir_option
+@cli.model_place_options
 @click.option("--blocks", help="Blocks to train, such as mm0,mm5.  [default: all that are cached]")
 @click.option(
     "--iters",
@@ -102,7 +93,7 @@ OPTIONS = {
 @click.option(
     "--checkpoint-seconds", type=click.FloatRange(min=0), default=30, help="How much of a unit's work a kill may cost."
 )
-@resume_options
+@cli.resume_options
 def main(**options) -> None:
     """Stage 3W: learned rounding (AdaRound, TaQ-DiT)."""
     if options["activation_bits"] == 1:
@@ -159,17 +150,17 @@ def run(
             started = None if force else Checkpoint(paths, todo[0], plan).load(settings.weight_bits)
             left = estimate(rounding, todo, started and started[0])
             click.echo(
-                f"to do: {len(todo)} of {len(jobs)} units, {left.iterations} iterations: about {format_seconds(left.seconds)}, "
-                f"{format_bytes(left.peak_bytes)} of memory at the peak, at most {format_bytes(size)} in {paths.root}"
+                f"to do: {len(todo)} of {len(jobs)} units, {left.iterations} iterations: about {cli.format_seconds(left.seconds)}, "
+                f"{cli.format_bytes(left.peak_bytes)} of memory at the peak, at most {cli.format_bytes(size)} in {paths.root}"
             )
             return
         require_space(paths.root, size, "give fewer --blocks")
         folder.begin(plan, anew=diverged)
-        with interruptible(lambda: kept_after_interrupt(paths)):
-            with progress_bar(len(cache["samples"]), "checking the cache", "sample", leave=False) as bar:
+        with cli.interruptible(lambda: kept_after_interrupt(paths)):
+            with cli.progress_bar(len(cache["samples"]), "checking the cache", "sample", leave=False) as bar:
                 for _ in verified(calib_dir, cache, [job.blocks for job in todo]):
                     bar.update()
-            with progress_bar(settings.iters * sum(len(job.parts) for job in jobs), jobs[0].name, "it") as bar:
+            with cli.progress_bar(settings.iters * sum(len(job.parts) for job in jobs), jobs[0].name, "it") as bar:
                 for job in jobs:
                     bar.set_description(job.name)
                     if job in todo:

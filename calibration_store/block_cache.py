@@ -275,13 +275,16 @@ def block_keys(metadata: Mapping[str, Any], block: str, last: str | None = None)
     return metadata["block_shapes"][block]["input_keys"], metadata["block_shapes"][last or block]["output_keys"]
 
 
-def read_cached_block(calib_dir: Path, block: str, last: str | None = None) -> Iterator[CachedBlock]:
+def read_cached_block(
+    calib_dir: Path, block: str, last: str | None = None, metadata: Mapping[str, Any] | None = None
+) -> Iterator[CachedBlock]:
     """One block's inputs and outputs over all samples of the cache, without loading any other block's.
 
-    With `last`, the inputs of `block` and the outputs of `last`: a stretch of blocks. Raises StoreError (also after the
+    With `last`, the inputs of `block` and the outputs of `last`: a stretch of blocks. metadata: the cache's, where it is
+    known already. Raises StoreError (also after the
     first samples) when a file is missing, damaged or of another run.
     """
-    paths, metadata = BlockCachePaths(calib_dir), read_cache_metadata(calib_dir)
+    paths, metadata = BlockCachePaths(calib_dir), metadata or read_cache_metadata(calib_dir)
     for name in (block, last or block):
         if name not in metadata["block_names"]:
             cached = ", ".join(metadata["block_names"])

@@ -21,6 +21,7 @@ HEAD_WIDTH = 64  # of SD3's transformer and of CLIP, whatever their size
 TEXT_WIDTH = 4096  # DiffusionKit pads the features of both text encoders to it
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 Bounded = Annotated[float, Meta(ge=-1e6, le=1e6)]
+PACKED_BITS, PACKED_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)  # what MLX runs natively
 Depth = Annotated[int, Meta(ge=1, le=256)]
 
 
@@ -77,6 +78,7 @@ class ModelConfig(_ModelConfig, total=False):
     tokenizer_l: TokenizerConfig  # absent: as DiffusionKit pads, true
     tokenizer_g: TokenizerConfig  # absent: false
     use_t5: Literal[False]
+    quantization: dict[str, Any]  # of packed weights, as MLX's own tools write it
     default_num_steps: Count
 
 
@@ -99,8 +101,18 @@ def config_fault(config: ModelConfig) -> str | None:
             return f"latent_size: {side} is not a multiple of patch_size up to max_latent_resolution"
     if any(channels % vae["resnet_groups"] for channels in vae["block_out_channels"]):
         return f"vae: block_out_channels are not multiples of resnet_groups {vae['resnet_groups']}"
+    if "quantization" in config and quantization_fault(config["quantization"]):
+        return quantization_fault(config["quantization"])
     if vae["downscale"] != 2 ** (len(vae["block_out_channels"]) - 1):
         return f"vae: downscale {vae['downscale']} is not that of {len(vae['block_out_channels'])} stages"
+    return None
+
+
+def quantization_fault(quantization: Mapping[str, Any]) -> str | None:
+    """What is wrong with a `quantization` entry: group_size and bits, and the same, or false, for layers by their path."""
+    for name, value in [("", quantization), *((n, v) for n, v in quantization.items() if isinstance(v, dict))]:
+        if value.get("bits") not in PACKED_BITS or value.get("group_size") not in PACKED_GROUPS:
+            return f"quantization{name and f': {name}'}: bits {value.get('bits')}, group_size {value.get('group_size')}"
     return None
 
 
@@ -110,7 +122,7 @@ VOCABULARY = JsonFormat(None, dict[str, Index], "", lambda vocabulary: distinct(
 
 def read_model_config(folder: Path) -> dict[str, Any]:
     """config.json, checked; keys that the toolkit does not know are kept. Raises StoreError in one line."""
-    path = folder / "config.json"
+    path = config_file(folder)
     MODEL_CONFIG.read(path, LAYOUT)
     return msgspec.json.decode(read_bytes(path, LAYOUT))
 
@@ -144,6 +156,26 @@ def read_tokenizer_files(folder: Path, vocab_size: int) -> tuple[dict[str, int],
             raise StoreError(f"{path}: line {number} {line[:40]!r} is no merge of two tokens of vocab.json; {LAYOUT}")
         ranks[pair] = len(ranks)
     return vocabulary, ranks
+
+
+def config_file(folder: Path) -> Path:
+    return folder / "config.json"
+
+
+def weight_file(folder: Path, part: str) -> Path:
+    """Of one of LOCAL_FILES."""
+    return folder / f"{part}.safetensors"
+
+
+def captions_file(folder: Path) -> Path | None:
+    """Prompts that the model was made for, if it brings any."""
+    path = folder / "captions.txt"
+    return path if path.exists() else None
+
+
+def missing_files(folder: Path) -> list[str]:
+    """Names of what a model folder needs and has not."""
+    return [path.name for path in folder_files(folder).values() if not os.path.lexists(path)]
 
 
 def check_weight_file(path: Path) -> None:
@@ -191,5 +223,5 @@ def weights_fingerprint(files: Mapping[str, Path]) -> str:
 
 def folder_files(folder: Path) -> dict[str, Path]:
     """Role -> file of everything in a model folder that decides its images (captions and README do not)."""
-    weights = {part: folder / f"{part}.safetensors" for part in LOCAL_FILES}
+    weights = {part: weight_file(folder, part) for part in LOCAL_FILES}
     return weights | {name: folder / name for name in ("config.json", "vocab.json", "merges.txt")}

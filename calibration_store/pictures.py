@@ -21,7 +21,7 @@ def picture_chunks(image: Mapping[str, Any]) -> dict[str, str]:
     return {OUR_CHUNK: str(image["image_id"]), "prompt": image["prompt"], "seed": str(image["seed"])}
 
 
-def _listed_pictures(manifest: Path) -> set[str]:
+def listed_pictures(manifest: Path) -> set[str]:
     """Names of the PNG files that a manifest of any version lists."""
     try:
         images = orjson.loads(manifest.read_bytes())["images"]

@@ -10,6 +10,11 @@ import pytest
 from conftest import ROOT
 
 DOCUMENTS = ("README.md", "TROUBLESHOOTING_GUIDE.md", "calibration_data/README.md", "CONTRIBUTING.md")
+SOURCES = [
+    path
+    for pattern in ("*.py", "w4a8/**/*.py", "calibration_store/**/*.py", "benchmarks/**/*.py", "tools/**/*.py")
+    for path in sorted(ROOT.glob(pattern))
+]
 SCRIPT = re.compile(r"(?:benchmarks/|tools/)?[a-z0-9_]+\.py")
 
 
@@ -48,6 +53,37 @@ def test_commands_exist_with_their_flags(script):
             assert not unknown, f"{script} has no {unknown}"
 
 
+def test_commands_in_sources_exist():
+    """What messages and docstrings tell people to run."""
+    for path in SOURCES:
+        for script, arguments in re.findall(
+            rf"(?:run|python) ({SCRIPT.pattern})((?: --?[a-z][a-z0-9-]*)*)", path.read_text()
+        ):
+            places = [ROOT / script, *ROOT.glob(f"*/{script}")]
+            known = next((name for name in places if name.exists()), None)
+            assert known is not None, f"{path.name} names {script}"
+            unknown = set(arguments.split()) - options_of(str(known.relative_to(ROOT)))
+            assert not unknown, f"{path.name}: {script} has no {unknown}"
+
+
+def test_the_readme_shows_every_module_and_script():
+    """The layout section names what lies at the top and in the packages."""
+    text = (ROOT / "README.md").read_text()
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("w4a8/*"), *ROOT.glob("calibration_store/*.py")]:
+        name = path.stem if path.parent.name == "calibration_store" else path.name
+        assert path.name.startswith("__") or name in text, f"README's layout lacks {name}"
+
+
+def test_functions_that_the_walks_name_exist():
+    """CONTRIBUTING's walks name functions: each is defined in the file that it is said to be in."""
+    walked = re.findall(r"`([a-z_/0-9]+\.py)`: ((?:`[A-Za-z_.]+`(?:, | → )?)+)", (ROOT / "CONTRIBUTING.md").read_text())
+    assert len(walked) >= 10
+    for file, names in walked:
+        source = (ROOT / file).read_text()
+        for name in re.findall(r"`([A-Za-z_.]+)`", names):
+            assert re.search(rf"(?:def|class) {name.split('.')[-1]}\b", source), f"{file} has no {name}"
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_files_exist(document):
     text = (ROOT / document).read_text()
@@ -75,6 +111,6 @@ def test_messages_point_at_issues_that_exist():
     guide = (ROOT / "TROUBLESHOOTING_GUIDE.md").read_text()
     numbers = {int(number) for number in re.findall(r"^## Issue (\d+):", guide, re.MULTILINE)}
     assert numbers == set(range(1, len(numbers) + 1))
-    for path in [*ROOT.glob("*.py"), ROOT / "README.md", ROOT / "Makefile", ROOT / "requirements.txt"]:
+    for path in [*SOURCES, *(ROOT / name for name in (*DOCUMENTS, "Makefile", "requirements.txt"))]:
         for number in re.findall(r"\bIssues? (\d+)\b", path.read_text()):
             assert int(number) in numbers, f"{path.name} points at Issue {number}"

@@ -9,11 +9,20 @@ import pytest
 from conftest import generate, invoke
 from mlx.utils import tree_flatten
 
-import diffusion
-import evaluate_quantization as stage
-from calibration_store import WeightPaths, read_manifest, read_quantized_block
-from hooks import layer_slots
-from quantizers import dequantize, min_max_grid, nearest_codes
+from calibration_store.layout import WeightPaths
+from calibration_store.manifest import read_manifest
+from calibration_store.weights import read_quantized_block
+from w4a8.evaluation.gate import GateFailure, check_gate
+from w4a8.evaluation.metrics import bootstrap_interval
+from w4a8.evaluation.sampling import plan_run, sample
+from w4a8.evaluation.variants import default_variants, make_variant
+from w4a8.model.catalog import describe_model
+from w4a8.model.layers import model_layers
+from w4a8.model.loading import TRANSFORMER, whole_model
+from w4a8.model.runs import load_run_pipeline
+from w4a8.quantized.activation_rules import DynamicPerTensor
+from w4a8.quantized.arithmetic import dequantize, min_max_grid, nearest_codes
+from w4a8.quantized.model import weights_in_place
 
 QUICK = ("--num-images", 2, "--num-steps", 3, "--batch-size", 2)
 
@@ -45,19 +54,15 @@ def evaluate(folder, *arguments):
     return invoke("evaluate_quantization", "--calib-dir", folder, *QUICK, *arguments)
 
 
-def quantization_of(name, folder):
-    return stage.Quantization(stage.parse_variant(name), folder, read_manifest(folder))
-
-
 def plan_of(manifest):
-    info, fingerprint = diffusion.describe_model("sd3-emoji"), manifest["weights_fingerprint"]
-    return stage.plan_run(manifest, info, fingerprint, False, ["rocket", "swan"], 3, None, 5, 2)
+    info, fingerprint = describe_model("sd3-emoji"), manifest["weights_fingerprint"]
+    return plan_run(manifest, info, fingerprint, False, ["rocket", "swan"], 3, None, 5, 2)
 
 
 @pytest.fixture(scope="module")
 def results(run):
     """Every kind of variant in one process, the original first and last."""
-    variants = "fp,w4-rtn,w8-rtn-g0,w4-adaround,a8,a6-dynamic,a8-learned,multitier,w4-adaround+a8"
+    variants = "fp,w4-rtn,w8-rtn-g0,w4-adaround,a8,a6-dynamic,a8-token,a8-learned,multitier,w4-adaround+a8"
     done = evaluate(run, "--variants", variants)
     assert done.exit_code == 0, done.output
     return done, json.loads((run / "evaluation/metrics.json").read_bytes())
@@ -65,7 +70,7 @@ def results(run):
 
 def test_metrics_and_files(run, results):
     done, metrics = results
-    assert metrics["format"] == "evaluation_v1" and len(metrics["variants"]) == 9
+    assert metrics["format"] == "evaluation_v1" and len(metrics["variants"]) == 10
     assert metrics["variants"]["fp"]["equal_images"] == 2 and metrics["variants"]["fp"]["psnr"]["mean"] is None
     assert max(metrics["variants"]["fp"]["step_error"]["mean"]) == 0
     order = [metrics["variants"][name]["psnr"]["mean"] for name in ("w8-rtn-g0", "w4-rtn", "multitier")]
@@ -95,14 +100,14 @@ def test_metrics_against_numpy(run, results):
 def test_original_is_bit_for_bit_the_same_after_every_variant(run, results):
     """In one process: original, all variants, original; the parameter tree keeps names, order and bytes."""
     manifest = read_manifest(run)
-    pipeline = diffusion.load_run_pipeline(manifest)
+    pipeline = load_run_pipeline(manifest, whole_model("float32"))
     before = [(name, array, np.array(array)) for name, array in tree_flatten(pipeline.mmdit.parameters())]
     plan = plan_of(manifest)
-    first = stage.sample(pipeline, plan, quantization_of("fp", run), NoBar())
+    first = sample(pipeline, plan, make_variant("fp", run), NoBar())
     for name in results[1]["variants"]:
-        found = stage.sample(pipeline, plan, quantization_of(name, run), NoBar())
+        found = sample(pipeline, plan, make_variant(name, run), NoBar())
         assert np.array_equal(found["latents"], first["latents"]) == (name == "fp"), name
-    last = stage.sample(pipeline, plan, quantization_of("fp", run), NoBar())
+    last = sample(pipeline, plan, make_variant("fp", run), NoBar())
     assert all(np.array_equal(first[key], last[key]) for key in first)
     after = tree_flatten(pipeline.mmdit.parameters())
     assert [name for name, *_ in before] == [name for name, _ in after]
@@ -110,17 +115,16 @@ def test_original_is_bit_for_bit_the_same_after_every_variant(run, results):
 
 
 def test_weights_are_those_of_the_files(run):
-    pipeline = diffusion.load_run_pipeline(read_manifest(run))
-    slots = layer_slots(pipeline.mmdit)
-    layers = {name: slots[name][0][slots[name][1]] for name in slots}
+    mmdit = load_run_pipeline(read_manifest(run), {TRANSFORMER: "float32"}).mmdit
+    layers = model_layers(mmdit)
     original = {name: np.array(layer.weight) for name, layer in layers.items()}
-    with quantization_of("w4-adaround", run).weights(pipeline):
+    with weights_in_place(mmdit, make_variant("w4-adaround", run).weights):
         for name, fields in read_quantized_block(WeightPaths(run), "mm5").items():
             expected = (
                 fields["q"].astype(np.float32).reshape(*fields["scale"].shape, -1) - fields["zero_point"][..., None]
             ) * fields["scale"][..., None]
             assert np.array_equal(np.array(layers[name].weight), expected.reshape(original[name].shape))
-    with quantization_of("w8-rtn-g0", run).weights(pipeline):
+    with weights_in_place(mmdit, make_variant("w8-rtn-g0", run).weights):
         grid = min_max_grid(original["mm1.img.mlp.fc2"], 8, 0)
         expected = dequantize(nearest_codes(original["mm1.img.mlp.fc2"], *grid, 8).astype(np.float32), *grid)
         assert np.array_equal(np.array(layers["mm1.img.mlp.fc2"].weight), expected)
@@ -134,10 +138,9 @@ def test_config_is_followed(run, name, config_file):
     """The step of the nearest sigma, shift, multipliers, clipping range: against the README's five lines."""
     config = json.loads((run / "activations" / config_file).read_bytes())
     migrated = next(iter(config["outlier_config"]), "mm2.txt.mlp.fc2")
-    quantization = quantization_of(name, run)
+    rule = make_variant(name, run).rule
     for layer in {migrated, "mm2.txt.mlp.fc2", "mm0.img.attn.q_proj"}:
         for key, sigma in config["sigma_map"].items():
-            quantization.sigma = sigma + 0.01
             entry = config["per_timestep"][key][layer]
             x = np.random.default_rng(0).normal(0, entry["scale"] / 2, (2, 5, 1, 768 if "fc2" in layer else 192))
             n = 2 ** (entry["bits"] - 1) - 1
@@ -146,7 +149,7 @@ def test_config_is_followed(run, name, config_file):
             step = entry["clipping_range"] / n
             position = (x - shift) / m / step
             expected = m * step * np.clip(np.rint(position), -n, n) + shift
-            found = np.array(quantization._quantize(layer, mx.array(x.astype(np.float32)), 2))
+            found = np.array(rule.at(sigma + 0.01, 2)(layer, mx.array(x.astype(np.float32))))
             near_half = abs(position - np.rint(position)) > 0.499
             np.testing.assert_allclose(found[~near_half], expected[~near_half], atol=1e-5)
 
@@ -156,7 +159,7 @@ def test_dynamic_ranges_are_each_images_own():
         np.random.default_rng(0).normal(size=(4, 6, 1, 8)).astype(np.float32)
     )  # rows: conditional of images 0, 1, then unconditional
     x[1], x[3] = x[1] * 10, x[3] * 10
-    found = np.array(stage.fake_quantize_dynamic(mx.array(x), 8, True, 2))
+    found = np.array(DynamicPerTensor(8).at(0.5, 2)("mm0.img.mlp.fc2", mx.array(x)))
     for image in (0, 1):
         own = x[[image, 2 + image]].astype(float)
         flat = own.reshape(-1, 8)
@@ -164,6 +167,23 @@ def test_dynamic_ranges_are_each_images_own():
         step = abs(own - shift).max() / 127
         expected = np.rint((own - shift) / step) * step + shift
         assert (abs(found[[image, 2 + image]] - expected) < 1e-5 * (1 + 9 * image)).mean() > 0.98  # but for ties
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_tokens_are_quantized_each_on_its_own_grid(bits):
+    """a8-token against float64: 2^bits levels from a token's minimum to its maximum, 0 among them."""
+    x = np.random.default_rng(0).normal(0.3, 1, (2, 6, 1, 16)).astype(np.float32)
+    x[0, 1] *= 100  # a wide token costs the others nothing
+    x[0, 2], x[1, 3] = np.abs(x[0, 2]), 0
+    found = np.array(make_variant(f"a{bits}-token", None).rule.at(0.5, 2)("mm0.img.mlp.fc1", mx.array(x)))
+    for token, rebuilt in zip(x.reshape(-1, 16).astype(float), found.reshape(-1, 16), strict=True):
+        low, high = min(token.min(), 0), max(token.max(), 0)
+        step = (high - low) / (2**bits - 1) or 1
+        zero_point = np.rint(-low / step)
+        expected = (np.clip(np.rint(token / step) + zero_point, 0, 2**bits - 1) - zero_point) * step
+        near_half = abs(token / step - np.rint(token / step)) > 0.499
+        np.testing.assert_allclose(rebuilt[~near_half], expected[~near_half], atol=1e-5 * (high - low + 1))
+        assert abs(rebuilt - token).max() <= step * 1.01
 
 
 def test_second_run_takes_the_original_over(run, results):
@@ -259,10 +279,10 @@ def test_config_of_another_tool(run, tmp_path):
 def test_gate_holds_for_infinite_and_broken_figures(psnr, error, passes):
     results = {"w4-rtn": {"psnr": {"mean": psnr}, "max_step_error": error}}
     if passes:
-        stage.check_gate(results, 30, 0.2)
+        check_gate(results, 30, 0.2)
     else:
-        with pytest.raises(stage.GateFailure):
-            stage.check_gate(results, 30, 0.2)
+        with pytest.raises(GateFailure):
+            check_gate(results, 30, 0.2)
 
 
 def test_missing_files_are_named(run, tmp_path):
@@ -287,10 +307,10 @@ def test_prompts_of_a_file_and_their_overlap(run, tmp_path):
 
 def test_bootstrap_interval_covers_the_mean():
     values = np.random.default_rng(0).normal(30, 4, 64)
-    low, high = stage.bootstrap_interval(values)
+    low, high = bootstrap_interval(values)
     assert high - low == pytest.approx(2 * 1.96 * 4 / 8, rel=0.25) and low < values.mean() < high
 
 
 def test_without_files_there_is_round_to_nearest(tmp_path):
     assert generate("--num-images", 1, "--num-steps", 1, "--no-images", "--calib-dir", tmp_path / "x").exit_code == 0
-    assert stage.default_variants(tmp_path / "x") == ["w4-rtn"]
+    assert default_variants(tmp_path / "x") == ["w4-rtn"]

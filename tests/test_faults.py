@@ -15,12 +15,14 @@ from finished_run import SMALL, finished_run, model_copy, one_line
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-import diffusion
-import evaluate_quantization
-import optimize_adaround
-from calibration_store import WeightPaths
+from calibration_store.layout import WeightPaths
 from tools.campaign_cases import Target
 from tools.corruption_campaign import fate_of
+from w4a8.evaluation.gate import GateFailure, check_gate
+from w4a8.evaluation.variants import default_variants
+from w4a8.model.catalog import ModelError
+from w4a8.model.sampling import decode_latents
+from w4a8.rounding.units import Unit
 
 
 @pytest.fixture
@@ -56,8 +58,8 @@ def test_a_weight_file_with_nan_is_named(model, tmp_path, part):
 
 def test_pixels_that_are_not_finite_are_an_error(emoji):
     latent = mx.full((1, 16, 16, 16), 1e38)
-    with pytest.raises(diffusion.ModelError, match="image 7: the decoded pixels hold NaN or infinity; try a smaller"):
-        diffusion.decode_latents(emoji, latent, [7])
+    with pytest.raises(ModelError, match="image 7: the decoded pixels hold NaN or infinity; try a smaller"):
+        decode_latents(emoji, latent, [7])
 
 
 def test_a_loss_that_is_not_finite_names_unit_and_iteration_and_resume_goes_on(run, monkeypatch):
@@ -65,13 +67,13 @@ def test_a_loss_that_is_not_finite_names_unit_and_iteration_and_resume_goes_on(r
     whole = run.parent / "whole"
     shutil.copytree(run, whole)
     assert invoke("optimize_adaround", *arguments[:-1], whole, "--force").exit_code == 0
-    gradients = optimize_adaround.Unit.gradients
+    gradients = Unit.gradients
 
     def diverging(unit, quantized, indices, iteration):
         loss, found = gradients(unit, quantized, indices, iteration)
-        return (loss * mx.nan if iteration == 5 and unit.job.name == "mm1" else loss), found
+        return (loss * mx.nan if iteration == 5 and unit.name == "mm1" else loss), found
 
-    monkeypatch.setattr(optimize_adaround.Unit, "gradients", diverging)
+    monkeypatch.setattr(Unit, "gradients", diverging)
     done = invoke("optimize_adaround", *arguments, "--force")
     one_line(done, "mm1: the loss is not finite at iteration 5; the last good state, iteration 4, is kept")
     weights = run / "adaround_weights"
@@ -93,9 +95,9 @@ def test_a_loss_that_is_not_finite_names_unit_and_iteration_and_resume_goes_on(r
 
 def test_equal_images_pass_the_gate_only_with_equal_latents():
     black = {"w4-rtn": {"psnr": {"mean": None}, "max_step_error": 0.3}}
-    with pytest.raises(evaluate_quantization.GateFailure, match="every image equals the original's, but the latents"):
-        evaluate_quantization.check_gate(black, 30, None)
-    evaluate_quantization.check_gate({"fp": {"psnr": {"mean": None}, "max_step_error": 0.0}}, 30, None)
+    with pytest.raises(GateFailure, match="every image equals the original's, but the latents"):
+        check_gate(black, 30, None)
+    check_gate({"fp": {"psnr": {"mean": None}, "max_step_error": 0.0}}, 30, None)
 
 
 # --- what people type ---------------------------------------------------------------------------------------
@@ -125,7 +127,7 @@ def test_prompts_that_are_not_used_are_counted(tmp_path, run):
 def test_default_variants_follow_the_bits_of_the_files(run):
     arguments = ("--iters", 10, "--batch-size", 2, "--unit", "layer", "--weight-bits", 3, "--force")
     assert invoke("optimize_adaround", *arguments, "--calib-dir", run).exit_code == 0
-    assert evaluate_quantization.default_variants(run) == ["w3-rtn", "w3-adaround", "a8", "w3-adaround+a8"]
+    assert default_variants(run) == ["w3-rtn", "w3-adaround", "a8", "w3-adaround+a8"]
 
 
 def test_dry_runs_and_estimates_of_a_resumed_run_speak_of_what_is_left(run):

@@ -12,11 +12,26 @@ import numpy as np
 import pytest
 from conftest import folder_bytes, generate, invoke, start
 
-import diffusion
-import optimize_adaround as stage
-import quantizers
-from calibration_store import WeightPaths, read_manifest, read_quantized_block
-from hooks import block_slots, layer_slots
+from calibration_store.block_cache import read_cache_metadata
+from calibration_store.layout import WeightPaths
+from calibration_store.manifest import read_manifest
+from calibration_store.weights import read_quantized_block
+from w4a8.model.layers import model_blocks, model_layers
+from w4a8.model.loading import TRANSFORMER
+from w4a8.model.runs import load_run_pipeline
+from w4a8.quantized.arithmetic import dequantize, grid_position, min_max_grid, nearest_codes, pack_codes, searched_grid
+from w4a8.quantized.differentiable import (
+    fake_quantize,
+    rectified_sigmoid,
+    rectified_sigmoid_gradient,
+    rectified_sigmoid_inverse,
+    rounding_regularizer_gradient,
+)
+from w4a8.quantized.model import QuantizedLayer
+from w4a8.rounding.samples import Samples
+from w4a8.rounding.settings import EVALUATED, Settings, spread_over
+from w4a8.rounding.training import Training
+from w4a8.rounding.units import BlockUnit, QuantizedUnit
 
 QUICK = ("--iters", 10, "--batch-size", 2)
 
@@ -48,10 +63,10 @@ def optimize(folder, *arguments):
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_grids_and_codes_against_float64(bits, group_size):
     weight = np.random.default_rng(0).normal(0, 0.1, (6, 128)).astype(np.float32)
-    scale, zero_point = quantizers.min_max_grid(weight, bits, group_size)
+    scale, zero_point = min_max_grid(weight, bits, group_size)
     assert scale.shape == zero_point.shape == (6, 128 // (group_size or 128)) and scale.dtype == np.float32
-    codes = quantizers.nearest_codes(weight, scale, zero_point, bits)
-    rebuilt = quantizers.dequantize(codes.astype(np.float64), scale.astype(np.float64), zero_point.astype(np.float64))
+    codes = nearest_codes(weight, scale, zero_point, bits)
+    rebuilt = dequantize(codes.astype(np.float64), scale.astype(np.float64), zero_point.astype(np.float64))
     for row in range(6):
         for group in range(scale.shape[1]):
             part = slice(group * (group_size or 128), (group + 1) * (group_size or 128))
@@ -59,8 +74,8 @@ def test_grids_and_codes_against_float64(bits, group_size):
             step = (float(high) - float(low)) / (2**bits - 1)
             assert scale[row, group] == pytest.approx(step, rel=1e-6)
             assert abs(rebuilt[row, part] - weight[row, part]).max() <= step * (0.5 + 0.51)  # the zero point rounds too
-    searched = quantizers.searched_grid(weight, bits, group_size)
-    best = quantizers.dequantize(quantizers.nearest_codes(weight, *searched, bits).astype(np.float64), *searched)
+    searched = searched_grid(weight, bits, group_size)
+    best = dequantize(nearest_codes(weight, *searched, bits).astype(np.float64), *searched)
     assert np.square(best - weight).sum() <= np.square(rebuilt - weight).sum() * (1 + 1e-6)
 
 
@@ -69,11 +84,11 @@ def test_grids_and_codes_against_float64(bits, group_size):
 def test_codes_are_mlx_codes(bits, group_size):
     generator = np.random.default_rng(1)
     weight = generator.normal(0, 0.1, (16, 256)).astype(np.float32)
-    scale, zero_point = quantizers.searched_grid(weight, bits, group_size)
+    scale, zero_point = searched_grid(weight, bits, group_size)
     zero_point = zero_point + generator.uniform(-0.3, 0.3, zero_point.shape).astype(np.float32)  # as tuned
-    codes = quantizers.nearest_codes(weight, scale, zero_point, bits)
-    own = quantizers.dequantize(codes.astype(np.float64), scale.astype(np.float64), zero_point.astype(np.float64))
-    packed = (mx.array(quantizers.pack_codes(codes, bits)), mx.array(scale), mx.array(-scale * zero_point))
+    codes = nearest_codes(weight, scale, zero_point, bits)
+    own = dequantize(codes.astype(np.float64), scale.astype(np.float64), zero_point.astype(np.float64))
+    packed = (mx.array(pack_codes(codes, bits)), mx.array(scale), mx.array(-scale * zero_point))
     theirs = np.array(mx.dequantize(*packed, group_size=group_size, bits=bits))
     np.testing.assert_allclose(theirs, own, rtol=0, atol=1e-6 * abs(own).max())
     x = mx.array(generator.normal(size=(3, 256)).astype(np.float32))
@@ -84,19 +99,17 @@ def test_codes_are_mlx_codes(bits, group_size):
 def test_rectified_sigmoid_and_its_gradients_against_finite_differences():
     alpha = np.linspace(-6, 6, 41)
     exact = lambda a: np.clip(1.2 / (1 + np.exp(-a)) - 0.1, 0, 1)  # noqa: E731
-    h = quantizers.rectified_sigmoid(mx.array(alpha.astype(np.float32)))
+    h = rectified_sigmoid(mx.array(alpha.astype(np.float32)))
     np.testing.assert_allclose(np.array(h), exact(alpha), atol=1e-6)
     slope = (exact(alpha + 1e-6) - exact(alpha - 1e-6)) / 2e-6
-    found = np.array(quantizers.rectified_sigmoid_gradient(mx.array(alpha.astype(np.float32))))
+    found = np.array(rectified_sigmoid_gradient(mx.array(alpha.astype(np.float32))))
     np.testing.assert_allclose(found, slope, atol=1e-5)
     inside = np.linspace(0.02, 0.98, 30)
-    np.testing.assert_allclose(
-        exact(np.array(quantizers.rectified_sigmoid_inverse(mx.array(inside)))), inside, atol=1e-6
-    )
+    np.testing.assert_allclose(exact(np.array(rectified_sigmoid_inverse(mx.array(inside)))), inside, atol=1e-6)
     for beta in (2, 8, 20):
         penalty = lambda x, beta=beta: 1 - abs(2 * x - 1) ** beta  # noqa: E731
         slope = (penalty(inside + 1e-6) - penalty(inside - 1e-6)) / 2e-6
-        found = np.array(quantizers.rounding_regularizer_gradient(mx.array(inside.astype(np.float32)), beta))
+        found = np.array(rounding_regularizer_gradient(mx.array(inside.astype(np.float32)), beta))
         np.testing.assert_allclose(found, slope, atol=1e-4)
 
 
@@ -109,12 +122,12 @@ def test_fake_quantize_and_lsq_gradients(shifted):
     rebuilt = np.clip(np.rint(z), -n, n) * reach / n + shift
     to_mlx = lambda a: mx.array(np.asarray(a, np.float32))  # noqa: E731
     given_shift = to_mlx(shift) if shifted else None
-    found = quantizers.fake_quantize(to_mlx(x), to_mlx(reach), 8, given_shift)
+    found = fake_quantize(to_mlx(x), to_mlx(reach), 8, given_shift)
     near_half = abs(z - np.rint(z)) > 0.499
     np.testing.assert_allclose(np.array(found)[~near_half], rebuilt[~near_half], atol=1e-5)
 
     def weighted(x, reach):
-        return (quantizers.fake_quantize(x, reach, 8, given_shift) * to_mlx(out)).sum()
+        return (fake_quantize(x, reach, 8, given_shift) * to_mlx(out)).sum()
 
     slopes = mx.grad(weighted, argnums=(0, 1))(to_mlx(x), to_mlx(reach))
     inside = abs(z) < n
@@ -126,11 +139,15 @@ def test_fake_quantize_and_lsq_gradients(shifted):
 @pytest.fixture(scope="module")
 def unit(cached):
     """The first block as a unit, and what it takes to make another."""
-    pipeline = diffusion.load_run_pipeline(read_manifest(cached), "float32")
-    job = stage.plan_jobs(list(layer_slots(pipeline.mmdit)), list(block_slots(pipeline.mmdit)), "block")[2]
-    samples = stage.Samples(cached, job)
-    settings = stage.Settings(20, 2, 4, 8, 64, "ste", 0.5, 4e-3, 1e-3, 0.01, 3)
-    return stage.Unit(pipeline, job, job.stages[0], samples, settings)
+    return block_unit(cached, "ste")
+
+
+def block_unit(folder, rounding):
+    mmdit = load_run_pipeline(read_manifest(folder), {TRANSFORMER: "float32"}).mmdit
+    job = BlockUnit.jobs(model_layers(mmdit), list(model_blocks(mmdit)))[2]
+    samples = Samples(folder, read_cache_metadata(folder), job.blocks)
+    settings = Settings(20, 2, 4, 8, 64, rounding, 0.5, 4e-3, 1e-3, 0.01, 3)
+    return BlockUnit(mmdit, job, job.parts[0], samples, settings)
 
 
 def test_gradients_of_a_block_against_finite_differences(unit):
@@ -140,39 +157,39 @@ def test_gradients_of_a_block_against_finite_differences(unit):
     for name in ("mm2.img.attn.v_proj", "mm2.txt.mlp.fc2", "mm2.img.attn.o_proj"):
         direction = np.array(gradients["weights"][name])
         direction = mx.array(direction / np.linalg.norm(direction))
-        original, losses = state.weights[name], []
+        losses, layer = [], state.layers[name]
+        one, zero = mx.ones((len(layer.codes), 1)), mx.zeros((len(layer.codes), 1))
         for offset in (-0.01, 0.01):
-            state.weights[name] = original + offset * direction
-            losses.append(unit.loss(indices.tolist(), state))
-        state.weights[name] = original
+            moved = QuantizedLayer(layer.weight + offset * direction, one, zero, layer.bias)
+            losses.append(unit.loss(indices.tolist(), QuantizedUnit({**state.layers, name: moved})))
         expected = (gradients["weights"][name] * direction).sum().item()
         assert (losses[1] - losses[0]) / 0.02 == pytest.approx(expected, rel=0.05), name
 
 
+def unquantized(unit):
+    """A state whose dense weights are the original ones: codes of one level each, on a grid of weights."""
+    ones = {name: mx.ones((len(weight), 1)) for name, weight in unit.weights.items()}
+    zeros = {name: mx.zeros((len(weight), 1)) for name, weight in unit.weights.items()}
+    return QuantizedUnit({n: QuantizedLayer(w, ones[n], zeros[n], unit.biases.get(n)) for n, w in unit.weights.items()})
+
+
 def test_round_to_nearest_has_a_loss_of_one(unit):
-    chosen = stage.spread_over(unit.samples.training, stage.EVALUATED)
+    chosen = spread_over(unit.samples.training, EVALUATED)
     assert unit.loss(chosen, unit.nearest_state()) == pytest.approx(1, rel=1e-4)
-    weights = {name: mx.array(unit.weights[name]) for name in unit.layers}
-    assert unit.loss(chosen, stage.Quantized(weights, unit.biases)) < 1e-3  # the float16 of the cache
+    assert unit.loss(chosen, unquantized(unit)) < 1e-3  # the float16 of the cache
 
 
 @pytest.mark.parametrize("rounding", ["ste", "sigmoid"])
-def test_a_restored_training_goes_on_as_if_nothing_happened(unit, rounding):
-    from dataclasses import replace
-
-    unit.settings = replace(unit.settings, rounding=rounding)
-    unit.start["alpha"] = {
-        name: stage.first_alpha(np.random.default_rng(0).uniform(size=a.shape).astype(np.float32), rounding)
-        for name, a in unit.start["alpha"].items()
-    }
-    whole = stage.Training(unit)
+def test_a_restored_training_goes_on_as_if_nothing_happened(cached, rounding):
+    unit = block_unit(cached, rounding)
+    whole = Training(unit)
     for _ in range(20):
         whole.step()
-    first = stage.Training(unit)
+    first = Training(unit)
     for _ in range(12):
         first.step()
     saved = {name: np.array(array) for name, array in first.arrays().items()}
-    second = stage.Training(unit)
+    second = Training(unit)
     second.restore(saved, 12)
     for _ in range(8):
         second.step()
@@ -195,28 +212,27 @@ def test_files(copy):
     metadata = json.loads(paths.metadata.read_bytes())
     assert metadata["format"] == "adaround_weights_v1" and metadata["group_size"] == 64 and metadata["weight_bits"] == 4
     assert metadata["block_names"] == [f"mm{i}" for i in range(8)] and metadata["iters"] == 10
-    pipeline = diffusion.load_run_pipeline(read_manifest(copy))
-    slots = layer_slots(pipeline.mmdit)
+    layers = model_layers(load_run_pipeline(read_manifest(copy), {TRANSFORMER: "float32"}).mmdit)
     seen = set()
     for block in metadata["block_names"]:
         losses = metadata["losses"][block]["stages"][0]
         assert losses["end"] < losses["nearest"] or losses["kept_nearest"]
         for name, fields in read_quantized_block(paths, block).items():
             seen.add(name)
-            weight = np.array(slots[name][0][slots[name][1]].weight)
+            weight = np.array(layers[name].weight)
             out, groups = weight.shape[0], weight.shape[1] // 64
             assert fields["alpha"].shape == fields["q"].shape == weight.shape
             assert fields["alpha"].dtype == np.float32 and fields["q"].dtype == np.uint8 and fields["q"].max() <= 15
             assert fields["scale"].shape == fields["zero_point"].shape == (out, groups)
             assert fields["act_scale"].shape == () and fields["act_scale"] > 0
             assert ("act_shift" in fields) == name.endswith("fc2")
-            assert ("bias" in fields) == ("bias" in slots[name][0][slots[name][1]])
-            grid = quantizers.searched_grid(weight, 4, 64)
-            lower = np.floor(quantizers.grid_position(weight, *grid))
+            assert ("bias" in fields) == (layers[name].bias is not None)
+            grid = searched_grid(weight, 4, 64)
+            lower = np.floor(grid_position(weight, *grid))
             assert np.array_equal(fields["q"], np.clip(lower + (fields["alpha"] >= 0), 0, 15))
-            rebuilt = quantizers.dequantize(fields["q"].astype(np.float32), fields["scale"], fields["zero_point"])
+            rebuilt = dequantize(fields["q"].astype(np.float32), fields["scale"], fields["zero_point"])
             assert np.abs(rebuilt - weight).mean() < np.abs(weight).mean() / 4
-    assert seen == set(slots)
+    assert seen == set(layers)
     assert not paths.checkpoint.exists()
 
 
@@ -241,13 +257,12 @@ def test_learning_beats_round_to_nearest_on_held_out_samples(copy):
 def test_a_block_that_got_worse_keeps_round_to_nearest(copy):
     done = optimize(copy, "--unit", "block", "--blocks", "mm2", "--lr-alpha", 5, "--weight-bits", 8)
     assert done.exit_code == 0 and "kept round-to-nearest" in done.stdout, done.output
-    pipeline = diffusion.load_run_pipeline(read_manifest(copy))
-    slots = layer_slots(pipeline.mmdit)
+    layers = model_layers(load_run_pipeline(read_manifest(copy), {TRANSFORMER: "float32"}).mmdit)
     for name, fields in read_quantized_block(WeightPaths(copy), "mm2").items():
-        weight = np.array(slots[name][0][slots[name][1]].weight)
-        grid = quantizers.min_max_grid(weight, 8, 64)
-        assert np.array_equal(fields["q"], quantizers.nearest_codes(weight, *grid, 8))
-        lower = np.floor(quantizers.grid_position(weight, *grid))
+        weight = np.array(layers[name].weight)
+        grid = min_max_grid(weight, 8, 64)
+        assert np.array_equal(fields["q"], nearest_codes(weight, *grid, 8))
+        lower = np.floor(grid_position(weight, *grid))
         assert np.array_equal(fields["q"], np.clip(lower + (fields["alpha"] >= 0), 0, 255))
 
 

@@ -10,9 +10,12 @@ from conftest import folder_bytes, generate, invoke
 from finished_run import SMALL, finished_run, model_copy, one_line
 from safetensors.numpy import load_file, save_file
 
-import diffusion
-import evaluate_quantization
-from calibration_store import StoreError, read_manifest, weights_fingerprint
+from calibration_store.errors import StoreError
+from calibration_store.model_folder import weights_fingerprint
+from w4a8.evaluation.variants import make_variant
+from w4a8.model.catalog import describe_model
+from w4a8.model.loading import load_pipeline, whole_model
+from w4a8.model.text import encode_prompts
 
 
 @pytest.fixture
@@ -30,7 +33,7 @@ def run(tmp_path_factory, tmp_path):
 
 def test_both_encoders_see_prompts_padded_with_the_end_token(emoji):
     """The features of a caption against CLIPTextModel fed with ids that are padded by hand."""
-    text = diffusion.encode_prompts(emoji, ["computer mouse"], 4.0)
+    text = encode_prompts(emoji, ["computer mouse"], 4.0)
     for tokenizer, encoder, first in ((emoji.tokenizer_l, emoji.clip_l, 0), (emoji.tokenizer_g, emoji.clip_g, 128)):
         ids = tokenizer.tokenize("computer mouse")
         padded = mx.array([ids + [tokenizer.vocab["<|endoftext|>"]] * (16 - len(ids))])
@@ -51,7 +54,7 @@ def test_padding_follows_the_config(model, tmp_path, setting, expected):
         config.pop(key)
         config |= {} if value is None else {key: {"pad_with_eos": value}}
     (tmp_path / "model/config.json").write_text(json.dumps(config))
-    pipeline = diffusion.load_pipeline(diffusion.describe_model(str(tmp_path / "model")), "float32")
+    pipeline = load_pipeline(describe_model(str(tmp_path / "model")), whole_model("float32"))
     assert (pipeline.tokenizer_l.pad_with_eos, pipeline.tokenizer_g.pad_with_eos) == expected
 
 
@@ -190,10 +193,8 @@ def test_migration_stays_out_of_variants_whose_weights_took_no_part(run):
     layer = next(iter(config["outlier_config"]))
     key = next(iter(config["per_timestep"]))
     entry = config["per_timestep"][key][layer]
-    manifest = read_manifest(run)
     sigma = config["sigma_map"][key]
     for name, migrated in (("a8", True), ("w4-rtn+a8", False), ("w4-adaround+a8", False)):
-        quantization = evaluate_quantization.Quantization(evaluate_quantization.parse_variant(name), run, manifest)
-        found = quantization._entries[sigma][layer]
+        found = make_variant(name, run).rule.entries[sigma][layer]
         assert ("multipliers" in found) == migrated
         assert found["clipping_range"] == entry["clipping_range" if migrated else "unmigrated_clipping_range"]

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from calibration_store import LOCAL_FILES, Record
 from calibration_store.activations import (
     COLLECTION,
     EVALUATION_RUN,
@@ -18,8 +17,10 @@ from calibration_store.activations import (
     STEP_INDEX,
     W4A8_CONFIG,
 )
-from calibration_store.model_folder import MODEL_CONFIG, VOCABULARY
 from calibration_store.runs import MANIFEST, SAMPLE
+
+from calibration_store import LOCAL_FILES, Record
+from calibration_store.model_folder import MODEL_CONFIG, VOCABULARY
 from calibration_store.weights import (
     CACHE_METADATA,
     CACHE_PLAN,

@@ -29,6 +29,7 @@ import click
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli_options import progress_bar, stage_command
+
 from tools.campaign_cases import Case, Target, all_cases
 
 CLEAN = [  # what makes the clean folder, small

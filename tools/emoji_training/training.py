@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from cli_options import progress_bar
 from torch import Tensor, nn
 
-from cli_options import progress_bar
 from tools.emoji_training.autoencoder import AutoEncoder, Encoder
 from tools.emoji_training.files import reading
 from tools.emoji_training.transformer import TextToImage

@@ -20,11 +20,6 @@ VOCABULARY = (
     "fp, w4-rtn, w4-rtn-g0 (2, 3, 4, 5, 6 or 8 bits, groups of 32, 64, 128 or 0: what MLX runs natively), w4-adaround, "
     f"{', '.join(rule.spelled for rule in RULES)}, and products such as w4-adaround+a8"
 )
-MADE_ANEW = {  # what to run for a file of another run
-    "metadata.json": "run cache_adaround_data.py and optimize_adaround.py with --force",
-    "quant_config.json": "run collect_layer_activations.py --force, then analyze_activations.py",
-    "quant_config_multitier.json": "run collect_layer_activations.py --force, then analyze_activations_multitier.py",
-}
 
 
 @dataclass(frozen=True)
@@ -55,7 +50,7 @@ class Variant:
                         f"leave {self.name} out of --variants"
                     )
                 if not same_run(manifest, noted):
-                    raise StoreError(f"{path}: made from another calibration run; {MADE_ANEW[path.name]}")
+                    raise StoreError(f"{path}: made from another calibration run; {part.remedy}")
         for part in (self.rule, self.weights):
             if part is not None:
                 part.check(self.name, layers)

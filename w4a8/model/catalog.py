@@ -8,7 +8,13 @@ from pathlib import Path
 import mlx.core as mx
 
 from calibration_store.errors import UserError
-from calibration_store.model_folder import BUNDLED_MODEL, folder_files, read_model_config, weights_fingerprint
+from calibration_store.model_folder import (
+    BUNDLED_MODEL,
+    captions_file,
+    folder_files,
+    read_model_config,
+    weights_fingerprint,
+)
 from w4a8.model.diffusionkit import (
     HEIGHT,
     HUB_MMDIT_CONFIGS,
@@ -75,7 +81,6 @@ def describe_model(name: str) -> ModelInfo:
         known = ", ".join((BUNDLED_MODEL, *HUB_MODELS))
         raise ModelError(f"--model {name or repr(name)}: no such folder, and not one of {known}")
     config = read_model_config(folder)
-    captions = folder / "captions.txt"
     return ModelInfo(
         version=name,
         folder=folder,
@@ -86,7 +91,7 @@ def describe_model(name: str) -> ModelInfo:
         cfg_weight=float(config["default_cfg_weight"]),
         use_t5=False,
         sampler_shift=float(config["sampler_shift"]),
-        captions=captions if captions.exists() else None,
+        captions=captions_file(folder),
     )
 
 

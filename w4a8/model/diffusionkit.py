@@ -69,7 +69,7 @@ with _ctrl_c_at_the_end(), _quiet():
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 for _name in logging.root.manager.loggerDict:
-    if _name.split(".")[0] in ("diffusionkit", "argmaxtools"):
+    if _name.startswith(("diffusionkit", "argmaxtools")):
         logging.getLogger(_name).setLevel(logging.ERROR)  # their INFO lines cut through progress bars
 
 __all__ = [  # noqa: RUF022

@@ -1,7 +1,6 @@
 """Load the parts of a model that a stage asks for, each in a precision that it states."""
 
 import logging
-import os
 import socket
 import urllib.parse
 import urllib.request
@@ -16,10 +15,12 @@ from mlx.utils import tree_flatten
 from calibration_store.model_folder import (
     BUNDLED_MODEL,
     LAYOUT,
-    LOCAL_FILES,
     check_weight_file,
+    config_file,
+    missing_files,
     read_model_config,
     read_tokenizer_files,
+    weight_file,
 )
 from w4a8.model.catalog import ModelError, ModelInfo
 from w4a8.model.diffusionkit import (
@@ -107,7 +108,7 @@ class FolderPipeline(Pipeline):
     def load_mmdit(self, only_modulation_dict: bool = False) -> list[tuple[str, mx.array]] | None:
         """Load the transformer; with `only_modulation_dict` return its adaLN weights, as DiffusionKit's does."""
         if only_modulation_dict:
-            weights = mx.load(str(self.folder / "mmdit.safetensors"))
+            weights = mx.load(str(weight_file(self.folder, "mmdit")))
             return [(key, value.astype(self.dtype)) for key, value in weights.items() if "adaLN" in key]
         config = dict(self.model_config["mmdit"])
         config["hidden_size_override"] = config.pop("hidden_size")
@@ -119,7 +120,7 @@ class FolderPipeline(Pipeline):
         self, model: nn.Module, part: str, dtype: mx.Dtype, quantization: Mapping[str, Any] | None = None
     ) -> nn.Module:
         """quantization: as MLX's own tools write it to config.json (bits, group_size, exceptions by layer path)."""
-        path = self.folder / f"{part}.safetensors"
+        path = weight_file(self.folder, part)
         check_weight_file(path)
         try:
             weights = mx.load(str(path))
@@ -263,11 +264,10 @@ def _load_folder(info: ModelInfo, parts: Parts, use_t5: bool, local_checkpoint: 
         raise ModelError("--local-checkpoint goes with a hub model; a model folder brings its own weights")
     if use_t5:
         raise ModelError(f"--t5: {info.version} has no T5 text encoder; use --no-t5")
-    wanted = [*(f"{part}.safetensors" for part in LOCAL_FILES), "vocab.json", "merges.txt"]
-    missing = [name for name in wanted if not os.path.lexists(info.folder / name)]
+    missing = missing_files(info.folder)
     if missing:
         raise ModelError(f"{info.folder}: no {', '.join(missing)}; {LAYOUT}")
     try:
         return FolderPipeline(info, parts)
     except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"{info.folder / 'config.json'}: {error}; {LAYOUT}") from None
+        raise ModelError(f"{config_file(info.folder)}: {error}; {LAYOUT}") from None

@@ -25,17 +25,19 @@ from w4a8.quantized.differentiable import fake_quantize
 from w4a8.quantized.model import StoredWeights, check_coverage
 from w4a8.quantized.ranges import levels
 
+SMALLEST_STEP = 1e-10  # of a token that holds only zeros
 Quantize = Callable[[str, mx.array], mx.array]  # (layer, x (R, tokens, 1, channels) float32) -> x̂
 
 
 class ActivationRule(ABC):
-    """A rule; `sources` are the files it follows from, made_from what these say of their run."""
+    """A rule; `sources` are the files it follows from, made_from what these say of their run, remedy what makes them anew."""
 
     grammar: ClassVar[str]  # regular expression of its name; a group `bits` where they can be chosen
     spelled: ClassVar[str]  # an example, for people
 
     sources: list[Path]
     made_from: list[tuple[Path, Mapping[str, Any]]]
+    remedy: str = ""
 
     @classmethod
     @abstractmethod
@@ -91,6 +93,7 @@ class StaticByStep(ActivationRule):
     def __init__(self, entries: Mapping[float, Mapping[str, dict[str, Any]]], path: Path, metadata: Mapping[str, Any]):
         self.entries, self.path = entries, path  # {sigma: {layer: entry}}
         self.sources, self.made_from = [path], [(path, metadata)]
+        self.remedy = f"run collect_layer_activations.py --force, then {self.script}"
 
     @classmethod
     def named(
@@ -126,7 +129,7 @@ class StaticByStep(ActivationRule):
                     if key in entry and entry[key].shape != layers[name].shape[1:]:
                         raise StoreError(
                             f"{self.path}: {name} at sigma {sigma:g}: {entry[key].size} values of {key} for "
-                            f"{layers[name].shape[1]} channels; run collect_layer_activations.py --force, then {self.script}"
+                            f"{layers[name].shape[1]} channels; {self.remedy}"
                         )
 
     def at(self, sigma: float, rows_per_image: int) -> Quantize:
@@ -193,7 +196,12 @@ class Learned(ActivationRule):
             if "act_shift" in fields:
                 shifts[name] = mx.array(fields["act_shift"])
         rule = cls(ranges, shifts, bits)
-        rule.sources, rule.made_from, rule._stored = stored.sources, stored.made_from, stored
+        rule.sources, rule.made_from, rule.remedy, rule._stored = (
+            stored.sources,
+            stored.made_from,
+            stored.remedy,
+            stored,
+        )
         return rule
 
     def check(self, variant: str, layers: Mapping[str, Layer]) -> None:
@@ -247,11 +255,30 @@ class DynamicPerTensorUnshifted(DynamicPerTensor):
     shifted = False
 
 
+class DynamicPerToken(Dynamic):
+    """Each token on a grid of its own, asymmetric: 2^bits levels from its minimum to its maximum, 0 among them."""
+
+    grammar, spelled = r"a(?P<bits>[2-8])-token", "a8-token"
+
+    def at(self, sigma: float, rows_per_image: int) -> Quantize:
+        top = 2**self.bits - 1
+
+        def quantize(name: str, x: mx.array) -> mx.array:
+            low = mx.minimum(x.min(axis=-1, keepdims=True), 0.0)
+            high = mx.maximum(x.max(axis=-1, keepdims=True), 0.0)
+            step = mx.maximum((high - low) / top, SMALLEST_STEP)
+            zero_point = mx.round(-low / step)
+            return (mx.clip(mx.round(x / step) + zero_point, 0, top) - zero_point) * step
+
+        return quantize
+
+
 RULES: tuple[type[ActivationRule], ...] = (
     StaticByStep,
     Learned,
     DynamicPerTensor,
     DynamicPerTensorUnshifted,
+    DynamicPerToken,
     Multitier,
 )
 

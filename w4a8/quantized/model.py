@@ -71,6 +71,7 @@ class Weights(Protocol):
     group_size: int
     sources: list[Path]
     made_from: list[tuple[Path, Mapping[str, Any]]]
+    remedy: str  # what to run for files of another run
 
     def check(self, variant: str, layers: Mapping[str, Layer]) -> None:
         """Whether they are of this model, all of its layers. Raises a UserError that names the variant."""
@@ -87,6 +88,7 @@ class NearestWeights:
     group_size: int
     sources: tuple = ()
     made_from: tuple = ()
+    remedy: str = ""
 
     def check(self, variant: str, layers: Mapping[str, Layer]) -> None:
         for name, layer in layers.items():
@@ -102,6 +104,8 @@ class NearestWeights:
 
 class StoredWeights:
     """What stage 3W, or GPTQ, left in adaround_weights/; a block in memory at a time."""
+
+    remedy = "run cache_adaround_data.py and optimize_adaround.py with --force"
 
     def __init__(self, calib_dir: Path):
         self.paths = WeightPaths(calib_dir)
