@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-ROOT = Path(__file__).resolve().parent.parent
-
-import w4a8  # noqa: F401  (before MLX)
 from w4a8.model.catalog import describe_model
 from w4a8.model.loading import load_pipeline, whole_model
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="session")

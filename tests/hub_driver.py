@@ -1,23 +1,25 @@
 """Run by test_hub.py in a process of its own: stage 1 over a hub cache whose SD3-Medium is tiny."""
 
+import w4a8  # noqa: F401  (before MLX)
+
+# isort: split
 import dataclasses
+import json
+import runpy
 import sys
+from pathlib import Path
 
-import diffusion
-from benchmarks.random_sd3_medium import SD3_MEDIUM, TEXT_ENCODERS, hub_folder, write_hub_cache
+import mlx.core as mx
+from tokenizers import Tokenizer, models, pre_tokenizers
 
-TINY = dataclasses.replace(
-    diffusion.HUB_MMDIT_CONFIGS[SD3_MEDIUM], depth_multimodal=2, num_heads=2, max_latent_resolution=64
-)
+from benchmarks.hub_cache import SD3_MEDIUM, TEXT_ENCODERS, hub_folder, write_hub_cache
+from w4a8.model.diffusionkit import HUB_MMDIT_CONFIGS
+
+TINY = dataclasses.replace(HUB_MMDIT_CONFIGS[SD3_MEDIUM], depth_multimodal=2, num_heads=2, max_latent_resolution=64)
 
 
 def write_tiny_t5(hf_home):
     """What DiffusionKit asks the hub for when T5 is on: a config, a tokenizer and weights of one layer."""
-    import json
-
-    import mlx.core as mx
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
     google, ours = (hub_folder(hf_home, name) for name in ("google/t5-v1_1-xxl", TEXT_ENCODERS))
     width, inner, hidden, tokens = 4096, 16, 24, 40
     config = {
@@ -61,12 +63,8 @@ def write_tiny_t5(hf_home):
 
 if __name__ == "__main__":
     if sys.argv[1] == "write":
-        from pathlib import Path
-
         write_hub_cache(Path(sys.argv[2]), TINY)
         write_tiny_t5(Path(sys.argv[2]))
     else:
-        import generate_calibration_data
-
-        diffusion.HUB_MMDIT_CONFIGS[SD3_MEDIUM] = TINY
-        generate_calibration_data.main()
+        HUB_MMDIT_CONFIGS[SD3_MEDIUM] = TINY
+        runpy.run_module("generate_calibration_data", run_name="__main__")

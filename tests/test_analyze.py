@@ -10,8 +10,16 @@ import numpy as np
 import pytest
 from conftest import ROOT, folder_bytes, generate, invoke
 
-import analyze_activations_multitier as multitier
-import quantizers
+from calibration_store.histograms import histogram_edges, histogram_grid
+from w4a8.analysis.tiers import Decision, decide_by_average
+from w4a8.quantized.ranges import (
+    absolute_histogram,
+    centred_histogram,
+    clipping_fraction,
+    expected_noise,
+    expected_sqnrs,
+    histogram_percentile,
+)
 
 IMAGES, STEPS = 3, 4
 
@@ -135,7 +143,7 @@ def test_statistics_of_an_older_version_are_read(copy):
 def test_percentile_of_a_histogram_without_an_edge_at_zero():
     x = np.random.default_rng(0).normal(0.3, 1, 200_000)
     counts, edges = np.histogram(x, np.linspace(-5.013, 6.1, 257))
-    found = quantizers.histogram_percentile(*quantizers.absolute_histogram(counts, edges), 0.999)
+    found = histogram_percentile(*absolute_histogram(counts, edges), 0.999)
     assert abs(found - np.percentile(abs(x), 99.9)) < edges[1] - edges[0]
 
 
@@ -211,19 +219,19 @@ def test_expected_sqnr_equals_the_measured_one(bits, spread):
     if x is None:
         x = random.normal(0, 1.5, 400_000)
         x = x / (1 + np.exp(-1.702 * x))
-    grid = quantizers.histogram_grid(x.min(), x.max())
-    edges = quantizers.histogram_edges(*grid)
+    grid = histogram_grid(x.min(), x.max())
+    edges = histogram_edges(*grid)
     counts = np.histogram(x, edges)[0]
-    fraction = quantizers.clipping_fraction(counts, edges, [bits])[0]
+    fraction = clipping_fraction(counts, edges, [bits])[0]
     for scale in (fraction * abs(x).max(), 0.5 * abs(x).max(), abs(x).max()):
         n = 2 ** (bits - 1) - 1
         rebuilt = np.clip(np.rint(x / scale * n), -n, n) * scale / n
         measured = 10 * np.log10((x**2).mean() / ((x - rebuilt) ** 2).mean())
-        expected = quantizers.expected_sqnrs(counts, edges, [scale], [bits])[0]
+        expected = expected_sqnrs(counts, edges, [scale], [bits])[0]
         assert expected == pytest.approx(measured, abs=0.6 if spread == "gelu" else 0.15)
     ranges = np.linspace(0.1, 1, 91) * abs(x).max()
-    noises = quantizers.expected_noise(counts, edges, ranges, [bits] * 91)
-    chosen = quantizers.expected_noise(counts, edges, [fraction * abs(x).max()], [bits])[0]
+    noises = expected_noise(counts, edges, ranges, [bits] * 91)
+    chosen = expected_noise(counts, edges, [fraction * abs(x).max()], [bits])[0]
     if bits == 8:  # clipping must be worth it 64 times over: never worse than the full range
         assert chosen <= noises[-1] * 1.001
     else:
@@ -235,14 +243,14 @@ def test_centred_histogram_is_that_of_x_minus_shift():
     shift = random.uniform(0.2, 1.5, 300)
     x = np.abs(random.normal(0, 0.5, (2000, 300)))  # independent of the shift, as the formula assumes
     edges = np.linspace(-0.5, 4, 257)
-    counts, centred_edges = quantizers.centred_histogram(np.histogram(x, edges)[0], edges, shift)
+    counts, centred_edges = centred_histogram(np.histogram(x, edges)[0], edges, shift)
     exact = np.histogram(x - shift, centred_edges)[0]
     assert counts.sum() == pytest.approx(x.size)
     assert abs(np.cumsum(counts) - np.cumsum(exact)).max() < 0.01 * x.size
 
 
 def entry(*sqnr):
-    return multitier.Decision(1.0, None, None, [1.0] * 3, sqnr)
+    return Decision(1.0, None, None, [1.0] * 3, sqnr)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -256,7 +264,7 @@ def test_average_bits_against_every_assignment(seed, average):
         for tiers in itertools.product(range(3), repeat=6)
         if sum(4 + 2 * t for t in tiers) <= average * 6 + 1e-9
     )
-    gap = multitier.decide_by_average(entries, average)
+    gap = decide_by_average(entries, average)
     found = sum(noise[i][(e.bits - 4) // 2] for i, e in enumerate(entries))
     assert sum(e.bits for e in entries) <= average * 6 + 1e-9
     assert best <= found * (1 + 1e-12) and found - best <= gap * found + 1e-12

@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 from conftest import folder_bytes, generate, invoke
 
-import diffusion
-from cache_adaround_data import BlockRecorder, boundary_keys
-from calibration_store import StoreError, read_cached_block, read_manifest
+from calibration_store.block_cache import boundary_keys, read_cached_block
+from calibration_store.errors import StoreError
+from calibration_store.manifest import read_manifest
+from w4a8.boundaries import BlockRecorder
+from w4a8.model.modulation import modulation_cache
+from w4a8.model.replay import Replay
+from w4a8.model.text import encode_prompts
 
 ARGUMENTS = ["--num-images", 2, "--stride", 2]
 
@@ -64,7 +68,7 @@ def test_files_keep_their_contract(run):
 def test_each_block_replayed_alone_gives_the_cached_outputs(run, emoji):
     """With the cached modulation input, float16 rounding of inputs and outputs is all that differs."""
     image = read_manifest(run)["images"][2]
-    text = diffusion.encode_prompts(emoji, [image["prompt"]], 4.0)
+    text = encode_prompts(emoji, [image["prompt"]], 4.0)
     blocks = emoji.mmdit.multimodal_transformer_blocks
     for index in range(8):
         for cached in read_cached_block(run, f"mm{index}"):
@@ -87,8 +91,8 @@ def test_each_block_replayed_alone_gives_the_cached_outputs(run, emoji):
             tokens = final(mx.array(np.array(cached.outputs[0])).astype(mx.float32), timestep)
             del final._modulation_params
             sample = np.load(run / f"samples/0002_{cached.step_index:03d}.npz")
-            with diffusion.modulation_cache(emoji, [text.pooled], mx.array(sample["timestep"])[None]):
-                own = np.array(diffusion.Replay(emoji, text).forward(sample["x"], sample["timestep"]))
+            with modulation_cache(emoji, [text.pooled], mx.array(sample["timestep"])[None]):
+                own = np.array(Replay(emoji, text).forward(sample["x"], sample["timestep"]))
             patches = np.array(tokens).reshape(2, 8, 8, 2, 2, 16).transpose(0, 1, 3, 2, 4, 5).reshape(2, 16, 16, 16)
             np.testing.assert_allclose(patches, own, atol=4e-3 * np.abs(own).max())
 

@@ -1,4 +1,4 @@
-"""Atomic files, locks and the errors of calibration_store.py, on real files."""
+"""Atomic files, locks and the errors of calibration_store, on real files."""
 
 import os
 import subprocess
@@ -9,23 +9,13 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from calibration_store import (
-    BackgroundWriter,
-    CalibrationPaths,
-    JsonFormat,
-    StoreError,
-    WriteError,
-    atomic_file,
-    locked_folder,
-    npz_bytes,
-    read_npz,
-    read_sample,
-    require_space,
-    sample_arrays,
-    saved_steps,
-    write_json,
-    write_npz,
-)
+from calibration_store.errors import StoreError, WriteError
+from calibration_store.files import BackgroundWriter, atomic_file, locked_folder, require_space, write_json
+from calibration_store.layout import CalibrationPaths
+from calibration_store.manifest import saved_steps
+from calibration_store.npz import npz_bytes, read_npz, write_npz
+from calibration_store.samples import read_sample, sample_arrays
+from calibration_store.schema import JsonFormat
 
 MANIFEST = {"latent_size": [4, 4], "activation_dtype": "float16", "num_steps": 4}
 ANY = JsonFormat("f", dict[str, Any], "x.py")
@@ -44,10 +34,12 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
 def test_what_the_system_refuses_is_one_line(tmp_path):
     """RLIMIT_FSIZE makes the kernel refuse the write in the middle of a file, as a full disk does."""
     code = (
-        "import numpy as np, pathlib, resource, calibration_store as s\n"
+        "import numpy as np, pathlib, resource\n"
+        "from calibration_store.errors import WriteError\n"
+        "from calibration_store.npz import write_npz\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
-        f"try: s.write_npz(pathlib.Path({str(tmp_path)!r}) / 'big.npz', {{'x': np.zeros(10000)}})\n"
-        "except s.WriteError as error: print(error)"
+        f"try: write_npz(pathlib.Path({str(tmp_path)!r}) / 'big.npz', {{'x': np.zeros(10000)}})\n"
+        "except WriteError as error: print(error)"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout == f"cannot write {tmp_path / 'big.npz'}: File too large\n"
@@ -67,7 +59,8 @@ def test_equal_arrays_give_equal_bytes_and_the_size_is_known_before(tmp_path):
 
 def test_a_second_writer_is_refused_and_the_lock_leaves_nothing(tmp_path):
     code = (
-        f"import calibration_store as s, pathlib\nwith s.locked_folder(pathlib.Path({str(tmp_path / 'run')!r})): pass"
+        "import pathlib\nfrom calibration_store.files import locked_folder\n"
+        f"with locked_folder(pathlib.Path({str(tmp_path / 'run')!r})): pass"
     )
     with locked_folder(tmp_path / "run"):
         run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -19,9 +19,10 @@ import click
 import pytest
 from conftest import ROOT, generate, invoke, start
 
-import cli_options
-from calibration_store import shown
-from cli_options import read_prompt_file
+from calibration_store.stage_folder import shown
+from w4a8.cli.command import resume_command
+from w4a8.cli.progress import ProgressLines, progress_bar
+from w4a8.cli.prompts import read_prompt_file
 
 SCRIPTS = (
     "generate_calibration_data", "cache_adaround_data", "collect_layer_activations", "analyze_activations",
@@ -31,7 +32,7 @@ ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # threads that wait for a bu
 STAGE = """
 import sys, time
 import click
-from cli_options import Interrupted, progress_bar, stage_command
+from w4a8.cli import Interrupted, progress_bar, stage_command
 
 @stage_command
 def main():
@@ -175,7 +176,8 @@ def interrupt_imports(command, tmp_path, module: str, seconds: float) -> tuple[i
 
 @pytest.mark.parametrize(
     ("module", "seconds"),
-    [("cli_options", s) for s in (0, 0.15, 0.5, 1, 1.5, 2, 3)] + [("numpy", 0), ("torch.", 0), ("transformers", 0)],
+    [("w4a8.cli.command", s) for s in (0, 0.15, 0.5, 1, 1.5, 2, 3)]
+    + [("numpy", 0), ("torch.", 0), ("transformers", 0)],
 )
 def test_ctrl_c_while_a_stage_imports(tmp_path, module, seconds):
     script = [sys.executable, "generate_calibration_data.py", "--model", "sd3-emoji"]
@@ -186,9 +188,9 @@ def test_ctrl_c_while_a_stage_imports(tmp_path, module, seconds):
     assert not any("Traceback" in line for line in lines)
 
 
-def test_ctrl_c_while_a_script_imports_diffusion_itself(tmp_path):
+def test_ctrl_c_while_a_script_imports_diffusionkit_itself(tmp_path):
     """As the benchmarks do: coremltools swallows the exception while it imports transformers."""
-    code = "import cli_options, diffusion; print('goes on')"
+    code = "import w4a8.cli, w4a8.model.diffusionkit; print('goes on')"
     assert interrupt_imports([sys.executable, "-c", code], tmp_path, "transformers", 0) == (130, ["Interrupted."])
 
 
@@ -290,7 +292,7 @@ def test_a_stage_names_a_file_that_the_terminal_cannot_show(tmp_path, encoding):
 def test_progress_in_a_log_file(capsys):
     with (
         contextlib.suppress(KeyboardInterrupt),
-        cli_options.ProgressLines(24, "images", "image", 10, interval=0) as bar,
+        ProgressLines(24, "images", "image", 10, interval=0) as bar,
     ):
         bar.set_postfix(loss="0.123", changed="1%", refresh=False)
         time.sleep(0.2)
@@ -310,16 +312,16 @@ def test_progress_in_a_log_file(capsys):
 
 
 def test_progress_without_anything_to_do_and_slow_progress(capsys):
-    with cli_options.progress_bar(3, "images", "image", initial=3):
+    with progress_bar(3, "images", "image", initial=3):
         pass
-    with cli_options.progress_bar(0, "images", "image"):
+    with progress_bar(0, "images", "image"):
         pass
-    bar = cli_options.ProgressLines(1, "units", "unit")
+    bar = ProgressLines(1, "units", "unit")
     bar._begin -= 75.0
     bar.update()
     bar.close()
     bar.close()
-    with cli_options.progress_bar(8, "steps", "step", leave=False) as steps:
+    with progress_bar(8, "steps", "step", leave=False) as steps:
         steps.update(8)
     assert capsys.readouterr().err.splitlines() == [
         "images 3/3 (100%), 0.0 s", "images 0/0 (100%), 0.0 s", "units 1/1 (100%), 1 min 15 s, 75.0 s/unit",
@@ -353,4 +355,4 @@ def test_a_terminal_keeps_its_bar(tmp_path):
 def test_an_empty_value_is_shown(monkeypatch):
     assert [shown(value) for value in ("", "red", 0, None, [])] == ["''", "red", "0", "None", "[]"]
     monkeypatch.setattr(sys, "argv", ["/x/generate.py", "--negative-prompt", "", "--prompts", "a b.txt", "--force"])
-    assert cli_options.resume_command() == "python generate.py --negative-prompt '' --prompts 'a b.txt' --resume"
+    assert resume_command() == "python generate.py --negative-prompt '' --prompts 'a b.txt' --resume"

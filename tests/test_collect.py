@@ -10,9 +10,21 @@ import numpy as np
 import pytest
 from conftest import folder_bytes, generate, invoke
 
-import collect_layer_activations as stage
-import diffusion
-from calibration_store import ActivationPaths, StoreError, read_manifest, read_partial
+from calibration_store.errors import StoreError
+from calibration_store.layout import ActivationPaths
+from calibration_store.manifest import read_manifest
+from calibration_store.names import layer_key
+from calibration_store.partials import read_partial
+from hooks import hooked_layers
+from w4a8.model.loading import whole_model
+from w4a8.model.modulation import modulation_cache
+from w4a8.model.replay import replaying
+from w4a8.model.runs import load_run_pipeline
+from w4a8.model.text import encode_prompts
+from w4a8.statistics.kernel_source import KERNEL_FUNCTIONS, KERNEL_HEADER, MERGE_KERNEL, TILE_KERNEL
+from w4a8.statistics.kernels import cpu_statistics, gpu_statistics, kernel_self_check, mlx_statistics
+from w4a8.statistics.merge import merge_partials
+from w4a8.statistics.recorders import PassStatistics, new_recorder, partial_arrays
 
 IMAGES, STEPS = 3, 4
 
@@ -32,10 +44,15 @@ def copy_of(run, tmp_path):
     return tmp_path / "run"
 
 
+def pipeline_of(run):
+    manifest = read_manifest(run)
+    return load_run_pipeline(manifest, whole_model(manifest["activation_dtype"]))
+
+
 @pytest.fixture(scope="module")
 def raw(run):
     """Every input of every hooked linear, {(image, step): {layer: (rows, channels) float64}}, caught at nn.Linear itself."""
-    pipeline = diffusion.load_run_pipeline(read_manifest(run))
+    pipeline = pipeline_of(run)
     layer_of = {}
     for path, module in pipeline.mmdit.named_modules():
         match = re.match(
@@ -55,11 +72,11 @@ def raw(run):
     nn.Linear.__call__ = catching
     try:
         for image in read_manifest(run)["images"]:
-            text = diffusion.encode_prompts(pipeline, [image["prompt"]], 4.0)
+            text = encode_prompts(pipeline, [image["prompt"]], 4.0)
             for step in range(STEPS):
                 sample = np.load(run / f"samples/{image['image_id']:04d}_{step:03d}.npz")
                 timestep = mx.array(sample["timestep"])
-                with diffusion.modulation_cache(pipeline, [text.pooled], timestep[None]):
+                with modulation_cache(pipeline, [text.pooled], timestep[None]):
                     x = mx.concatenate([mx.array(sample["x"])] * 2)
                     caught.clear()
                     mx.eval(pipeline.mmdit(x, mx.expand_dims(text.tokens, 2), mx.broadcast_to(timestep, [2])))
@@ -140,8 +157,8 @@ def test_the_implementations_agree(scale, dtype):
     shapes = ((300, 259), (1, 5), (64, 1024))
     inputs = [(mx.random.normal(shape, key=mx.random.key(7)) * scale).astype(dtype) for shape in shapes]
     inputs = [mx.clip(x, -6e4, 6e4).astype(dtype) for x in inputs]
-    twin = [np.array(array) for array in stage.mlx_statistics(inputs)]
-    single = [stage.cpu_statistics(np.array(x.astype(mx.float32))) for x in inputs]
+    twin = [np.array(array) for array in mlx_statistics(inputs)]
+    single = [cpu_statistics(np.array(x.astype(mx.float32))) for x in inputs]
     assert np.array_equal(twin[0], np.concatenate([limits for limits, *_ in single], axis=1))
     assert np.array_equal(twin[1], np.concatenate([histograms for _, histograms, _ in single]))
     exact = [np.array(x.astype(mx.float32), np.float64) for x in inputs]
@@ -153,8 +170,8 @@ def test_the_implementations_agree(scale, dtype):
         assert histogram[:256].sum() == x.size and histogram[258] == 0
     if mx.default_device() != mx.Device(mx.cpu):
         backend = "metal" if mx.metal.is_available() else "cuda"
-        assert stage.kernel_self_check(backend) is None
-        found = stage.gpu_statistics(inputs, backend)
+        assert kernel_self_check(backend) is None
+        found = gpu_statistics(inputs, backend)
         for kernel, plain in zip(found, twin, strict=True):
             exact = kernel.dtype == mx.int32 or kernel is found[0]
             assert np.array_equal(np.array(kernel), plain) if exact else np.allclose(np.array(kernel), plain, 1e-4)
@@ -162,44 +179,44 @@ def test_the_implementations_agree(scale, dtype):
 
 def test_a_gpu_kernel_that_cannot_run_is_found_out():
     if mx.default_device() == mx.Device(mx.cpu):
-        assert stage.kernel_self_check("metal") and stage.kernel_self_check("cuda")
+        assert kernel_self_check("metal") and kernel_self_check("cuda")
 
 
 def test_metal_and_cuda_share_their_source_and_define_the_same_words():
-    words = [set(re.findall(r"#define (\w+)", stage.KERNEL_HEADER[backend])) for backend in ("metal", "cuda")]
+    words = [set(re.findall(r"#define (\w+)", KERNEL_HEADER[backend])) for backend in ("metal", "cuda")]
     assert words[0] == words[1]
-    used = set(re.findall(r"\b[A-Z][A-Z_]+\b", stage.TILE_KERNEL + stage.MERGE_KERNEL + stage.KERNEL_FUNCTIONS))
+    used = set(re.findall(r"\b[A-Z][A-Z_]+\b", TILE_KERNEL + MERGE_KERNEL + KERNEL_FUNCTIONS))
     assert used <= words[0] | {"TILE_ROWS"}
+
+
+def merged_arrays(partials):
+    """The arrays of the step's file that partial results merge to."""
+    layers = merge_partials(partials)
+    return {layer_key(name, field): array for name, (fields, _) in layers.items() for field, array in fields.items()}
 
 
 def test_parts_merge_to_the_whole_bit_for_bit(run):
     """Statistics of image 0 and of images 1-2, collected apart, merge to those of the run."""
     paths = ActivationPaths(run)
-    pipeline = diffusion.load_run_pipeline(read_manifest(run))
+    pipeline = pipeline_of(run)
     images = read_manifest(run)["images"]
     whole = np.load(paths.step_arrays("1"))
     parts = []
     for ids in ([2, 1], [0]):
         for image_id in ids:
             sample = np.load(run / f"samples/{image_id:04d}_001.npz")
-            with diffusion.replaying(pipeline, images[image_id], [sample["timestep"]]) as replay:
-                recorder = stage.new_recorder("mlx")
-                with stage_hooks(pipeline, recorder):
+            with replaying(pipeline, images[image_id], [sample["timestep"]]) as replay:
+                recorder = new_recorder("mlx")
+                with hooked_layers(pipeline.mmdit, recorder.record):
                     statistics = recorder.finish(replay.forward(sample["x"], sample["timestep"]))
-            parts.append((image_id, stage.partial_arrays(statistics, image_id, 1, "float32")))
-    arrays, _ = stage.merge_partials([partial for _, partial in sorted(parts, key=lambda part: part[0])])
+            parts.append((image_id, partial_arrays(statistics, image_id, 1, "float32")))
+    arrays = merged_arrays([partial for _, partial in sorted(parts, key=lambda part: part[0])])
     assert sorted([*arrays, "step_index"]) == sorted(whole.files)
     moments = {key for key in arrays if key.endswith(("__mean", "__mean_square"))}
     assert all(np.array_equal(arrays[key], whole[key]) for key in arrays.keys() - moments)
     assert all(np.allclose(arrays[key], whole[key], rtol=1e-3, atol=1e-4) for key in moments)  # the twin sums otherwise
-    kept, _ = stage.merge_partials([read_partial(paths, image_id, 1) for image_id in range(3)])
+    kept = merged_arrays([read_partial(paths, image_id, 1) for image_id in range(3)])
     assert all(np.array_equal(kept[key], whole[key]) for key in kept)
-
-
-def stage_hooks(pipeline, recorder):
-    from hooks import hooked_layers
-
-    return hooked_layers(pipeline.mmdit, recorder.record)
 
 
 def test_a_sample_that_is_not_finite_is_refused(run, tmp_path):
@@ -217,11 +234,11 @@ def test_a_sample_that_is_not_finite_is_refused(run, tmp_path):
 def test_not_finite_activations_name_layer_step_and_image():
     """A latent that is finite but too large for the model's precision."""
     x = mx.full((4, 8), mx.inf)
-    statistics = stage.PassStatistics({"mm0.img.attn.q_proj": 0}, [8], [stage.mlx_statistics([x])])
+    statistics = PassStatistics({"mm0.img.attn.q_proj": 0}, [8], [mlx_statistics([x])])
     with pytest.raises(
         StoreError, match=r"mm0\.img\.attn\.q_proj: 32 activations are not finite at step 2 of image 1; .*smaller"
     ):
-        stage.partial_arrays(statistics, 1, 2, "float32")
+        partial_arrays(statistics, 1, 2, "float32")
 
 
 def test_resume_makes_what_is_missing_anew_and_refuses_another_run(run, tmp_path):

@@ -1,4 +1,4 @@
-"""diffusion.py against DiffusionKit's own code on the bundled model."""
+"""w4a8.model against DiffusionKit's own code on the bundled model."""
 
 import os
 import subprocess
@@ -10,21 +10,15 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from mlx.utils import tree_flatten
+from transformers import T5Config
 
-import diffusion
-from calibration_store import StoreError
-from diffusion import (
-    ModelError,
-    check_prompts,
-    decode_latents,
-    describe_model,
-    encode_prompts,
-    euler_steps,
-    initial_noise,
-    load_pipeline,
-    modulation_cache,
-    sigma_schedule,
-)
+from calibration_store.errors import StoreError
+from w4a8.model.catalog import BUNDLED_FOLDER, ModelError, describe_model
+from w4a8.model.diffusionkit import SD3T5Encoder
+from w4a8.model.loading import _T5Encoder, load_pipeline, whole_model
+from w4a8.model.modulation import modulation_cache
+from w4a8.model.sampling import decode_latents, euler_steps, initial_noise, sigma_schedule
+from w4a8.model.text import check_prompts, encode_prompts
 
 SIZE = (16, 16)
 
@@ -51,7 +45,7 @@ class RecordingMMDiT:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_every_step_equals_diffusionkits_own_loop_bit_for_bit(dtype):
-    ours, theirs = (load_pipeline(describe_model("sd3-emoji"), dtype) for _ in range(2))
+    ours, theirs = (load_pipeline(describe_model("sd3-emoji"), whole_model(dtype)) for _ in range(2))
     steps = 8 if dtype == "float32" else 2
     for image, prompt in enumerate(["rocket", "clown face", "hamster"]):  # the third runs in a used process
         states = sample(ours, [prompt], [42 + image], steps, 4.0)
@@ -146,20 +140,17 @@ def test_prompts_are_checked_against_the_vocabulary(emoji):
 
 
 def test_t5_runs_without_metals_memory_limits():
-    from diffusionkit.mlx.t5 import SD3T5Encoder
-    from transformers import T5Config
-
     config = T5Config(
         vocab_size=32, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu"
     )
     encoder = SD3T5Encoder(config, low_memory_mode=False)
     tokens = mx.array([[3, 4, 5, 1]])
-    got = diffusion._T5Encoder(encoder)(tokens)
+    got = _T5Encoder(encoder)(tokens)
     x = encoder.wte(tokens)
     for layer in encoder.encoder.layers:
         x = layer(x, mask=encoder.encoder.relative_attention_bias(4, 4))
     assert mx.array_equal(got, encoder.encoder.ln(x))
-    assert mx.array_equal(got, diffusion._T5Encoder(encoder)(tokens))  # a second call still has its layers
+    assert mx.array_equal(got, _T5Encoder(encoder)(tokens))  # a second call still has its layers
 
 
 @pytest.mark.parametrize(
@@ -175,17 +166,17 @@ def test_unknown_models_are_one_line(name, message):
 
 
 def test_damaged_weights_are_one_line(tmp_path):
-    for file in diffusion.BUNDLED_FOLDER.iterdir():
+    for file in BUNDLED_FOLDER.iterdir():
         (tmp_path / file.name).symlink_to(file)
     (tmp_path / "mmdit.safetensors").unlink()
     (tmp_path / "mmdit.safetensors").write_bytes(b"\0" * 100)
     with pytest.raises(StoreError, match="mmdit.safetensors: truncated or damaged"):
-        load_pipeline(describe_model(str(tmp_path)), "float32")
+        load_pipeline(describe_model(str(tmp_path)), whole_model("float32"))
     (tmp_path / "mmdit.safetensors").unlink()
     with pytest.raises(ModelError, match="no mmdit.safetensors"):
-        load_pipeline(describe_model(str(tmp_path)), "float32")
+        load_pipeline(describe_model(str(tmp_path)), whole_model("float32"))
     with pytest.raises(ModelError, match="--t5: sd3-emoji has no T5"):
-        load_pipeline(describe_model("sd3-emoji"), "float32", use_t5=True)
+        load_pipeline(describe_model("sd3-emoji"), whole_model("float32"), use_t5=True)
 
 
 @pytest.mark.parametrize(
@@ -199,9 +190,11 @@ def test_without_network_the_default_model_is_one_line_with_the_way_on(setting, 
     environment = {key: value for key, value in os.environ.items() if "proxy" not in key.lower()}
     environment |= {"HF_HOME": "/nonexistent"} | setting
     code = (
-        "import diffusion as d\n"
-        "try: d.load_pipeline(d.describe_model('argmaxinc/mlx-stable-diffusion-3-medium'), 'float32')\n"
-        "except d.ModelError as error: print(error)"
+        "from w4a8.model.catalog import ModelError, describe_model\n"
+        "from w4a8.model.loading import load_pipeline, whole_model\n"
+        "info = describe_model('argmaxinc/mlx-stable-diffusion-3-medium')\n"
+        "try: load_pipeline(info, whole_model('float32'))\n"
+        "except ModelError as error: print(error)"
     )
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
@@ -212,15 +205,15 @@ def test_without_network_the_default_model_is_one_line_with_the_way_on(setting, 
 
 def test_imports_are_silent_and_the_fast_blas_is_in_front():
     code = (
-        "import diffusion, ctypes\n"
+        "import w4a8.model.diffusionkit, ctypes\n"
         "maps = open('/proc/self/maps').read()\n"
         "print('libtorch_cpu' in maps, bool(ctypes.CDLL(None).sgemm_))"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stderr == ""
     wrong_order = subprocess.run(
-        [sys.executable, "-c", "import mlx.core, diffusion"], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", "import mlx.core, w4a8"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     if sys.platform == "linux" and mx.default_device() == mx.Device(mx.cpu):
         assert run.stdout == "True True\n"
-        assert "imported before diffusion" in wrong_order.stderr
+        assert "imported before w4a8" in wrong_order.stderr

@@ -4,18 +4,22 @@ import csv
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
 import time
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import ROOT, folder_bytes, generate, start
 from PIL import Image
 
-import diffusion
-from cli_options import BUILTIN_PROMPTS, draw_builtin_prompts, read_prompt_file
+from w4a8.cli.prompts import BUILTIN_PROMPTS, draw_builtin_prompts, read_prompt_file
+from w4a8.model.catalog import default_dtype, describe_model
+from w4a8.model.sampling import decode_latents, euler_steps, initial_noise
+from w4a8.model.text import encode_prompts
 
 SMALL = ["--num-images", 3, "--num-steps", 4]
 
@@ -40,7 +44,7 @@ def test_files_keep_their_contract(clean_run):
     expected = {"model_version": "sd3-emoji", "num_steps": 4, "cfg_scale": 4.0, "latent_size": [16, 16], "use_t5": False,
                 "sampler_shift": 3.0, "seed_base": 42, "num_images": 3, "n_completed": 3, "batch_size": 1, "stride": 1}  # fmt: skip
     assert {key: manifest[key] for key in expected} == expected
-    assert manifest["activation_dtype"] == diffusion.default_dtype()
+    assert manifest["activation_dtype"] == default_dtype()
     assert manifest["package_versions"]["diffusionkit"] == "0.5.2"
     for image_id, image in enumerate(manifest["images"]):
         assert image["image_id"] == image_id and image["seed"] == 42 + image_id and image["num_steps"] == 4
@@ -65,16 +69,14 @@ def test_files_keep_their_contract(clean_run):
 
 
 def test_samples_are_what_the_model_is_given(clean_run, emoji):
-    import mlx.core as mx
-
     image = json.loads((clean_run / "manifest.json").read_bytes())["images"][2]
-    text = diffusion.encode_prompts(emoji, [image["prompt"]], 4.0)
-    states = list(diffusion.euler_steps(emoji, text, diffusion.initial_noise(44, (16, 16)), 4, 4.0))
+    text = encode_prompts(emoji, [image["prompt"]], 4.0)
+    states = list(euler_steps(emoji, text, initial_noise(44, (16, 16)), 4, 4.0))
     for step, state in enumerate(states):
         sample = np.load(clean_run / f"samples/0002_{step:03d}.npz")
         assert np.array_equal(sample["x"], np.array(state.x))
         assert sample["timestep"].item() == state.timestep.item() and sample["sigma"].item() == state.sigma.item()
-    picture = diffusion.decode_latents(emoji, mx.array(sample["x"]))[0]
+    picture = decode_latents(emoji, mx.array(sample["x"]))[0]
     assert np.array_equal(np.array(picture), np.array(Image.open(clean_run / "images/0002.png")))
 
 
@@ -172,11 +174,9 @@ def test_a_run_grown_from_a_short_batch_is_that_of_one_go(tmp_path):
 
 def test_a_batch_larger_than_the_run_has_no_empty_rows(tmp_path, monkeypatch):
     rows = []
-    original = diffusion.euler_steps
     monkeypatch.setattr(
-        diffusion,
-        "euler_steps",
-        lambda p, text, noise, *rest: rows.append(len(noise)) or original(p, text, noise, *rest),
+        "w4a8.generation.euler_steps",
+        lambda p, text, noise, *rest: rows.append(len(noise)) or euler_steps(p, text, noise, *rest),
     )
     done = generate("--num-images", 2, "--num-steps", 2, "--batch-size", 16, "--calib-dir", tmp_path / "run")
     assert done.exit_code == 0 and rows == [2], done.output
@@ -235,7 +235,7 @@ def test_builtin_prompts_are_many_distinct_diverse_and_drawn_by_seed():
     category = {row["prompt"]: row["category"] for row in rows}
     assert sorted(drawn) == sorted(category) and len({category[prompt] for prompt in drawn[:12]}) == 12
     assert drawn == draw_builtin_prompts(None, 42) != draw_builtin_prompts(None, 43)
-    captions = draw_builtin_prompts(diffusion.describe_model("sd3-emoji").captions, 42)
+    captions = draw_builtin_prompts(describe_model("sd3-emoji").captions, 42)
     assert len(captions) == len(set(captions)) == 3764
 
 
@@ -287,8 +287,6 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, argumen
 
 def test_a_disk_that_fills_up_leaves_a_resumable_folder(clean_run, tmp_path):
     """RLIMIT_FSIZE refuses the manifest once it lists an image, as a full disk would."""
-    import resource
-
     limit = 1100
     folder = tmp_path / "run"
     subprocess.run(["cp", "-r", str(clean_run), str(folder)], check=True)
@@ -326,8 +324,12 @@ def test_ctrl_c_says_what_was_left_and_how_to_go_on(tmp_path):
 
 
 def test_help_answers_without_loading_anything():
-    code = "import sys, generate_calibration_data; print([m for m in ('numpy', 'mlx', 'torch', 'PIL') if m in sys.modules])"
+    code = (
+        "import runpy, sys; sys.argv = ['generate_calibration_data.py', '-h']\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit: print([m for m in ('numpy', 'mlx', 'torch', 'PIL') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
+    assert done.stdout.endswith("\n[]\n")
     done = generate("-h")
     assert done.exit_code == 0 and "--latent-size" in done.stdout

@@ -4,12 +4,18 @@ import copy
 
 import mlx.core as mx
 import pytest
+from diffusionkit.mlx.config import FLUX_SCHNELL
 from mlx.utils import tree_flatten, tree_unflatten
 
-import diffusion
-from collect_layer_activations import INPUTS_PER_KERNEL, LazyRecorder, StreamingRecorder
-from diffusion import Replay, TextConditioning, encode_prompts, initial_noise, modulation_cache, sigma_schedule
-from hooks import BlockHook, LiveHooksError, _HookedLayer, block_slots, hooked_blocks, hooked_layers, layer_slots
+from hooks import BlockHook, LiveHooksError, _HookedLayer, hooked_blocks, hooked_layers
+from w4a8.model.diffusionkit import MMDiT
+from w4a8.model.layers import model_blocks, model_layers
+from w4a8.model.modulation import modulation_cache
+from w4a8.model.replay import Replay
+from w4a8.model.sampling import initial_noise, sigma_schedule
+from w4a8.model.text import TextConditioning, encode_prompts
+from w4a8.statistics.kernels import INPUTS_PER_KERNEL
+from w4a8.statistics.recorders import LazyRecorder, StreamingRecorder
 
 STREAM = ["attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.o_proj", "mlp.fc1", "mlp.fc2"]
 
@@ -25,21 +31,19 @@ def pass_of_emoji(emoji):
 
 
 def tiny_flux():
-    from diffusionkit.mlx.config import FLUX_SCHNELL
-
     config = copy.copy(FLUX_SCHNELL)
     config.num_heads, config.depth_multimodal, config.depth_unified = 2, 2, 3
     config.hidden_size_override, config.rope_axes_dim = 256, (16, 56, 56)
     config.token_level_text_embed_dim, config.low_memory_mode, config.dtype = 32, False, mx.float32
-    return diffusion.MMDiT(config)
+    return MMDiT(config)
 
 
 def test_names_of_the_bundled_model(emoji):
-    names = list(layer_slots(emoji.mmdit))
+    names = list(model_layers(emoji.mmdit))
     expected = [f"mm{i}.{stream}.{layer}" for i in range(8) for stream in ("img", "txt") for layer in STREAM]
     missing = {f"mm7.txt.{layer}" for layer in STREAM[3:]}  # an Identity, and no mlp
     assert names == [name for name in expected if name not in missing] and len(names) == 93
-    assert list(block_slots(emoji.mmdit)) == [f"mm{i}" for i in range(8)]
+    assert list(model_blocks(emoji.mmdit)) == [f"mm{i}" for i in range(8)]
 
 
 def test_layers_are_reported_with_their_inputs_and_the_output_stays(emoji, pass_of_emoji):
@@ -113,9 +117,9 @@ def test_proxies_are_plain(emoji):
 
 def test_flux_with_unified_blocks():
     mmdit = tiny_flux()
-    names = list(layer_slots(mmdit))
+    names = list(model_layers(mmdit))
     assert [name for name in names if name.startswith("uni2")] == [f"uni2.{layer}" for layer in STREAM]
-    assert list(block_slots(mmdit)) == ["mm0", "mm1", "uni0", "uni1", "uni2"]
+    assert list(model_blocks(mmdit)) == ["mm0", "mm1", "uni0", "uni1", "uni2"]
     assert len(names) == 2 * 12 + 3 * 6  # the last multimodal block of FLUX keeps its text mlp
     text = TextConditioning(mx.random.normal((1, 8, 32)), mx.random.normal((1, 768)))
     timestep = mx.array([500.0])

@@ -1,6 +1,5 @@
 """tools/plant_outliers.py: a variant computes what the model computes, and its activations look like SD3-Medium's."""
 
-import importlib
 import json
 import re
 
@@ -12,14 +11,29 @@ from mlx.utils import tree_flatten
 from safetensors.numpy import load_file
 from scipy.special import erf
 from synthetic_activations import KINDS, ordinary_rows, real_layers, synthetic_inputs
+from tools.planting import (
+    choose_scales,
+    eliminate,
+    observe,
+    plant,
+    plant_hidden,
+    real_ratios,
+    scale_modulated,
+    scale_values,
+    to_float16,
+    weight,
+)
 
-import diffusion
+from calibration_store.errors import StoreError
+from w4a8.cli.prompts import draw_builtin_prompts
+from w4a8.model.catalog import BUNDLED_FOLDER, HUB_MODELS, describe_model
+from w4a8.model.loading import load_pipeline, whole_model
+from w4a8.model.sampling import euler_steps, initial_noise
+from w4a8.model.text import encode_prompts
 
 SCRIPT = "tools.plant_outliers"
 SMALL = ("--model", "sd3-emoji", "--seed", 5, "--calibration-images", 8, "--num-images", 2, "--num-steps", 5)
 DONORS = (0, 3, 8, 11, 14, 20, 22, 23)  # SD3-Medium's block that each of the 8 takes after
-
-plant_outliers = importlib.import_module(SCRIPT)
 
 
 def succeed(output):
@@ -37,19 +51,19 @@ def made(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def planted(made):
-    return diffusion.load_pipeline(diffusion.describe_model(str(made[0])), "float32")
+    return load_pipeline(describe_model(str(made[0])), whole_model("float32"))
 
 
 @pytest.fixture(scope="module")
 def prompts():
     """Not those that the variant was calibrated with, as they are drawn with another seed."""
-    return plant_outliers.draw_builtin_prompts(diffusion.describe_model("sd3-emoji").captions, 77)[:4]
+    return draw_builtin_prompts(describe_model("sd3-emoji").captions, 77)[:4]
 
 
 @pytest.fixture(scope="module")
 def inputs(emoji, prompts):
     """Layer -> inputs (rows, tokens, channels) of the bundled model."""
-    return plant_outliers.observe(emoji, prompts, 0, 8, 4.0, lambda x: x)[0]
+    return observe(emoji, prompts, 0, 8, 4.0, lambda x: x)[0]
 
 
 def weights_of(pipeline):
@@ -61,9 +75,9 @@ def gelu(x):
 
 
 def finished_latents(pipeline, prompts):
-    noise = mx.concatenate([diffusion.initial_noise(index, (16, 16)) for index in range(len(prompts))])
-    text = diffusion.encode_prompts(pipeline, prompts, 4.0)
-    *_, last = diffusion.euler_steps(pipeline, text, noise, 5, 4.0)
+    noise = mx.concatenate([initial_noise(index, (16, 16)) for index in range(len(prompts))])
+    text = encode_prompts(pipeline, prompts, 4.0)
+    *_, last = euler_steps(pipeline, text, noise, 5, 4.0)
     return np.array(last.x)
 
 
@@ -78,10 +92,10 @@ def test_scaled_channels_leave_the_output(emoji, prompts):
         for stream in (f"mm{block}.img", f"mm{block}.txt"):
             for part in ("attn", "mlp") if stream != "mm7.txt" else ("attn",):
                 scales = 2.0 ** np.where(rng.random(192) < 0.03, rng.integers(1, 8, 192), 0)
-                plant_outliers.scale_modulated(weights, stream, part, scales)
-        plant_outliers.scale_values(weights, f"mm{block}", 2.0 ** rng.integers(0, 4, 192))
-    stored = {name: plant_outliers.to_float16(name, array) for name, array in weights.items()}
-    scaled = diffusion.load_pipeline(diffusion.describe_model("sd3-emoji"), "float32")
+                scale_modulated(weights, stream, part, scales)
+        scale_values(weights, f"mm{block}", 2.0 ** rng.integers(0, 4, 192))
+    stored = {name: to_float16(name, array) for name, array in weights.items()}
+    scaled = load_pipeline(describe_model("sd3-emoji"), whole_model("float32"))
     scaled.mmdit.load_weights([(name, mx.array(array).astype(mx.float32)) for name, array in stored.items()])
     assert relative_error(finished_latents(scaled, prompts[:2]), finished_latents(emoji, prompts[:2])) < 1e-3
 
@@ -90,16 +104,14 @@ def test_scaled_channels_leave_the_output(emoji, prompts):
 def test_planted_hidden_channels_cancel(emoji, inputs, stream):
     """The MLP in float64: with the planted channels, and with their places empty."""
     x, hidden = inputs[f"{stream}.mlp.fc1"][::2], inputs[f"{stream}.mlp.fc2"][::2]
-    names = [
-        plant_outliers.weight(f"{stream}.mlp.{key}", part) for key in ("fc1", "fc2") for part in ("weight", "bias")
-    ]
+    names = [weight(f"{stream}.mlp.{key}", part) for key in ("fc1", "fc2") for part in ("weight", "bias")]
     weights = weights_of(emoji)
     w1, b1, w2, b2 = (weights[name].copy() for name in names)
-    chosen = plant_outliers.eliminate(w2, b2, hidden, 3)
+    chosen = eliminate(w2, b2, hidden, 3)
     assert len(set(chosen)) == 3 and np.allclose(w2[:, chosen], 0)
     expected = gelu(x @ w1.T + b1) @ w2.T + b2
 
-    plant_outliers.plant_hidden(weights, stream, x, hidden, 30.0, np.random.default_rng(0))
+    plant_hidden(weights, stream, x, hidden, 30.0, np.random.default_rng(0))
     w1, b1, w2, b2 = (weights[name] for name in names)
     after = gelu(x @ w1.T + b1)
     np.testing.assert_allclose(after @ w2.T + b2, expected, atol=2e-4)
@@ -120,7 +132,7 @@ def test_the_other_channels_take_over_what_is_linear():
     hidden[..., 7] = hidden[..., :3] @ [1, -2, 0.5] + 3
     columns, bias = rng.standard_normal((5, 12)), rng.standard_normal(5)
     expected = hidden @ columns.T + bias
-    (chosen,) = plant_outliers.eliminate(columns, bias, hidden, 1)
+    (chosen,) = eliminate(columns, bias, hidden, 1)
     assert chosen in (0, 1, 2, 7) and np.allclose(columns[:, chosen], 0)
     assert relative_error(hidden @ columns.T + bias, expected) < 0.01
 
@@ -133,7 +145,7 @@ def test_latents_and_images_stay(made, emoji, planted, prompts):
 
 def test_activations_have_the_planted_ratios(made, emoji, planted, prompts, inputs):
     table, close = real_layers(), []
-    after, _ = plant_outliers.observe(planted, prompts, 0, 8, 4.0, lambda x: x)
+    after, _ = observe(planted, prompts, 0, 8, 4.0, lambda x: x)
     for name, x in after.items():
         aim = table[f"mm{DONORS[int(name[2])]}.{name.split('.', 1)[1]}"]["max_over_median_channel"]
         absmax = np.abs(x).max((0, 1))
@@ -148,16 +160,16 @@ def test_activations_have_the_planted_ratios(made, emoji, planted, prompts, inpu
 
 
 def test_without_strength_nothing_changes(emoji, inputs):
-    ratios = plant_outliers.real_ratios(list(inputs), 8, 0.0)
+    ratios = real_ratios(list(inputs), 8, 0.0)
     assert set(ratios.values()) == {1.0}
-    result = plant_outliers.plant(weights_of(emoji), inputs, ratios, 0)
-    original = load_file(diffusion.BUNDLED_FOLDER / "mmdit.safetensors")
+    result = plant(weights_of(emoji), inputs, ratios, 0)
+    original = load_file(BUNDLED_FOLDER / "mmdit.safetensors")
     assert set(result) == set(original)
     assert all(np.array_equal(result[name], array) for name, array in original.items())
 
 
 def test_the_folder(made, tmp_path):
-    variant, original = folder_bytes(made[0]), folder_bytes(diffusion.BUNDLED_FOLDER)
+    variant, original = folder_bytes(made[0]), folder_bytes(BUNDLED_FOLDER)
     assert list(variant) == list(original)
     changed = {name for name in original if variant[name] != original[name]}
     assert changed == {"mmdit.safetensors", "config.json", "README.md"}
@@ -177,19 +189,17 @@ def test_the_folder(made, tmp_path):
 
 def test_the_seed_decides_the_channels():
     absmax, persistence = np.ones(192), np.linspace(0.1, 0.5, 192)
-    first, again, other = (
-        plant_outliers.choose_scales(absmax, persistence, 16.0, np.random.default_rng(seed)) for seed in (1, 1, 2)
-    )
+    first, again, other = (choose_scales(absmax, persistence, 16.0, np.random.default_rng(seed)) for seed in (1, 1, 2))
     assert np.array_equal(first, again) and not np.array_equal(first, other)
     assert first.max() == 16 and (first > 1).sum() == 4 and (first[:8] > 1).sum() == (first[-8:] > 1).sum() == 2
 
 
 def test_float16_must_hold_it():
     for value, message in ((7e4, "reaches 7e+04"), (1e-6, "too small")):
-        with pytest.raises(plant_outliers.StoreError, match=re.escape(message)):
-            plant_outliers.to_float16("name", np.full((3, 3), value))
-    with pytest.raises(plant_outliers.StoreError, match="25 blocks; the table has 24"):
-        plant_outliers.real_ratios([], 25, 1.0)
+        with pytest.raises(StoreError, match=re.escape(message)):
+            to_float16("name", np.full((3, 3), value))
+    with pytest.raises(StoreError, match="25 blocks; the table has 24"):
+        real_ratios([], 25, 1.0)
 
 
 def test_errors_are_one_line(tmp_path):
@@ -201,7 +211,7 @@ def test_errors_are_one_line(tmp_path):
         (("--output", tmp_path / "full" / "file"), "is a file"),
         (("--output", tmp_path / "full" / "file" / "below", *one), "cannot write"),
         (("--output", tmp_path / "new", "--model", tmp_path), "config.json: not found"),
-        (("--output", tmp_path / "new", "--model", diffusion.HUB_MODELS[0]), "give sd3-emoji or a folder"),
+        (("--output", tmp_path / "new", "--model", HUB_MODELS[0]), "give sd3-emoji or a folder"),
         (("--output", tmp_path / "new", "--calibration-images", 5000), "8 + 5000 images, and only 3764 prompts"),
         (("--output", tmp_path / "new", "--strength", 3, *one), "lower --strength"),
         ((), "Missing option '--output'"),

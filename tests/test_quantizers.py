@@ -1,9 +1,10 @@
-"""quantizers.py against plain NumPy in float64."""
+"""Histograms and what follows from them against plain NumPy in float64."""
 
 import numpy as np
 import pytest
 
-from quantizers import absolute_histogram, histogram_edges, histogram_grid, histogram_percentile, regrid_histogram
+from calibration_store.histograms import histogram_edges, histogram_grid, regrid_histogram
+from w4a8.quantized.ranges import absolute_histogram, histogram_percentile
 
 
 def histogram(values, grid):

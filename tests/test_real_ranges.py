@@ -8,9 +8,14 @@ import pytest
 from conftest import invoke
 from synthetic_activations import KINDS, ordinary_rows, real_layers, synthetic_inputs
 
-import collect_layer_activations as collect
-import quantizers
-from calibration_store import ActivationPaths, write_json, write_npz
+from calibration_store.files import write_json
+from calibration_store.histograms import histogram_edges
+from calibration_store.layout import ActivationPaths
+from calibration_store.statistics import write_step
+from w4a8.quantized.ranges import clipping_fraction, unmigrated_clipping_ranges
+from w4a8.statistics.kernels import cpu_statistics
+from w4a8.statistics.merge import merge_partials
+from w4a8.statistics.recorders import PassStatistics, partial_arrays
 
 TOKENS, IMAGES, OUT = 64, 3, 32
 
@@ -25,17 +30,15 @@ def collected(layers, kind, calib_dir):
     of_image = [[] for _ in range(IMAGES)]
     for name in inputs:
         for image, x in enumerate(synthetic_inputs(layers[name], kind, TOKENS, IMAGES, 0)):
-            of_image[image].append(collect.cpu_statistics(x))
+            of_image[image].append(cpu_statistics(x))
     channels = [layers[name]["inputs"] for name in inputs]
     index = {name: inputs.index(distinct_input(name)) for name in layers}
     partials = [
-        collect.partial_arrays(collect.PassStatistics(index, channels, results), image, 0, "float32")
+        partial_arrays(PassStatistics(index, channels, results), image, 0, "float32")
         for image, results in enumerate(of_image)
     ]
-    arrays, entries = collect.merge_partials(partials)
     paths = ActivationPaths(calib_dir)
-    write_npz(paths.step_arrays("0"), arrays)
-    write_json(paths.step_index("0"), entries)
+    write_step(paths, 0, merge_partials(partials))
     write_json(paths.statistics, {"format": "per_timestep_npz_v2", "step_keys": ["0"], "sigma_map": {"0": 1.0}})
     return paths
 
@@ -89,15 +92,15 @@ def test_a_range_from_a_few_tokens_does_not_cut_ordinary_ones_off():
     """FIELD_NOTES: 308 tokens × 6,144 channels, maxima as in block 22's text fc2, one rare row: −9.6 dB once."""
     layer = real_layers()["mm22.txt.mlp.fc2"]
     x = np.concatenate(synthetic_inputs(layer, "rare", 308, 1, 0))
-    limits, histograms, moments = collect.cpu_statistics(x)
+    limits, histograms, moments = cpu_statistics(x)
     shift = (limits[0] + limits[1]) / 2
     reach = np.maximum(abs(limits[0] - shift), abs(limits[1] - shift))
     power = moments[1] - 2 * shift * moments[0] + shift**2
-    histogram = histograms[0, :256].astype(np.int64), quantizers.histogram_edges(*histograms[0, 256:258].tolist())
-    chosen = quantizers.unmigrated_clipping_ranges(histogram, shift, reach, power, [8])[0]
+    histogram = histograms[0, :256].astype(np.int64), histogram_edges(*histograms[0, 256:258].tolist())
+    chosen = unmigrated_clipping_ranges(histogram, shift, reach, power, [8])[0]
     ordinary = np.concatenate(ordinary_rows(layer, "rare", 308, 1, 0))
     exact = x.astype(np.float64)
     noise = {r: np.square(rebuilt(exact, r, shift) - exact)[ordinary].mean() for r in (float(reach.max()), chosen)}
     assert noise[chosen] <= noise[float(reach.max())] * 10**0.05
-    of_x = float(reach.max()) * quantizers.clipping_fraction(*histogram, [8])[0]  # what was done before: judged on x
+    of_x = float(reach.max()) * clipping_fraction(*histogram, [8])[0]  # what was done before: judged on x
     assert np.square(rebuilt(exact, min(of_x, 0.4 * reach.max()), shift) - exact)[ordinary].mean() > 10 * noise[chosen]

@@ -2,7 +2,6 @@
 
 import json
 
-import diffusion
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -13,6 +12,11 @@ from PIL import Image, ImageDraw
 from tools.emoji_training.autoencoder import Decoder
 from tools.emoji_training.config import END_TOKEN, TEXT_CHANNELS
 from tools.emoji_training.transformer import TextToImage
+from w4a8.model.catalog import BUNDLED_FOLDER, describe_model
+from w4a8.model.loading import load_pipeline, whole_model
+from w4a8.model.modulation import modulation_cache
+from w4a8.model.sampling import decode_latents, euler_steps, initial_noise
+from w4a8.model.text import check_prompts, encode_prompts
 
 SCRIPT = "tools.train_sd3_emoji"
 COLOURS = ("red", "green", "blue", "orange", "purple", "brown")
@@ -94,7 +98,7 @@ def described(path):
 
 
 def test_the_folder_has_the_layout_of_the_bundled_model(made):
-    model, bundled = made / "model", diffusion.BUNDLED_FOLDER
+    model, bundled = made / "model", BUNDLED_FOLDER
     assert {path.name for path in model.iterdir()} == {path.name for path in bundled.iterdir()} - {"README.md"}
     for part in PARTS:
         assert described(model / f"{part}.safetensors") == described(bundled / f"{part}.safetensors")
@@ -109,18 +113,18 @@ def test_the_folder_has_the_layout_of_the_bundled_model(made):
 
 
 def test_the_model_samples(made):
-    info = diffusion.describe_model(str(made / "model"))
-    pipeline = diffusion.load_pipeline(info, "float32")
+    info = describe_model(str(made / "model"))
+    pipeline = load_pipeline(info, whole_model("float32"))
     prompt = info.captions.read_text().splitlines()[-1]
-    assert diffusion.check_prompts(pipeline, [prompt]) == 0
+    assert check_prompts(pipeline, [prompt]) == 0
     with np.load(made / "data" / "emoji.npz") as arrays:
         assert pipeline.tokenizer_l.tokenize(prompt) in [
             [*row[: row.index(2048)], 2048] for row in arrays["tokens"].tolist()
         ]
-    text = diffusion.encode_prompts(pipeline, [prompt], 4.0)
-    *_, last = diffusion.euler_steps(pipeline, text, diffusion.initial_noise(0, (16, 16)), 1, 4.0)
+    text = encode_prompts(pipeline, [prompt], 4.0)
+    *_, last = euler_steps(pipeline, text, initial_noise(0, (16, 16)), 1, 4.0)
     assert last.is_final and np.isfinite(np.array(last.x)).all()
-    assert diffusion.decode_latents(pipeline, last.x)[0].size == (64, 64)
+    assert decode_latents(pipeline, last.x)[0].size == (64, 64)
     assert mx.abs(pipeline.mmdit.final_layer.linear.weight).max() > 0  # what starts at zero was trained
 
 
@@ -136,7 +140,7 @@ def test_every_run_gives_the_same_bytes(made, tmp_path):
 
 def bundled_weights(part):
     """Float32 weights of the bundled model as PyTorch has them: channels first."""
-    arrays = mx.load(str(diffusion.BUNDLED_FOLDER / f"{part}.safetensors"))
+    arrays = mx.load(str(BUNDLED_FOLDER / f"{part}.safetensors"))
     tensors = {name: torch.tensor(np.array(array.astype(mx.float32))) for name, array in arrays.items()}
     return {name: t.permute(0, 3, 1, 2) if t.ndim == 4 else t for name, t in tensors.items()}
 
@@ -150,14 +154,14 @@ def test_the_modules_compute_what_diffusionkit_computes(emoji):
             weights["context_embedder.weight"] = weights["context_embedder.weight"][:, :TEXT_CHANNELS]
         getattr(model, part).load_state_dict(weights)
 
-    latents, sigma = diffusion.initial_noise(3, (16, 16)), 0.7
+    latents, sigma = initial_noise(3, (16, 16)), 0.7
     tokens = emoji.tokenizer_l.tokenize("rocket")
     ids = [tokens + [END_TOKEN] * (16 - len(tokens))]
     emoji_l, emoji_g = (encoder(mx.array(ids)) for encoder in (emoji.clip_l, emoji.clip_g))
     text = mx.concatenate([emoji_l.hidden_states[-2], emoji_g.hidden_states[-2]], axis=-1)
     text = mx.pad(text, [(0, 0), (0, 16), (0, 4096 - text.shape[-1])])
     pooled = mx.concatenate([emoji_l.pooled_output, emoji_g.pooled_output], axis=-1)
-    with diffusion.modulation_cache(emoji, [pooled], mx.array([1000 * sigma])):
+    with modulation_cache(emoji, [pooled], mx.array([1000 * sigma])):
         expected = emoji.mmdit(
             latent_image_embeddings=latents,
             token_level_text_embeddings=mx.expand_dims(text, 2),
