@@ -11,6 +11,8 @@ from mlx.utils import tree_flatten
 from safetensors.numpy import load_file
 from scipy.special import erf
 from synthetic_activations import KINDS, ordinary_rows, real_layers, synthetic_inputs
+
+from calibration_store.errors import StoreError
 from tools.planting import (
     choose_scales,
     eliminate,
@@ -23,8 +25,6 @@ from tools.planting import (
     to_float16,
     weight,
 )
-
-from calibration_store.errors import StoreError
 from w4a8.cli.prompts import draw_builtin_prompts
 from w4a8.model.catalog import BUNDLED_FOLDER, HUB_MODELS, describe_model
 from w4a8.model.loading import load_pipeline, whole_model
