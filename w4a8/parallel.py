@@ -23,13 +23,13 @@ def run_cpu_streams_side_by_side() -> None:
 @contextlib.contextmanager
 def side_by_side(count: int) -> Iterator[list[tuple[slice, mx.Stream]]]:
     """Split `count` rows of work over the CPU's cores, one group elsewhere: (rows, the stream to compute them on)."""
-    groups = _row_groups(count)
+    groups = row_groups(count)
     streams = [mx.default_stream(mx.default_device())] if len(groups) == 1 else _cpu_streams(len(groups))
     with _blas_threads(len(groups)):
         yield list(zip(groups, streams, strict=True))
 
 
-def _row_groups(images: int) -> list[slice]:
+def row_groups(images: int) -> list[slice]:
     """Split the images of one pass over the CPU's cores; one group elsewhere.
 
     Most of MLX's CPU operations use one thread of their stream, so groups on streams of their own run side by

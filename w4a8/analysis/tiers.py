@@ -176,7 +176,7 @@ def decide(steps: dict[str, dict[str, Decision]], policy: dict[str, Any]) -> Non
 
 
 def check_policy(policy: str, min_sqnr: float | None, average_bits: float | None, thresholds: dict) -> dict[str, Any]:
-    """The chosen policy as the config's `thresholds`. Raises UsageError for options that contradict each other."""
+    """The chosen policy as the config's `thresholds`. Raises OptionError for options that contradict each other."""
     if policy == "threshold":
         if min_sqnr is not None or average_bits is not None:
             raise OptionError("--min-sqnr and --average-bits belong to --policy sqnr")

@@ -1,6 +1,6 @@
 """What models there are, and what is known of one before its weights are read."""
 
-import importlib
+import importlib.metadata
 import os
 from dataclasses import dataclass
 from pathlib import Path

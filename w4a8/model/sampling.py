@@ -12,7 +12,7 @@ from w4a8.model.diffusionkit import CFGDenoiser, append_dims
 from w4a8.model.loading import Pipeline
 from w4a8.model.modulation import modulation_cache
 from w4a8.model.text import TextConditioning
-from w4a8.parallel import _row_groups, side_by_side
+from w4a8.parallel import row_groups, side_by_side
 
 
 def sigma_schedule(pipeline: Pipeline, num_steps: int) -> tuple[mx.array, mx.array]:
@@ -61,8 +61,8 @@ def euler_steps(
             [array[r * images + group.start : r * images + group.stop] for r in range(rows_per_image)]
         )
 
-    tokens = [rows_of(text.tokens, group) for group in _row_groups(images)]
-    pooled = [rows_of(text.pooled, group) for group in _row_groups(images)]
+    tokens = [rows_of(text.tokens, group) for group in row_groups(images)]
+    pooled = [rows_of(text.pooled, group) for group in row_groups(images)]
     mx.eval(tokens, pooled)
     denoise = CFGDenoiser(pipeline)
     with side_by_side(images) as groups, modulation_cache(pipeline, pooled, timesteps) as select:

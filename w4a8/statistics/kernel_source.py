@@ -34,7 +34,7 @@ KERNEL_HEADER = {
 KERNEL_FUNCTIONS = """
 FUNCTION float power_of_two(int exponent) { return AS_FLOAT((exponent + 127) << 23); }
 
-// quantizers.histogram_grid: the finest power-of-two width at which [low, high] touches at most 256 bins
+// calibration_store.histograms.histogram_grid: the finest power-of-two width at which [low, high] touches at most 256 bins
 FUNCTION int grid_exponent(float low, float high) {
     int exponent = ((AS_INT(high - low) >> 23) & 255) - 127 - 9;
     if (exponent < -24) exponent = -24;
