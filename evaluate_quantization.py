@@ -81,7 +81,6 @@ def run(
     from calibration_store.files import locked_folder
     from calibration_store.layout import EvaluationPaths
     from calibration_store.manifest import read_manifest
-    from calibration_store.stage_folder import shown
     from w4a8.cli.prompts import read_prompt_file
     from w4a8.evaluation.gate import check_gate
     from w4a8.evaluation.metrics import LOW_PSNR
@@ -104,11 +103,7 @@ def run(
         click.echo(f"{num_images} of {len(given_prompts)} prompts used: raise --num-images for more.")
     sampling = plan_run(manifest, info, fingerprint, pipeline.use_t5, prompts, num_steps, cfg_weight, seed, batch_size)
     paths = EvaluationPaths(output or calib_dir / "evaluation")
-    negative = f", negative prompt {shown(sampling.negative_prompt)}" if sampling.negative_prompt else ""
-    click.echo(
-        f"{info.version}: {len(prompts)} images, {sampling.num_steps} steps, guidance {sampling.cfg_weight:g}{negative}, seeds from {seed}; "
-        f"{overlap} of the prompts were used in calibration"
-    )
+    click.echo(f"{info.version}: {sampling}; {overlap} of the prompts were used in calibration")
     cut = check_prompts(pipeline, prompts, "prompt")
     cut += check_prompts(pipeline, [sampling.negative_prompt], "negative prompt")
     if cut:

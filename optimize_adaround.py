@@ -132,13 +132,8 @@ def run(
         mmdit = load_run_pipeline(manifest, {TRANSFORMER: "float32"}, model, local_checkpoint).mmdit
         unit, blocks = choose_unit(mmdit, cache["block_names"], blocks, unit, settings.group_size)
         rounding = Rounding(mmdit, paths, cache, settings, unit, blocks)
-        plan, jobs = rounding.plan(), rounding.jobs
-        click.echo(
-            f"{manifest['model_version']}: {len(rounding.layers)} layers of {len(blocks)} blocks, W{settings.weight_bits}"
-            f"{f'A{settings.activation_bits}' if settings.activation_bits else ''}, "
-            f"{f'groups of {settings.group_size}' if settings.group_size else 'per output channel'}, unit {unit}, "
-            f"{settings.iters} iterations of {settings.batch_size}, {len(cache['samples'])} cached samples"
-        )
+        plan, jobs = rounding.plan, rounding.jobs
+        click.echo(f"{manifest['model_version']}: {rounding}")
         diverged = "diverged" in (folder.before() or {})  # a run that met NaN may go on with other learning rates
         folder.check(plan, may_change=LEARNING_RATES if diverged else ())
         todo = folder.todo(jobs, rounding.is_finished)

@@ -40,7 +40,6 @@ from calibration_store.schema import (
 )
 
 STATISTICS_FORMAT = "per_timestep_npz_v2"
-STATISTICS_FIELDS = ("min", "max", "mean", "mean_square", "shift", "hist_counts", "hist_edges")  # beside the averages
 
 
 @dataclass(frozen=True)

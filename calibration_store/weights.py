@@ -30,8 +30,6 @@ from calibration_store.schema import (
 WEIGHTS_FORMAT = "adaround_weights_v1"
 OPTIMIZE = "optimize_adaround.py"
 Bits = Annotated[int, Meta(ge=2, le=8)]
-GROUP_SIZES = (0, 32, 64, 128)  # 0: per output channel; the others are those of MLX's quantized kernels
-WEIGHT_BITS = (2, 3, 4, 5, 6, 8)
 
 
 class _Weights(TypedDict):

@@ -46,6 +46,13 @@ class Run:
     batch_size: int
     versions: dict[str, str] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        negative = f", negative prompt {self.negative_prompt}" if self.negative_prompt else ""
+        return (
+            f"{len(self.prompts)} images, {self.num_steps} steps, guidance {self.cfg_weight:g}{negative}, "
+            f"seeds from {self.seed}"
+        )
+
     def identity(self, variant: Variant) -> str:
         """SHA-256 over everything that a variant's images follow from, the content of its files included."""
         group = None if variant.weights is None else variant.weights.group_size

@@ -3,6 +3,7 @@
 A kind of block is a class: the multimodal blocks of SD3 and FLUX, and FLUX's unified ones.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -76,7 +77,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Block:
+class Block(ABC):
     """A transformer block in its list. Subclasses say which streams it has."""
 
     prefix: ClassVar[str]
@@ -94,9 +95,9 @@ class Block:
         return self.blocks[self.index]
 
     @property
+    @abstractmethod
     def streams(self) -> dict[str, nn.Module]:
         """What layers' names begin with -> the transformer block of a stream."""
-        raise NotImplementedError
 
     @property
     def layers(self) -> list[Layer]:

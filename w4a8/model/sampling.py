@@ -84,7 +84,8 @@ def euler_steps(
 def decode_latents(pipeline: Pipeline, x: mx.array, image_ids: Sequence[int] | None = None) -> list[Image.Image]:
     """Turn finished latents (B, h, w, 16) in model space into B RGB images, one decoder pass each.
 
-    image_ids: what to call them in an error (default: 0 …). Raises ModelError when a pixel is not finite: as an integer it would be black or white.
+    image_ids: what to call them in an error (default: 0 …). Raises ModelError when a pixel is not finite: as an integer it
+    would be black or white.
     """
     images = []
     for row in range(x.shape[0]):

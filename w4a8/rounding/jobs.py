@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import mlx.core as mx
@@ -51,14 +51,15 @@ class Rounding:
     def unit_class(self) -> type[Unit]:
         return UNITS[self.unit]
 
-    @property
+    @cached_property
     def layers(self) -> dict[str, Layer]:
         return {name: layer for name, layer in model_layers(self.mmdit).items() if layer.block in self.blocks}
 
-    @property
+    @cached_property
     def jobs(self) -> list[Job]:
         return self.unit_class.jobs(self.layers, self.blocks)
 
+    @cached_property
     def plan(self) -> dict[str, Any]:
         """What the run is (plan.json), and most of metadata.json."""
         cache = self.cache
@@ -80,7 +81,7 @@ class Rounding:
         try:
             found: Layers = {}
             for block in job.blocks:
-                found |= read_quantized_block(self.paths, block, self.plan())
+                found |= read_quantized_block(self.paths, block, self.plan)
                 losses = LOSSES.read(self.paths.losses(block))
                 if losses["unit"] != job.name or len(losses["stages"]) != len(job.parts):
                     return False
@@ -91,9 +92,17 @@ class Rounding:
 
     def bytes_of(self, jobs: Sequence[Job]) -> int:
         """What these jobs take on the disk at most."""
-        layers = self.layers
-        names = [name for job in jobs for part in job.parts for name in part.layers]
-        return BYTES_PER_WEIGHT * sum(layers[name].weight.size for name in names)
+        shapes = [self.layers[name].shape for job in jobs for part in job.parts for name in part.layers]
+        return BYTES_PER_WEIGHT * sum(out * width for out, width in shapes)
+
+    def __str__(self) -> str:
+        settings = self.settings
+        return (
+            f"{len(self.layers)} layers of {len(self.blocks)} blocks, W{settings.weight_bits}"
+            f"{f'A{settings.activation_bits}' if settings.activation_bits else ''}, "
+            f"{f'groups of {settings.group_size}' if settings.group_size else 'per output channel'}, unit {self.unit}, "
+            f"{settings.iters} iterations of {settings.batch_size}, {len(self.cache['samples'])} cached samples"
+        )
 
     def training(self, job: Job, index: int, samples: Samples) -> Training:
         return Training(self.unit_class(self.mmdit, job, job.parts[index], samples, self.settings))

@@ -26,7 +26,6 @@ class StepPartials(Sequence):
         return len(self._image_ids)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-
         return read_partial(self._paths, self._image_ids[index], self._step)
 
 
@@ -34,8 +33,8 @@ def merge_partials(partials: Sequence[dict[str, np.ndarray]]) -> dict[str, tuple
     """Merge one step's partial results, in ascending image_id: {layer: (arrays by field, its entry in the index)}.
 
     avg_min and avg_max are plain means over images, min and max the extremes, mean and mean_square those of all values;
-    shift is the moving average of TaQ-DiT's per-channel centre (momentum 0.95, first image sets it); histograms add up on the finest grid that holds them all. partials is gone
-    through twice, one partial in memory at a time.
+    shift is the moving average of TaQ-DiT's per-channel centre (momentum 0.95, first image sets it);
+    histograms add up on the finest grid that holds them all. partials is gone through twice, one partial in memory at a time.
     """
     first = partials[0]
     starts = np.concatenate([[0], np.cumsum(first["channels"])])

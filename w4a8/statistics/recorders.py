@@ -41,7 +41,6 @@ class LazyRecorder:
         self._last = None
 
     def record(self, name: str, x: mx.array) -> mx.array | None:
-
         tied = None
         if x is not self._last:  # q, k and v get the same array
             self._last = x
@@ -81,7 +80,6 @@ class StreamingRecorder:
         self._last = None
 
     def record(self, name: str, x: mx.array) -> None:
-
         if x is not self._last:
             self._last = x
             self._pass.channels.append(x.shape[-1])
@@ -92,7 +90,6 @@ class StreamingRecorder:
         self._pass.layers[name] = len(self._pass.channels) - 1
 
     def _take_oldest(self) -> None:
-
         x = self._waiting.popleft()
         self._pass.results.append(cpu_statistics(np.array(x, copy=False).reshape(-1, x.shape[-1])))
 
