@@ -21,8 +21,8 @@ from w4a8.model.layers import model_layers
 from w4a8.model.loading import TRANSFORMER, whole_model
 from w4a8.model.runs import load_run_pipeline
 from w4a8.quantized.activation_rules import DynamicPerTensor
-from w4a8.quantized.arithmetic import dequantize, min_max_grid, nearest_codes
-from w4a8.quantized.model import weights_in_place
+from w4a8.quantized.arithmetic import min_max_grid, nearest_codes
+from w4a8.quantized.model import deployed_grid, weights_in_place
 
 QUICK = ("--num-images", 2, "--num-steps", 3, "--batch-size", 2)
 
@@ -114,20 +114,24 @@ def test_original_is_bit_for_bit_the_same_after_every_variant(run, results):
     assert all(np.array_equal(old, np.array(new)) for (_, _, old), (_, new) in zip(before, after, strict=True))
 
 
+def assert_on_grid(layer, codes, scale, zero_point):
+    """The layer's weight is scale·(code − zero point), where the minimum −scale·zero point is rounded to float16."""
+    minimum = (-scale * zero_point).astype(np.float16).astype(np.float32)
+    expected = codes.astype(np.float32).reshape(*scale.shape, -1) * scale[..., None] + minimum[..., None]
+    assert np.array_equal(np.array(layer.weight), expected.reshape(codes.shape))
+
+
 def test_weights_are_those_of_the_files(run):
     mmdit = load_run_pipeline(read_manifest(run), {TRANSFORMER: "float32"}).mmdit
     layers = model_layers(mmdit)
     original = {name: np.array(layer.weight) for name, layer in layers.items()}
     with weights_in_place(mmdit, make_variant("w4-adaround", run).weights):
         for name, fields in read_quantized_block(WeightPaths(run), "mm5").items():
-            expected = (
-                fields["q"].astype(np.float32).reshape(*fields["scale"].shape, -1) - fields["zero_point"][..., None]
-            ) * fields["scale"][..., None]
-            assert np.array_equal(np.array(layers[name].weight), expected.reshape(original[name].shape))
+            assert_on_grid(layers[name], fields["q"], fields["scale"], fields["zero_point"])
     with weights_in_place(mmdit, make_variant("w8-rtn-g0", run).weights):
-        grid = min_max_grid(original["mm1.img.mlp.fc2"], 8, 0)
-        expected = dequantize(nearest_codes(original["mm1.img.mlp.fc2"], *grid, 8).astype(np.float32), *grid)
-        assert np.array_equal(np.array(layers["mm1.img.mlp.fc2"].weight), expected)
+        weight = original["mm1.img.mlp.fc2"]
+        grid = deployed_grid(*min_max_grid(weight, 8, 0))
+        assert_on_grid(layers["mm1.img.mlp.fc2"], nearest_codes(weight, *grid, 8), *grid)
     assert all(np.array_equal(np.array(layers[name].weight), original[name]) for name in layers)
 
 

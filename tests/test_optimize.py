@@ -19,7 +19,7 @@ from calibration_store.weights import read_quantized_block
 from w4a8.model.layers import model_blocks, model_layers
 from w4a8.model.loading import TRANSFORMER
 from w4a8.model.runs import load_run_pipeline
-from w4a8.quantized.arithmetic import dequantize, grid_position, min_max_grid, nearest_codes, pack_codes, searched_grid
+from w4a8.quantized.arithmetic import grid_position, min_max_grid, nearest_codes, pack_codes, searched_grid
 from w4a8.quantized.differentiable import (
     fake_quantize,
     rectified_sigmoid,
@@ -27,7 +27,7 @@ from w4a8.quantized.differentiable import (
     rectified_sigmoid_inverse,
     rounding_regularizer_gradient,
 )
-from w4a8.quantized.model import QuantizedLayer
+from w4a8.quantized.model import QuantizedLayer, deployed, deployed_grid
 from w4a8.rounding.samples import Samples
 from w4a8.rounding.settings import EVALUATED, Settings, spread_over
 from w4a8.rounding.training import Training
@@ -56,6 +56,17 @@ def optimize(folder, *arguments):
     return invoke("optimize_adaround", "--calib-dir", folder, *QUICK, *arguments)
 
 
+def minimum_of(fields):
+    """The value of code 0, in float64."""
+    return -fields["scale"].astype(np.float64) * fields["zero_point"].astype(np.float64)
+
+
+def on_grid(codes, scale, zero_point):
+    """scale·(code − zero point) in float64, as FORMATS has it."""
+    grouped = codes.astype(np.float64).reshape(*scale.shape, -1) - zero_point.astype(np.float64)[..., None]
+    return (grouped * scale.astype(np.float64)[..., None]).reshape(codes.shape)
+
+
 # --- arithmetic ---------------------------------------------------------------------------------------------
 
 
@@ -66,7 +77,7 @@ def test_grids_and_codes_against_float64(bits, group_size):
     scale, zero_point = min_max_grid(weight, bits, group_size)
     assert scale.shape == zero_point.shape == (6, 128 // (group_size or 128)) and scale.dtype == np.float32
     codes = nearest_codes(weight, scale, zero_point, bits)
-    rebuilt = dequantize(codes.astype(np.float64), scale.astype(np.float64), zero_point.astype(np.float64))
+    rebuilt = on_grid(codes, scale, zero_point)
     for row in range(6):
         for group in range(scale.shape[1]):
             part = slice(group * (group_size or 128), (group + 1) * (group_size or 128))
@@ -75,8 +86,42 @@ def test_grids_and_codes_against_float64(bits, group_size):
             assert scale[row, group] == pytest.approx(step, rel=1e-6)
             assert abs(rebuilt[row, part] - weight[row, part]).max() <= step * (0.5 + 0.51)  # the zero point rounds too
     searched = searched_grid(weight, bits, group_size)
-    best = dequantize(nearest_codes(weight, *searched, bits).astype(np.float64), *searched)
+    best = on_grid(nearest_codes(weight, *searched, bits), *searched)
     assert np.square(best - weight).sum() <= np.square(rebuilt - weight).sum() * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["numpy", "mlx"])
+def test_a_deployed_grid_is_kept_bit_for_bit(kind):
+    """float16 scale and minimum survive the way through scale and zero point in float32, tiny and huge ones, too."""
+    generator = np.random.default_rng(2)
+    scale = (10.0 ** generator.uniform(-9, 3, (200, 40))).astype(np.float32)
+    zero_point = generator.uniform(-4, 15, scale.shape).astype(np.float32)
+    given = (mx.array(scale), mx.array(zero_point)) if kind == "mlx" else (scale, zero_point)
+    first = deployed(*given)
+    again = deployed(*deployed_grid(*deployed_grid(*given)))
+    for one, other in zip(first, again, strict=True):
+        one, other = np.array(one), np.array(other)
+        assert np.array_equal(one, other) and np.array_equal(one, one.astype(np.float16)) and one.dtype == np.float32
+    step = np.maximum(scale, 2.0**-24).astype(np.float16).astype(np.float64)
+    assert np.array_equal(np.array(first[0]), step) and (np.array(first[0]) > 0).all()
+    offset = -step * zero_point.astype(np.float64)
+    assert (abs(np.array(first[1]) - offset) <= np.maximum(abs(offset) * 2.0**-11, 2.0**-25) * 1.0001).all()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("group_size", [0, 32, 64, 128])
+def test_what_is_trained_is_what_is_packed(bits, group_size):
+    """A layer's float32 weight equals its packed form's, bit for bit; per channel, groups repeat the channel's grid."""
+    weight = np.random.default_rng(3).normal(0, 0.1, (24, 384)).astype(np.float32)
+    layer = QuantizedLayer.nearest(weight, bits, group_size)
+    packed = layer.packed(bits)
+    assert packed.group_size == (group_size or 128) and packed.scales.dtype == mx.float16
+    for found in (layer, layer.as_mlx(), QuantizedLayer.of_fields(layer.fields())):
+        assert np.array_equal(np.array(found.weight), np.array(packed.dense(mx.float32)))
+    reference = on_grid(layer.codes, *deployed_grid(layer.scale, layer.zero_point))
+    np.testing.assert_allclose(layer.weight, reference, rtol=0, atol=1e-6)
+    half = np.array(packed.dense(mx.float16), np.float64)
+    assert abs(half - reference).max() <= 2.0**-10 * abs(reference).max()
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -87,7 +132,7 @@ def test_codes_are_mlx_codes(bits, group_size):
     scale, zero_point = searched_grid(weight, bits, group_size)
     zero_point = zero_point + generator.uniform(-0.3, 0.3, zero_point.shape).astype(np.float32)  # as tuned
     codes = nearest_codes(weight, scale, zero_point, bits)
-    own = dequantize(codes.astype(np.float64), scale.astype(np.float64), zero_point.astype(np.float64))
+    own = on_grid(codes, scale, zero_point)
     packed = (mx.array(pack_codes(codes, bits)), mx.array(scale), mx.array(-scale * zero_point))
     theirs = np.array(mx.dequantize(*packed, group_size=group_size, bits=bits))
     np.testing.assert_allclose(theirs, own, rtol=0, atol=1e-6 * abs(own).max())
@@ -227,11 +272,13 @@ def test_files(copy):
             assert fields["act_scale"].shape == () and fields["act_scale"] > 0
             assert ("act_shift" in fields) == name.endswith("fc2")
             assert ("bias" in fields) == (layers[name].bias is not None)
-            grid = searched_grid(weight, 4, 64)
+            grid = deployed_grid(*searched_grid(weight, 4, 64))
             lower = np.floor(grid_position(weight, *grid))
             assert np.array_equal(fields["q"], np.clip(lower + (fields["alpha"] >= 0), 0, 15))
-            rebuilt = dequantize(fields["q"].astype(np.float32), fields["scale"], fields["zero_point"])
+            rebuilt = on_grid(fields["q"], fields["scale"], fields["zero_point"])
             assert np.abs(rebuilt - weight).mean() < np.abs(weight).mean() / 4
+            for stored in (fields["scale"], minimum_of(fields)):  # what is deployed
+                np.testing.assert_allclose(stored, stored.astype(np.float16).astype(np.float64), rtol=1e-6)
     assert seen == set(layers)
     assert not paths.checkpoint.exists()
 
@@ -260,7 +307,7 @@ def test_a_block_that_got_worse_keeps_round_to_nearest(copy):
     layers = model_layers(load_run_pipeline(read_manifest(copy), {TRANSFORMER: "float32"}).mmdit)
     for name, fields in read_quantized_block(WeightPaths(copy), "mm2").items():
         weight = np.array(layers[name].weight)
-        grid = min_max_grid(weight, 8, 64)
+        grid = deployed_grid(*min_max_grid(weight, 8, 64))
         assert np.array_equal(fields["q"], nearest_codes(weight, *grid, 8))
         lower = np.floor(grid_position(weight, *grid))
         assert np.array_equal(fields["q"], np.clip(lower + (fields["alpha"] >= 0), 0, 255))

@@ -47,10 +47,9 @@ def grid_position(weight, scale, zero_point):
     return (weight.reshape(*scale.shape, -1) / scale[..., None] + zero_point[..., None]).reshape(weight.shape)
 
 
-def dequantize(codes, scale, zero_point):
-    """Ŵ = scale·(code − zero point), (out, in), from codes (out, in). NumPy or MLX arrays."""
-    grouped = codes.reshape(*scale.shape, -1)
-    return ((grouped - zero_point[..., None]) * scale[..., None]).reshape(codes.shape)
+def dequantize(codes, scale, minimum):
+    """Ŵ = scale·code + minimum, (out, in), from codes (out, in), as `mx.dequantize` computes it. NumPy or MLX arrays."""
+    return (codes.reshape(*scale.shape, -1) * scale[..., None] + minimum[..., None]).reshape(codes.shape)
 
 
 def nearest_codes(weight: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, bits: int) -> np.ndarray:
@@ -61,8 +60,8 @@ def nearest_codes(weight: np.ndarray, scale: np.ndarray, zero_point: np.ndarray,
 def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
     """Codes (out, in) uint8 -> uint32 (out, in·bits / 32), the layout of `mx.quantize`: the first code in the lowest bits.
 
-    With scales = scale and biases = −scale·zero_point, `mx.dequantize` and `mx.quantized_matmul` read it. in·bits must be
-    a multiple of 32.
+    With a grid's scale and minimum as scales and biases, `mx.dequantize` and `mx.quantized_matmul` read it. in·bits must
+    be a multiple of 32.
     """
     ones_and_zeros = (codes[..., None] >> np.arange(bits, dtype=np.uint8)) & 1
     packed = np.packbits(ones_and_zeros.reshape(len(codes), -1), axis=1, bitorder="little")

@@ -15,17 +15,40 @@ import numpy as np
 
 from calibration_store.errors import OptionError, StoreError
 from calibration_store.layout import WeightPaths
+from calibration_store.model_folder import PACKED_GROUPS
 from calibration_store.names import block_of
 from calibration_store.weights import WEIGHTS_METADATA, read_quantized_block
 from w4a8.model.layers import Layer, model_layers
-from w4a8.quantized.arithmetic import dequantize, min_max_grid, nearest_codes
+from w4a8.quantized.arithmetic import dequantize, min_max_grid, nearest_codes, pack_codes
+
+SMALLEST_SCALE = 2.0**-24  # the smallest float16 above 0
+
+
+def deployed(scale: Any, zero_point: Any) -> tuple[Any, Any]:
+    """(scale, minimum) of a grid as a packed model holds them: float16 values, (out, groups) float32; NumPy or MLX arrays.
+
+    minimum = −scale·zero point, the value of code 0. A grid that was made from the result gives it again, bit for bit.
+    """
+    if isinstance(scale, mx.array):
+        scale = mx.maximum(scale, SMALLEST_SCALE).astype(mx.float16).astype(mx.float32)
+        return scale, (-scale * zero_point).astype(mx.float16).astype(mx.float32)
+    with np.errstate(over="ignore"):  # infinity: whoever reads it refuses it
+        scale = np.maximum(scale, np.float32(SMALLEST_SCALE)).astype(np.float16).astype(np.float32)
+        return scale, (-scale * zero_point).astype(np.float16).astype(np.float32)
+
+
+def deployed_grid(scale: Any, zero_point: Any) -> tuple[Any, Any]:
+    """The grid that is deployed in place of this one, as (scale, zero point); the zero point is no integer then."""
+    scale, minimum = deployed(scale, zero_point)
+    return scale, -minimum / scale
 
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """Ŵ = scale·(code − zero point): codes (out, in), scale and zero point (out, groups) float32, bias (out,) or None.
+    """Codes (out, in), scale and zero point (out, groups) float32, bias (out,) or None.
 
     NumPy arrays with codes uint8, or MLX arrays with codes float32 (between two of the grid's while a sigmoid is undecided).
+    Ŵ = scale·(code − zero point) on the grid that is deployed: what is trained and measured is what is exported.
     """
 
     codes: Any
@@ -37,7 +60,7 @@ class QuantizedLayer:
     def weight(self) -> Any:
         """Ŵ (out, in) float32."""
         codes = self.codes if isinstance(self.codes, mx.array) else self.codes.astype(np.float32)
-        return dequantize(codes, self.scale, self.zero_point)
+        return dequantize(codes, *deployed(self.scale, self.zero_point))
 
     def as_mlx(self) -> "QuantizedLayer":
         """The same as MLX arrays."""
@@ -48,8 +71,19 @@ class QuantizedLayer:
     def fields(self) -> dict[str, np.ndarray]:
         """As a block file holds it (calibration_store.weights)."""
         bias = {} if self.bias is None else {"bias": np.array(self.bias)}
-        codes = np.array(self.codes).astype(np.uint8)
-        return bias | {"q": codes, "scale": np.array(self.scale), "zero_point": np.array(self.zero_point)}
+        scale, zero_point = deployed_grid(np.array(self.scale), np.array(self.zero_point))
+        return bias | {"q": np.array(self.codes).astype(np.uint8), "scale": scale, "zero_point": zero_point}
+
+    def packed(self, bits: int) -> "Packed":
+        """As MLX runs it; codes are uint8."""
+        scale, minimum = deployed(self.scale, self.zero_point)
+        width = self.codes.shape[1]
+        group_size = width // scale.shape[1]
+        if group_size not in PACKED_GROUPS:  # one for a whole channel: its groups repeat it
+            group_size = next(size for size in reversed(PACKED_GROUPS) if width % size == 0)
+            scale, minimum = (np.repeat(array, width // group_size // array.shape[1], 1) for array in (scale, minimum))
+        codes, grid = mx.array(pack_codes(self.codes, bits)), (mx.array(scale), mx.array(minimum))
+        return Packed(codes, *(array.astype(mx.float16) for array in grid), bits, group_size)
 
     @classmethod
     def of_fields(cls, fields: Mapping[str, np.ndarray]) -> "QuantizedLayer":
@@ -58,8 +92,24 @@ class QuantizedLayer:
     @classmethod
     def nearest(cls, weight: np.ndarray, bits: int, group_size: int) -> "QuantizedLayer":
         """Round-to-nearest on a min-max grid, bias as it is."""
-        grid = min_max_grid(weight, bits, group_size)
+        grid = deployed_grid(*min_max_grid(weight, bits, group_size))
         return cls(nearest_codes(weight, *grid, bits), *grid)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A layer as `mx.quantized_matmul` takes it: codes uint32 (out, in·bits / 32), scales and biases (out, groups) float16."""
+
+    codes: mx.array
+    scales: mx.array
+    biases: mx.array
+    bits: int
+    group_size: int
+
+    def dense(self, dtype: mx.Dtype) -> mx.array:
+        """Ŵ (out, in) as a model of this precision unpacks it."""
+        scales, biases = self.scales.astype(dtype), self.biases.astype(dtype)
+        return mx.dequantize(self.codes, scales, biases, self.group_size, self.bits)
 
 
 # --- where weights come from --------------------------------------------------------------------------------
@@ -68,6 +118,7 @@ class QuantizedLayer:
 class Weights(Protocol):
     """Quantized weights of a model; `sources` are the files they follow from, made_from what these say of their run."""
 
+    bits: int
     group_size: int
     sources: list[Path]
     made_from: list[tuple[Path, Mapping[str, Any]]]
@@ -150,7 +201,7 @@ def check_coverage(variant: str, where: str, names: set[str], layers: Mapping[st
 
 @contextlib.contextmanager
 def weights_in_place(mmdit: nn.Module, weights: Weights | None) -> Iterator[None]:
-    """Quantized weights (and corrected biases) in the model's dtype in place of its own, until the block ends."""
+    """Quantized weights (and corrected biases), unpacked as the exported model unpacks them, until the block ends."""
     if weights is None:
         yield
         return
@@ -163,7 +214,7 @@ def weights_in_place(mmdit: nn.Module, weights: Weights | None) -> Iterator[None
         for name, quantized in weights.quantized(layers):
             dtype = originals[name][0].dtype
             bias = None if quantized.bias is None else mx.array(quantized.bias).astype(dtype)
-            layers[name].replace(mx.array(quantized.weight).astype(dtype), bias)
+            layers[name].replace(quantized.packed(weights.bits).dense(dtype), bias)
         yield
     finally:
         for name, original in originals.items():

@@ -16,7 +16,7 @@ from w4a8.model.layers import Layer, model_blocks, model_layers, run_final_layer
 from w4a8.parallel import side_by_side
 from w4a8.quantized.activation_rules import Learned
 from w4a8.quantized.arithmetic import grid_position, searched_grid
-from w4a8.quantized.model import QuantizedLayer
+from w4a8.quantized.model import QuantizedLayer, deployed_grid
 from w4a8.quantized.ranges import channel_clipping_range
 from w4a8.rounding.methods import METHODS
 from w4a8.rounding.samples import TrainingSamples
@@ -84,7 +84,7 @@ class Unit:
         for name, weight in self.weights.items():
             weight = np.array(weight, np.float32)
             self.nearest[name] = QuantizedLayer.nearest(weight, settings.weight_bits, settings.group_size)
-            scale, zero_point = searched_grid(weight, settings.weight_bits, settings.group_size)
+            scale, zero_point = deployed_grid(*searched_grid(weight, settings.weight_bits, settings.group_size))
             position = grid_position(weight, scale, zero_point)
             self._floor[name] = mx.array(np.floor(position))
             start["alpha"][name] = self.method.first_alpha(position - np.floor(position))
