@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 
 from w4a8.quantized.arithmetic import searched_grid
-from w4a8.quantized.model import QuantizedLayer
+from w4a8.quantized.layer import QuantizedLayer
 
 DAMPING = 0.01  # of the mean diagonal, as in the published code
 

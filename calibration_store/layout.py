@@ -159,3 +159,28 @@ class EvaluationPaths:
     def runs_of(self, variant: str) -> list[Path]:
         """Every file of one variant, half-written temporary ones included."""
         return matching(self.runs, rf"{re.escape(variant)}_[0-9a-f]{{16}}\.npz")
+
+
+class QuantizedModelPaths:
+    """Stage 5; `root` is quantized_model/ below the folder that all stages share, or --output."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.config = root / "config.json"
+        self.activations = root / "activations.json"
+
+    @classmethod
+    def below(cls, calib_dir: Path) -> "QuantizedModelPaths":
+        return cls(calib_dir / "quantized_model")
+
+    def gguf(self, name: str) -> Path:
+        return self.root / f"{name}-q4_1.gguf"
+
+    def hub_file(self) -> Path:
+        """Every linear layer packed, in the layout of DiffusionKit's 4-bit hub file."""
+        return self.root / "sd3.5_large_4bit_quantized.safetensors"
+
+    def owned_files(self) -> list[Path]:
+        """Of an exported model folder; another model's folder has no such files, or a config.json of its own."""
+        names = r"config\.json|activations\.json|(mmdit|clip_l|clip_g|decoder)\.safetensors|vocab\.json|merges\.txt|captions\.txt"
+        return matching(self.root, rf"{names}|.+-q4_1\.gguf|sd3\.5_large_4bit_quantized\.safetensors")

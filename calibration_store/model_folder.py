@@ -1,4 +1,7 @@
-"""A model folder in models/sd3-emoji's layout: config, tokenizer, weight files; and the fingerprint of any model's weights."""
+"""A model folder in models/sd3-emoji's layout: config, tokenizer, weight files; and the fingerprint of any model's weights.
+
+The folder that stage 5 exports from a hub model holds the transformer alone: `base_model` names where the rest is.
+"""
 
 import hashlib
 import os
@@ -12,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from calibration_store.errors import StoreError
 from calibration_store.files import read_bytes, why_unreadable
-from calibration_store.schema import Count, Index, JsonFormat, Name, NotNegative, Positive, Side, distinct
+from calibration_store.schema import Count, Digest, Index, JsonFormat, Name, NotNegative, Positive, Side, distinct
 
 BUNDLED_MODEL = "sd3-emoji"
 LAYOUT = f"models/{BUNDLED_MODEL} shows the layout of a model folder"
@@ -73,13 +76,41 @@ class _ModelConfig(TypedDict):
     default_cfg_weight: NotNegative
 
 
+class Export(TypedDict):
+    """What stage 5 notes in config.json: what was quantized, from which model and run, and what it wrote."""
+
+    format: Literal["quantized_model_v1"]
+    weights: Name  # as stage 4's variants: w4-adaround, w4-rtn-g64
+    weight_bits: Literal[2, 3, 4, 5, 6, 8]
+    group_size: Literal[0, 32, 64, 128]
+    activations: Name | None
+    model_version: Name
+    weights_fingerprint: Digest  # of the original model
+    calibration_run: Digest | None
+    adaround_weights: Digest | None  # of the metadata.json that the codes belong to
+    files: dict[str, Digest]  # part -> fingerprint of its weight file
+
+
 class ModelConfig(_ModelConfig, total=False):
     name: Name
+    export: Export
     tokenizer_l: TokenizerConfig  # absent: as DiffusionKit pads, true
     tokenizer_g: TokenizerConfig  # absent: false
     use_t5: Literal[False]
     quantization: dict[str, Any]  # of packed weights, as MLX's own tools write it
     default_num_steps: Count
+
+
+class _BasedConfig(TypedDict):
+    base_model: Name  # hub id of the text encoders and the VAE
+    quantization: dict[str, Any]
+
+
+class BasedConfig(_BasedConfig, total=False):
+    """config.json of a folder that holds the transformer of a hub model alone."""
+
+    name: Name
+    export: Export
 
 
 def config_fault(config: ModelConfig) -> str | None:
@@ -117,14 +148,17 @@ def quantization_fault(quantization: Mapping[str, Any]) -> str | None:
 
 
 MODEL_CONFIG = JsonFormat(None, ModelConfig, "", config_fault)
+BASED_CONFIG = JsonFormat(None, BasedConfig, "", lambda config: quantization_fault(config["quantization"]))
 VOCABULARY = JsonFormat(None, dict[str, Index], "", lambda vocabulary: distinct(list(vocabulary.values()), "id"))
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
     """config.json, checked; keys that the toolkit does not know are kept. Raises StoreError in one line."""
     path = config_file(folder)
-    MODEL_CONFIG.read(path, LAYOUT)
-    return msgspec.json.decode(read_bytes(path, LAYOUT))
+    content = read_bytes(path, LAYOUT)
+    based = b'"base_model"' in content
+    (BASED_CONFIG if based else MODEL_CONFIG).read(path, LAYOUT)
+    return msgspec.json.decode(content)
 
 
 def read_tokenizer_files(folder: Path, vocab_size: int) -> tuple[dict[str, int], dict[tuple[str, str], int]]:
@@ -173,9 +207,20 @@ def captions_file(folder: Path) -> Path | None:
     return path if path.exists() else None
 
 
-def missing_files(folder: Path) -> list[str]:
-    """Names of what a model folder needs and has not."""
-    return [path.name for path in folder_files(folder).values() if not os.path.lexists(path)]
+def missing_files(folder: Path, based: bool = False) -> list[str]:
+    """Names of what a model folder needs and has not; based: the rest comes from its base model."""
+    return [path.name for path in folder_files(folder, based).values() if not os.path.lexists(path)]
+
+
+def check_exported(folder: Path, config: Mapping[str, Any]) -> None:
+    """Whether an exported folder's weight files are those that were exported. Raises StoreError in one line."""
+    for part, digest in config.get("export", {}).get("files", {}).items():
+        path = weight_file(folder, part)
+        if weights_fingerprint({part: path}) != digest:
+            raise StoreError(
+                f"{path}: not what was exported (damaged, or exchanged); run export_quantized_model.py with --force, "
+                "or copy the whole folder again"
+            )
 
 
 def check_weight_file(path: Path) -> None:
@@ -221,7 +266,13 @@ def weights_fingerprint(files: Mapping[str, Path]) -> str:
     return digest.hexdigest()
 
 
-def folder_files(folder: Path) -> dict[str, Path]:
-    """Role -> file of everything in a model folder that decides its images (captions and README do not)."""
+def folder_files(folder: Path, based: bool = False) -> dict[str, Path]:
+    """Role -> file of everything in a model folder that decides its images (captions and README do not).
+
+    based: the folder of a hub model's export, which needs only the transformer and brings its own decoder at most.
+    """
+    if based:
+        own = [part for part in LOCAL_FILES if part == "mmdit" or os.path.lexists(weight_file(folder, part))]
+        return {part: weight_file(folder, part) for part in own} | {"config.json": config_file(folder)}
     weights = {part: weight_file(folder, part) for part in LOCAL_FILES}
     return weights | {name: folder / name for name in ("config.json", "vocab.json", "merges.txt")}

@@ -22,7 +22,8 @@ from w4a8.model.loading import TRANSFORMER, whole_model
 from w4a8.model.runs import load_run_pipeline
 from w4a8.quantized.activation_rules import DynamicPerTensor
 from w4a8.quantized.arithmetic import min_max_grid, nearest_codes
-from w4a8.quantized.model import deployed_grid, weights_in_place
+from w4a8.quantized.layer import deployed_grid
+from w4a8.quantized.model import weights_in_place
 
 QUICK = ("--num-images", 2, "--num-steps", 3, "--batch-size", 2)
 

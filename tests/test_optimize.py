@@ -27,7 +27,7 @@ from w4a8.quantized.differentiable import (
     rectified_sigmoid_inverse,
     rounding_regularizer_gradient,
 )
-from w4a8.quantized.model import QuantizedLayer, deployed, deployed_grid
+from w4a8.quantized.layer import QuantizedLayer, deployed, deployed_grid
 from w4a8.rounding.samples import Samples
 from w4a8.rounding.settings import EVALUATED, Settings, spread_over
 from w4a8.rounding.training import Training

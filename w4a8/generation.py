@@ -140,7 +140,7 @@ def refuse_hub_options(info: ModelInfo, plan: dict[str, Any]) -> None:
     """Options that a model folder has no use for."""
     if info.folder is not None and plan["local_checkpoint"]:
         raise OptionError("--local-checkpoint goes with a hub model; a model folder brings its own weights")
-    if info.folder is not None and plan["use_t5"]:
+    if info.hub_id is None and plan["use_t5"]:
         raise OptionError(f"--t5: {info.version} has no T5 text encoder; use --no-t5")
 
 

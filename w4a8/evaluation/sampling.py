@@ -84,10 +84,10 @@ def load_evaluated(
     info, checkpoint = describe_run_model(manifest, model, local_checkpoint)
     checkpoint = checkpoint if info.folder is None else None
     use_t5 = manifest["use_t5"] if model in (None, manifest["model_version"]) else info.use_t5 and manifest["use_t5"]
-    if model is None and info.folder is not None:
+    if model is None and info.hub_id is None:
         check_fingerprint(manifest, info, checkpoint)
     pipeline = load_pipeline(info, whole_model(manifest["activation_dtype"]), use_t5, checkpoint)
-    if model is None and info.folder is None:
+    if model is None and info.hub_id is not None:
         check_fingerprint(manifest, info, checkpoint)  # now that its files are in the cache
     return pipeline, info, model_fingerprint(info, use_t5, checkpoint)
 

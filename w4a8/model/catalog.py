@@ -1,5 +1,6 @@
 """What models there are, and what is known of one before its weights are read."""
 
+import dataclasses
 import importlib.metadata
 import os
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from calibration_store.errors import UserError
 from calibration_store.model_folder import (
     BUNDLED_MODEL,
     captions_file,
+    config_file,
     folder_files,
     read_model_config,
     weights_fingerprint,
@@ -52,6 +54,12 @@ class ModelInfo:
     use_t5: bool
     sampler_shift: float
     captions: Path | None  # prompts that the model was made for, if it brings any
+    base: str | None = None  # hub id of what an exported folder does not hold: text encoders, VAE
+
+    @property
+    def hub_id(self) -> str | None:
+        """Where on the hub parts of the model come from; None for a folder that holds everything."""
+        return self.base if self.folder is not None else self.version
 
 
 def describe_model(name: str) -> ModelInfo:
@@ -81,6 +89,13 @@ def describe_model(name: str) -> ModelInfo:
         known = ", ".join((BUNDLED_MODEL, *HUB_MODELS))
         raise ModelError(f"--model {name or repr(name)}: no such folder, and not one of {known}")
     config = read_model_config(folder)
+    if "base_model" in config:
+        if config["base_model"] not in HUB_MODELS:
+            raise ModelError(
+                f"{config_file(folder)}: base_model {config['base_model']} is none of {', '.join(HUB_MODELS)}"
+            )
+        base = describe_model(config["base_model"])
+        return dataclasses.replace(base, version=name, folder=folder, base=base.version)
     return ModelInfo(
         version=name,
         folder=folder,
@@ -100,18 +115,21 @@ def model_fingerprint(info: ModelInfo, use_t5: bool, local_checkpoint: Path | No
 
     Raises StoreError when a file cannot be read. The names are roles: a folder, or a checkpoint, may lie anywhere.
     """
-    if info.folder is not None:
-        return weights_fingerprint(folder_files(info.folder))
-    repository = MMDIT_CKPT[info.version]
+    own = folder_files(info.folder, info.base is not None) if info.folder is not None else {}
+    if info.hub_id is None:
+        return weights_fingerprint(own)
+    repository = MMDIT_CKPT[info.hub_id]
     transformer, text = HUB_MMDIT_FILES[repository], HUB_TEXT_FILES[HUB_TEXT_ENCODERS]
     wanted = {part: (HUB_TEXT_ENCODERS, text[part]) for part in ("clip_l", "clip_g", *(["t5"] if use_t5 else []))}
     if local_checkpoint is None:
-        wanted |= {"mmdit": (repository, transformer[info.version]), "vae": (repository, transformer["vae"])}
+        wanted |= {"mmdit": (repository, transformer[info.hub_id]), "vae": (repository, transformer["vae"])}
+    elsewhere = {"vae" if part == "decoder" else part for part in own}
+    wanted = {role: where for role, where in wanted.items() if role not in elsewhere}
     try:
         files = {role: Path(hf_hub_download(*where, local_files_only=True)) for role, where in wanted.items()}
     except LocalEntryNotFoundError:
         return None
-    return weights_fingerprint(files | ({"checkpoint": local_checkpoint} if local_checkpoint else {}))
+    return weights_fingerprint(files | own | ({"checkpoint": local_checkpoint} if local_checkpoint else {}))
 
 
 def default_dtype() -> str:

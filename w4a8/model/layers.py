@@ -69,12 +69,6 @@ class Layer:
     def bias(self) -> mx.array | None:
         return self.module.get("bias")
 
-    def replace(self, weight: mx.array, bias: mx.array | None) -> None:
-        """Put another dense weight, and bias, in place of the layer's."""
-        self.module["weight"] = weight
-        if bias is not None:
-            self.module["bias"] = bias
-
 
 @dataclass(frozen=True)
 class Block(ABC):

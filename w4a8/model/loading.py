@@ -1,5 +1,6 @@
 """Load the parts of a model that a stage asks for, each in a precision that it states."""
 
+import dataclasses
 import logging
 import socket
 import urllib.parse
@@ -15,6 +16,7 @@ from mlx.utils import tree_flatten
 from calibration_store.model_folder import (
     BUNDLED_MODEL,
     LAYOUT,
+    check_exported,
     check_weight_file,
     config_file,
     missing_files,
@@ -22,8 +24,9 @@ from calibration_store.model_folder import (
     read_tokenizer_files,
     weight_file,
 )
-from w4a8.model.catalog import ModelError, ModelInfo
+from w4a8.model.catalog import ModelError, ModelInfo, describe_model
 from w4a8.model.diffusionkit import (
+    HUB_MMDIT_CONFIGS,
     HUB_TEXT_ENCODERS,
     MMDIT_CKPT,
     CLIPTextModel,
@@ -42,6 +45,7 @@ from w4a8.model.diffusionkit import (
     hub_constants,
     model_io,
 )
+from w4a8.quantized.native import adopt, warm_up
 
 TRANSFORMER, TEXT, DECODER = "transformer", "text encoders", "VAE decoder"
 Parts = Mapping[str, str]  # part -> "float16" or "float32"
@@ -95,7 +99,7 @@ class FolderPipeline(Pipeline):
             self.tokenizer_g = self._load_tokenizer("g", default=False)
             for name in ("clip_l", "clip_g"):
                 encoder = CLIPTextModel(CLIPTextModelConfig(**self.model_config[name]))
-                setattr(self, name, self._load(encoder, name, getattr(mx, parts[TEXT])))
+                setattr(self, name, _load_weights(encoder, weight_file(self.folder, name), getattr(mx, parts[TEXT])))
         if DECODER in parts:
             vae = self.model_config["vae"]
             decoder = VAEDecoder(
@@ -103,38 +107,14 @@ class FolderPipeline(Pipeline):
                 layers_per_block=vae["decoder_layers_per_block"],
                 resnet_groups=vae["resnet_groups"],
             )
-            self.decoder = self._load(decoder, "decoder", getattr(mx, parts[DECODER]))
+            self.decoder = _load_weights(decoder, weight_file(self.folder, "decoder"), getattr(mx, parts[DECODER]))
 
     def load_mmdit(self, only_modulation_dict: bool = False) -> list[tuple[str, mx.array]] | None:
         """Load the transformer; with `only_modulation_dict` return its adaLN weights, as DiffusionKit's does."""
         if only_modulation_dict:
-            weights = mx.load(str(weight_file(self.folder, "mmdit")))
-            return [(key, value.astype(self.dtype)) for key, value in weights.items() if "adaLN" in key]
-        config = dict(self.model_config["mmdit"])
-        config["hidden_size_override"] = config.pop("hidden_size")
-        model = MMDiT(MMDiTConfig(**config, low_memory_mode=False, dtype=self.dtype))
-        self.mmdit = self._load(model, "mmdit", self.dtype, self.model_config.get("quantization"))
+            return folder_modulation_weights(self.folder, self.dtype)
+        self.mmdit = load_folder_transformer(self.folder, self.dtype)
         return None
-
-    def _load(
-        self, model: nn.Module, part: str, dtype: mx.Dtype, quantization: Mapping[str, Any] | None = None
-    ) -> nn.Module:
-        """quantization: as MLX's own tools write it to config.json (bits, group_size, exceptions by layer path)."""
-        path = weight_file(self.folder, part)
-        check_weight_file(path)
-        try:
-            weights = mx.load(str(path))
-            if quantization is not None:
-                nn.quantize(
-                    model, quantization["group_size"], quantization["bits"],
-                    class_predicate=lambda name, module: quantization.get(name, f"{name}.scales" in weights),
-                )  # fmt: skip
-            cast = {key: value if value.dtype == mx.uint32 else value.astype(dtype) for key, value in weights.items()}
-            model.load_weights(list(cast.items()))
-        except (RuntimeError, ValueError) as error:
-            raise ModelError(f"cannot load {path}: {' '.join(str(error).split())[:200]}") from None
-        _check_finite(model, path)
-        return model
 
     def _load_tokenizer(self, encoder: str, default: bool) -> Tokenizer:
         """The tokenizer of text encoder l or g; default: whether DiffusionKit pads with the end token there."""
@@ -146,6 +126,55 @@ class FolderPipeline(Pipeline):
         return tokenizer
 
 
+def transformer_config(folder: Path, config: Mapping[str, Any], dtype: mx.Dtype) -> MMDiTConfig:
+    """DiffusionKit's config of a model folder's transformer, config: its config.json."""
+    if "base_model" in config:
+        return dataclasses.replace(HUB_MMDIT_CONFIGS[config["base_model"]], low_memory_mode=False, dtype=dtype)
+    own = dict(config["mmdit"])
+    own["hidden_size_override"] = own.pop("hidden_size")
+    return MMDiTConfig(**own, low_memory_mode=False, dtype=dtype)
+
+
+def load_folder_transformer(folder: Path, dtype: mx.Dtype) -> MMDiT:
+    """The transformer of a model folder; packed layers stay packed and compute natively. Raises a UserError."""
+    config = read_model_config(folder)
+    check_exported(folder, config)
+    model = MMDiT(transformer_config(folder, config, dtype))
+    _load_weights(model, weight_file(folder, "mmdit"), dtype, config.get("quantization"))
+    warm_up(model)
+    return model
+
+
+def folder_modulation_weights(folder: Path, dtype: mx.Dtype) -> list[tuple[str, mx.array]]:
+    """(name, adaLN weight) of a model folder's transformer."""
+    weights = mx.load(str(weight_file(folder, "mmdit")))
+    return [(key, _cast(value, dtype)) for key, value in weights.items() if "adaLN" in key]
+
+
+def _cast(value: mx.array, dtype: mx.Dtype) -> mx.array:
+    return value if value.dtype == mx.uint32 else value.astype(dtype)  # packed codes
+
+
+def _load_weights(
+    model: nn.Module, path: Path, dtype: mx.Dtype, quantization: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """quantization: as MLX's own tools write it to config.json (bits, group_size, exceptions by layer path)."""
+    check_weight_file(path)
+    try:
+        weights = mx.load(str(path))
+        if quantization is not None:
+            nn.quantize(
+                model, quantization["group_size"], quantization["bits"],
+                class_predicate=lambda name, module: quantization.get(name, f"{name}.scales" in weights),
+            )  # fmt: skip
+            adopt(model)
+        model.load_weights([(key, _cast(value, dtype)) for key, value in weights.items()])
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(f"cannot load {path}: {' '.join(str(error).split())[:200]}") from None
+    _check_finite(model, path)
+    return model
+
+
 class HubPipeline(Pipeline):
     """A model of the Hugging Face hub, or of its local cache; local_checkpoint: its transformer and VAE come from there."""
 
@@ -153,15 +182,20 @@ class HubPipeline(Pipeline):
         super().__init__(info, parts, use_t5)
         model_io.LOCAl_SD3_CKPT = str(local_checkpoint) if local_checkpoint else None
         model_io._FLOAT16 = self.float16_dtype
-        self.mmdit_ckpt, self.model = MMDIT_CKPT[info.version], HUB_TEXT_ENCODERS
+        self.mmdit_ckpt, self.model = MMDIT_CKPT[info.hub_id], HUB_TEXT_ENCODERS
+        if info.hub_id != info.version:
+            self.model_version = info.hub_id  # what DiffusionKit looks files up by
         if TRANSFORMER in parts:
             self.load_mmdit()
             _check_finite(self.mmdit, local_checkpoint or f"{info.version}, transformer")
         if DECODER in parts:
-            self.decoder = model_io.load_vae_decoder(float16=parts[DECODER] == "float16", key=self.mmdit_ckpt)
+            self.load_decoder(parts[DECODER])
             _check_finite(self.decoder, local_checkpoint or f"{info.version}, VAE decoder")
         if TEXT in parts:
             self._load_text(info.version, parts[TEXT] == "float16")
+
+    def load_decoder(self, dtype: str) -> None:
+        self.decoder = model_io.load_vae_decoder(float16=dtype == "float16", key=self.mmdit_ckpt)
 
     def _load_text(self, version: str, half: bool) -> None:
         for encoder, padded in (("l", True), ("g", False)):
@@ -178,6 +212,24 @@ class HubPipeline(Pipeline):
             _check_finite(t5_encoder, f"{version}, T5")
             self.t5_encoder = _T5Encoder(t5_encoder)
             self.set_up_t5()  # its tokenizer
+
+
+class ExportedPipeline(HubPipeline):
+    """A hub model whose transformer comes from an exported folder, and its decoder where the folder has one."""
+
+    def __init__(self, info: ModelInfo, parts: Parts, use_t5: bool):
+        self.folder = info.folder
+        super().__init__(info, parts, use_t5, None)
+        self.model_version = info.version
+
+    load_mmdit = FolderPipeline.load_mmdit
+
+    def load_decoder(self, dtype: str) -> None:
+        path = weight_file(self.folder, "decoder")
+        if path.exists():
+            self.decoder = _load_weights(VAEDecoder(), path, getattr(mx, dtype))
+        else:
+            super().load_decoder(dtype)
 
 
 def _check_finite(model: nn.Module, source: Path | str) -> None:
@@ -242,16 +294,20 @@ def load_pipeline(
     else to do when the hub cannot be reached. Raises ModelError when the files cannot be had.
     """
     if info.folder is not None:
-        return _load_folder(info, parts, use_t5, local_checkpoint)
+        _check_folder(info, use_t5, local_checkpoint)
+    if info.hub_id is None:
+        return _load_folder(info, parts)
     if local_checkpoint is not None:
         check_weight_file(local_checkpoint)
     unreachable = _reach_hub()
     try:
+        if info.folder is not None:
+            return ExportedPipeline(info, parts, use_t5)
         return HubPipeline(info, parts, use_t5, local_checkpoint)
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = unreachable or str(error).strip().split("\n")[0][:160]
         raise ModelError(
-            f"cannot get {info.version} from the Hugging Face hub ({reason}): accept the licence on the model's page and "
+            f"cannot get {info.hub_id} from the Hugging Face hub ({reason}): accept the licence on the model's page and "
             f"log in with `hf auth login`{instead}"
         ) from None
     except (RuntimeError, ValueError, KeyError) as error:
@@ -259,15 +315,37 @@ def load_pipeline(
         raise ModelError(f"cannot load {source}: {' '.join(str(error).split())[:200]}") from None
 
 
-def _load_folder(info: ModelInfo, parts: Parts, use_t5: bool, local_checkpoint: Path | None) -> FolderPipeline:
+def _check_folder(info: ModelInfo, use_t5: bool, local_checkpoint: Path | None) -> None:
     if local_checkpoint is not None:
         raise ModelError("--local-checkpoint goes with a hub model; a model folder brings its own weights")
-    if use_t5:
+    if use_t5 and info.base is None:
         raise ModelError(f"--t5: {info.version} has no T5 text encoder; use --no-t5")
-    missing = missing_files(info.folder)
+    missing = missing_files(info.folder, info.base is not None)
     if missing:
         raise ModelError(f"{info.folder}: no {', '.join(missing)}; {LAYOUT}")
+
+
+def _load_folder(info: ModelInfo, parts: Parts) -> FolderPipeline:
     try:
         return FolderPipeline(info, parts)
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{config_file(info.folder)}: {error}; {LAYOUT}") from None
+
+
+def diffusionkit_pipeline(folder: str | Path, **options: Any) -> DiffusionPipeline:
+    """DiffusionKit's own DiffusionPipeline whose transformer is that of an exported folder of a hub model.
+
+    options: DiffusionPipeline's (w16, a16, shift, use_t5, low_memory_mode). Raises a UserError for a folder that is none.
+    """
+    info = describe_model(str(folder))
+    if info.base is None:
+        raise ModelError(f"{folder}: names no base_model, where DiffusionKit would find text encoders and VAE")
+
+    class Exported(DiffusionPipeline):
+        def load_mmdit(self, only_modulation_dict: bool = False) -> list[tuple[str, mx.array]] | None:
+            if only_modulation_dict:
+                return folder_modulation_weights(info.folder, self.dtype)
+            self.mmdit = load_folder_transformer(info.folder, self.dtype)
+            return None
+
+    return Exported(model_version=info.base, **options)

@@ -47,12 +47,12 @@ def load_run_pipeline(
             f"manifest.json: sampler_shift {manifest['sampler_shift']:g}, but {info.version} has {info.sampler_shift:g}; "
             "run generate_calibration_data.py with --force to make the run anew"
         )
-    if info.folder is not None:
+    if info.hub_id is None:
         check_fingerprint(manifest, info, checkpoint)
     pipeline = load_pipeline(
         info, parts, manifest["use_t5"], checkpoint, instead="; --model says where else the model is"
     )
-    if info.folder is None:
+    if info.hub_id is not None:
         check_fingerprint(manifest, info, checkpoint)  # now that its files are in the cache
     if TEXT in parts:
         check_prompts(pipeline, [image["prompt"] for image in manifest["images"]], "manifest.json: prompt")

@@ -16,7 +16,7 @@ from w4a8.model.layers import Layer, model_blocks, model_layers, run_final_layer
 from w4a8.parallel import side_by_side
 from w4a8.quantized.activation_rules import Learned
 from w4a8.quantized.arithmetic import grid_position, searched_grid
-from w4a8.quantized.model import QuantizedLayer, deployed_grid
+from w4a8.quantized.layer import QuantizedLayer, deployed_grid
 from w4a8.quantized.ranges import channel_clipping_range
 from w4a8.rounding.methods import METHODS
 from w4a8.rounding.samples import TrainingSamples
@@ -59,7 +59,7 @@ class QuantizedUnit:
 
     @property
     def biases(self) -> Arrays:
-        return {name: layer.bias for name, layer in self.layers.items() if layer.bias is not None}
+        return {name: layer.deployed_bias for name, layer in self.layers.items() if layer.bias is not None}
 
     def substitution(self) -> Substitution:
         return Substitution(self.weights, self.biases, None if self.rule is None else self.rule.at())

@@ -1,0 +1,75 @@
+"""What stage 5 leaves beside the weights: the clipping ranges of the activations, and what config.json notes of the export."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypedDict
+
+from msgspec import Meta
+
+from calibration_store.errors import StoreError
+from calibration_store.files import write_json
+from calibration_store.layout import QuantizedModelPaths
+from calibration_store.model_folder import read_model_config
+from calibration_store.names import LayerName
+from calibration_store.schema import Bounded, JsonFormat, NotNegative, Positive, StepKey
+
+ACTIVATIONS_FORMAT = "activation_ranges_v1"
+EXPORT = "export_quantized_model.py"
+EXPORT_FORMAT = "quantized_model_v1"
+
+
+class _Range(TypedDict):
+    clipping_range: Positive
+
+
+class LayerRange(_Range, total=False):
+    """x̂ = Δ·clip(round((x − shift) / Δ), −n, n) + shift, Δ = clipping_range / n, n = 2^(bits − 1) − 1."""
+
+    shift: Annotated[list[Bounded], Meta(min_length=1)]
+
+
+class _Activations(TypedDict):
+    format: str
+    rule: Literal["static by step", "static", "dynamic per token, asymmetric"]
+    bits: Annotated[int, Meta(ge=2, le=8)]
+
+
+class Activations(_Activations, total=False):
+    """activations.json: how the inputs of the linear layers are quantized, for runtimes that can."""
+
+    per_timestep: dict[StepKey, dict[LayerName, LayerRange]]  # static by step: that of the nearest sigma
+    sigma_map: dict[StepKey, NotNegative]
+    layers: dict[LayerName, LayerRange]  # static
+
+
+def activations_fault(content: Activations) -> str | None:
+    """What activations.json must hold for its rule."""
+    needed = {"static by step": ("per_timestep", "sigma_map"), "static": ("layers",)}.get(content["rule"], ())
+    missing = [key for key in needed if not content.get(key)]
+    if missing:
+        return f"no {missing[0]}"
+    if content["rule"] == "static by step" and content["per_timestep"].keys() - content["sigma_map"].keys():
+        return "'sigma_map' has not every step"
+    return None
+
+
+ACTIVATIONS = JsonFormat(ACTIVATIONS_FORMAT, Activations, EXPORT, activations_fault)
+
+
+def read_activations(folder: Path) -> dict[str, Any]:
+    """An exported folder's activation ranges. Raises StoreError in one line."""
+    path = QuantizedModelPaths(folder).activations
+    return ACTIVATIONS.read(path, f"run {EXPORT} with --force and --activations")
+
+
+def write_activations(paths: QuantizedModelPaths, content: Mapping[str, Any]) -> None:
+    write_json(paths.activations, {"format": ACTIVATIONS_FORMAT, **content})
+
+
+def read_export(folder: Path) -> dict[str, Any]:
+    """config.json of a folder that stage 5 wrote. Raises StoreError for a folder that is none."""
+    paths = QuantizedModelPaths(folder)
+    config = read_model_config(folder)
+    if "export" not in config or "quantization" not in config:
+        raise StoreError(f"{paths.config}: not written by {EXPORT}; run it with another --output")
+    return config

@@ -1,0 +1,146 @@
+"""Layers that compute from packed weights: y = x·Ŵᵀ + b, Ŵ as `unpack` gives it.
+
+DiffusionKit's tokens are (R, tokens, 1, hidden): `mx.quantized_matmul` takes the 1 for the number of rows and runs a
+matrix-vector product per token. So the input is flattened to two dimensions first, and the way is chosen by device
+and number of rows: benchmarks/native_speed.py measures every way.
+"""
+
+import os
+import time
+from collections.abc import Callable
+
+import click
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map_with_path
+
+from w4a8.quantized.layer import Packed
+from w4a8.quantized.unpack import unpack
+
+AUTO, QUANTIZED, DEQUANTIZE, DENSE = "auto", "quantized", "dequantize", "dense"
+WAYS = (AUTO, QUANTIZED, DEQUANTIZE, DENSE)
+FEW_ROWS = 8  # up to which CUDA multiplies packed weights faster than it unpacks them
+MEMORY_SHARE = 0.25  # of a CPU's memory that dense copies of the weights may take
+
+
+class NativeLinear(nn.QuantizedLinear):
+    """A packed linear layer for any number of rows; parameters as nn.QuantizedLinear's.
+
+    way: quantized (`mx.quantized_matmul`), dequantize (unpack, then a dense product), dense (as dequantize, the dense
+    weight is kept) or auto. All but `quantized` give what a dense layer of the unpacked weight gives, bit for bit.
+    """
+
+    way = DEQUANTIZE
+
+    def __init__(self, packed: Packed, bias: mx.array | None = None):
+        nn.Module.__init__(self)
+        self.group_size, self.bits, self.mode = packed.group_size, packed.bits, "affine"
+        self.weight, self.scales, self.biases = packed.codes, packed.scales, packed.biases
+        if bias is not None:
+            self.bias = bias
+        self.freeze()
+
+    def dense_weight(self) -> mx.array:
+        """Ŵ (out, in) in the dtype of the scales."""
+        return unpack(self["weight"], self["scales"], self["biases"], self.bits, self.group_size)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if self.way == QUANTIZED or (self.way == AUTO and x.size // x.shape[-1] <= FEW_ROWS):
+            return self._quantized_product(x)
+        if self.way != DENSE:
+            weight = self.dense_weight()
+        else:
+            if "_dense" not in self:  # no parameter: its name begins with an underscore
+                self["_dense"] = self.dense_weight()
+            weight = self["_dense"]
+        return mx.addmm(self["bias"], x, weight.T) if "bias" in self else x @ weight.T
+
+    def _quantized_product(self, x: mx.array) -> mx.array:
+        rows = x.reshape(-1, x.shape[-1])
+        packed = (self["weight"], self["scales"], self["biases"])
+        y = mx.quantized_matmul(rows, *packed, transpose=True, group_size=self.group_size, bits=self.bits)
+        y = y + self["bias"] if "bias" in self else y
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+class NativeEmbedding(nn.QuantizedEmbedding):
+    """A packed table whose `weight` is the dense one: DiffusionKit crops the table of positions itself."""
+
+    def __init__(self, packed: Packed):
+        nn.Module.__init__(self)
+        self.group_size, self.bits, self.mode = packed.group_size, packed.bits, "affine"
+        self["weight"], self["scales"], self["biases"] = packed.codes, packed.scales, packed.biases
+        self.freeze()
+
+    @property
+    def weight(self) -> mx.array:
+        """The table (rows, channels) in the dtype of the scales."""
+        return unpack(self["weight"], self["scales"], self["biases"], self.bits, self.group_size)
+
+
+def native_module(module: nn.Module, packed: Packed) -> nn.Module:
+    """The packed form of a linear layer or a table; a linear layer keeps its bias."""
+    return NativeEmbedding(packed) if isinstance(module, nn.Embedding) else NativeLinear(packed, module.get("bias"))
+
+
+def adopt(model: nn.Module, way: str | None = None) -> None:
+    """Put native layers in place of MLX's packed ones, and let them compute one way (None: as `prefer` said)."""
+
+    def replace(path: str, module: nn.Module) -> nn.Module:
+        kinds = {nn.QuantizedLinear: NativeLinear, nn.QuantizedEmbedding: NativeEmbedding}
+        if type(module) not in kinds:
+            return module
+        codes = Packed(module["weight"], module["scales"], module["biases"], module.bits, module.group_size)
+        return (
+            NativeEmbedding(codes)
+            if isinstance(module, nn.QuantizedEmbedding)
+            else NativeLinear(codes, module.get("bias"))
+        )
+
+    model.update_modules(tree_map_with_path(replace, model.leaf_modules(), is_leaf=nn.Module.is_module))
+    layers = [module for module in model.modules() if isinstance(module, NativeLinear)]
+    way = resolve(way or PREFERRED[0], sum(dense_bytes(layer) for layer in layers))
+    for layer in layers:
+        layer.way = way
+
+
+def dense_bytes(layer: NativeLinear) -> int:
+    return layer["scales"].size * layer.group_size * layer["scales"].dtype.size
+
+
+PREFERRED = [AUTO]
+
+
+def prefer(way: str) -> None:
+    """Which way models that are loaded from now on compute (`--native`)."""
+    PREFERRED[0] = way
+
+
+def resolve(way: str, bytes_of_dense: int) -> str:
+    """What `auto` means here: Metal multiplies packed weights; CUDA unpacks them, but for a few rows.
+
+    A CPU keeps dense copies where these take at most a quarter of its memory, else it unpacks at every pass.
+    """
+    if way != AUTO:
+        return way
+    if mx.default_device() != mx.Device(mx.cpu):
+        return QUANTIZED if mx.metal.is_available() else AUTO
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return DENSE if bytes_of_dense <= MEMORY_SHARE * memory else DEQUANTIZE
+
+
+def warm_up(model: nn.Module, say: Callable[[str], None] = lambda text: click.echo(text, err=True)) -> None:
+    """Compile what a GPU needs for this model's packed weights, and say so: it takes up to minutes, once."""
+    layers = {}
+    for module in model.modules():
+        if isinstance(module, NativeLinear):
+            layers.setdefault((module.bits, module.group_size, module["scales"].dtype), module)
+    if mx.default_device() == mx.Device(mx.cpu) or not layers:
+        return
+    say("compiling 4-bit kernels, once …")
+    begin = time.monotonic()
+    for layer in layers.values():
+        width = layer["scales"].shape[1] * layer.group_size
+        for rows in (1, FEW_ROWS + 1):
+            mx.eval(layer(mx.zeros((rows, width), layer["scales"].dtype)))
+    say(f"compiled in {time.monotonic() - begin:.0f} s")
