@@ -48,7 +48,7 @@ from w4a8 import cli
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, help="Images in one forward pass.")
 @click.option(
     "--variants",
-    help="Comma-separated, of w4-rtn, w4-adaround, a8, multitier, products such as w4-adaround+a8 (README).  [default: all that have files]",
+    help="Comma-separated, of w4-rtn, w4-adaround, native, a8, multitier, products such as w4-adaround+a8 (README).  [default: all that have files]",
 )
 @click.option("--min-psnr", type=float, help="Exit with 1 when a variant's mean PSNR is below this (dB).")
 @click.option(
@@ -61,6 +61,7 @@ from w4a8 import cli
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder to write to.  [default: evaluation/ below --calib-dir]",
 )
+@cli.native_option
 @click.option(
     "--resume",
     is_flag=True,
@@ -74,7 +75,7 @@ def main(**options) -> None:
 def run(
     calib_dir: Path, model: str | None, local_checkpoint: Path | None, scale_is: str | None, prompt_file: Path | None,
     num_images: int, num_steps: int | None, cfg_weight: float | None, seed: int, batch_size: int, variants: str | None,
-    min_psnr: float | None, max_step_error: float | None, output: Path | None, resume: bool,
+    min_psnr: float | None, max_step_error: float | None, output: Path | None, native: str, resume: bool,
 ) -> None:  # fmt: skip
     """Read what the variants name, load, check, sample every variant, measure, draw, judge."""
     from calibration_store.evaluation import write_metrics
@@ -88,9 +89,11 @@ def run(
     from w4a8.evaluation.variants import default_variants, make_variant
     from w4a8.model.layers import model_layers
     from w4a8.model.text import check_prompts
+    from w4a8.quantized.native import prefer
     from w4a8.report.evaluation_figures import draw_grid, plot_errors
     from w4a8.report.tables import print_variants
 
+    prefer(native)
     manifest = read_manifest(calib_dir)
     names = [name.strip() for name in variants.split(",")] if variants is not None else default_variants(calib_dir)
     chosen = [make_variant(name, calib_dir, scale_is) for name in dict.fromkeys(["fp", *names])]

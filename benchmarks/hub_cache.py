@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 
 from w4a8.model.catalog import BUNDLED_FOLDER
 from w4a8.model.diffusionkit import MMDiT, MMDiTConfig, VAEDecoder, VAEEncoder
+from w4a8.model.original import CHECKPOINT_PREFIX, checkpoint_key
 
 SD3_MEDIUM = "argmaxinc/mlx-stable-diffusion-3-medium"
 TEXT_ENCODERS = "argmaxinc/stable-diffusion"
@@ -27,21 +28,6 @@ def hub_folder(hf_home: Path, repository: str) -> Path:
     snapshot = folder / "snapshots" / revision
     snapshot.mkdir(parents=True, exist_ok=True)
     return snapshot
-
-
-def transformer_key(name: str) -> str:
-    """DiffusionKit's MMDiT parameter name -> the key of SD3's checkpoint (q, k, v are split there from one qkv)."""
-    for ours, theirs in (
-        ("multimodal_transformer_blocks", "joint_blocks"),
-        ("image_transformer_block", "x_block"),
-        ("text_transformer_block", "context_block"),
-        ("x_pos_embedder.pos_embed.weight", "pos_embed"),
-        ("attn.o_proj", "attn.proj"),
-        ("attn.q_proj", "attn.qkv"),
-        (".layers.", "."),
-    ):
-        name = name.replace(ours, theirs)
-    return "model.diffusion_model." + name
 
 
 def vae_key(name: str, part: str) -> str:
@@ -92,7 +78,7 @@ def random_checkpoint(config: MMDiTConfig, seed: int = 0) -> dict:
             shape = (shape[0], shape[3], shape[1], shape[2])
         if "pos_embed" in name:
             shape = (1, *shape)
-        weights[transformer_key(name)] = draw(name, shape)
+        weights[CHECKPOINT_PREFIX + checkpoint_key(name)] = draw(name, shape)
     for part, model in (("decoder", VAEDecoder()), ("encoder", VAEEncoder())):
         for name, array in tree_flatten(model.parameters()):
             shape = array.shape

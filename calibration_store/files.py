@@ -79,7 +79,8 @@ def atomic_file(path: Path) -> Iterator[io.BufferedWriter]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temp = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMP_SUFFIX, dir=path.parent)
-        with os.fdopen(descriptor, "wb") as file:
+        os.close(descriptor)
+        with open(temp, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -91,6 +92,13 @@ def atomic_file(path: Path) -> Iterator[io.BufferedWriter]:
     finally:
         if temp is not None:
             Path(temp).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """`atomic_file` for libraries that open a file by its name: yields the name of the temporary one."""
+    with atomic_file(path) as file:
+        yield Path(file.name)
 
 
 def remove_file(path: Path) -> None:

@@ -3,14 +3,16 @@
 `owned_files` are those that a stage wrote, its half-written temporary files included: what --force removes.
 """
 
+import os
 import re
 from pathlib import Path
 
 import orjson
 
+from calibration_store.errors import StoreError
 from calibration_store.files import matching
 from calibration_store.names import BLOCK_PATTERN
-from calibration_store.pictures import is_our_picture, listed_pictures
+from calibration_store.pictures import DRAWN_CHUNK, is_our_picture, listed_pictures
 
 SAMPLE_PATTERN = r"\d{4,}_\d{3,}\.npz"
 
@@ -184,3 +186,22 @@ class QuantizedModelPaths:
         """Of an exported model folder; another model's folder has no such files, or a config.json of its own."""
         names = r"config\.json|activations\.json|(mmdit|clip_l|clip_g|decoder)\.safetensors|vocab\.json|merges\.txt|captions\.txt"
         return matching(self.root, rf"{names}|.+-q4_1\.gguf|sd3\.5_large_4bit_quantized\.safetensors")
+
+
+class DrawingPaths:
+    """draw_images.py; `root` is its --output."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.comparison = root / "compare.png"
+
+    def image(self, index: int, compared: bool = False) -> Path:
+        """Image `index`, or that of the model that it is compared with."""
+        return self.root / f"{index:04d}{'_compared' if compared else ''}.png"
+
+    def refuse_foreign_files(self, count: int) -> None:
+        """Raise StoreError where one of `count` images would take the place of a file that is not ours."""
+        wanted = [self.image(index, compared) for index in range(count) for compared in (False, True)]
+        for path in [*wanted, self.comparison]:
+            if os.path.lexists(path) and not is_our_picture(path, DRAWN_CHUNK):
+                raise StoreError(f"{path}: not drawn by draw_images.py; move it, or give another --output")

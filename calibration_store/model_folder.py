@@ -87,6 +87,7 @@ class Export(TypedDict):
     model_version: Name
     weights_fingerprint: Digest  # of the original model
     calibration_run: Digest | None
+    selected_image_ids: list[Index]
     adaround_weights: Digest | None  # of the metadata.json that the codes belong to
     files: dict[str, Digest]  # part -> fingerprint of its weight file
 

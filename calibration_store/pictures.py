@@ -11,6 +11,7 @@ from calibration_store.files import TEMP_SUFFIX
 
 # A picture says what it is of, in text chunks: that makes it ours, and tells one image's picture from another's.
 OUR_CHUNK = "calibration_image"
+DRAWN_CHUNK = "drawn_image"
 
 
 PICTURE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises for damaged files
@@ -19,6 +20,31 @@ PICTURE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError
 def picture_chunks(image: Mapping[str, Any]) -> dict[str, str]:
     """The text chunks of an image's PNG."""
     return {OUR_CHUNK: str(image["image_id"]), "prompt": image["prompt"], "seed": str(image["seed"])}
+
+
+def drawing_chunks(
+    index: int,
+    prompt: str,
+    negative_prompt: str,
+    seed: int,
+    steps: int,
+    cfg_weight: float,
+    size: tuple[int, int],
+    model: str,
+) -> dict[str, str]:
+    """The text chunks of a drawn PNG; `parameters` is what image programs read, in their own notation. size (width, height)."""
+    settings = f"Steps: {steps}, Sampler: Euler, CFG scale: {cfg_weight:g}, Seed: {seed}, Size: {size[0]}x{size[1]}, Model: {model}"
+    negative = f"Negative prompt: {negative_prompt}\n" if negative_prompt else ""
+    return {
+        DRAWN_CHUNK: str(index),
+        "parameters": f"{prompt}\n{negative}{settings}",
+        "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        "seed": str(seed),
+        "model": model,
+        "num_steps": str(steps),
+        "cfg_weight": f"{cfg_weight:g}",
+    }
 
 
 def listed_pictures(manifest: Path) -> set[str]:
@@ -30,13 +56,13 @@ def listed_pictures(manifest: Path) -> set[str]:
         return set()
 
 
-def is_our_picture(path: Path) -> bool:
-    """Whether stage 1 wrote a file (temporary ones: by their name)."""
+def is_our_picture(path: Path, chunk: str = OUR_CHUNK) -> bool:
+    """Whether stage 1 (or whoever writes this chunk) wrote a file (temporary ones: by their name)."""
     if path.suffix == TEMP_SUFFIX:
         return True
     try:
         with Image.open(path) as picture:
-            return OUR_CHUNK in picture.text if picture.format == "PNG" else False
+            return chunk in picture.text if picture.format == "PNG" else False
     except PICTURE_ERRORS:
         return False
 

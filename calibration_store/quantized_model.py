@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
 
+import orjson
 from msgspec import Meta
 
 from calibration_store.errors import StoreError
-from calibration_store.files import write_json
+from calibration_store.files import atomic_file
 from calibration_store.layout import QuantizedModelPaths
 from calibration_store.model_folder import read_model_config
 from calibration_store.names import LayerName
@@ -63,7 +64,9 @@ def read_activations(folder: Path) -> dict[str, Any]:
 
 
 def write_activations(paths: QuantizedModelPaths, content: Mapping[str, Any]) -> None:
-    write_json(paths.activations, {"format": ACTIVATIONS_FORMAT, **content})
+    """Write activations.json, compact: it holds a number per channel of every post-GELU input and step."""
+    with atomic_file(paths.activations) as file:
+        file.write(orjson.dumps({"format": ACTIVATIONS_FORMAT, **content}, option=orjson.OPT_SERIALIZE_NUMPY))
 
 
 def read_export(folder: Path) -> dict[str, Any]:

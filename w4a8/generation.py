@@ -50,12 +50,7 @@ def plan_run(
     """The manifest of a run before its first image. A list shorter than num_images starts again with new seeds."""
     cfg_weight = info.cfg_weight if cfg_weight is None else cfg_weight
     latent_size = info.latent_size if latent_size is None else latent_size
-    for side in latent_size:
-        if side % info.patch_size or not 0 < side <= info.max_latent_size:
-            raise OptionError(
-                f"--latent-size {latent_size[0]} {latent_size[1]}: both sides must be multiples of {info.patch_size} "
-                f"from {info.patch_size} to {info.max_latent_size} for {info.version}"
-            )
+    check_latent_size(info, latent_size)
     if negative_prompt and cfg_weight <= 1:
         raise OptionError("--negative-prompt needs --cfg-weight above 1: DiffusionKit ignores it otherwise")
     if seed + num_images > 2**32:
@@ -95,6 +90,16 @@ def plan_run(
             for image_id, prompt in enumerate(chosen)
         ],
     }
+
+
+def check_latent_size(info: ModelInfo, latent_size: tuple[int, int]) -> None:
+    """Raise OptionError for a size that the model cannot draw."""
+    for side in latent_size:
+        if side % info.patch_size or not 0 < side <= info.max_latent_size:
+            raise OptionError(
+                f"--latent-size {latent_size[0]} {latent_size[1]}: both sides must be multiples of {info.patch_size} "
+                f"from {info.patch_size} to {info.max_latent_size} for {info.version}"
+            )
 
 
 def continue_run(plan: dict[str, Any], manifest: dict[str, Any]) -> str | None:

@@ -173,18 +173,18 @@ def replace_what_cannot_be_encoded(stream: Any) -> None:
 
 
 @contextlib.contextmanager
-def interruptible(kept: Callable[[], str]) -> Iterator[None]:
-    """Ctrl-C in the block ends the stage with a line: what is kept, as `kept` finds then, and how to go on."""
+def interruptible(kept: Callable[[], str], option: str | None = "--resume") -> Iterator[None]:
+    """Ctrl-C in the block ends the stage with a line: what is kept, as `kept` finds then, and how to go on (with which option)."""
     try:
         yield
     except KeyboardInterrupt:
-        raise Interrupted(f"interrupted: {kept()}; go on with: {resume_command()}") from None
+        raise Interrupted(f"interrupted: {kept()}; go on with: {resume_command(option)}") from None
 
 
-def resume_command() -> str:
+def resume_command(option: str | None = "--resume") -> str:
     """The command line that continues this run."""
     kept = [argument for argument in sys.argv[1:] if argument not in ("--force", "--resume")]
-    return shlex.join(["python", Path(sys.argv[0]).name, *kept, "--resume"])
+    return shlex.join(["python", Path(sys.argv[0]).name, *kept, *([option] if option else [])])
 
 
 sys.excepthook = end_on_ctrl_c

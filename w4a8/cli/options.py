@@ -33,6 +33,16 @@ def model_place_options(function: Callable) -> Callable:
     return function
 
 
+def native_option(function: Callable) -> Callable:
+    """`--native`: how packed weights are multiplied."""
+    return click.option(
+        "--native",
+        type=click.Choice(["auto", "quantized", "dequantize", "dense"]),
+        default="auto",
+        help="How packed weights are multiplied: as they are, unpacked at every pass, or unpacked once; auto: by device and rows.",
+    )(function)
+
+
 def analysis_options(config: str) -> Callable:
     """What both analyzers take: `--stats`, `--output` (default: `config` beside the statistics) and `--plot`."""
 

@@ -27,7 +27,6 @@ from w4a8.model.runs import check_fingerprint, describe_run_model
 from w4a8.model.sampling import EulerStep, decode_latents, euler_steps, initial_noise
 from w4a8.model.text import encode_prompts
 from w4a8.quantized.activation_rules import ActivationRule, inputs_quantized
-from w4a8.quantized.model import weights_in_place
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Run:
     def identity(self, variant: Variant) -> str:
         """SHA-256 over everything that a variant's images follow from, the content of its files included."""
         group = None if variant.weights is None else variant.weights.group_size
-        parts = [asdict(self), variant.name, group, variant.scale_is]
+        parts = [asdict(self), variant.name, group, variant.scale_is, getattr(variant.weights, "way", None)]
         parts += [hashlib.sha256(path.read_bytes()).hexdigest() for path in variant.sources]
         return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
@@ -158,7 +157,7 @@ def stored_or_sampled(
 def sample(pipeline: Pipeline, run: Run, variant: Variant, bar: ProgressBar) -> dict[str, np.ndarray]:
     """Images (N, H, W, 3) uint8 and the latents of every step (N, steps + 1, h, w, 16) float32 of all prompts."""
     images, latents = [], []
-    with weights_in_place(pipeline.mmdit, variant.weights):
+    with variant.in_place(pipeline):
         for begin in range(0, len(run.prompts), run.batch_size):
             prompts = run.prompts[begin : begin + run.batch_size]
             text = encode_prompts(pipeline, prompts, run.cfg_weight, run.negative_prompt)

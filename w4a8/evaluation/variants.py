@@ -2,22 +2,33 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from calibration_store.errors import OptionError, StoreError
-from calibration_store.layout import ActivationPaths, WeightPaths
+from calibration_store.layout import ActivationPaths, QuantizedModelPaths, WeightPaths
 from calibration_store.manifest import same_run
 from calibration_store.weights import WEIGHTS_METADATA
 from w4a8.model.layers import Layer
+from w4a8.model.loading import Pipeline
 from w4a8.quantized.activation_rules import RULES, ActivationRule, rule_of
-from w4a8.quantized.model import NearestWeights, StoredWeights, Weights
+from w4a8.quantized.exported import ExportedWeights
+from w4a8.quantized.model import NearestWeights, Rest, StoredWeights, Weights
 
-WEIGHT_PART = re.compile(r"w(?P<bits>[2-68])-(?:(?P<method>adaround)|(?P<nearest>rtn)(?:-g(?P<group>0|32|64|128))?)")
+WEIGHT_PART = re.compile(
+    r"w(?P<bits>[2-68])-(?:(?P<method>adaround)|(?P<nearest>rtn)(?:-g(?P<group>0|32|64|128))?)(?:-(?P<rest>r8|all))?"
+)
+REST = {None: None, "r8": Rest(8), "all": Rest(4, all_linears=True)}
+NATIVE = "native"
 DEFAULT_GROUP_SIZE = 64
+WEIGHT_VOCABULARY = (
+    "w4-adaround, w4-rtn, w4-rtn-g0 (2, 3, 4, 5, 6 or 8 bits, groups of 32, 64, 128 or 0: what MLX runs natively), the same with "
+    "-r8 (adaLN and embedders at 8 bits) or -all (every linear layer at 4)"
+)
 VOCABULARY = (
-    "fp, w4-rtn, w4-rtn-g0 (2, 3, 4, 5, 6 or 8 bits, groups of 32, 64, 128 or 0: what MLX runs natively), w4-adaround, "
+    f"fp, {WEIGHT_VOCABULARY}, {NATIVE} (the folder that export_quantized_model.py wrote), "
     f"{', '.join(rule.spelled for rule in RULES)}, and products such as w4-adaround+a8"
 )
 
@@ -30,6 +41,10 @@ class Variant:
     weights: Weights | None = None
     rule: ActivationRule | None = None
     scale_is: str | None = None
+
+    def in_place(self, pipeline: Pipeline) -> AbstractContextManager[None]:
+        """The variant's weights in the pipeline's transformer, until the block ends."""
+        return nullcontext() if self.weights is None else self.weights.in_place(pipeline)
 
     @property
     def sources(self) -> list[Path]:
@@ -66,14 +81,14 @@ def make_variant(name: str, calib_dir: Path, scale_is: str | None = None) -> Var
         return Variant(name)
     weight_part = rule_part = None
     for part in name.split("+"):
-        found_weights, found_rule = WEIGHT_PART.fullmatch(part), rule_of(part)
-        if found_weights and weight_part is None:
-            weight_part = found_weights
+        found_rule = rule_of(part)
+        if weight_part is None and is_weight_part(part):
+            weight_part = part
         elif found_rule and rule_part is None:
             rule_part = found_rule
         else:
             raise OptionError(f"--variants: {name!r} is not known; there are {VOCABULARY}")
-    weights = make_weights(name, weight_part.groupdict(), calib_dir) if weight_part else None
+    weights = make_weights(name, weight_part, calib_dir) if weight_part else None
     rule = None
     if rule_part is not None:
         rule_class, bits = rule_part
@@ -81,19 +96,55 @@ def make_variant(name: str, calib_dir: Path, scale_is: str | None = None) -> Var
     return Variant(name, weights, rule, scale_is)
 
 
-def make_weights(variant: str, part: Mapping[str, str | None], calib_dir: Path) -> Weights:
+def is_weight_part(part: str) -> bool:
+    return part == NATIVE or WEIGHT_PART.fullmatch(part) is not None
+
+
+def make_weights(variant: str, part: str, calib_dir: Path) -> Weights:
     """The weights of a variant's weight part. Without a group of its own nearest rounding has the learned weights'."""
-    bits = int(part["bits"])
-    if part["method"]:
-        stored = StoredWeights(calib_dir)
+    if part == NATIVE:
+        return ExportedWeights(calib_dir)
+    found = WEIGHT_PART.fullmatch(part).groupdict()
+    bits, rest = int(found["bits"]), REST[found["rest"]]
+    if found["method"]:
+        stored = StoredWeights(calib_dir, rest)
         if bits != stored.bits:
             raise OptionError(f"{variant}: {stored.paths.root} holds {stored.bits} bits")
         return stored
-    if part["group"] is not None:
-        return NearestWeights(bits, int(part["group"]))
+    if found["group"] is not None:
+        return NearestWeights(bits, int(found["group"]), rest)
     learned = WeightPaths(calib_dir).metadata
     known = WEIGHTS_METADATA.read(learned)["group_size"] if learned.exists() else DEFAULT_GROUP_SIZE
-    return NearestWeights(bits, known)
+    return NearestWeights(bits, known, rest)
+
+
+def export_variant(
+    calib_dir: Path, weights: str | None, activations: str | None, rest_bits: int, all_linears: bool
+) -> tuple[Variant, str | None]:
+    """What stage 5 exports, checked as stage 4 does, and the name of its activation part. Defaults follow the files."""
+    if weights is None:
+        learned = WeightPaths(calib_dir).metadata
+        if not learned.exists():
+            raise StoreError(f"{learned}: not found; run optimize_adaround.py first, or give --weights w4-rtn")
+        weights = f"w{WEIGHTS_METADATA.read(learned)['weight_bits']}-adaround"
+    if rest_bits != 16 and all_linears:
+        raise OptionError("--all-linears and --rest-bits exclude each other: the former has 4 bits everywhere")
+    if weights == NATIVE or not is_weight_part(weights) or WEIGHT_PART.fullmatch(weights)["rest"]:
+        raise OptionError(
+            f"--weights {weights}: not known; there are w4-adaround, w4-rtn, w4-rtn-g32 and other bits and groups"
+        )
+    name = weights + ("-all" if all_linears else f"-r{rest_bits}" if rest_bits != 16 else "")
+    if activations is None and ActivationPaths(calib_dir).quant_config.exists():
+        activations = "a8"
+    if activations in (None, "none"):
+        return make_variant(name, calib_dir), None
+    found = rule_of(activations)
+    if found is None or "exported" not in vars(found[0]):
+        raise OptionError(
+            f"--activations {activations}: not known; there are a8, a8-learned, a8-token (other bits, too) and none"
+        )
+    both = make_variant(f"{name}+{activations}", calib_dir)
+    return replace(both, name=name), activations
 
 
 def default_variants(calib_dir: Path) -> list[str]:
@@ -101,5 +152,9 @@ def default_variants(calib_dir: Path) -> list[str]:
     learned, configs = WeightPaths(calib_dir).metadata, ActivationPaths(calib_dir)
     bits = WEIGHTS_METADATA.read(learned)["weight_bits"] if learned.exists() else 4
     weights = [f"w{bits}-rtn", *([f"w{bits}-adaround"] if learned.exists() else [])]
-    activations = ["a8", *(f"{name}+a8" for name in weights[1:])] if configs.quant_config.exists() else []
+    if QuantizedModelPaths.below(calib_dir).config.exists():
+        weights.append(NATIVE)
+    activations = (
+        ["a8", *(f"{name}+a8" for name in weights[1:2] if learned.exists())] if configs.quant_config.exists() else []
+    )
     return weights + activations + (["multitier"] if configs.multitier_config.exists() else [])

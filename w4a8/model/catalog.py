@@ -110,14 +110,11 @@ def describe_model(name: str) -> ModelInfo:
     )
 
 
-def model_fingerprint(info: ModelInfo, use_t5: bool, local_checkpoint: Path | None = None) -> str | None:
-    """SHA-256 over the files that a model's numbers come from; None for a hub model that is not in the local cache.
-
-    Raises StoreError when a file cannot be read. The names are roles: a folder, or a checkpoint, may lie anywhere.
-    """
+def model_files(info: ModelInfo, use_t5: bool, local_checkpoint: Path | None = None) -> dict[str, Path] | None:
+    """Role -> file of everything that a model's numbers come from; None for a hub model that is not in the local cache."""
     own = folder_files(info.folder, info.base is not None) if info.folder is not None else {}
     if info.hub_id is None:
-        return weights_fingerprint(own)
+        return own
     repository = MMDIT_CKPT[info.hub_id]
     transformer, text = HUB_MMDIT_FILES[repository], HUB_TEXT_FILES[HUB_TEXT_ENCODERS]
     wanted = {part: (HUB_TEXT_ENCODERS, text[part]) for part in ("clip_l", "clip_g", *(["t5"] if use_t5 else []))}
@@ -129,7 +126,16 @@ def model_fingerprint(info: ModelInfo, use_t5: bool, local_checkpoint: Path | No
         files = {role: Path(hf_hub_download(*where, local_files_only=True)) for role, where in wanted.items()}
     except LocalEntryNotFoundError:
         return None
-    return weights_fingerprint(files | own | ({"checkpoint": local_checkpoint} if local_checkpoint else {}))
+    return files | own | ({"checkpoint": local_checkpoint} if local_checkpoint else {})
+
+
+def model_fingerprint(info: ModelInfo, use_t5: bool, local_checkpoint: Path | None = None) -> str | None:
+    """SHA-256 over a model's files; None for a hub model that is not in the local cache.
+
+    Raises StoreError when a file cannot be read. The names are roles: a folder, or a checkpoint, may lie anywhere.
+    """
+    files = model_files(info, use_t5, local_checkpoint)
+    return None if files is None else weights_fingerprint(files)
 
 
 def default_dtype() -> str:

@@ -53,7 +53,7 @@ with _ctrl_c_at_the_end(), _quiet():
         model_io,
     )
     from diffusionkit.mlx.clip import CLIPTextModel
-    from diffusionkit.mlx.config import CLIPTextModelConfig, MMDiTConfig
+    from diffusionkit.mlx.config import CLIPTextModelConfig, MMDiTConfig, VAEDecoderConfig
     from diffusionkit.mlx.mmdit import MMDiT
     from diffusionkit.mlx.model_io import _CONFIG as HUB_MMDIT_CONFIGS
     from diffusionkit.mlx.model_io import _DEFAULT_MODEL as HUB_TEXT_ENCODERS
@@ -76,5 +76,5 @@ __all__ = [  # noqa: RUF022
     "MMDIT_CKPT", "HUB_MMDIT_CONFIGS", "HUB_MMDIT_FILES", "HUB_TEXT_ENCODERS", "HUB_TEXT_FILES", "HEIGHT", "WIDTH", "SHIFT",
     "DiffusionPipeline", "CFGDenoiser", "ModelSamplingDiscreteFlow", "SD3LatentFormat", "append_dims", "model_io",
     "MMDiT", "MMDiTConfig", "CLIPTextModel", "CLIPTextModelConfig", "SD3T5Encoder", "Tokenizer", "T5Tokenizer",
-    "VAEDecoder", "VAEEncoder", "hub_constants", "hf_hub_download", "HfHubHTTPError", "LocalEntryNotFoundError",
+    "VAEDecoder", "VAEDecoderConfig", "VAEEncoder", "hub_constants", "hf_hub_download", "HfHubHTTPError", "LocalEntryNotFoundError",
 ]  # fmt: skip

@@ -25,6 +25,11 @@ from w4a8.quantized.differentiable import fake_quantize
 from w4a8.quantized.model import StoredWeights, check_coverage
 from w4a8.quantized.ranges import levels
 
+STATIC_BY_STEP, STATIC, DYNAMIC_PER_TOKEN = (
+    "static by step",
+    "static",
+    "dynamic per token, asymmetric",
+)  # in activations.json
 SMALLEST_STEP = 1e-10  # of a token that holds only zeros
 Quantize = Callable[[str, mx.array], mx.array]  # (layer, x (R, tokens, 1, channels) float32) -> x̂
 
@@ -55,6 +60,10 @@ class ActivationRule(ABC):
 
     def check(self, variant: str, layers: Mapping[str, Layer]) -> None:  # noqa: B027  (most have no file)
         """Whether its files are of this model, all of its layers at every step. Raises StoreError that names the variant."""
+
+    def exported(self) -> dict[str, Any] | None:
+        """The rule as an exported model's activations.json holds it (`rule_of_export`); None: not for export."""
+        return None
 
 
 @contextmanager
@@ -144,6 +153,18 @@ class StaticByStep(ActivationRule):
 
         return quantize
 
+    def exported(self) -> dict[str, Any] | None:
+        widths = {entry["bits"] for layers in self.entries.values() for entry in layers.values()}
+        migrated = any("multipliers" in entry for layers in self.entries.values() for entry in layers.values())
+        if len(widths) > 1 or migrated:
+            return None
+        steps = {str(index): sigma for index, sigma in enumerate(sorted(self.entries, reverse=True))}
+        per_timestep = {
+            key: {name: exported_range(e["clipping_range"], e.get("shift")) for name, e in self.entries[sigma].items()}
+            for key, sigma in steps.items()
+        }
+        return {"rule": STATIC_BY_STEP, "bits": widths.pop(), "sigma_map": steps, "per_timestep": per_timestep}
+
 
 class Multitier(StaticByStep):
     """quant_config_multitier.json (3A'): 4, 6 or 8 bits for every layer and step."""
@@ -214,6 +235,11 @@ class Learned(ActivationRule):
 
         return quantize
 
+    def exported(self) -> dict[str, Any]:
+        shifts = {name: np.array(shift) for name, shift in self.shifts.items()}
+        layers = {name: exported_range(value, shifts.get(name)) for name, value in self.ranges.items()}
+        return {"rule": STATIC, "bits": self.bits, "layers": layers}
+
 
 # --- dynamic ------------------------------------------------------------------------------------------------
 
@@ -272,6 +298,12 @@ class DynamicPerToken(Dynamic):
 
         return quantize
 
+    def exported(self) -> dict[str, Any]:
+        return {"rule": DYNAMIC_PER_TOKEN, "bits": self.bits}
+
+
+# --- by name, and from an export ----------------------------------------------------------------------------
+
 
 RULES: tuple[type[ActivationRule], ...] = (
     StaticByStep,
@@ -291,3 +323,31 @@ def rule_of(part: str) -> tuple[type[ActivationRule], int | None] | None:
             bits = match.groupdict().get("bits")
             return rule, bits and int(bits)
     return None
+
+
+def exported_range(clipping_range: float, shift: np.ndarray | None) -> dict[str, Any]:
+    """A layer's entry in activations.json."""
+    return {"clipping_range": clipping_range} | ({} if shift is None else {"shift": shift})
+
+
+def rule_of_export(content: Mapping[str, Any], path: Path) -> ActivationRule:
+    """The rule that an exported model's activations.json holds."""
+    bits = content["bits"]
+    if content["rule"] == DYNAMIC_PER_TOKEN:
+        return DynamicPerToken(bits)
+
+    def shift_of(entry: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        return {"shift": np.array(entry["shift"], np.float32)} if "shift" in entry else {}
+
+    if content["rule"] == STATIC:
+        layers = content["layers"]
+        shifts = {name: mx.array(shift_of(entry)["shift"]) for name, entry in layers.items() if "shift" in entry}
+        return Learned({name: entry["clipping_range"] for name, entry in layers.items()}, shifts, bits)
+    entries = {
+        content["sigma_map"][key]: {
+            name: {"bits": bits, "clipping_range": entry["clipping_range"]} | shift_of(entry)
+            for name, entry in layers.items()
+        }
+        for key, layers in content["per_timestep"].items()
+    }
+    return StaticByStep(entries, path, {})

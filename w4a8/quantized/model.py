@@ -7,6 +7,7 @@ import contextlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from calibration_store.layout import WeightPaths
 from calibration_store.names import block_of
 from calibration_store.weights import WEIGHTS_METADATA, read_quantized_block
 from w4a8.model.layers import Layer, model_layers
+from w4a8.model.loading import Pipeline
 from w4a8.quantized.layer import QuantizedLayer
 
 GROUPS_OF_THE_REST = 64
@@ -43,7 +45,6 @@ class Rest:
 class Weights(ABC):
     """Quantized weights of a model; `sources` are the files they follow from, made_from what these say of their run."""
 
-    name: str
     bits: int
     group_size: int
     rest: Rest | None
@@ -56,12 +57,23 @@ class Weights(ABC):
         """Whether they are of this model, all of its layers. Raises a UserError that names the variant."""
 
     @abstractmethod
+    def in_place(self, pipeline: Pipeline) -> AbstractContextManager[None]:
+        """In the pipeline's transformer, until the block ends."""
+
+
+class Codes(Weights):
+    """Weights that are made from the original model's, a layer at a time."""
+
+    @abstractmethod
     def quantized(self, layers: Mapping[str, Layer]) -> Iterator[tuple[str, QuantizedLayer]]:
         """(name, quantized layer) one after the other."""
 
+    def in_place(self, pipeline: Pipeline) -> AbstractContextManager[None]:
+        return weights_in_place(pipeline.mmdit, self)
+
 
 @dataclass(frozen=True)
-class NearestWeights(Weights):
+class NearestWeights(Codes):
     """Round-to-nearest, from the model alone."""
 
     bits: int
@@ -83,7 +95,7 @@ class NearestWeights(Weights):
             yield name, QuantizedLayer.nearest(weight, self.bits, self.group_size)
 
 
-class StoredWeights(Weights):
+class StoredWeights(Codes):
     """What stage 3W, or GPTQ, left in adaround_weights/; a block in memory at a time."""
 
     remedy = "run cache_adaround_data.py and optimize_adaround.py with --force"
@@ -140,7 +152,7 @@ class Place:
     bits: int
 
 
-def quantized_places(mmdit: nn.Module, weights: Weights) -> Iterator[Place]:
+def quantized_places(mmdit: nn.Module, weights: Codes) -> Iterator[Place]:
     """Everything that these weights quantize, one after the other: the layers of the blocks, then the rest.
 
     Raises OptionError for a model that is quantized already.
@@ -166,11 +178,11 @@ def quantized_places(mmdit: nn.Module, weights: Weights) -> Iterator[Place]:
 
 
 @contextlib.contextmanager
-def weights_in_place(mmdit: nn.Module, weights: Weights | None) -> Iterator[None]:
+def weights_in_place(mmdit: nn.Module, weights: Codes) -> Iterator[None]:
     """Quantized weights (and corrected biases), unpacked as the exported model unpacks them, until the block ends."""
     originals: list[tuple[nn.Module, dict[str, mx.array]]] = []
     try:
-        for place in quantized_places(mmdit, weights) if weights is not None else ():
+        for place in quantized_places(mmdit, weights):
             module, bias = place.module, place.quantized.deployed_bias
             originals.append((module, {key: module[key] for key in ("weight", "bias") if key in module}))
             dtype = module["weight"].dtype

@@ -1,0 +1,97 @@
+"""Draw images from prompts with any model: the bundled one, a hub model, a folder, a quantized export.
+
+Reads   a model (--model), and with --activations its activations.json
+Writes  {index:04d}.png below --output; with --compare both models side by side, and compare.png
+
+    python draw_images.py "red heart" --model calibration_data/demo/quantized_model --compare sd3-emoji
+
+An exported folder computes from its packed weights. Image i is drawn with --seed + i, whatever else is drawn beside it.
+"""
+
+from pathlib import Path
+
+import click
+
+from w4a8 import cli
+
+
+@cli.stage_command
+@click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
+@click.option(
+    "--prompts",
+    "prompt_file",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Text file, one prompt a line, or CSV or TSV with a column 'prompt' or 'caption'; after those of the command line.",
+)
+@click.option(
+    "--model",
+    default="sd3-emoji",
+    help="sd3-emoji, a folder (an exported one, too), or a hub id that DiffusionKit knows.",
+)
+@click.option("--compare", help="Another model to draw the same prompts and seeds with; PSNR and SSIM under each pair.")
+@click.option("--seed", type=click.IntRange(min=0, max=2**31), default=0, help="Image i is drawn with seed + i.")
+@click.option("--num-steps", type=click.IntRange(min=1), default=50, help="Euler steps per image.")
+@click.option("--cfg-weight", type=click.FloatRange(min=0), help="Guidance; 0 turns it off.  [default: the model's]")
+@click.option("--negative-prompt", default="", help="What guidance steers away from.")
+@click.option(
+    "--latent-size", type=int, nargs=2, metavar="H W", help="Latent height and width.  [default: the model's]"
+)
+@click.option("--batch-size", type=click.IntRange(min=1), default=1, help="Images in one forward pass.")
+@click.option("--t5/--no-t5", "use_t5", default=None, help="Use the T5 text encoder.  [default: the model's]")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float16", "float32"]),
+    help="Weights and activations.  [default: float16 on Metal and CUDA, float32 on a CPU]",
+)
+@click.option("--activations", is_flag=True, help="Simulate the quantized activations that the export has ranges for.")
+@cli.native_option
+@click.option(
+    "--output", type=click.Path(path_type=Path, file_okay=False), default="drawn", help="Folder of the PNG files."
+)
+def main(**options) -> None:
+    """Draw prompts to PNG files, from any model."""
+    run(**options)
+
+
+def run(
+    prompts: tuple[str, ...], prompt_file: Path | None, model: str, compare: str | None, seed: int, num_steps: int,
+    cfg_weight: float | None, negative_prompt: str, latent_size: tuple[int, int] | None, batch_size: int,
+    use_t5: bool | None, dtype: str | None, activations: bool, native: str, output: Path,
+) -> None:  # fmt: skip
+    """Load, check the prompts, draw with one model, then with the other, write, compare."""
+    from calibration_store.files import locked_folder
+    from calibration_store.layout import DrawingPaths
+    from w4a8.cli.prompts import read_prompt_file
+    from w4a8.drawing import Drawing, compare_drawings, draw, load_model, plan_drawing, size_on_disk
+    from w4a8.model.catalog import describe_model
+    from w4a8.quantized.native import prefer
+    from w4a8.report.drawing_sheet import draw_pairs
+    from w4a8.report.tables import print_comparison, print_drawing
+
+    wanted = [*prompts, *(read_prompt_file(prompt_file) if prompt_file else [])]
+    if not wanted:
+        raise click.UsageError("no prompt: give some, or --prompts FILE")
+    prefer(native)
+    infos = [describe_model(name) for name in (model, compare) if name is not None]
+    plan = plan_drawing(
+        infos, wanted, seed, num_steps, cfg_weight, negative_prompt, latent_size, batch_size, use_t5, dtype
+    )
+    paths = DrawingPaths(output)
+    paths.refuse_foreign_files(len(wanted))
+    drawings: list[Drawing] = []
+    with locked_folder(paths.root), cli.interruptible(lambda: f"finished images are kept in {paths.root}", None):
+        for info in infos:
+            pipeline, rule = load_model(info, plan, activations and info is infos[0])
+            with cli.progress_bar(len(wanted), info.version, "image") as bar:
+                drawings.append(draw(pipeline, info, plan, rule, paths, len(drawings) == 1, bar))
+            del pipeline
+            print_drawing(drawings[-1], size_on_disk(info, use_t5))
+        if compare is not None:
+            found = compare_drawings(*drawings)
+            draw_pairs(paths.comparison, plan.prompts, drawings, found)
+            print_comparison(plan.prompts, found)
+    click.echo(f"wrote {len(wanted)} images to {paths.root}" + (f", and {paths.comparison}" if compare else ""))
+
+
+if __name__ == "__main__":
+    main()

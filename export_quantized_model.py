@@ -1,0 +1,118 @@
+"""Stage 5: the quantized model as a folder that MLX runs, small on the disk and in memory; or as a GGUF file.
+
+Reads   the model, adaround_weights/ (3W), activations/quant_config.json (3A)
+Writes  quantized_model/: config.json, mmdit.safetensors (packed), activations.json, …; or {name}-q4_1.gguf
+
+    python export_quantized_model.py --calib-dir calibration_data/demo
+
+Weights are exactly those that stage 4 measured (its variant `native` runs the folder itself). 8-bit activations are
+written as ranges for runtimes that have such kernels; here they are simulated.
+"""
+
+from pathlib import Path
+
+import click
+
+from w4a8 import cli
+
+
+@cli.stage_command
+@cli.calib_dir_option
+@cli.model_place_options
+@click.option(
+    "--weights", "weights_name", help="As in stage 4: w4-adaround, w4-rtn, w3-rtn-g32, …  [default: what stage 3W left]"
+)
+@click.option(
+    "--activations",
+    help="Ranges to write along, as in stage 4: a8, a8-learned, a8-token, or none.  [default: a8 where 3A left a config, else none]",
+)
+@click.option(
+    "--format", "layout", type=click.Choice(["mlx", "gguf"]), default="mlx", help="A model folder, or one file of Q4_1."
+)
+@click.option(
+    "--rest-bits",
+    type=click.Choice(["8", "16"]),
+    default="16",
+    help="Of adaLN and embedders: 16 leaves them alone, 8 rounds them to nearest in groups of 64.",
+)
+@click.option(
+    "--all-linears", is_flag=True, help="Every linear layer at 4 bits, as in DiffusionKit's 4-bit SD3.5-large."
+)
+@click.option(
+    "--complete",
+    is_flag=True,
+    help="Copy a hub model's CLIP encoders and VAE, too, instead of naming it in config.json.",
+)
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder to write to.  [default: quantized_model/ below --calib-dir]",
+)
+@click.option("--force", is_flag=True, help="Make an export anew: delete what this stage wrote to the folder.")
+@click.option("--dry-run", is_flag=True, help="Say what would be written, how large, how long it takes; write nothing.")
+def main(**options) -> None:
+    """Stage 5: write the quantized model to the disk."""
+    run(**options)
+
+
+def run(
+    calib_dir: Path, model: str | None, local_checkpoint: Path | None, weights_name: str | None, activations: str | None,
+    layout: str, rest_bits: str, all_linears: bool, complete: bool, output: Path | None, force: bool, dry_run: bool,
+) -> None:  # fmt: skip
+    """Find what is exported, check it, pack the transformer a layer at a time, write the folder."""
+    from calibration_store.files import locked_folder, require_space
+    from calibration_store.layout import QuantizedModelPaths
+    from calibration_store.manifest import read_manifest
+    from w4a8.evaluation.variants import export_variant
+    from w4a8.model.layers import model_layers
+    from w4a8.model.original import open_transformer
+    from w4a8.model.runs import check_fingerprint, describe_run_model
+    from w4a8.quantized.export import (
+        Export,
+        check_output,
+        estimated_seconds,
+        pack_transformer,
+        packed_size,
+        refuse_options,
+        write_folder,
+        write_hub_file,
+    )
+    from w4a8.quantized.gguf_file import write_gguf
+    from w4a8.report.tables import print_export
+
+    manifest = read_manifest(calib_dir)
+    variant, activations = export_variant(calib_dir, weights_name, activations, int(rest_bits), all_linears)
+    info, checkpoint = describe_run_model(manifest, model, local_checkpoint)
+    check_fingerprint(manifest, info, checkpoint)
+    export = Export(info, checkpoint, manifest, variant.name, variant.weights, activations, variant.rule)
+    refuse_options(export, layout)
+    paths = QuantizedModelPaths(output) if output else QuantizedModelPaths.below(calib_dir)
+    check_output(paths, force)
+    mmdit = open_transformer(info, checkpoint)
+    variant.check(manifest, manifest["weights_fingerprint"], model_layers(mmdit))
+    size = packed_size(mmdit, variant.weights)
+    print_export(export, size, layout)
+    if dry_run:
+        seconds = estimated_seconds(mmdit, variant.weights)
+        click.echo(f"time: about {cli.format_seconds(seconds)}; memory: {cli.format_bytes(size.peak)} at the peak")
+        return
+    require_space(paths.root, size.transformer, "give another --output")
+    with (
+        locked_folder(paths.root),
+        cli.interruptible(lambda: f"no export is in {paths.root}", "--force"),
+        cli.progress_bar(size.modules, "packing", "layer") as bar,
+    ):
+        if layout == "gguf":
+            written = write_gguf(paths, export, mmdit, bar)
+        else:
+            quantization = pack_transformer(mmdit, variant.weights, bar)
+            written = write_folder(paths, export, mmdit, quantization, complete)
+            if all_linears:
+                write_hub_file(paths, export, mmdit)
+    click.echo(f"wrote {written}")
+    if layout == "mlx":
+        click.echo(f"draw with it: python draw_images.py --model {paths.root} PROMPT")
+
+
+if __name__ == "__main__":
+    main()

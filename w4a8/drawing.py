@@ -1,0 +1,138 @@
+"""draw_images.py: prompts to pictures, from any model, and two models side by side."""
+
+import contextlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+from PIL import Image
+
+from calibration_store.errors import OptionError
+from calibration_store.files import write_png
+from calibration_store.layout import DrawingPaths, QuantizedModelPaths
+from calibration_store.pictures import drawing_chunks
+from calibration_store.quantized_model import read_activations
+from w4a8.cli.progress import ProgressBar
+from w4a8.evaluation.metrics import image_metrics
+from w4a8.evaluation.sampling import quantized_steps
+from w4a8.generation import check_latent_size
+from w4a8.model.catalog import ModelInfo, default_dtype, model_files
+from w4a8.model.layers import model_layers
+from w4a8.model.loading import Pipeline, load_pipeline, whole_model
+from w4a8.model.sampling import decode_latents, euler_steps, initial_noise
+from w4a8.model.text import check_prompts, encode_prompts
+from w4a8.quantized.activation_rules import ActivationRule, rule_of_export
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is drawn: the same for every model."""
+
+    prompts: list[str]
+    seed: int
+    num_steps: int
+    cfg_weight: float
+    negative_prompt: str
+    latent_size: tuple[int, int]
+    batch_size: int
+    use_t5: bool | None
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What a model drew, and what it took; images (N, H, W, 3) uint8."""
+
+    model: str
+    images: np.ndarray
+    seconds: float
+    peak_bytes: int
+    simulated: str | None
+
+
+def plan_drawing(
+    infos: Sequence[ModelInfo], prompts: list[str], seed: int, num_steps: int, cfg_weight: float | None, negative_prompt: str,
+    latent_size: tuple[int, int] | None, batch_size: int, use_t5: bool | None, dtype: str | None,
+) -> Plan:  # fmt: skip
+    """Defaults come from the first model. Raises OptionError for what one of the models cannot draw."""
+    first = infos[0]
+    cfg_weight = first.cfg_weight if cfg_weight is None else cfg_weight
+    latent_size = latent_size or first.latent_size
+    for info in infos:
+        check_latent_size(info, latent_size)
+        if info.vae_downscale != first.vae_downscale:
+            raise OptionError(f"--compare {info.version}: its images have another size")
+    if negative_prompt and cfg_weight <= 1:
+        raise OptionError("--negative-prompt needs --cfg-weight above 1: DiffusionKit ignores it otherwise")
+    if seed + len(prompts) > 2**32:
+        raise OptionError(f"--seed {seed}: seed + image must stay below 2^32")
+    batch_size = min(batch_size, len(prompts))
+    return Plan(
+        prompts, seed, num_steps, cfg_weight, negative_prompt, latent_size, batch_size, use_t5, dtype or default_dtype()
+    )
+
+
+def load_model(info: ModelInfo, plan: Plan, activations: bool) -> tuple[Pipeline, ActivationRule | None]:
+    """A whole model, its prompts checked, and with `activations` the rule that its folder holds for the inputs."""
+    mx.reset_peak_memory()
+    rule = None
+    if activations:
+        if info.folder is None:
+            raise OptionError(f"--activations: {info.version} is no exported folder; its inputs are not quantized")
+        rule = rule_of_export(read_activations(info.folder), QuantizedModelPaths(info.folder).activations)
+    use_t5 = info.use_t5 if plan.use_t5 is None else plan.use_t5
+    pipeline = load_pipeline(info, whole_model(plan.dtype), use_t5)
+    if rule is not None:
+        rule.check("--activations", model_layers(pipeline.mmdit))
+    check_prompts(pipeline, plan.prompts)
+    check_prompts(pipeline, [plan.negative_prompt], "--negative-prompt")
+    return pipeline, rule
+
+
+def draw(
+    pipeline: Pipeline, info: ModelInfo, plan: Plan, rule: ActivationRule | None, paths: DrawingPaths, compared: bool,
+    bar: ProgressBar,
+) -> Drawing:  # fmt: skip
+    """Draw every prompt and write each picture as it is finished. A short last batch is filled up with its last image."""
+    images: list[np.ndarray] = []
+    begin = time.perf_counter()
+    for start in range(0, len(plan.prompts), plan.batch_size):
+        prompts = plan.prompts[start : start + plan.batch_size]
+        filled = prompts + prompts[-1:] * (plan.batch_size - len(prompts))
+        seeds = [plan.seed + start + min(row, len(prompts) - 1) for row in range(plan.batch_size)]
+        text = encode_prompts(pipeline, filled, plan.cfg_weight, plan.negative_prompt)
+        noise = mx.concatenate([initial_noise(seed, plan.latent_size) for seed in seeds])
+        with contextlib.closing(euler_steps(pipeline, text, noise, plan.num_steps, plan.cfg_weight)) as states:
+            for state in quantized_steps(pipeline, states, rule, 2 if plan.cfg_weight > 0 else 1):
+                last = state
+        pictures = decode_latents(pipeline, last.x[: len(prompts)], range(start, start + len(prompts)))
+        for index, picture in enumerate(pictures, start):
+            write_png(paths.image(index, compared), picture, chunks_of(plan, index, picture, info.version))
+            images.append(np.asarray(picture))
+            bar.update()
+    simulated = None if rule is None else f"A{rule.exported()['bits']}"
+    return Drawing(info.version, np.stack(images), time.perf_counter() - begin, mx.get_peak_memory(), simulated)
+
+
+def chunks_of(plan: Plan, index: int, picture: Image.Image, model: str) -> dict[str, str]:
+    """What an image's PNG says of itself."""
+    return drawing_chunks(
+        index, plan.prompts[index], plan.negative_prompt, plan.seed + index, plan.num_steps, plan.cfg_weight, picture.size, model
+    )  # fmt: skip
+
+
+def compare_drawings(first: Drawing, second: Drawing) -> dict[str, np.ndarray]:
+    """PSNR in dB and SSIM of every pair, (N,)."""
+    return image_metrics(second.images, first.images)
+
+
+def size_on_disk(info: ModelInfo, use_t5: bool | None) -> tuple[int, int] | None:
+    """Bytes of (a model's files, its transformer's file); None where they are not all here."""
+    files = model_files(info, info.use_t5 if use_t5 is None else use_t5)
+    if files is None:
+        return None
+    return sum(path.stat().st_size for path in {path.resolve() for path in files.values()}), files[
+        "mmdit"
+    ].stat().st_size

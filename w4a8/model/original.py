@@ -1,0 +1,158 @@
+"""The original model's files, read lazily in their own precision, and the keys of its checkpoint: for export."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import orjson
+from mlx.utils import tree_flatten
+
+from calibration_store.model_folder import check_weight_file, read_model_config, weight_file
+from w4a8.model.catalog import ModelError, ModelInfo
+from w4a8.model.diffusionkit import (
+    HUB_MMDIT_CONFIGS,
+    HUB_MMDIT_FILES,
+    HUB_TEXT_ENCODERS,
+    HUB_TEXT_FILES,
+    MMDIT_CKPT,
+    LocalEntryNotFoundError,
+    MMDiT,
+    MMDiTConfig,
+    SD3LatentFormat,
+    VAEDecoderConfig,
+    hf_hub_download,
+    model_io,
+)
+from w4a8.model.loading import DECODER, TEXT, load_pipeline, transformer_config
+
+CHECKPOINT_PREFIX = "model.diffusion_model."
+# the parts of DiffusionKit's names -> those of the original checkpoint, which holds q, k and v in one
+CHECKPOINT_PARTS = (
+    ("multimodal_transformer_blocks", "joint_blocks"),
+    ("image_transformer_block", "x_block"),
+    ("text_transformer_block", "context_block"),
+    ("x_pos_embedder.pos_embed.weight", "pos_embed"),
+    ("qk_norm.q_norm", "attn.ln_q"),
+    ("qk_norm.k_norm", "attn.ln_k"),
+    ("attn.o_proj", "attn.proj"),
+    ("attn.q_proj", "attn.qkv"),
+    (".layers.", "."),
+)
+
+
+def checkpoint_key(name: str) -> str:
+    """A transformer parameter's name in DiffusionKit -> its key in SD3's checkpoint, without CHECKPOINT_PREFIX."""
+    for ours, theirs in CHECKPOINT_PARTS:
+        name = name.replace(ours, theirs)
+    return name
+
+
+def open_transformer(info: ModelInfo, local_checkpoint: Path | None) -> MMDiT:
+    """The transformer with weights that are read when they are asked for, in the precision of their file.
+
+    Raises ModelError when the file is not there, or is not of this model.
+    """
+    if info.folder is not None:
+        config = read_model_config(info.folder)
+        path = weight_file(info.folder, "mmdit")
+        model = MMDiT(transformer_config(info.folder, config, mx.float16))
+    else:
+        path = local_checkpoint or _hub_file(info, info.version)
+        model = MMDiT(dataclasses.replace(HUB_MMDIT_CONFIGS[info.version], low_memory_mode=False))
+    check_weight_file(path)
+    try:
+        weights = mx.load(str(path))
+        if info.folder is None:
+            weights = model_io.mmdit_state_dict_adjustments(weights, prefix=CHECKPOINT_PREFIX)
+        model.load_weights(list(weights.items()))
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ModelError(f"cannot load {path}: {' '.join(str(error).split())[:200]}") from None
+    return model
+
+
+def _hub_file(info: ModelInfo, part: str) -> Path:
+    repository = MMDIT_CKPT[info.version]
+    try:
+        return Path(hf_hub_download(repository, HUB_MMDIT_FILES[repository][part], local_files_only=True))
+    except LocalEntryNotFoundError:
+        raise ModelError(f"{info.version} is not in the local cache of the hub; run a stage with it first") from None
+
+
+def hub_vae(info: ModelInfo, local_checkpoint: Path | None) -> dict[str, dict[str, mx.array]]:
+    """Parameters of a hub model's VAE, {"decoder", "encoder"}, float16."""
+    pipeline = load_pipeline(info, {DECODER: "float16"}, local_checkpoint=local_checkpoint)
+    encoder = model_io.load_vae_encoder(float16=True, key=MMDIT_CKPT[info.version])
+    return {
+        part: dict(tree_flatten(m.parameters())) for part, m in (("decoder", pipeline.decoder), ("encoder", encoder))
+    }
+
+
+def hub_text_encoders(info: ModelInfo) -> dict[str, nn.Module]:
+    """Both CLIP encoders of a hub model, float16, by their names in a model folder."""
+    pipeline = load_pipeline(info, {TEXT: "float16"}, use_t5=False)
+    return {"clip_l": pipeline.clip_l, "clip_g": pipeline.clip_g}
+
+
+def _text_file(name: str) -> Path:
+    return Path(hf_hub_download(HUB_TEXT_ENCODERS, HUB_TEXT_FILES[HUB_TEXT_ENCODERS][name]))
+
+
+def hub_tokenizer() -> list[Path]:
+    """Vocabulary and merges, which both tokenizers of the hub share. Raises ModelError when they do not."""
+    files = [_text_file(f"tokenizer_l_{kind}") for kind in ("vocab", "merges")]
+    for kind, path in zip(("vocab", "merges"), files, strict=True):
+        if _text_file(f"tokenizer_g_{kind}").read_bytes() != path.read_bytes():
+            raise ModelError("the two tokenizers differ, and a model folder has room for one; leave --complete out")
+    return files
+
+
+def complete_hub_config(info: ModelInfo) -> dict[str, Any]:
+    """config.json of a model folder that holds a hub model without T5."""
+    config: dict[str, Any] = {"name": info.version.rpartition("/")[2]}
+    config["mmdit"] = transformer_section(HUB_MMDIT_CONFIGS[info.version])
+    for part, padded in (("clip_l", True), ("clip_g", False)):
+        found = orjson.loads(_text_file(f"{part}_config").read_bytes())
+        config[part] = {
+            "num_layers": found["num_hidden_layers"],
+            "model_dims": found["hidden_size"],
+            "num_heads": found["num_attention_heads"],
+            "max_length": found["max_position_embeddings"],
+            "vocab_size": found["vocab_size"],
+            "projection_dim": found["projection_dim"],
+            "hidden_act": found.get("hidden_act", "quick_gelu"),
+        }
+        config[part.replace("clip", "tokenizer")] = {"pad_with_eos": padded}
+    decoder, latents = VAEDecoderConfig(), SD3LatentFormat()
+    config["vae"] = {
+        "block_out_channels": list(decoder.block_out_channels),
+        "resnet_groups": decoder.resnet_groups,
+        "decoder_layers_per_block": decoder.layers_per_block,
+        "downscale": info.vae_downscale,
+    }
+    return config | {
+        "latent_format": {"scale_factor": latents.scale_factor, "shift_factor": latents.shift_factor},
+        "latent_size": list(info.latent_size),
+        "use_t5": False,
+        "sampler_shift": info.sampler_shift,
+        "default_cfg_weight": info.cfg_weight,
+    }
+
+
+def transformer_section(config: MMDiTConfig) -> dict[str, Any]:
+    """DiffusionKit's config as a model folder's config.json holds it: what is required, and what is not its default."""
+    required = {
+        "depth_multimodal", "num_heads", "max_latent_resolution", "pooled_text_embed_dim", "token_level_text_embed_dim",
+        "patch_size", "vae_latent_dim",
+    }  # fmt: skip
+    section: dict[str, Any] = {"hidden_size": config.hidden_size}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        plain = isinstance(value, (bool, int, float, str)) and field.name not in (
+            "low_memory_mode",
+            "hidden_size_override",
+        )
+        if field.name in required or (plain and value != field.default):
+            section[field.name] = value
+    return section

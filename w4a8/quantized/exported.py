@@ -1,0 +1,57 @@
+"""The model that stage 5 exported, as stage 4 measures it: the folder's own packed transformer in place of the original."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from calibration_store.errors import StoreError
+from calibration_store.layout import QuantizedModelPaths, WeightPaths
+from calibration_store.model_folder import weight_file
+from calibration_store.quantized_model import EXPORT, read_export
+from w4a8.model.layers import Layer, model_layers
+from w4a8.model.loading import Pipeline, load_folder_transformer
+from w4a8.quantized.model import Weights
+from w4a8.quantized.native import PREFERRED
+
+
+class ExportedWeights(Weights):
+    """quantized_model/ below the calibration folder."""
+
+    remedy = f"run {EXPORT} with --force"
+    rest = None
+
+    def __init__(self, calib_dir: Path):
+        paths = QuantizedModelPaths.below(calib_dir)
+        self.folder, self.config = paths.root, read_export(paths.root)
+        note = self.config["export"]
+        self.bits, self.group_size, self.way = note["weight_bits"], note["group_size"], PREFERRED[0]
+        self.sources = [paths.config, weight_file(paths.root, "mmdit")]
+        self.made_from = [(paths.config, note)]
+        learned = WeightPaths(calib_dir).metadata
+        stale = (
+            note["adaround_weights"] is not None
+            and learned.exists()
+            and file_digest(learned) != note["adaround_weights"]
+        )
+        if stale:
+            raise StoreError(f"{paths.config}: exported from other learned weights than {learned}; {self.remedy}")
+
+    def check(self, variant: str, layers: Mapping[str, Layer]) -> None:
+        """What it was made from says which model it is of; loading checks the file."""
+
+    @contextmanager
+    def in_place(self, pipeline: Pipeline) -> Iterator[None]:
+        """The exported transformer in the pipeline, computing natively, until the block ends."""
+        exported = load_folder_transformer(self.folder, pipeline.activation_dtype)
+        if model_layers(exported).keys() != model_layers(pipeline.mmdit).keys():
+            raise StoreError(f"{self.folder}: another model's layers; {self.remedy}")
+        original, pipeline.mmdit = pipeline.mmdit, exported
+        try:
+            yield
+        finally:
+            pipeline.mmdit = original
+
+
+def file_digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,47 @@
+"""compare.png of draw_images.py: two models' pictures of the same prompts and seeds, with the figures under each pair."""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib import font_manager
+from PIL import Image, ImageDraw, ImageFont
+
+from calibration_store.files import write_png
+from calibration_store.pictures import DRAWN_CHUNK
+from w4a8.drawing import Drawing
+
+GAP, TITLE, SMALLEST, LARGEST = 8, 26, 192, 512  # pixels; a cell is as large as the images within these
+
+
+def draw_pairs(
+    path: Path, prompts: Sequence[str], drawings: Sequence[Drawing], found: Mapping[str, np.ndarray], size: int = 14
+) -> None:
+    """Write the sheet: a row a prompt, a column a model, prompt and figures below."""
+    height, width = drawings[0].images.shape[1:3]
+    scale = min(max(SMALLEST / width, 1), LARGEST / width)
+    cell = (round(width * scale), round(height * scale))
+    font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), size)
+    captions = [
+        [*textwrap.wrap(prompt, max(20, 2 * cell[0] * 2 // size - 2))[:2], f"PSNR {psnr:.1f} dB, SSIM {ssim:.4f}"]
+        for prompt, psnr, ssim in zip(prompts, found["psnr"], found["ssim"], strict=True)
+    ]
+    line = size + 5
+    rows = [cell[1] + line * len(caption) + 2 * GAP for caption in captions]
+    sheet = Image.new("RGB", (GAP + 2 * (cell[0] + GAP), TITLE + GAP + sum(rows)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, drawing in enumerate(drawings):
+        name = drawing.model if drawing.simulated is None else f"{drawing.model}, {drawing.simulated} simulated"
+        while len(name) > 4 and draw.textlength(name, font) > cell[0]:
+            name = "…" + name.lstrip("…")[1:]
+        draw.text((GAP + column * (cell[0] + GAP), GAP), name, "black", font)
+    top = TITLE + GAP
+    for row, caption in enumerate(captions):
+        for column, drawing in enumerate(drawings):
+            picture = Image.fromarray(drawing.images[row]).resize(cell, Image.Resampling.LANCZOS)
+            sheet.paste(picture, (GAP + column * (cell[0] + GAP), top))
+        for number, text in enumerate(caption):
+            draw.text((GAP, top + cell[1] + 3 + number * line), text, "black", font)
+        top += rows[row]
+    write_png(path, sheet, {DRAWN_CHUNK: "all", "models": ", ".join(drawing.model for drawing in drawings)})
