@@ -39,7 +39,7 @@ BOUNDS = {
 
 
 @contextmanager
-def one_pass(size: str, text_tokens: int) -> Iterator[Pass]:
+def one_pass(size: str, text_tokens: int, latent_size: int = 64) -> Iterator[Pass]:
     """A pass of sd3-emoji, or of SD3-Medium with random weights and inputs."""
     dtype = default_dtype()
     if size == "sd3-emoji":
@@ -50,7 +50,7 @@ def one_pass(size: str, text_tokens: int) -> Iterator[Pass]:
     else:
         pipeline = Pipeline(describe_model(SD3_MEDIUM), {TRANSFORMER: dtype}, use_t5=False)
         pipeline.mmdit = random_transformer(pipeline.activation_dtype)
-        shapes = ((2, text_tokens, 4096), (2, 2048), (1, 64, 64, 16))
+        shapes = ((2, text_tokens, 4096), (2, 2048), (1, latent_size, latent_size, 16))
         tokens, pooled, latent = (
             mx.random.normal(shape, key=mx.random.key(seed)).astype(pipeline.activation_dtype)
             for seed, shape in enumerate(shapes)

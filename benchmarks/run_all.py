@@ -20,8 +20,17 @@ sys.path.insert(0, str(ROOT))
 
 from w4a8.cli import stage_command
 
-SCRIPTS = (["generation_speed.py", "--repeats", "3"], ["collection_cost.py"], ["analysis_speed.py"])
-ON_A_GPU = (["collection_cost.py", "--size", "sd3-medium"], ["rounding_cost.py", "--samples", "32"])
+SCRIPTS = (
+    ["generation_speed.py", "--repeats", "3"],
+    ["collection_cost.py"],
+    ["analysis_speed.py"],
+    ["native_speed.py", "--no-rows"],
+)
+ON_A_GPU = (
+    ["collection_cost.py", "--size", "sd3-medium"],
+    ["native_speed.py", "--size", "sd3-medium"],
+    ["rounding_cost.py", "--samples", "32"],
+)
 
 
 @stage_command

@@ -32,7 +32,7 @@ def draw_pairs(
     sheet = Image.new("RGB", (GAP + 2 * (cell[0] + GAP), TITLE + GAP + sum(rows)), "white")
     draw = ImageDraw.Draw(sheet)
     for column, drawing in enumerate(drawings):
-        name = drawing.model if drawing.simulated is None else f"{drawing.model}, {drawing.simulated} simulated"
+        name = Path(drawing.model).name + ("" if drawing.simulated is None else f", {drawing.simulated} simulated")
         while len(name) > 4 and draw.textlength(name, font) > cell[0]:
             name = "…" + name.lstrip("…")[1:]
         draw.text((GAP + column * (cell[0] + GAP), GAP), name, "black", font)

@@ -1,0 +1,120 @@
+"""What native_speed.py times: unpacking, single packed layers, whole passes."""
+
+import gc
+import time
+
+import click
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from benchmarks.figures import record
+from benchmarks.pass_timing import compare, one_pass
+from w4a8.cli import format_bytes
+from w4a8.model.catalog import default_dtype
+from w4a8.model.layers import model_layers
+from w4a8.quantized.layer import Packed
+from w4a8.quantized.native import AUTO, DENSE, DEQUANTIZE, QUANTIZED, NativeLinear, adopt, resolve, warm_up
+from w4a8.quantized.unpack import KERNEL_BITS, kernel_is_exact, kernel_unpack
+
+ROWS = (1, 2, 4, 8, 16, 32, 77, 154, 1024, 4096)
+BOUNDS = {"sd3-emoji": 1.3, "sd3-medium": 1.15}
+BITS, GROUP = 4, 64
+
+
+def packed_layer(out: int, width: int, dtype: mx.Dtype) -> NativeLinear:
+    weight = mx.random.normal((out, width), key=mx.random.key(out + width)).astype(dtype) * width**-0.5
+    return NativeLinear(Packed(*mx.quantize(weight, GROUP, BITS), BITS, GROUP), mx.zeros((out,), dtype))
+
+
+def time_unpacking(repeats: int) -> None:
+    """The CUDA kernel beside mx.dequantize: 24 layers of 6144 x 1536 in one go."""
+    exact = kernel_is_exact()
+    click.echo(f"unpacking kernel (CUDA): {'the same bits as mx.dequantize' if exact else 'not used here'}")
+    if not exact:
+        return
+    for bits in KERNEL_BITS:
+        weight = mx.random.normal((6144, 1536), key=mx.random.key(0)).astype(mx.float16)
+        packed = mx.quantize(weight, GROUP, bits)
+        many = [[mx.array(array) for array in packed] for _ in range(24)]
+        mx.eval(many)
+        ways = {
+            "mx.dequantize": lambda many=many, bits=bits: mx.eval([mx.dequantize(*p, GROUP, bits) for p in many]),
+            "kernel": lambda many=many, bits=bits: mx.eval([kernel_unpack(*p, bits, GROUP) for p in many]),
+        }
+        seconds, _ = compare(ways, repeats)
+        moved = 24 * weight.size * (2 + bits / 8 + 4 / GROUP)
+        for name, found in seconds.items():
+            click.echo(f"  {bits} bits, {name:14} {found / 24 * 1e6:8.1f} µs a layer, {moved / found / 1e9:7.0f} GB/s")
+
+
+def time_passes(size: str, latent: int, repeats: int) -> None:
+    """A pass of the whole transformer, dense and packed, and what both hold in memory."""
+    with one_pass(size, 154, latent) as one:
+        dtype, mmdit = one.pipeline.activation_dtype, one.pipeline.mmdit
+        seconds, _ = compare({"dense": lambda: mx.eval(one.forward())}, repeats)
+        dense, held = seconds["dense"], sum(array.nbytes for _, array in tree_flatten(mmdit.parameters()))
+        layers = {id(layer.module) for layer in model_layers(mmdit).values()}
+        reference = one.forward().astype(mx.float32)
+        nn.quantize(mmdit, GROUP, BITS, class_predicate=lambda path, module: id(module) in layers)
+        adopt(mmdit, AUTO)
+        mx.eval(mmdit.parameters())
+        gc.collect()
+        mx.clear_cache()
+        natives = [layer.module for layer in model_layers(mmdit).values()]
+        packed = sum(array.nbytes for _, array in tree_flatten(mmdit.parameters()))
+        label = f"{size}, latent {latent}"
+        click.echo(
+            f"{label}, {dtype}: dense {dense * 1e3:.2f} ms, {format_bytes(held)}; packed {format_bytes(packed)}, {packed / held:.3f} x"
+        )
+        begin = time.perf_counter()
+        warm_up(mmdit)
+        click.echo(f"  kernels compiled in {time.perf_counter() - begin:.1f} s")
+        chosen = natives[0].way
+        ways = (QUANTIZED, DEQUANTIZE, DENSE) if size == "sd3-emoji" else (AUTO, DEQUANTIZE)
+
+        def forward(way: str) -> mx.array:
+            for native in natives:
+                native.way = way
+                if way != DENSE:
+                    native.pop("_dense", None)
+            return one.forward()
+
+        few = {way: max(3, repeats // (5 if way == QUANTIZED else 1)) for way in ways}
+        for way in ways:
+            found, _ = compare({way: lambda way=way: mx.eval(forward(way))}, few[way])
+            ratio = found[way] / dense
+            mark = "  <- auto" if way == chosen else ""
+            click.echo(f"  {way:11} {found[way] * 1e3:9.2f} ms  {ratio:6.3f} x dense{mark}")
+            record(f"native pass ÷ dense, {way}, {label}", ratio, BOUNDS[size] if way == chosen else None)
+        error = mx.abs(forward(chosen).astype(mx.float32) - reference).mean() / mx.abs(reference).mean()
+        click.echo(f"  relative difference to the unquantized pass {error.item():.3f}")
+        mx.synchronize()
+        gc.collect()
+        mx.clear_cache()
+        click.echo(f"  active memory {format_bytes(mx.get_active_memory())}")
+
+
+def time_layers(size: str, repeats: int) -> None:
+    """Single layers, 16 in a row so that launches count as in a model: float dense beside every way."""
+    dtype = getattr(mx, default_dtype())
+    width = 192 if size == "sd3-emoji" else 1536
+    for out, inner in ((width, width), (4 * width, width), (width, 4 * width)):
+        native = packed_layer(out, inner, dtype)
+        weight, bias = native.dense_weight(), native["bias"]
+        mx.eval(weight, native.parameters())
+        click.echo(f"layer {inner} -> {out}: µs dense, and each way ÷ dense (auto is {resolve(AUTO, 0)})")
+        for rows in ROWS:
+            x = mx.random.normal((rows, inner), key=mx.random.key(rows)).astype(dtype)
+            mx.eval(x)
+
+            def run(way: str, x: mx.array = x, native: NativeLinear = native, weight=weight, bias=bias) -> None:
+                native.way = way
+                call = (lambda y: mx.addmm(bias, y, weight.T)) if way == "plain" else native
+                mx.eval([call(x + i) for i in range(16)])
+
+            ways = ["plain", DEQUANTIZE, *([QUANTIZED] if rows <= 1024 or size == "sd3-emoji" else [])]
+            seconds, _ = compare({way: lambda way=way: run(way) for way in ways}, max(3, repeats // 2))
+            plain = seconds["plain"]
+            shares = "  ".join(f"{way} {seconds[way] / plain:7.2f} x" for way in ways[1:])
+            click.echo(f"  {rows:5} rows {plain / 16 * 1e6:9.1f} µs  {shares}")
