@@ -62,7 +62,7 @@ def run(
     from calibration_store.files import locked_folder
     from calibration_store.layout import DrawingPaths
     from w4a8.cli.prompts import read_prompt_file
-    from w4a8.drawing import Drawing, compare_drawings, draw, load_model, plan_drawing, size_on_disk
+    from w4a8.drawing import Drawing, compare_drawings, draw, load_model, plan_drawing, transformer_bytes
     from w4a8.model.catalog import describe_model
     from w4a8.quantized.native import prefer
     from w4a8.report.drawing_sheet import draw_pairs
@@ -85,7 +85,7 @@ def run(
             with cli.progress_bar(len(wanted), info.version, "image") as bar:
                 drawings.append(draw(pipeline, info, plan, rule, paths, len(drawings) == 1, bar))
             del pipeline
-            print_drawing(drawings[-1], size_on_disk(info, use_t5))
+            print_drawing(drawings[-1], transformer_bytes(info))
         if compare is not None:
             found = compare_drawings(*drawings)
             draw_pairs(paths.comparison, plan.prompts, drawings, found)

@@ -33,11 +33,12 @@ def searched_grid(weight: np.ndarray, bits: int, group_size: int) -> tuple[np.nd
 
 
 def _grouped(weight: np.ndarray, group_size: int) -> np.ndarray:
-    return weight.astype(np.float64).reshape(len(weight), -1, group_size or weight.shape[1])
+    return weight.reshape(len(weight), -1, group_size or weight.shape[1])
 
 
 def _grid(grouped: np.ndarray, bits: int, shrink: float) -> tuple[np.ndarray, np.ndarray]:
-    low, high = np.minimum(grouped.min(axis=-1), 0) * shrink, np.maximum(grouped.max(axis=-1), 0) * shrink
+    low, high = grouped.min(axis=-1).astype(np.float64), grouped.max(axis=-1).astype(np.float64)
+    low, high = np.minimum(low, 0) * shrink, np.maximum(high, 0) * shrink
     scale = np.maximum((high - low) / (2**bits - 1), np.finfo(np.float32).tiny)
     return scale.astype(np.float32), np.rint(-low / scale).astype(np.float32)
 
@@ -63,6 +64,9 @@ def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
     With a grid's scale and minimum as scales and biases, `mx.dequantize` and `mx.quantized_matmul` read it. in·bits must
     be a multiple of 32.
     """
+    if 8 % bits == 0:
+        whole = codes.reshape(len(codes), -1, 8 // bits) << np.arange(0, 8, bits, dtype=np.uint8)
+        return np.bitwise_or.reduce(whole, axis=-1).view("<u4")
     ones_and_zeros = (codes[..., None] >> np.arange(bits, dtype=np.uint8)) & 1
     packed = np.packbits(ones_and_zeros.reshape(len(codes), -1), axis=1, bitorder="little")
     return packed.view("<u4")

@@ -19,7 +19,7 @@ from w4a8.quantized.unpack import unpack
 
 AUTO, QUANTIZED, DEQUANTIZE, DENSE = "auto", "quantized", "dequantize", "dense"
 WAYS = (AUTO, QUANTIZED, DEQUANTIZE, DENSE)
-FEW_ROWS = 8  # up to which CUDA multiplies packed weights faster than it unpacks them
+FEW_ROWS = 256  # up to which CUDA multiplies packed weights faster than it unpacks them
 MEMORY_SHARE = 0.25  # of a CPU's memory that dense copies of the weights may take
 
 
@@ -141,6 +141,6 @@ def warm_up(model: nn.Module, say: Callable[[str], None] = lambda text: click.ec
     begin = time.monotonic()
     for layer in layers.values():
         width = layer["scales"].shape[1] * layer.group_size
-        for rows in (1, FEW_ROWS + 1):
+        for rows in (1, 16, FEW_ROWS, FEW_ROWS + 1):
             mx.eval(layer(mx.zeros((rows, width), layer["scales"].dtype)))
     say(f"compiled in {time.monotonic() - begin:.0f} s")

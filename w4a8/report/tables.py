@@ -122,15 +122,11 @@ def print_export(export: Export, size: Size, layout: str) -> None:
     )
 
 
-def print_drawing(drawing: Drawing, size: tuple[int, int] | None) -> None:
-    """What a model took to draw."""
-    disk = (
-        f"{format_bytes(size[0])} on the disk (transformer {format_bytes(size[1])})"
-        if size
-        else "not in the local cache"
-    )
+def print_drawing(drawing: Drawing, size: int | None) -> None:
+    """What a model took to draw; size: of its transformer's file."""
+    disk = f"the transformer's file has {format_bytes(size)}" if size else "its files are not in the local cache"
     click.echo(
-        f"{drawing.model}: {drawing.seconds / len(drawing.images):.2f} s an image, {format_bytes(drawing.peak_bytes)} at the peak, {disk}"
+        f"{drawing.model}: {drawing.seconds:.2f} s an image, {format_bytes(drawing.peak_bytes)} at the peak, {disk}"
     )
     if drawing.simulated:
         click.echo(
