@@ -130,11 +130,7 @@ def compare_drawings(first: Drawing, second: Drawing) -> dict[str, np.ndarray]:
     return image_metrics(second.images, first.images)
 
 
-def size_on_disk(info: ModelInfo, use_t5: bool | None) -> tuple[int, int] | None:
-    """Bytes of (a model's files, its transformer's file); None where they are not all here."""
-    files = model_files(info, info.use_t5 if use_t5 is None else use_t5)
-    if files is None:
-        return None
-    return sum(path.stat().st_size for path in {path.resolve() for path in files.values()}), files[
-        "mmdit"
-    ].stat().st_size
+def transformer_bytes(info: ModelInfo) -> int | None:
+    """Size of the file that the transformer is in; None where it is not here."""
+    files = model_files(info, use_t5=False)
+    return None if files is None else files["mmdit"].stat().st_size
