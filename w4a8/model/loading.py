@@ -45,7 +45,7 @@ from w4a8.model.diffusionkit import (
     hub_constants,
     model_io,
 )
-from w4a8.quantized.native import adopt, warm_up
+from w4a8.quantized.native import adopt, get_ready
 
 TRANSFORMER, TEXT, DECODER = "transformer", "text encoders", "VAE decoder"
 Parts = Mapping[str, str]  # part -> "float16" or "float32"
@@ -141,7 +141,7 @@ def load_folder_transformer(folder: Path, dtype: mx.Dtype) -> MMDiT:
     check_exported(folder, config)
     model = MMDiT(transformer_config(folder, config, dtype))
     _load_weights(model, weight_file(folder, "mmdit"), dtype, config.get("quantization"))
-    warm_up(model)
+    get_ready(model)
     return model
 
 

@@ -5,17 +5,18 @@ matrix-vector product per token. So the input is flattened to two dimensions fir
 and number of rows: benchmarks/native_speed.py measures every way.
 """
 
+import functools
 import os
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import click
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 
+from w4a8.model.layers import model_blocks
 from w4a8.quantized.layer import Packed
-from w4a8.quantized.unpack import unpack
+from w4a8.quantized.unpack import kernel_is_exact, unpack, unpack_together
 
 AUTO, QUANTIZED, DEQUANTIZE, DENSE = "auto", "quantized", "dequantize", "dense"
 WAYS = (AUTO, QUANTIZED, DEQUANTIZE, DENSE)
@@ -31,6 +32,7 @@ class NativeLinear(nn.QuantizedLinear):
     """
 
     way = DEQUANTIZE
+    block: "BlockWeights | None" = None  # whose kernel unpacks this layer, too
 
     def __init__(self, packed: Packed, bias: mx.array | None = None):
         nn.Module.__init__(self)
@@ -42,25 +44,54 @@ class NativeLinear(nn.QuantizedLinear):
 
     def dense_weight(self) -> mx.array:
         """Ŵ (out, in) in the dtype of the scales."""
-        return unpack(self["weight"], self["scales"], self["biases"], self.bits, self.group_size)
+        return unpack(*self.packed_arrays, self.bits, self.group_size)
+
+    @property
+    def packed_arrays(self) -> tuple[mx.array, mx.array, mx.array]:
+        """Codes, scales, biases."""
+        return self["weight"], self["scales"], self["biases"]
 
     def __call__(self, x: mx.array) -> mx.array:
         if self.way == QUANTIZED or (self.way == AUTO and x.size // x.shape[-1] <= FEW_ROWS):
             return self._quantized_product(x)
-        if self.way != DENSE:
-            weight = self.dense_weight()
-        else:
+        if self.way == DENSE:
             if "_dense" not in self:  # no parameter: its name begins with an underscore
                 self["_dense"] = self.dense_weight()
             weight = self["_dense"]
+        else:
+            weight = self.dense_weight() if self.block is None else self.block.take(self)
         return mx.addmm(self["bias"], x, weight.T) if "bias" in self else x @ weight.T
 
     def _quantized_product(self, x: mx.array) -> mx.array:
+        announce()
+        if self.block is not None:
+            self.block.let_go(self)
         rows = x.reshape(-1, x.shape[-1])
-        packed = (self["weight"], self["scales"], self["biases"])
-        y = mx.quantized_matmul(rows, *packed, transpose=True, group_size=self.group_size, bits=self.bits)
+        y = mx.quantized_matmul(rows, *self.packed_arrays, transpose=True, group_size=self.group_size, bits=self.bits)
         y = y + self["bias"] if "bias" in self else y
         return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+class BlockWeights:
+    """Dense weights of a block's layers, unpacked by one kernel when the first is asked for: a launch costs as much as its work.
+
+    All layers have the same bits, group size and dtype. Each takes its own once; the block's dense weights live no longer.
+    """
+
+    def __init__(self, layers: Sequence[NativeLinear]):
+        self.layers = layers
+        self._ready: dict[int, mx.array] = {}
+
+    def take(self, layer: NativeLinear) -> mx.array:
+        """Ŵ (out, in) of one of the layers."""
+        if id(layer) not in self._ready:
+            found = unpack_together([each.packed_arrays for each in self.layers], layer.bits, layer.group_size)
+            self._ready = dict(zip(map(id, self.layers), found, strict=True))
+        return self._ready.pop(id(layer))
+
+    def let_go(self, layer: NativeLinear) -> None:
+        """The layer needs no dense weight in this pass."""
+        self._ready.pop(id(layer), None)
 
 
 class NativeEmbedding(nn.QuantizedEmbedding):
@@ -129,18 +160,29 @@ def resolve(way: str, bytes_of_dense: int) -> str:
     return DENSE if bytes_of_dense <= MEMORY_SHARE * memory else DEQUANTIZE
 
 
-def warm_up(model: nn.Module, say: Callable[[str], None] = lambda text: click.echo(text, err=True)) -> None:
-    """Compile what a GPU needs for this model's packed weights, and say so: it takes up to minutes, once."""
-    layers = {}
-    for module in model.modules():
-        if isinstance(module, NativeLinear):
-            layers.setdefault((module.bits, module.group_size, module["scales"].dtype), module)
-    if mx.default_device() == mx.Device(mx.cpu) or not layers:
+def get_ready(model: nn.Module) -> None:
+    """On CUDA: let one kernel unpack a block's layers, and compile it now, with a word about it."""
+    if mx.default_device() == mx.Device(mx.cpu) or mx.metal.is_available():
         return
-    say("compiling 4-bit kernels, once …")
-    begin = time.monotonic()
-    for layer in layers.values():
-        width = layer["scales"].shape[1] * layer.group_size
-        for rows in (1, 16, FEW_ROWS, FEW_ROWS + 1):
-            mx.eval(layer(mx.zeros((rows, width), layer["scales"].dtype)))
-    say(f"compiled in {time.monotonic() - begin:.0f} s")
+    kinds: dict[tuple, list[NativeLinear]] = {}
+    for block in model_blocks(model).values():
+        for module in (layer.module for layer in block.layers):
+            if isinstance(module, NativeLinear) and module.way in (AUTO, DEQUANTIZE):
+                kind = (block.name, module.bits, module.group_size, module["scales"].dtype)
+                kinds.setdefault(kind, []).append(module)
+    if kinds:
+        announce()
+    for (_, bits, group_size, dtype), layers in kinds.items():
+        if not kernel_is_exact(bits, group_size, dtype):
+            continue
+        shared = BlockWeights(layers)
+        for layer in layers:
+            layer.block = shared
+        mx.eval(unpack_together([layer.packed_arrays for layer in layers], bits, group_size))
+
+
+@functools.cache
+def announce() -> None:
+    """Say once that a GPU is about to compile: MLX does so at a kernel's first use, for up to a minute, and keeps the result."""
+    if mx.default_device() != mx.Device(mx.cpu):
+        click.echo("compiling 4-bit kernels, once …", err=True)
