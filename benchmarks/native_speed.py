@@ -1,4 +1,4 @@
-"""Packed weights beside dense ones: every way to multiply them, by rows and in a whole pass; memory; the unpacking kernel.
+"""Packed weights beside dense ones: every way to multiply them, by rows and in a whole pass; and the memory.
 
 python benchmarks/native_speed.py                          # the bundled model, on a CPU too
 python benchmarks/native_speed.py --size sd3-medium        # random weights, latents of 64 and 128: for a GPU
@@ -23,10 +23,9 @@ def main(size: str, repeats: int, rows: bool) -> None:
     """Time packed weights beside dense ones."""
     import mlx.core as mx
 
-    from benchmarks.native_timing import time_layers, time_passes, time_unpacking
+    from benchmarks.native_timing import time_layers, time_passes
 
     click.echo(f"{size}, {mx.default_device()}, MLX {mx.__version__}")
-    time_unpacking(repeats)
     for latent in (16,) if size == "sd3-emoji" else (64, 128):
         time_passes(size, latent, repeats)
     if rows:

@@ -1,4 +1,4 @@
-"""What native_speed.py times: unpacking, single packed layers, whole passes."""
+"""What native_speed.py times: single packed layers, whole passes."""
 
 import gc
 
@@ -14,40 +14,15 @@ from w4a8.model.catalog import default_dtype
 from w4a8.model.layers import model_layers
 from w4a8.quantized.layer import Packed
 from w4a8.quantized.native import AUTO, DEQUANTIZE, QUANTIZED, NativeLinear, adopt, get_ready, resolve
-from w4a8.quantized.unpack import KERNEL_BITS, kernel_is_exact, unpack, unpack_together
 
 ROWS = (1, 8, 77, 154, 308, 1024, 4096)
 BOUNDS = {"sd3-emoji": 1.3, "sd3-medium": 1.15}
 BITS, GROUP = 4, 64
-ONE_BY_ONE = "mx.dequantize a layer"
 
 
 def packed_layer(out: int, width: int, dtype: mx.Dtype) -> NativeLinear:
     weight = mx.random.normal((out, width), key=mx.random.key(out + width)).astype(dtype) * width**-0.5
     return NativeLinear(Packed(*mx.quantize(weight, GROUP, BITS), BITS, GROUP), mx.zeros((out,), dtype))
-
-
-def time_unpacking(repeats: int) -> None:
-    """The CUDA kernel beside mx.dequantize: 24 layers of 6144 x 1536 in one go, twelve a launch."""
-    if not kernel_is_exact(BITS, GROUP, mx.float16):
-        click.echo("unpacking kernel (CUDA): not used here")
-        return
-    for bits in KERNEL_BITS:
-        weight = mx.random.normal((6144, 1536), key=mx.random.key(0)).astype(mx.float16)
-        many = [[mx.array(array) for array in mx.quantize(weight, GROUP, bits)] for _ in range(24)]
-        mx.eval(many)
-
-        def together(many: list = many, bits: int = bits) -> None:
-            mx.eval([unpack_together(many[begin : begin + 12], bits, GROUP) for begin in (0, 12)])
-
-        ways = {
-            "mx.dequantize": lambda many=many, bits=bits: mx.eval([unpack(*layer, bits, GROUP) for layer in many]),
-            "kernel": together,
-        }
-        seconds, _ = compare(ways, repeats)
-        moved = 24 * weight.size * (2 + bits / 8 + 4 / GROUP)
-        for name, found in seconds.items():
-            click.echo(f"  {bits} bits, {name:14} {found / 24 * 1e6:8.1f} µs a layer, {moved / found / 1e9:7.0f} GB/s")
 
 
 def time_passes(size: str, latent: int, repeats: int) -> None:
@@ -64,7 +39,6 @@ def time_passes(size: str, latent: int, repeats: int) -> None:
         packed = sum(array.nbytes for _, array in tree_flatten(mmdit.parameters()))
         automatic = natives[0].way
         get_ready(mmdit)
-        shared = {id(native): native.block for native in natives}
         label = f"{size}, latent {latent}"
         click.echo(
             f"{label}, {dtype}: {format_bytes(held)} dense, {format_bytes(packed)} packed, {packed / held:.3f} x"
@@ -72,13 +46,13 @@ def time_passes(size: str, latent: int, repeats: int) -> None:
 
         def forward(way: str) -> mx.array:
             for layer, plain, native in zip(layers, dense, natives, strict=True):
-                native.way, native.block = (AUTO, None) if way == ONE_BY_ONE else (way, shared[id(native)])
+                native.way = way
                 layer.parent[layer.key] = plain if way == "plain" else native
             return one.forward()
 
         reference = forward("plain").astype(mx.float32)
         error = mx.abs(forward(automatic).astype(mx.float32) - reference).mean() / mx.abs(reference).mean()
-        ways = ("plain", automatic, *((DEQUANTIZE, QUANTIZED) if size == "sd3-emoji" else (ONE_BY_ONE,)))
+        ways = ("plain", automatic, *((DEQUANTIZE, QUANTIZED) if size == "sd3-emoji" else ()))
         seconds, _ = compare({way: lambda way=way: mx.eval(forward(way)) for way in ways}, repeats)
         for way in ways:
             ratio = seconds[way] / seconds["plain"]

@@ -9,7 +9,6 @@ import numpy as np
 
 from calibration_store.model_folder import PACKED_GROUPS
 from w4a8.quantized.arithmetic import dequantize, min_max_grid, nearest_codes, pack_codes
-from w4a8.quantized.unpack import unpack
 
 SMALLEST_SCALE = 2.0**-24  # the smallest float16 above 0
 
@@ -110,4 +109,4 @@ class Packed:
     def dense(self, dtype: mx.Dtype) -> mx.array:
         """Ŵ (out, in) as a model of this precision unpacks it."""
         scales, biases = self.scales.astype(dtype), self.biases.astype(dtype)
-        return unpack(self.codes, scales, biases, self.bits, self.group_size)
+        return mx.dequantize(self.codes, scales, biases, self.group_size, self.bits)

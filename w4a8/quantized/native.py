@@ -1,4 +1,4 @@
-"""Layers that compute from packed weights: y = x·Ŵᵀ + b, Ŵ as `unpack` gives it.
+"""Layers that compute from packed weights: y = x·Ŵᵀ + b, Ŵ as `mx.dequantize` unpacks it.
 
 DiffusionKit's tokens are (R, tokens, 1, hidden): `mx.quantized_matmul` takes the 1 for the number of rows and runs a
 matrix-vector product per token. So the input is flattened to two dimensions first, and the way is chosen by device
@@ -7,16 +7,13 @@ and number of rows: benchmarks/native_speed.py measures every way.
 
 import functools
 import os
-from collections.abc import Sequence
 
 import click
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 
-from w4a8.model.layers import model_blocks
 from w4a8.quantized.layer import Packed
-from w4a8.quantized.unpack import kernel_is_exact, unpack, unpack_together
 
 AUTO, QUANTIZED, DEQUANTIZE, DENSE = "auto", "quantized", "dequantize", "dense"
 WAYS = (AUTO, QUANTIZED, DEQUANTIZE, DENSE)
@@ -32,7 +29,6 @@ class NativeLinear(nn.QuantizedLinear):
     """
 
     way = DEQUANTIZE
-    block: "BlockWeights | None" = None  # whose kernel unpacks this layer, too
 
     def __init__(self, packed: Packed, bias: mx.array | None = None):
         nn.Module.__init__(self)
@@ -44,7 +40,7 @@ class NativeLinear(nn.QuantizedLinear):
 
     def dense_weight(self) -> mx.array:
         """Ŵ (out, in) in the dtype of the scales."""
-        return unpack(*self.packed_arrays, self.bits, self.group_size)
+        return mx.dequantize(*self.packed_arrays, self.group_size, self.bits)
 
     @property
     def packed_arrays(self) -> tuple[mx.array, mx.array, mx.array]:
@@ -59,39 +55,15 @@ class NativeLinear(nn.QuantizedLinear):
                 self["_dense"] = self.dense_weight()
             weight = self["_dense"]
         else:
-            weight = self.dense_weight() if self.block is None else self.block.take(self)
+            weight = self.dense_weight()
         return mx.addmm(self["bias"], x, weight.T) if "bias" in self else x @ weight.T
 
     def _quantized_product(self, x: mx.array) -> mx.array:
         announce()
-        if self.block is not None:
-            self.block.let_go(self)
         rows = x.reshape(-1, x.shape[-1])
         y = mx.quantized_matmul(rows, *self.packed_arrays, transpose=True, group_size=self.group_size, bits=self.bits)
         y = y + self["bias"] if "bias" in self else y
         return y.reshape(*x.shape[:-1], y.shape[-1])
-
-
-class BlockWeights:
-    """Dense weights of a block's layers, unpacked by one kernel when the first is asked for: a launch costs as much as its work.
-
-    All layers have the same bits, group size and dtype. Each takes its own once; the block's dense weights live no longer.
-    """
-
-    def __init__(self, layers: Sequence[NativeLinear]):
-        self.layers = layers
-        self._ready: dict[int, mx.array] = {}
-
-    def take(self, layer: NativeLinear) -> mx.array:
-        """Ŵ (out, in) of one of the layers."""
-        if id(layer) not in self._ready:
-            found = unpack_together([each.packed_arrays for each in self.layers], layer.bits, layer.group_size)
-            self._ready = dict(zip(map(id, self.layers), found, strict=True))
-        return self._ready.pop(id(layer))
-
-    def let_go(self, layer: NativeLinear) -> None:
-        """The layer needs no dense weight in this pass."""
-        self._ready.pop(id(layer), None)
 
 
 class NativeEmbedding(nn.QuantizedEmbedding):
@@ -106,7 +78,7 @@ class NativeEmbedding(nn.QuantizedEmbedding):
     @property
     def weight(self) -> mx.array:
         """The table (rows, channels) in the dtype of the scales."""
-        return unpack(self["weight"], self["scales"], self["biases"], self.bits, self.group_size)
+        return mx.dequantize(self["weight"], self["scales"], self["biases"], self.group_size, self.bits)
 
 
 def native_module(module: nn.Module, packed: Packed) -> nn.Module:
@@ -161,24 +133,13 @@ def resolve(way: str, bytes_of_dense: int) -> str:
 
 
 def get_ready(model: nn.Module) -> None:
-    """On CUDA: let one kernel unpack a block's layers, and compile it now, with a word about it."""
-    if mx.default_device() == mx.Device(mx.cpu) or mx.metal.is_available():
+    """On a GPU, compile what unpacks this model's weights, with a word about it."""
+    if mx.default_device() == mx.Device(mx.cpu):
         return
-    kinds: dict[tuple, list[NativeLinear]] = {}
-    for block in model_blocks(model).values():
-        for module in (layer.module for layer in block.layers):
-            if isinstance(module, NativeLinear) and module.way in (AUTO, DEQUANTIZE):
-                kind = (block.name, module.bits, module.group_size, module["scales"].dtype)
-                kinds.setdefault(kind, []).append(module)
+    kinds = {(m.bits, m.group_size): m for m in model.modules() if isinstance(m, NativeLinear)}
     if kinds:
         announce()
-    for (_, bits, group_size, dtype), layers in kinds.items():
-        if not kernel_is_exact(bits, group_size, dtype):
-            continue
-        shared = BlockWeights(layers)
-        for layer in layers:
-            layer.block = shared
-        mx.eval(unpack_together([layer.packed_arrays for layer in layers], bits, group_size))
+        mx.eval([module.dense_weight() for module in kinds.values()])
 
 
 @functools.cache
