@@ -68,6 +68,7 @@ def run(
     from w4a8.model.original import open_transformer
     from w4a8.model.runs import check_fingerprint, describe_run_model
     from w4a8.quantized.export import (
+        HUB_4BIT_MODEL,
         Export,
         check_output,
         estimated_seconds,
@@ -107,7 +108,7 @@ def run(
         else:
             quantization = pack_transformer(mmdit, variant.weights, bar)
             written = write_folder(paths, export, mmdit, quantization, complete)
-            if all_linears:
+            if all_linears and info.version == HUB_4BIT_MODEL:
                 write_hub_file(paths, export, mmdit)
     click.echo(f"wrote {written}")
     if layout == "mlx":

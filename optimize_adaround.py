@@ -112,9 +112,11 @@ def run(
     from calibration_store.manifest import read_manifest
     from calibration_store.stage_folder import StageFolder
     from calibration_store.weights import WEIGHTS_PLAN, write_weights_metadata
+    from w4a8.model.layers import model_layers
     from w4a8.model.loading import TRANSFORMER
     from w4a8.model.runs import load_run_pipeline
     from w4a8.parallel import run_cpu_streams_side_by_side
+    from w4a8.quantized.model import refuse_packed
     from w4a8.report.tables import print_losses
     from w4a8.rounding.checkpoint import LEARNING_RATES, Checkpoint
     from w4a8.rounding.jobs import Rounding, choose_unit, estimate, kept_after_interrupt, run_job
@@ -130,6 +132,7 @@ def run(
     run_cpu_streams_side_by_side()
     with folder.held(dry_run):
         mmdit = load_run_pipeline(manifest, {TRANSFORMER: "float32"}, model, local_checkpoint).mmdit
+        refuse_packed(model_layers(mmdit))
         unit, blocks = choose_unit(mmdit, cache["block_names"], blocks, unit, settings.group_size)
         rounding = Rounding(mmdit, paths, cache, settings, unit, blocks)
         plan, jobs = rounding.plan, rounding.jobs

@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from w4a8.model.catalog import BUNDLED_FOLDER
-from w4a8.model.diffusionkit import MMDiT, MMDiTConfig, VAEDecoder, VAEEncoder
+from w4a8.model.diffusionkit import HUB_MMDIT_FILES, MMDiT, MMDiTConfig, VAEDecoder, VAEEncoder
 from w4a8.model.original import CHECKPOINT_PREFIX, checkpoint_key
 
 SD3_MEDIUM = "argmaxinc/mlx-stable-diffusion-3-medium"
@@ -139,11 +139,18 @@ def whole_vocabulary(vocabulary: dict[str, int]) -> dict[str, int]:
     return {token: index for index, token in enumerate([*tokens, "<|endoftext|>"])}
 
 
+def write_checkpoint(hf_home: Path, config: MMDiTConfig, repository: str) -> Path:
+    """Write a repository's transformer and VAE, with what DiffusionKit asks for beside them; returns the file's path."""
+    snapshot = hub_folder(hf_home, repository)
+    (snapshot / "config.json").write_text("{}")
+    checkpoint = snapshot / HUB_MMDIT_FILES[repository][repository]
+    mx.save_safetensors(str(checkpoint), random_checkpoint(config))
+    return checkpoint
+
+
 def write_hub_cache(hf_home: Path, config: MMDiTConfig, clip_widths: tuple[int, int] = (768, 1280)) -> Path:
     """Write everything that loading SD3-Medium without T5 asks the hub for; returns the checkpoint's path."""
-    snapshot = hub_folder(hf_home, SD3_MEDIUM)
-    (snapshot / "config.json").write_text("{}")
-    mx.save_safetensors(str(snapshot / "sd3_medium.safetensors"), random_checkpoint(config))
+    checkpoint = write_checkpoint(hf_home, config, SD3_MEDIUM)
     encoders = hub_folder(hf_home, TEXT_ENCODERS)
     vocabulary = whole_vocabulary(json.loads((BUNDLED_FOLDER / "vocab.json").read_text(encoding="utf-8")))
     for seed, (part, width) in enumerate(zip(("clip_l", "clip_g"), clip_widths, strict=True)):
@@ -155,4 +162,4 @@ def write_hub_cache(hf_home: Path, config: MMDiTConfig, clip_widths: tuple[int, 
         tokenizer.mkdir(exist_ok=True)
         (tokenizer / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
         shutil.copy(BUNDLED_FOLDER / "merges.txt", tokenizer / "merges.txt")
-    return snapshot / "sd3_medium.safetensors"
+    return checkpoint

@@ -1,21 +1,35 @@
-"""Run by test_hub.py in a process of its own: stage 1 over a hub cache whose SD3-Medium is tiny."""
+"""Run by test_hub.py in a process of its own: scripts, one after the other, over a hub cache whose models are tiny.
+
+hub_driver.py write HF_HOME
+hub_driver.py SCRIPT [ARGUMENT]... [then SCRIPT [ARGUMENT]...]...    a command line, or a function of SCRIPTS
+"""
 
 import w4a8  # noqa: F401  (before MLX)
 
 # isort: split
 import dataclasses
+import importlib
+import itertools
 import json
-import runpy
 import sys
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from benchmarks.hub_cache import SD3_MEDIUM, TEXT_ENCODERS, hub_folder, write_hub_cache
-from w4a8.model.diffusionkit import HUB_MMDIT_CONFIGS
+from benchmarks.hub_cache import SD3_MEDIUM, TEXT_ENCODERS, hub_folder, write_checkpoint, write_hub_cache
+from w4a8.model.diffusionkit import HUB_MMDIT_CONFIGS, model_io
+from w4a8.model.layers import model_layers
+from w4a8.model.loading import diffusionkit_pipeline
+from w4a8.quantized.native import NativeLinear
 
-TINY = dataclasses.replace(HUB_MMDIT_CONFIGS[SD3_MEDIUM], depth_multimodal=2, num_heads=2, max_latent_resolution=64)
+LARGE = "argmaxinc/mlx-stable-diffusion-3.5-large"
+LARGE_4BIT = f"{LARGE}-4bit-quantized"
+SIZE = {"depth_multimodal": 2, "num_heads": 2, "max_latent_resolution": 64}
+for key in (SD3_MEDIUM, LARGE, LARGE_4BIT):
+    HUB_MMDIT_CONFIGS[key] = dataclasses.replace(HUB_MMDIT_CONFIGS[key], **SIZE)
 
 
 def write_tiny_t5(hf_home):
@@ -61,10 +75,55 @@ def write_tiny_t5(hf_home):
     mx.save_safetensors(str(ours / "t5" / "t5xxl.safetensors"), weights)
 
 
+def denoise(folder, prompt, seed, output):
+    """Two samplings of one step by DiffusionKit's own pipeline around an exported transformer."""
+    options = {"w16": False, "a16": False, "use_t5": False, "low_memory_mode": False, "shift": 3.0}
+    pipeline = diffusionkit_pipeline(folder, **options)
+    native = [isinstance(layer.module, NativeLinear) for layer in model_layers(pipeline.mmdit).values()]
+    text = pipeline.encode_text(prompt, 5.0, "")
+    found = [
+        pipeline.latent_format.process_in(pipeline.denoise_latents(*text, 1, 5.0, (8, 8), int(seed))[0])
+        for _ in range(2)
+    ]
+    np.savez(output, native=native, latents=np.stack([np.array(latent) for latent in found]))
+
+
+def load_hub_file(path, output):
+    """What DiffusionKit's loaders of its 4-bit SD3.5-large make of a file."""
+    model_io.LOCAl_SD3_CKPT = path
+    mmdit = model_io.load_mmdit(key=LARGE_4BIT, float16=True, model_key=LARGE_4BIT, low_memory_mode=False)
+    decoder = model_io.load_vae_decoder(key=LARGE_4BIT, float16=True)
+    model_io.load_vae_encoder(key=LARGE_4BIT, float16=True)
+    mx.save_safetensors(output, dict(tree_flatten(mmdit.parameters())))
+    model_io.LOCAl_SD3_CKPT = None
+    original = model_io.load_vae_decoder(key=LARGE, float16=True)
+    for (name, array), (_, expected) in zip(
+        tree_flatten(decoder.parameters()), tree_flatten(original.parameters()), strict=True
+    ):
+        assert mx.array_equal(array, expected), name
+
+
+SCRIPTS = {"denoise": denoise, "load_hub_file": load_hub_file}
+
+
+def run(script, *arguments):
+    if script in SCRIPTS:
+        SCRIPTS[script](*arguments)
+        return
+    try:
+        importlib.import_module(script).main(list(arguments))
+    except SystemExit as end:
+        if end.code:
+            raise
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "write":
-        write_hub_cache(Path(sys.argv[2]), TINY)
+        write_hub_cache(Path(sys.argv[2]), HUB_MMDIT_CONFIGS[SD3_MEDIUM])
+        write_checkpoint(Path(sys.argv[2]), HUB_MMDIT_CONFIGS[LARGE], LARGE)
+        (hub_folder(Path(sys.argv[2]), LARGE_4BIT) / "config.json").write_text("{}")
         write_tiny_t5(Path(sys.argv[2]))
     else:
-        HUB_MMDIT_CONFIGS[SD3_MEDIUM] = TINY
-        runpy.run_module("generate_calibration_data", run_name="__main__")
+        for is_then, words in itertools.groupby(sys.argv[1:], lambda word: word == "then"):
+            if not is_then:
+                run(*words)

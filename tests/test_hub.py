@@ -6,9 +6,17 @@ import shutil
 import subprocess
 import sys
 
+import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, invoke
+from finished_run import one_line
+from PIL import Image
+
+STAGE_1, STAGE_5 = "generate_calibration_data", "export_quantized_model"
+MEDIUM, LARGE = "argmaxinc/mlx-stable-diffusion-3-medium", "argmaxinc/mlx-stable-diffusion-3.5-large"
+QUICK = ("--num-images", 1, "--num-steps", 1, "--latent-size", 8, 8, "--no-t5", "--no-images")
+DRAW = ("a red rocket", "--num-steps", 1, "--latent-size", 8, 8, "--no-t5", "--seed", 3)
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +34,7 @@ def environment(home):
 
 
 def run(home, *arguments):
+    """Scripts in a process of their own: `script, *arguments, "then", script, …`."""
     command = [sys.executable, "tests/hub_driver.py", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=environment(home), capture_output=True, text=True, check=False)
 
@@ -34,7 +43,7 @@ def test_the_default_model_from_a_hub_cache(hub, tmp_path):
     arguments = ["--no-t5", "--num-images", 1, "--num-steps", 2, "--latent-size", 8, 8, "--calib-dir", tmp_path / "a"]
     arguments += ["--prompts", tmp_path / "prompts.txt"]
     (tmp_path / "prompts.txt").write_text("a red rocket\n")
-    done = run(hub, *arguments)
+    done = run(hub, STAGE_1, *arguments)
     assert done.returncode == 0, done.stderr
     manifest = json.loads((tmp_path / "a/manifest.json").read_bytes())
     assert manifest["model_version"] == "argmaxinc/mlx-stable-diffusion-3-medium"
@@ -45,12 +54,15 @@ def test_the_default_model_from_a_hub_cache(hub, tmp_path):
 
     # the same file as --local-checkpoint: the same latents; a broken one: one line
     checkpoint = next(hub.rglob("sd3_medium.safetensors"))
-    done = run(hub, *arguments[:-4], "--calib-dir", tmp_path / "b", *arguments[-2:], "--local-checkpoint", checkpoint)
+    done = run(
+        hub, STAGE_1, *arguments[:-4], "--calib-dir", tmp_path / "b", *arguments[-2:], "--local-checkpoint", checkpoint
+    )
     assert done.returncode == 0, done.stderr
     assert np.array_equal(np.load(tmp_path / "b/samples/0000_002.npz")["x"], x)
     (tmp_path / "broken.safetensors").write_bytes(b"no weights")
     done = run(
         hub,
+        STAGE_1,
         *arguments[:-4],
         "--calib-dir",
         tmp_path / "c",
@@ -66,15 +78,101 @@ def test_the_default_model_from_a_hub_cache(hub, tmp_path):
 def test_t5_is_on_by_default_and_missing_files_are_one_line(hub, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red rocket\n")
     arguments = ["--num-images", 2, "--num-steps", 2, "--latent-size", 8, 8, "--prompts", tmp_path / "prompts.txt"]
-    done = run(hub, *arguments, "--calib-dir", tmp_path / "a")
+    done = run(hub, STAGE_1, *arguments, "--calib-dir", tmp_path / "a")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "a/manifest.json").read_bytes())["use_t5"] is True
-    without = run(hub, *arguments, "--calib-dir", tmp_path / "b", "--no-t5")
+    without = run(hub, STAGE_1, *arguments, "--calib-dir", tmp_path / "b", "--no-t5")
     assert without.returncode == 0, without.stderr
     with_t5, without_t5 = (np.load(tmp_path / name / "samples/0001_002.npz")["x"] for name in "ab")
     assert np.isfinite(with_t5).all() and not np.array_equal(with_t5, without_t5)
 
     next(hub.rglob("t5xxl.safetensors")).unlink()
-    done = run(hub, *arguments, "--calib-dir", tmp_path / "c")
+    done = run(hub, STAGE_1, *arguments, "--calib-dir", tmp_path / "c")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and "hf auth login" in done.stderr
+
+
+# --- exports ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exported(hub, tmp_path_factory):
+    """A folder with run/ of stage 1, its export based/ (adaLN at 8 bits), and the same with everything: complete/."""
+    folder = tmp_path_factory.mktemp("exported")
+    (folder / "prompts.txt").write_text("a red rocket\n")
+    where = ("--calib-dir", folder / "run")
+    export = ("then", STAGE_5, *where, "--weights", "w4-rtn", "--rest-bits", 8, "--output")
+    done = run(
+        hub,
+        *(STAGE_1, "--prompts", folder / "prompts.txt", *QUICK, *where),
+        *(*export, folder / "based"),
+        *(*export, folder / "complete", "--complete"),
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def files_of(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_an_export_names_the_hub_model_or_holds_all_of_it(exported):
+    config, complete = (json.loads((exported / name / "config.json").read_bytes()) for name in ("based", "complete"))
+    assert files_of(exported / "based") == ["config.json", "mmdit.safetensors"]
+    assert config["base_model"] == MEDIUM and "clip_l" not in config
+    weights = ["clip_g.safetensors", "clip_l.safetensors", "decoder.safetensors", "mmdit.safetensors"]
+    assert files_of(exported / "complete") == sorted([*weights, "config.json", "merges.txt", "vocab.json"])
+    assert "base_model" not in complete and complete["quantization"] == config["quantization"]
+    assert complete["mmdit"]["hidden_size"] == 128 and complete["default_cfg_weight"] == 5.0
+    assert config["export"]["model_version"] == MEDIUM == complete["export"]["model_version"]
+    mmdit = [(exported / name / "mmdit.safetensors").read_bytes() for name in ("based", "complete")]
+    assert mmdit[0] == mmdit[1]
+
+
+def test_an_export_is_a_model_beside_the_hub_or_without_it(hub, exported, tmp_path):
+    """Stage 1 and draw_images.py take what the folder lacks from the hub's cache; DiffusionKit's own pipeline draws the same."""
+    seed = json.loads((exported / "run/manifest.json").read_bytes())["images"][0]["seed"]
+    done = run(
+        hub,
+        *(STAGE_1, "--model", exported / "based", "--prompts", exported / "prompts.txt", *QUICK),
+        *("--calib-dir", tmp_path / "run", "then", "draw_images", *DRAW, "--model", exported / "based"),
+        *("--output", tmp_path / "based", "then", "denoise", exported / "based", "a red rocket", seed),
+        tmp_path / "latents.npz",
+    )
+    assert done.returncode == 0, done.stderr
+    original, x = (np.load(folder / "run/samples/0000_001.npz")["x"] for folder in (exported, tmp_path))
+    assert np.isfinite(x).all() and not np.array_equal(original, x)
+    found = np.load(tmp_path / "latents.npz")
+    assert found["native"].all() and len(found["native"]) == 21
+    assert np.array_equal(found["latents"][0], found["latents"][1])  # adaLN is unloaded, and read again
+    np.testing.assert_allclose(found["latents"][0], x, atol=1e-4)
+    done = invoke("draw_images", *DRAW, "--model", exported / "complete", "--output", tmp_path / "complete")
+    assert done.exit_code == 0, done.output
+    pictures = [np.asarray(Image.open(tmp_path / name / "0000.png")) for name in ("based", "complete")]
+    assert pictures[0].shape == (64, 64, 3) and np.array_equal(*pictures)
+
+
+def test_a_base_that_is_not_known_is_one_line(exported, tmp_path):
+    shutil.copytree(exported / "based", tmp_path / "based")
+    config = json.loads((tmp_path / "based/config.json").read_bytes())
+    (tmp_path / "based/config.json").write_text(json.dumps(config | {"base_model": "somebody/else"}))
+    done = invoke("draw_images", *DRAW, "--model", tmp_path / "based", "--output", tmp_path / "out")
+    one_line(done, "base_model somebody/else is none of")
+
+
+def test_every_linear_layer_in_the_layout_of_diffusionkits_4_bit_file(hub, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red rocket\n")
+    where = ("--calib-dir", tmp_path / "run")
+    name = tmp_path / "run/quantized_model/sd3.5_large_4bit_quantized.safetensors"
+    done = run(
+        hub,
+        *(STAGE_1, "--model", LARGE, "--prompts", tmp_path / "prompts.txt", *QUICK, *where),
+        *("then", STAGE_5, *where, "--weights", "w4-rtn", "--all-linears"),
+        *("then", "load_hub_file", name, tmp_path / "loaded.safetensors"),
+    )
+    assert done.returncode == 0, done.stderr
+    loaded = mx.load(str(tmp_path / "loaded.safetensors"))
+    exported = mx.load(str(tmp_path / "run/quantized_model/mmdit.safetensors"))
+    assert loaded.keys() == exported.keys() and any("qk_norm" in key for key in loaded)
+    assert all(mx.array_equal(loaded[key], exported[key]).item() for key in loaded)
+    assert sum(array.dtype == mx.uint32 for array in loaded.values()) == 21 + 11

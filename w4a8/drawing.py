@@ -1,6 +1,7 @@
 """draw_images.py: prompts to pictures, from any model, and two models side by side."""
 
 import contextlib
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from calibration_store.errors import OptionError
 from calibration_store.files import write_png
 from calibration_store.layout import DrawingPaths, QuantizedModelPaths
 from calibration_store.pictures import drawing_chunks
-from calibration_store.quantized_model import read_activations
+from calibration_store.quantized_model import EXPORT, read_activations
 from w4a8.cli.progress import ProgressBar
 from w4a8.evaluation.metrics import image_metrics
 from w4a8.evaluation.sampling import quantized_steps
@@ -79,9 +80,12 @@ def load_model(info: ModelInfo, plan: Plan, activations: bool) -> tuple[Pipeline
     mx.reset_peak_memory()
     rule = None
     if activations:
-        if info.folder is None:
-            raise OptionError(f"--activations: {info.version} is no exported folder; its inputs are not quantized")
-        rule = rule_of_export(read_activations(info.folder), QuantizedModelPaths(info.folder).activations)
+        ranges = None if info.folder is None else QuantizedModelPaths(info.folder).activations
+        if ranges is None or not os.path.lexists(ranges):
+            raise OptionError(
+                f"--activations: {info.version} has no activations.json, which stage 5 writes: {EXPORT} --activations a8"
+            )
+        rule = rule_of_export(read_activations(info.folder), ranges)
     use_t5 = info.use_t5 if plan.use_t5 is None else plan.use_t5
     pipeline = load_pipeline(info, whole_model(plan.dtype), use_t5)
     if rule is not None:

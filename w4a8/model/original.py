@@ -52,10 +52,12 @@ def checkpoint_key(name: str) -> str:
 def open_transformer(info: ModelInfo, local_checkpoint: Path | None) -> MMDiT:
     """The transformer with weights that are read when they are asked for, in the precision of their file.
 
-    Raises ModelError when the file is not there, or is not of this model.
+    Raises ModelError when the file is not there, is not of this model, or packed already.
     """
     if info.folder is not None:
         config = read_model_config(info.folder)
+        if "quantization" in config:
+            raise ModelError(f"{info.version}: its weights are packed already; quantize the original model's")
         path = weight_file(info.folder, "mmdit")
         model = MMDiT(transformer_config(info.folder, config, mx.float16))
     else:

@@ -19,6 +19,7 @@ from calibration_store.configs import read_config
 from calibration_store.errors import OptionError, StoreError
 from calibration_store.layout import ActivationPaths
 from calibration_store.names import is_post_gelu
+from calibration_store.quantized_model import EXPORT
 from hooks import hooked_layers
 from w4a8.model.layers import Layer
 from w4a8.quantized.differentiable import fake_quantize
@@ -228,6 +229,11 @@ class Learned(ActivationRule):
     def check(self, variant: str, layers: Mapping[str, Layer]) -> None:
         if self._stored is not None:
             self._stored.check(variant, layers)
+        check_coverage(variant, "its ranges", set(self.ranges), layers)
+        for name, shift in self.shifts.items():
+            if shift.shape != layers[name].shape[1:]:  # one value would broadcast
+                width = layers[name].shape[1]
+                raise StoreError(f"{variant}: {name}: {shift.size} values of shift for {width} channels; {self.remedy}")
 
     def at(self, sigma: float = 0.0, rows_per_image: int = 1) -> Quantize:
         def quantize(name: str, x: mx.array) -> mx.array:
@@ -342,7 +348,9 @@ def rule_of_export(content: Mapping[str, Any], path: Path) -> ActivationRule:
     if content["rule"] == STATIC:
         layers = content["layers"]
         shifts = {name: mx.array(shift_of(entry)["shift"]) for name, entry in layers.items() if "shift" in entry}
-        return Learned({name: entry["clipping_range"] for name, entry in layers.items()}, shifts, bits)
+        learned = Learned({name: entry["clipping_range"] for name, entry in layers.items()}, shifts, bits)
+        learned.remedy = f"run {EXPORT} with --force"
+        return learned
     entries = {
         content["sigma_map"][key]: {
             name: {"bits": bits, "clipping_range": entry["clipping_range"]} | shift_of(entry)
@@ -350,4 +358,6 @@ def rule_of_export(content: Mapping[str, Any], path: Path) -> ActivationRule:
         }
         for key, layers in content["per_timestep"].items()
     }
-    return StaticByStep(entries, path, {})
+    by_step = StaticByStep(entries, path, {})
+    by_step.remedy = f"run {EXPORT} with --force"
+    return by_step

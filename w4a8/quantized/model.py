@@ -142,6 +142,13 @@ def check_coverage(variant: str, where: str, names: set[str], layers: Mapping[st
         )
 
 
+def refuse_packed(layers: Mapping[str, Layer]) -> None:
+    """Raise OptionError for a model that is quantized already."""
+    packed = [name for name, layer in layers.items() if layer.is_packed]
+    if packed:
+        raise OptionError(f"{packed[0]}: the model's weights are packed already; quantize the original model's")
+
+
 @dataclass(frozen=True)
 class Place:
     """A module that is to be quantized: its path in the model, and what it becomes."""
@@ -158,9 +165,7 @@ def quantized_places(mmdit: nn.Module, weights: Codes) -> Iterator[Place]:
     Raises OptionError for a model that is quantized already.
     """
     layers = model_layers(mmdit)
-    packed = [name for name, layer in layers.items() if layer.is_packed]
-    if packed:
-        raise OptionError(f"{packed[0]}: the model's weights are packed already; quantize the original model's")
+    refuse_packed(layers)
     modules = {path: module for path, module in mmdit.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))}
     path_of = {id(module): path for path, module in modules.items()}
     in_blocks = {path_of[id(layer.module)] for layer in layers.values()}
