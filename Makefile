@@ -17,9 +17,12 @@ demo: setup
 	$(PY) analyze_activations.py --calib-dir $(DEMO) --plot
 	$(PY) analyze_activations_multitier.py --calib-dir $(DEMO) --plot
 	$(PY) optimize_adaround.py --calib-dir $(DEMO) --iters 80 --resume
+	$(PY) export_quantized_model.py --calib-dir $(DEMO) --force
 	$(PY) evaluate_quantization.py --calib-dir $(DEMO) --num-steps 20 --resume
+	$(PY) draw_images.py "red heart" "police car" "mango" --model $(DEMO)/quantized_model --compare sd3-emoji --num-steps 20 --output $(DEMO)/drawn
 	@echo
-	@echo "Done. Look at $(DEMO)/evaluation/grid.png: original and quantized images side by side, differences x4."
+	@echo "Done. The quantized model is $(DEMO)/quantized_model; $(DEMO)/drawn/compare.png has images of it beside the original's."
+	@echo "Look at $(DEMO)/evaluation/grid.png, too: original and quantized images side by side, differences x4."
 	@echo "Everything else is below $(DEMO)/, and calibration_data/README.md explains every file."
 
 test: setup
