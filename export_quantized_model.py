@@ -94,7 +94,7 @@ def run(
     size = packed_size(mmdit, variant.weights)
     print_export(export, size, layout)
     if dry_run:
-        seconds = estimated_seconds(mmdit, variant.weights)
+        seconds = estimated_seconds(mmdit, variant.weights, size)
         click.echo(f"time: about {cli.format_seconds(seconds)}; memory: {cli.format_bytes(size.peak)} at the peak")
         return
     require_space(paths.root, size.transformer, "give another --output")
