@@ -213,7 +213,7 @@ def test_gate(run, results):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--variants", "w4"], "--variants: 'w4' is not known; there are fp, w4-rtn"),
+        (["--variants", "w4"], "--variants: 'w4' is not known; there are fp, w4-adaround"),
         (["--variants", "w4-rtn+w8-rtn"], "is not known"),
         (["--variants", "w4-adaround-g32"], "is not known"),
         (["--variants", "w4-rtn-g100"], "is not known"),
