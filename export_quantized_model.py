@@ -88,7 +88,7 @@ def run(
     export = Export(info, checkpoint, manifest, variant.name, variant.weights, activations, variant.rule)
     refuse_options(export, layout)
     paths = QuantizedModelPaths(output) if output else QuantizedModelPaths.below(calib_dir)
-    check_output(paths, force)
+    check_output(paths, layout, force)
     mmdit = open_transformer(info, checkpoint)
     variant.check(manifest, manifest["weights_fingerprint"], model_layers(mmdit))
     size = packed_size(mmdit, variant.weights)

@@ -185,7 +185,10 @@ class QuantizedModelPaths:
     def owned_files(self) -> list[Path]:
         """Of an exported model folder; another model's folder has no such files, or a config.json of its own."""
         names = r"config\.json|activations\.json|(mmdit|clip_l|clip_g|decoder)\.safetensors|vocab\.json|merges\.txt|captions\.txt"
-        return matching(self.root, rf"{names}|.+-q4_1\.gguf|sd3\.5_large_4bit_quantized\.safetensors")
+        return matching(self.root, rf"{names}|sd3\.5_large_4bit_quantized\.safetensors")
+
+    def gguf_files(self) -> list[Path]:
+        return matching(self.root, r".+-q4_1\.gguf")
 
 
 class DrawingPaths:

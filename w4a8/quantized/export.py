@@ -149,10 +149,14 @@ def write_folder(
     paths: QuantizedModelPaths, export: Export, mmdit: MMDiT, quantization: dict[str, Any], complete: bool
 ) -> Path:
     """Write an exported model folder, config.json last; an older export is removed first. Returns the folder."""
-    for old in paths.owned_files():
+    info, arrays = export.info, dict(tree_flatten(mmdit.parameters()))
+    for name, array in arrays.items():
+        finite(name, array)
+    for old in sorted(
+        paths.owned_files(), key=lambda path: path != paths.config
+    ):  # config.json first: none without its files
         remove_file(old)
-    info = export.info
-    write_arrays(weight_file(paths.root, "mmdit"), dict(tree_flatten(mmdit.parameters())))
+    write_arrays(weight_file(paths.root, "mmdit"), arrays)
     config: dict[str, Any]
     if info.folder is not None:
         config = read_model_config(info.folder)
@@ -200,16 +204,16 @@ def copy_file(source: Path, target: Path) -> None:
         shutil.copyfileobj(read, file)
 
 
-def check_output(paths: QuantizedModelPaths, force: bool) -> None:
+def check_output(paths: QuantizedModelPaths, layout: str, force: bool) -> None:
     """Raise StoreError where a folder holds an export and --force is not given, or files that are none of ours."""
-    present = {path for path in paths.root.iterdir()} if paths.root.is_dir() else set()
-    owned = set(paths.owned_files())
-    foreign = sorted(path.name for path in present - owned)
+    present = set(paths.root.iterdir()) if paths.root.is_dir() else set()
+    owned, gguf_files = paths.owned_files(), paths.gguf_files()
+    foreign = sorted(path.name for path in present - {*owned, *gguf_files})
     if paths.config in owned and "export" not in read_config_bytes(paths.config):
         foreign.append(paths.config.name)
     if foreign:
         raise StoreError(f"{paths.root}: holds {foreign[0]}, which stage 5 did not write; give another --output")
-    if owned and not force:
+    if (gguf_files if layout == "gguf" else owned) and not force:
         raise StoreError(f"{paths.root}: holds an export; give --force to make it anew, or another --output")
 
 
