@@ -77,7 +77,7 @@ def run(
         infos, wanted, seed, num_steps, cfg_weight, negative_prompt, latent_size, batch_size, use_t5, dtype
     )
     paths = DrawingPaths(output)
-    paths.refuse_foreign_files(len(wanted))
+    paths.refuse_foreign_files(len(wanted), compare is not None)
     drawings: list[Drawing] = []
     with locked_folder(paths.root), cli.interruptible(lambda: f"finished images are kept in {paths.root}", None):
         for info in infos:

@@ -82,13 +82,15 @@ def run(
     from w4a8.report.tables import print_export
 
     manifest = read_manifest(calib_dir)
+    if layout == "gguf" and activations is None:
+        activations = "none"
     variant, activations = export_variant(calib_dir, weights_name, activations, int(rest_bits), all_linears)
     info, checkpoint = describe_run_model(manifest, model, local_checkpoint)
     check_fingerprint(manifest, info, checkpoint)
     export = Export(info, checkpoint, manifest, variant.name, variant.weights, activations, variant.rule)
-    refuse_options(export, layout)
+    refuse_options(export, layout, complete)
     paths = QuantizedModelPaths(output) if output else QuantizedModelPaths.below(calib_dir)
-    check_output(paths, layout, force)
+    check_output(paths, info, layout, force)
     mmdit = open_transformer(info, checkpoint)
     variant.check(manifest, manifest["weights_fingerprint"], model_layers(mmdit))
     size = packed_size(mmdit, variant.weights)
@@ -100,7 +102,10 @@ def run(
     require_space(paths.root, size.transformer, "give another --output")
     with (
         locked_folder(paths.root),
-        cli.interruptible(lambda: f"no export is in {paths.root}", "--force"),
+        cli.interruptible(
+            lambda: f"the export in {paths.root} is " + ("the old one" if paths.config.exists() else "not finished"),
+            "--force",
+        ),
         cli.progress_bar(size.modules, "packing", "layer") as bar,
     ):
         if layout == "gguf":

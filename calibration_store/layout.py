@@ -202,9 +202,11 @@ class DrawingPaths:
         """Image `index`, or that of the model that it is compared with."""
         return self.root / f"{index:04d}{'_compared' if compared else ''}.png"
 
-    def refuse_foreign_files(self, count: int) -> None:
-        """Raise StoreError where one of `count` images would take the place of a file that is not ours."""
-        wanted = [self.image(index, compared) for index in range(count) for compared in (False, True)]
-        for path in [*wanted, self.comparison]:
+    def refuse_foreign_files(self, count: int, compared: bool) -> None:
+        """Raise StoreError where one of `count` images (or what is compared) would take the place of a file that is not ours."""
+        wanted = [
+            self.image(index, other) for index in range(count) for other in ((False, True) if compared else (False,))
+        ]
+        for path in [*wanted, *([self.comparison] if compared else [])]:
             if os.path.lexists(path) and not is_our_picture(path, DRAWN_CHUNK):
                 raise StoreError(f"{path}: not drawn by draw_images.py; move it, or give another --output")

@@ -8,7 +8,7 @@ import orjson
 from msgspec import Meta
 
 from calibration_store.errors import StoreError
-from calibration_store.files import atomic_file
+from calibration_store.files import atomic_file, read_bytes
 from calibration_store.layout import QuantizedModelPaths
 from calibration_store.model_folder import read_model_config
 from calibration_store.names import LayerName
@@ -67,6 +67,15 @@ def write_activations(paths: QuantizedModelPaths, content: Mapping[str, Any]) ->
     """Write activations.json, compact: it holds a number per channel of every post-GELU input and step."""
     with atomic_file(paths.activations) as file:
         file.write(orjson.dumps({"format": ACTIVATIONS_FORMAT, **content}, option=orjson.OPT_SERIALIZE_NUMPY))
+
+
+def is_export(path: Path) -> bool:
+    """Whether a config.json is one that stage 5 wrote, whole or not. Raises StoreError when it cannot be read."""
+    try:
+        found = orjson.loads(read_bytes(path, "give another --output"))
+    except ValueError:
+        return False
+    return isinstance(found, dict) and isinstance(found.get("export"), dict)
 
 
 def read_export(folder: Path) -> dict[str, Any]:

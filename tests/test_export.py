@@ -299,12 +299,16 @@ def test_an_export_of_other_learned_weights_is_no_variant(run, tmp_path):
 def test_other_peoples_files_are_left_alone(run, model, folder, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("mine")
-    before = folder_bytes(tmp_path / "mine"), folder_bytes(model), folder_bytes(folder)
+    (tmp_path / "other").mkdir()  # another model, whose files have the names of an export's
+    (tmp_path / "other/config.json").write_text('{"name": "exported-cat", "export": 1}')
+    (tmp_path / "other/mmdit.safetensors").write_text("weights")
+    before = folder_bytes(tmp_path), folder_bytes(model), folder_bytes(folder)
     for force in ((), ("--force",)):
         one_line(export(run, "--output", tmp_path / "mine", *force), "holds notes.txt, which stage 5 did not write")
-        one_line(export(run, "--output", model, *force), "which stage 5 did not write")
+        one_line(export(run, "--output", model, *force), "is the original model; give another --output")
+        one_line(export(run, "--output", tmp_path / "other", *force), "config.json, which stage 5 did not write")
     one_line(export(run, "--output", folder), "holds an export; give --force")
-    assert before == (folder_bytes(tmp_path / "mine"), folder_bytes(model), folder_bytes(folder))
+    assert before == (folder_bytes(tmp_path), folder_bytes(model), folder_bytes(folder))
 
 
 @pytest.mark.parametrize(

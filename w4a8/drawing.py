@@ -21,7 +21,7 @@ from w4a8.evaluation.sampling import quantized_steps
 from w4a8.generation import check_latent_size
 from w4a8.model.catalog import ModelInfo, default_dtype, model_files
 from w4a8.model.layers import model_layers
-from w4a8.model.loading import Pipeline, load_pipeline, whole_model
+from w4a8.model.loading import Pipeline, check_folder, load_pipeline, whole_model
 from w4a8.model.sampling import decode_latents, euler_steps, initial_noise
 from w4a8.model.text import check_prompts, encode_prompts
 from w4a8.quantized.activation_rules import ActivationRule, rule_of_export
@@ -63,6 +63,7 @@ def plan_drawing(
     latent_size = latent_size or first.latent_size
     for info in infos:
         check_latent_size(info, latent_size)
+        check_folder(info, bool(use_t5), None)
         if info.vae_downscale != first.vae_downscale:
             raise OptionError(f"--compare {info.version}: its images have another size")
     if negative_prompt and cfg_weight <= 1:

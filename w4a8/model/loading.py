@@ -293,8 +293,7 @@ def load_pipeline(
     local_checkpoint replaces the hub's transformer and VAE file, as DiffusionKit's `--local-ckpt` does. instead: what
     else to do when the hub cannot be reached. Raises ModelError when the files cannot be had.
     """
-    if info.folder is not None:
-        _check_folder(info, use_t5, local_checkpoint)
+    check_folder(info, use_t5, local_checkpoint)
     if info.hub_id is None:
         return _load_folder(info, parts)
     if local_checkpoint is not None:
@@ -315,7 +314,10 @@ def load_pipeline(
         raise ModelError(f"cannot load {source}: {' '.join(str(error).split())[:200]}") from None
 
 
-def _check_folder(info: ModelInfo, use_t5: bool, local_checkpoint: Path | None) -> None:
+def check_folder(info: ModelInfo, use_t5: bool, local_checkpoint: Path | None) -> None:
+    """Whether a model folder has its files, and options that go with it. Raises ModelError."""
+    if info.folder is None:
+        return
     if local_checkpoint is not None:
         raise ModelError("--local-checkpoint goes with a hub model; a model folder brings its own weights")
     if use_t5 and info.base is None:
@@ -342,10 +344,10 @@ def diffusionkit_pipeline(folder: str | Path, **options: Any) -> DiffusionPipeli
         raise ModelError(f"{folder}: names no base_model, where DiffusionKit would find text encoders and VAE")
 
     class Exported(DiffusionPipeline):
-        def load_mmdit(self, only_modulation_dict: bool = False) -> list[tuple[str, mx.array]] | None:
-            if only_modulation_dict:
-                return folder_modulation_weights(info.folder, self.dtype)
-            self.mmdit = load_folder_transformer(info.folder, self.dtype)
-            return None
+        folder, load_mmdit = info.folder, FolderPipeline.load_mmdit
 
-    return Exported(model_version=info.base, **options)
+    pipeline = Exported(model_version=info.base, **options)
+    decoder = weight_file(info.folder, "decoder")
+    if decoder.exists():
+        pipeline.decoder = _load_weights(VAEDecoder(), decoder, pipeline.dtype)
+    return pipeline

@@ -10,10 +10,9 @@ import orjson
 from mlx.utils import tree_flatten
 
 from calibration_store.model_folder import check_weight_file, read_model_config, weight_file
-from w4a8.model.catalog import ModelError, ModelInfo
+from w4a8.model.catalog import ModelError, ModelInfo, model_files
 from w4a8.model.diffusionkit import (
     HUB_MMDIT_CONFIGS,
-    HUB_MMDIT_FILES,
     HUB_TEXT_ENCODERS,
     HUB_TEXT_FILES,
     MMDIT_CKPT,
@@ -52,7 +51,7 @@ def checkpoint_key(name: str) -> str:
 def open_transformer(info: ModelInfo, local_checkpoint: Path | None) -> MMDiT:
     """The transformer with weights that are read when they are asked for, in the precision of their file.
 
-    Raises ModelError when the file is not there, is not of this model, or packed already.
+    A hub model is in the local cache: its fingerprint was checked. Raises ModelError when the file is not there, is not of this model, or packed already.
     """
     if info.folder is not None:
         config = read_model_config(info.folder)
@@ -61,7 +60,7 @@ def open_transformer(info: ModelInfo, local_checkpoint: Path | None) -> MMDiT:
         path = weight_file(info.folder, "mmdit")
         model = MMDiT(transformer_config(info.folder, config, mx.float16))
     else:
-        path = local_checkpoint or _hub_file(info, info.version)
+        path = local_checkpoint or model_files(info, use_t5=False)["mmdit"]
         model = MMDiT(dataclasses.replace(HUB_MMDIT_CONFIGS[info.version], low_memory_mode=False))
     check_weight_file(path)
     try:
@@ -74,21 +73,19 @@ def open_transformer(info: ModelInfo, local_checkpoint: Path | None) -> MMDiT:
     return model
 
 
-def _hub_file(info: ModelInfo, part: str) -> Path:
-    repository = MMDIT_CKPT[info.version]
-    try:
-        return Path(hf_hub_download(repository, HUB_MMDIT_FILES[repository][part], local_files_only=True))
-    except LocalEntryNotFoundError:
-        raise ModelError(f"{info.version} is not in the local cache of the hub; run a stage with it first") from None
-
-
-def hub_vae(info: ModelInfo, local_checkpoint: Path | None) -> dict[str, dict[str, mx.array]]:
-    """Parameters of a hub model's VAE, {"decoder", "encoder"}, float16."""
+def hub_decoder(info: ModelInfo, local_checkpoint: Path | None) -> dict[str, mx.array]:
+    """Parameters of a hub model's VAE decoder, float16."""
     pipeline = load_pipeline(info, {DECODER: "float16"}, local_checkpoint=local_checkpoint)
-    encoder = model_io.load_vae_encoder(float16=True, key=MMDIT_CKPT[info.version])
-    return {
-        part: dict(tree_flatten(m.parameters())) for part, m in (("decoder", pipeline.decoder), ("encoder", encoder))
-    }
+    return dict(tree_flatten(pipeline.decoder.parameters()))
+
+
+def hub_encoder(info: ModelInfo, local_checkpoint: Path | None) -> dict[str, mx.array]:
+    """Parameters of a hub model's VAE encoder, float16; after `hub_decoder`, which says where the checkpoint is."""
+    try:
+        encoder = model_io.load_vae_encoder(float16=True, key=MMDIT_CKPT[info.version])
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise ModelError(f"{local_checkpoint or info.version}: has no VAE encoder that can be read ({error})") from None
+    return dict(tree_flatten(encoder.parameters()))
 
 
 def hub_text_encoders(info: ModelInfo) -> dict[str, nn.Module]:
@@ -98,7 +95,11 @@ def hub_text_encoders(info: ModelInfo) -> dict[str, nn.Module]:
 
 
 def _text_file(name: str) -> Path:
-    return Path(hf_hub_download(HUB_TEXT_ENCODERS, HUB_TEXT_FILES[HUB_TEXT_ENCODERS][name]))
+    file = HUB_TEXT_FILES[HUB_TEXT_ENCODERS][name]
+    try:
+        return Path(hf_hub_download(HUB_TEXT_ENCODERS, file, local_files_only=True))
+    except LocalEntryNotFoundError:
+        raise ModelError(f"{file} of {HUB_TEXT_ENCODERS} is not in the local cache of the hub") from None
 
 
 def hub_tokenizer() -> list[Path]:

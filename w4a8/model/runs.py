@@ -62,7 +62,12 @@ def load_run_pipeline(
 
 def check_fingerprint(manifest: dict[str, Any], info: ModelInfo, checkpoint: Path | None) -> None:
     """Raise ModelError when the model's weights are not those that the calibration run was made with."""
-    if model_fingerprint(info, manifest["use_t5"], checkpoint) != manifest["weights_fingerprint"]:
+    found = model_fingerprint(info, manifest["use_t5"], checkpoint)
+    if found is None:
+        raise ModelError(
+            f"{info.hub_id}: not in the local cache of the Hugging Face hub; run generate_calibration_data.py --dry-run to fetch it"
+        )
+    if found != manifest["weights_fingerprint"]:
         raise ModelError(
             f"{checkpoint or info.version}: its weights are not those that the calibration run was made with "
             f"({manifest['model_version']}); --model names the right ones, or run generate_calibration_data.py with --force"

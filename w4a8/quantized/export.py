@@ -22,15 +22,23 @@ from calibration_store.model_folder import (
     weight_file,
     weights_fingerprint,
 )
-from calibration_store.quantized_model import EXPORT_FORMAT, write_activations
+from calibration_store.quantized_model import EXPORT_FORMAT, is_export, write_activations
 from w4a8.cli.progress import ProgressBar
 from w4a8.model.catalog import ModelInfo
 from w4a8.model.diffusionkit import MMDiT
 from w4a8.model.layers import model_layers
-from w4a8.model.original import CHECKPOINT_PREFIX, complete_hub_config, hub_text_encoders, hub_tokenizer, hub_vae
+from w4a8.model.original import (
+    CHECKPOINT_PREFIX,
+    complete_hub_config,
+    hub_decoder,
+    hub_encoder,
+    hub_text_encoders,
+    hub_tokenizer,
+)
 from w4a8.quantized.activation_rules import ActivationRule
 from w4a8.quantized.exported import file_digest
-from w4a8.quantized.model import Codes, StoredWeights, quantized_places
+from w4a8.quantized.layer import packed_group
+from w4a8.quantized.model import GROUPS_OF_THE_REST, Codes, StoredWeights, quantized_places
 from w4a8.quantized.native import native_module
 
 HUB_4BIT_MODEL = "argmaxinc/mlx-stable-diffusion-3.5-large"  # of which DiffusionKit has a 4-bit file
@@ -88,23 +96,24 @@ class Size:
 def packed_size(mmdit: nn.Module, weights: Codes) -> Size:
     """What packing this model gives, from shapes alone."""
     layers = {id(layer.module) for layer in model_layers(mmdit).values()}
-    quantized = dense = modules = other = largest = 0
+    quantized = dense = modules = other = other_float16 = largest = 0
     for path, module in mmdit.named_modules():
         for key, array in module.items():
             if not isinstance(array, mx.array) or key.startswith("_"):
                 continue
-            in_block, bits, group = id(module) in layers, weights.bits, weights.group_size or 128
-            if not in_block:
+            bits, group = weights.bits, weights.group_size
+            if id(module) not in layers:
                 held = weights.rest is not None and weights.rest.holds(path, module)
-                bits, group = (weights.rest.bits, 64) if held else (0, 0)
+                bits, group = (weights.rest.bits, GROUPS_OF_THE_REST) if held else (0, 0)
             if key == "weight" and bits and isinstance(module, (nn.Linear, nn.Embedding)):
-                quantized += array.size * bits // 8 + 4 * array.size // group
+                quantized += array.size * bits // 8 + 4 * array.size // packed_group(array.shape[1], group)
                 dense += 2 * array.size
                 modules += 1
                 largest = max(largest, array.size)
             else:
-                other += 2 * array.size
-    return Size(quantized, dense, modules, quantized + other, dense + other, largest)
+                other += array.nbytes
+                other_float16 += 2 * array.size
+    return Size(quantized, dense, modules, quantized + other, dense + other_float16, largest)
 
 
 def pack_transformer(mmdit: MMDiT, weights: Codes, bar: ProgressBar) -> dict[str, Any]:
@@ -138,45 +147,45 @@ def finite(name: str, array: Any) -> Any:
 
 
 def write_arrays(path: Path, arrays: Arrays) -> None:
-    """Write a safetensors file atomically. Raises StoreError for values that are not finite."""
-    for name, array in arrays.items():
-        finite(name, array)
+    """Write a safetensors file atomically."""
     with atomic_file(path) as file:
         mx.save_safetensors(file, arrays, {"format": "mlx"})
+
+
+def rest_of_model(export: Export, complete: bool) -> tuple[dict[str, Arrays], list[Path], dict[str, Any]]:
+    """What an exported folder holds beside the transformer: arrays by part, files to copy, and its config.json so far."""
+    info = export.info
+    if info.folder is not None:
+        captions = captions_file(info.folder)
+        files = [path for role, path in folder_files(info.folder).items() if role not in ("mmdit", "config.json")]
+        return {}, files + ([captions] if captions else []), read_model_config(info.folder)
+    config: dict[str, Any] = {"name": info.version.rpartition("/")[2], "base_model": info.version}
+    if not complete and export.local_checkpoint is None:
+        return {}, [], config
+    parts = {"decoder": hub_decoder(info, export.local_checkpoint)}  # a local checkpoint's is not the hub's
+    if not complete:
+        return parts, [], config
+    encoders = {part: dict(tree_flatten(module.parameters())) for part, module in hub_text_encoders(info).items()}
+    return parts | encoders, hub_tokenizer(), complete_hub_config(info)
 
 
 def write_folder(
     paths: QuantizedModelPaths, export: Export, mmdit: MMDiT, quantization: dict[str, Any], complete: bool
 ) -> Path:
     """Write an exported model folder, config.json last; an older export is removed first. Returns the folder."""
-    info, arrays = export.info, dict(tree_flatten(mmdit.parameters()))
-    for name, array in arrays.items():
-        finite(name, array)
+    parts, copied, config = rest_of_model(export, complete)
+    parts = {"mmdit": dict(tree_flatten(mmdit.parameters())), **parts}
+    for arrays in parts.values():
+        for name, array in arrays.items():
+            finite(name, array)
     for old in sorted(
         paths.owned_files(), key=lambda path: path != paths.config
     ):  # config.json first: none without its files
         remove_file(old)
-    write_arrays(weight_file(paths.root, "mmdit"), arrays)
-    config: dict[str, Any]
-    if info.folder is not None:
-        config = read_model_config(info.folder)
-        for role, path in folder_files(info.folder).items():
-            if role not in ("mmdit", paths.config.name):
-                copy_file(path, paths.root / path.name)
-        captions = captions_file(info.folder)
-        if captions is not None:
-            copy_file(captions, paths.root / captions.name)
-    elif complete:
-        config = complete_hub_config(info)
-        for part, module in hub_text_encoders(info).items():
-            write_arrays(weight_file(paths.root, part), dict(tree_flatten(module.parameters())))
-        for path in hub_tokenizer():
-            copy_file(path, paths.root / path.name)
-        write_arrays(weight_file(paths.root, "decoder"), hub_vae(info, export.local_checkpoint)["decoder"])
-    else:
-        config = {"name": info.version.rpartition("/")[2], "base_model": info.version}
-        if export.local_checkpoint is not None:  # whose decoder is not the hub's
-            write_arrays(weight_file(paths.root, "decoder"), hub_vae(info, export.local_checkpoint)["decoder"])
+    for part, arrays in parts.items():
+        write_arrays(weight_file(paths.root, part), arrays)
+    for path in copied:
+        copy_file(path, paths.root / path.name)
     if export.rule is not None:
         write_activations(paths, export.rule.exported())
     written = {
@@ -192,7 +201,9 @@ def write_folder(
 def write_hub_file(paths: QuantizedModelPaths, export: Export, mmdit: MMDiT) -> Path:
     """The same in the layout of DiffusionKit's 4-bit SD3.5-large: every linear layer packed, VAE in the same file."""
     arrays = {CHECKPOINT_PREFIX + name: array for name, array in tree_flatten(mmdit.parameters())}
-    for part, weights in hub_vae(export.info, export.local_checkpoint).items():
+    vae = {"decoder": hub_decoder(export.info, export.local_checkpoint)}
+    vae["encoder"] = hub_encoder(export.info, export.local_checkpoint)
+    for part, weights in vae.items():
         arrays |= {f"first_stage_model.{part}.{name}": array for name, array in weights.items()}
     write_arrays(paths.hub_file(), arrays)
     return paths.hub_file()
@@ -204,21 +215,19 @@ def copy_file(source: Path, target: Path) -> None:
         shutil.copyfileobj(read, file)
 
 
-def check_output(paths: QuantizedModelPaths, layout: str, force: bool) -> None:
+def check_output(paths: QuantizedModelPaths, info: ModelInfo, layout: str, force: bool) -> None:
     """Raise StoreError where a folder holds an export and --force is not given, or files that are none of ours."""
+    if info.folder is not None and info.folder == paths.root.resolve():
+        raise StoreError(f"{paths.root}: is the original model; give another --output")
+    owned, gguf_files = paths.owned_files(), paths.gguf_files()  # raises StoreError for a folder that cannot be read
     present = set(paths.root.iterdir()) if paths.root.is_dir() else set()
-    owned, gguf_files = paths.owned_files(), paths.gguf_files()
-    foreign = sorted(path.name for path in present - {*owned, *gguf_files})
-    if paths.config in owned and "export" not in read_config_bytes(paths.config):
+    foreign = sorted(path.name for path in present - {*owned, *gguf_files} if path.name != ".DS_Store")
+    if paths.config in owned and not is_export(paths.config):
         foreign.append(paths.config.name)
     if foreign:
         raise StoreError(f"{paths.root}: holds {foreign[0]}, which stage 5 did not write; give another --output")
     if (gguf_files if layout == "gguf" else owned) and not force:
         raise StoreError(f"{paths.root}: holds an export; give --force to make it anew, or another --output")
-
-
-def read_config_bytes(path: Path) -> str:
-    return path.read_bytes().decode(errors="replace")
 
 
 def estimated_seconds(mmdit: MMDiT, weights: Codes, size: Size) -> float:
@@ -231,21 +240,26 @@ def estimated_seconds(mmdit: MMDiT, weights: Codes, size: Size) -> float:
     return (time.perf_counter() - begin) * size.quantized_float16 / (2 * second.quantized.codes.size)
 
 
-def refuse_options(export: Export, layout: str) -> None:
-    """What a layout cannot hold. Raises OptionError."""
+def refuse_options(export: Export, layout: str, complete: bool) -> None:
+    """What a layout cannot hold, and options that would change nothing. Raises OptionError."""
     weights, rest = export.weights, export.weights.rest
     if layout == "gguf" and (weights.bits, weights.group_size) != (4, 32):
+        groups = f"groups of {weights.group_size}" if weights.group_size else "a scale per channel"
         raise OptionError(
-            f"--format gguf: Q4_1 has 4 bits and groups of 32, and {export.weights_name} has {weights.bits} bits, groups of "
-            f"{weights.group_size or 'a channel'}; train with optimize_adaround.py --group-size 32"
+            f"--format gguf: Q4_1 has 4 bits and groups of 32, and {export.weights_name} has {weights.bits} bits, {groups}; "
+            "train with optimize_adaround.py --group-size 32"
         )
     if layout == "gguf" and rest is not None:
         raise OptionError(
             "--format gguf: everything beside the blocks' layers stays float16; leave --rest-bits and --all-linears out"
         )
+    if layout == "gguf" and export.activations is not None:
+        raise OptionError("--format gguf: holds no ranges of activations; leave --activations out")
+    if complete and (layout == "gguf" or export.info.folder is not None):
+        raise OptionError("--complete goes with a hub model and --format mlx; the export of a model folder is complete")
+    if export.info.folder is not None and export.local_checkpoint is not None:
+        raise OptionError("--local-checkpoint goes with a hub model; a model folder brings its own weights")
     if rest is not None and rest.all_linears and (weights.bits, weights.group_size) != (4, 64):
         raise OptionError(
             f"--all-linears: DiffusionKit's layout has 4 bits in groups of 64, and {export.weights_name} has not"
         )
-    if export.rule is not None and export.rule.exported() is None:
-        raise OptionError(f"--activations {export.activations}: not a rule that an export can hold")

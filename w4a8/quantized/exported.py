@@ -7,7 +7,7 @@ from pathlib import Path
 
 from calibration_store.errors import StoreError
 from calibration_store.layout import QuantizedModelPaths, WeightPaths
-from calibration_store.model_folder import weight_file
+from calibration_store.model_folder import check_exported
 from calibration_store.quantized_model import EXPORT, read_export
 from w4a8.model.layers import Layer, model_layers
 from w4a8.model.loading import Pipeline, load_folder_transformer
@@ -26,7 +26,7 @@ class ExportedWeights(Weights):
         self.folder, self.config = paths.root, read_export(paths.root)
         note = self.config["export"]
         self.bits, self.group_size, self.way = note["weight_bits"], note["group_size"], PREFERRED[0]
-        self.sources = [paths.config, weight_file(paths.root, "mmdit")]
+        self.sources = [paths.config]  # which notes the fingerprint of the weights
         self.made_from = [(paths.config, note)]
         learned = WeightPaths(calib_dir).metadata
         stale = (
@@ -38,7 +38,8 @@ class ExportedWeights(Weights):
             raise StoreError(f"{paths.config}: exported from other learned weights than {learned}; {self.remedy}")
 
     def check(self, variant: str, layers: Mapping[str, Layer]) -> None:
-        """What it was made from says which model it is of; loading checks the file."""
+        """Whether its files are those that were exported; what it was made from says which model it is of."""
+        check_exported(self.folder, self.config)
 
     @contextmanager
     def in_place(self, pipeline: Pipeline) -> Iterator[None]:

@@ -78,10 +78,8 @@ class QuantizedLayer:
         """As MLX runs it; codes are uint8."""
         scale, minimum = deployed(self.scale, self.zero_point)
         width = self.codes.shape[1]
-        group_size = width // scale.shape[1]
-        if group_size not in PACKED_GROUPS:  # one for a whole channel: its groups repeat it
-            group_size = next(size for size in reversed(PACKED_GROUPS) if width % size == 0)
-            scale, minimum = (np.repeat(array, width // group_size // array.shape[1], 1) for array in (scale, minimum))
+        group_size = packed_group(width, width // scale.shape[1])
+        scale, minimum = (np.repeat(array, width // group_size // array.shape[1], 1) for array in (scale, minimum))
         codes, grid = mx.array(pack_codes(self.codes, bits)), (mx.array(scale), mx.array(minimum))
         return Packed(codes, *(array.astype(mx.float16) for array in grid), bits, group_size)
 
@@ -94,6 +92,15 @@ class QuantizedLayer:
         """Round-to-nearest on a min-max grid, bias as it is."""
         grid = deployed_grid(*min_max_grid(weight, bits, group_size))
         return cls(nearest_codes(weight, *grid, bits), *grid)
+
+
+def packed_group(width: int, group_size: int) -> int:
+    """The group size of a packed layer; one scale for a whole channel (0, or the width) is repeated in MLX's groups."""
+    return (
+        group_size
+        if group_size in PACKED_GROUPS
+        else next(size for size in reversed(PACKED_GROUPS) if width % size == 0)
+    )
 
 
 @dataclass(frozen=True)

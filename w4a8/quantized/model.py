@@ -133,12 +133,12 @@ def check_coverage(variant: str, where: str, names: set[str], layers: Mapping[st
     """Raise StoreError unless the names are those of the model's layers."""
     extra = sorted(names - layers.keys())
     if extra:
-        raise StoreError(f"{variant}: its files have {extra[0]}, which this model has not; leave it out of --variants")
+        raise StoreError(f"{variant}: its files have {extra[0]}, which this model has not")
     missing = [layer for layer in layers if layer not in names]
     if missing:
         raise StoreError(
             f"{variant}: {len(missing)} of {len(layers)} layers are missing ({where}: {missing[0]} …); "
-            "make the files for the whole model, or leave it out of --variants"
+            "make the files for the whole model"
         )
 
 

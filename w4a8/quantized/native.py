@@ -83,22 +83,18 @@ class NativeEmbedding(nn.QuantizedEmbedding):
 
 def native_module(module: nn.Module, packed: Packed) -> nn.Module:
     """The packed form of a linear layer or a table; a linear layer keeps its bias."""
-    return NativeEmbedding(packed) if isinstance(module, nn.Embedding) else NativeLinear(packed, module.get("bias"))
+    table = isinstance(module, (nn.Embedding, nn.QuantizedEmbedding))
+    return NativeEmbedding(packed) if table else NativeLinear(packed, module.get("bias"))
 
 
 def adopt(model: nn.Module, way: str | None = None) -> None:
     """Put native layers in place of MLX's packed ones, and let them compute one way (None: as `prefer` said)."""
 
     def replace(path: str, module: nn.Module) -> nn.Module:
-        kinds = {nn.QuantizedLinear: NativeLinear, nn.QuantizedEmbedding: NativeEmbedding}
-        if type(module) not in kinds:
+        if type(module) not in (nn.QuantizedLinear, nn.QuantizedEmbedding):
             return module
         codes = Packed(module["weight"], module["scales"], module["biases"], module.bits, module.group_size)
-        return (
-            NativeEmbedding(codes)
-            if isinstance(module, nn.QuantizedEmbedding)
-            else NativeLinear(codes, module.get("bias"))
-        )
+        return native_module(module, codes)
 
     model.update_modules(tree_map_with_path(replace, model.leaf_modules(), is_leaf=nn.Module.is_module))
     layers = [module for module in model.modules() if isinstance(module, NativeLinear)]
