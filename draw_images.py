@@ -66,7 +66,7 @@ def run(
     from w4a8.model.catalog import describe_model
     from w4a8.quantized.native import prefer
     from w4a8.report.drawing_sheet import draw_pairs
-    from w4a8.report.tables import print_comparison, print_drawing
+    from w4a8.report.model_tables import print_comparison, print_drawing
 
     wanted = [*prompts, *(read_prompt_file(prompt_file) if prompt_file else [])]
     if not wanted:

@@ -79,7 +79,7 @@ def run(
         write_hub_file,
     )
     from w4a8.quantized.gguf_file import write_gguf
-    from w4a8.report.tables import print_export
+    from w4a8.report.model_tables import print_export
 
     manifest = read_manifest(calib_dir)
     if layout == "gguf" and activations is None:
