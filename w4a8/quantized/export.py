@@ -17,6 +17,7 @@ from calibration_store.files import atomic_file, remove_file, sync_folder, write
 from calibration_store.layout import QuantizedModelPaths
 from calibration_store.model_folder import (
     captions_file,
+    config_file,
     folder_files,
     read_model_config,
     weight_file,
@@ -157,7 +158,11 @@ def rest_of_model(export: Export, complete: bool) -> tuple[dict[str, Arrays], li
     info = export.info
     if info.folder is not None:
         captions = captions_file(info.folder)
-        files = [path for role, path in folder_files(info.folder).items() if role not in ("mmdit", "config.json")]
+        files = [
+            path
+            for role, path in folder_files(info.folder).items()
+            if role != "mmdit" and path != config_file(info.folder)
+        ]
         return {}, files + ([captions] if captions else []), read_model_config(info.folder)
     config: dict[str, Any] = {"name": info.version.rpartition("/")[2], "base_model": info.version}
     if not complete and export.local_checkpoint is None:
