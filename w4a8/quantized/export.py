@@ -9,7 +9,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from calibration_store.errors import OptionError, StoreError
@@ -139,10 +138,9 @@ def pack_transformer(mmdit: MMDiT, weights: Codes, bar: ProgressBar) -> dict[str
     return entry | {path: False for path in modules if path not in entry}
 
 
-def finite(name: str, array: Any) -> Any:
-    """The array, NumPy or MLX. Raises StoreError where it is not finite."""
-    whole = array.dtype == mx.uint32 or bool((mx if isinstance(array, mx.array) else np).isfinite(array).all())
-    if not whole:
+def finite(name: str, array: mx.array) -> mx.array:
+    """The array. Raises StoreError where it is not finite."""
+    if array.dtype != mx.uint32 and not mx.isfinite(array).all().item():
         raise StoreError(f"{name} holds NaN or infinity; it is not exported")
     return array
 
@@ -183,9 +181,8 @@ def write_folder(
     for arrays in parts.values():
         for name, array in arrays.items():
             finite(name, array)
-    for old in sorted(
-        paths.owned_files(), key=lambda path: path != paths.config
-    ):  # config.json first: none without its files
+    remove_file(paths.config)  # first: there is none without its files
+    for old in paths.owned_files():
         remove_file(old)
     for part, arrays in parts.items():
         write_arrays(weight_file(paths.root, part), arrays)
@@ -203,7 +200,7 @@ def write_folder(
     return paths.root
 
 
-def write_hub_file(paths: QuantizedModelPaths, export: Export, mmdit: MMDiT) -> Path:
+def write_hub_file(paths: QuantizedModelPaths, export: Export, mmdit: MMDiT) -> None:
     """The same in the layout of DiffusionKit's 4-bit SD3.5-large: every linear layer packed, VAE in the same file."""
     arrays = {CHECKPOINT_PREFIX + name: array for name, array in tree_flatten(mmdit.parameters())}
     vae = {"decoder": hub_decoder(export.info, export.local_checkpoint)}
@@ -211,7 +208,6 @@ def write_hub_file(paths: QuantizedModelPaths, export: Export, mmdit: MMDiT) -> 
     for part, weights in vae.items():
         arrays |= {f"first_stage_model.{part}.{name}": array for name, array in weights.items()}
     write_arrays(paths.hub_file(), arrays)
-    return paths.hub_file()
 
 
 def copy_file(source: Path, target: Path) -> None:
