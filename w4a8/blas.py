@@ -1,33 +1,58 @@
 """Fast matrix products on Linux CPUs: torch's BLAS in front of the reference BLAS in MLX's wheel. Imported first.
 
 libmlx calls `sgemm_` through the dynamic linker, so a library that was loaded globally before it takes its place
-(60 times faster; benchmarks/generation_speed.py). torch is installed anyway: DiffusionKit imports it. Loading it takes
-0.3 s, which `--help` should not: it happens when MLX is imported, by whomever.
+(60 times faster; benchmarks/generation_speed.py). Loading it takes 0.2 s, which `--help` should not: it happens when
+MLX is imported, by whomever. torch itself is never imported.
+
+Its threads sleep while they wait (OMP_WAIT_POLICY, which libgomp reads when it is loaded): spinning ones take the core
+from whoever works there. There are as many as CPUs that this process may use.
 """
 
 import ctypes
 import importlib.abc
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import sys
 import warnings
 from pathlib import Path
 
+_LOADED: list[ctypes.CDLL] = []
+
 
 class _BeforeMlx(importlib.abc.MetaPathFinder):
     """Finds nothing; notices that MLX is about to be imported."""
 
+    def __init__(self):
+        self.torch = importlib.util.find_spec("torch")
+
     def find_spec(self, fullname, path=None, target=None) -> None:
         if fullname == "mlx.core":
             sys.meta_path.remove(self)
-            _load_fast_blas()
+            if self.torch is not None:
+                _load_fast_blas(Path(self.torch.origin).parent / "lib" / "libtorch_cpu.so")
 
 
-def _load_fast_blas() -> None:
-    torch = importlib.util.find_spec("torch")
-    if torch is not None:
-        ctypes.CDLL(str(Path(torch.origin).parent / "lib" / "libtorch_cpu.so"), mode=ctypes.RTLD_GLOBAL)
+def _load_fast_blas(library: Path) -> None:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _LOADED.append(ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL))
+
+
+def cores() -> int:
+    """How many CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def get_threads() -> int:
+    """Threads of one matrix product; 1 where the BLAS is not ours."""
+    return _LOADED[0]._ZN2at15get_num_threadsEv() if _LOADED else 1
+
+
+def set_threads(count: int) -> None:
+    """As torch.set_num_threads; nothing where the BLAS is not ours."""
+    if _LOADED:
+        _LOADED[0]._ZN2at15set_num_threadsEi(count)
 
 
 def _is_needed() -> bool:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 import mlx.core as mx
-import torch
+
+from w4a8 import blas
 
 
 def run_cpu_streams_side_by_side() -> None:
@@ -35,7 +36,7 @@ def row_groups(images: int) -> list[slice]:
     Most of MLX's CPU operations use one thread of their stream, so groups on streams of their own run side by
     side. Which group an image falls in depends on its place in the batch and on the number of cores.
     """
-    cores = min(images, os.cpu_count() or 1) if mx.default_device() == mx.Device(mx.cpu) else 1
+    cores = min(images, blas.cores()) if mx.default_device() == mx.Device(mx.cpu) else 1
     edges = [images * core // cores for core in range(cores + 1)]
     return [slice(a, b) for a, b in pairwise(edges)]
 
@@ -49,10 +50,10 @@ def _cpu_streams(count: int) -> list[mx.Stream]:
 @contextlib.contextmanager
 def _blas_threads(groups: int) -> Iterator[None]:
     """One BLAS thread per group when several run side by side; the result then never depends on their timing."""
-    threads = torch.get_num_threads()
+    threads = blas.get_threads()
     try:
         if groups > 1:
-            torch.set_num_threads(1)
+            blas.set_threads(1)
         yield
     finally:
-        torch.set_num_threads(threads)
+        blas.set_threads(threads)

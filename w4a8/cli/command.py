@@ -98,8 +98,8 @@ def ctrl_c_handled() -> Iterator[None]:
 class CtrlC:
     """The handler of SIGINT: the first one raises KeyboardInterrupt, the next ends the process at once.
 
-    The first one, too, while a module is imported, for imports lose exceptions. coremltools imports its dependencies
-    below `except:` and goes on without them; NumPy calls its installation broken, or crashes.
+    The first one, too, while a module is imported, for imports lose exceptions: NumPy calls its installation broken, or
+    crashes.
     """
 
     def __init__(self):

@@ -1,49 +1,14 @@
 """The one door to DiffusionKit: everything that the toolkit takes from it, and from the hub's client, is imported here.
 
-Importing this module takes about 3 s: torch and coremltools come along.
+DiffusionKit and argmaxtools import torch, coremltools and transformers, together 6 s, and use them for Core ML, for
+conversions and for T5: they come when they are used.
 """
 
-import contextlib
 import logging
-import signal
-import threading
-import warnings
-from collections.abc import Iterator
 
+from w4a8.model.deferred import deferred
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep coremltools' "Failed to load _ML…" and version warnings off the terminal."""
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
-
-
-@contextlib.contextmanager
-def _ctrl_c_at_the_end() -> Iterator[None]:
-    """Hold KeyboardInterrupt back until the block ends: coremltools swallows it (`except:`) and goes on.
-
-    Below a stage's command line there is nothing to do: w4a8.cli.CtrlC ends the process at once.
-    """
-    on_main_thread = threading.current_thread() is threading.main_thread()
-    if not on_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
-    held_back = []
-    signal.signal(signal.SIGINT, lambda signum, frame: held_back.append(signum))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    if held_back:
-        raise KeyboardInterrupt
-
-
-with _ctrl_c_at_the_end(), _quiet():
+with deferred("coremltools", "torch", "transformers"):
     from diffusionkit.mlx import (
         MMDIT_CKPT,
         CFGDenoiser,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 import numpy as np
-import torch
+from PIL import Image
 
 from calibration_store.histograms import histogram_grid
 from w4a8.statistics.kernel_source import KERNEL_FUNCTIONS, KERNEL_HEADER, MERGE_KERNEL, TILE_KERNEL, TILE_ROWS
@@ -92,7 +92,7 @@ def mlx_statistics(inputs: list[mx.array]) -> list[mx.array]:
 
 
 def cpu_statistics(x: np.ndarray) -> list[np.ndarray]:
-    """[limits (2, channels), histograms (1, 259), moments (2, channels)] of one x (rows, channels), at C speed: NumPy and torch's bincount."""
+    """[limits (2, channels), histograms (1, 259), moments (2, channels)] of one x (rows, channels), at C speed: NumPy and Pillow's histogram."""
     x = x.astype(np.float32, copy=False)
     limits = np.stack([x.min(axis=0), x.max(axis=0)])
     moments = np.stack([x.mean(axis=0), np.einsum("rc,rc->c", x, x) / np.float32(len(x))])
@@ -106,7 +106,7 @@ def cpu_statistics(x: np.ndarray) -> list[np.ndarray]:
     bins = x * np.float32(2.0**-exponent)  # a power of two: exact
     np.floor(bins, out=bins)
     bins -= np.float32(first_bin)
-    histogram[:256] = torch.bincount(torch.from_numpy(bins.astype(np.uint8).ravel()), minlength=256).numpy()
+    histogram[:256] = Image.fromarray(bins.astype(np.uint8)).histogram()
     histogram[256:258] = exponent, first_bin
     return [limits, histograms, moments]
 

@@ -1,0 +1,70 @@
+"""Imports that wait until they are used: stand-ins for modules that a library imports and hardly ever needs."""
+
+import contextlib
+import importlib.abc
+import importlib.machinery
+import pkgutil
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+
+class Stand:
+    """A name of a deferred module. Attributes are names, too; a call, a base class or a check of types loads the module."""
+
+    def __init__(self, path: str):
+        self._path = path
+
+    def __getattr__(self, name: str) -> "Stand":
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Stand(f"{self._path}.{name}")
+
+    def _load(self) -> Any:
+        return pkgutil.resolve_name(self._path)
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return self._load()(*arguments, **options)
+
+    def __mro_entries__(self, bases: tuple) -> tuple[type]:
+        return (self._load(),)
+
+    def __instancecheck__(self, instance: Any) -> bool:
+        return isinstance(instance, self._load())
+
+    def __or__(self, other: Any) -> Any:
+        return Any  # in annotations alone
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds the modules that are deferred, each as an empty module whose attributes are stand-ins."""
+
+    def __init__(self, names: tuple[str, ...]):
+        self.names = names
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        return importlib.machinery.ModuleSpec(name, self, is_package=True) if self.finds(name) else None
+
+    def finds(self, name: str) -> bool:
+        return any(name == package or name.startswith(f"{package}.") for package in self.names)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__getattr__ = Stand(module.__name__).__getattr__
+
+
+@contextlib.contextmanager
+def deferred(*names: str) -> Iterator[None]:
+    """In the block, imports of these packages (those that are not imported yet) give stand-ins.
+
+    Whoever imports them afterwards gets the packages themselves. Only code that is imported in the block keeps
+    stand-ins, and these load what they stand for when they are called, inherited from or checked against.
+    """
+    finder = _Finder(tuple(name for name in names if name not in sys.modules))
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        for name in [name for name in sys.modules if finder.finds(name)]:
+            del sys.modules[name]
