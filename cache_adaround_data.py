@@ -24,6 +24,7 @@ OPTIONS = {"num_images": "--num-images", "stride": "--stride", "blocks": "--bloc
 )
 @click.option("--stride", type=click.IntRange(min=1), default=5, help="Use every Nth saved step.")
 @click.option("--blocks", help="Blocks to cache, such as mm0,mm5.  [default: all]")
+@cli.text_group_option
 @cli.resume_options
 def main(**options) -> None:
     """Stage 2W: cache the inputs and outputs of every block."""
@@ -32,9 +33,11 @@ def main(**options) -> None:
 
 def run(
     calib_dir: Path, model: str | None, local_checkpoint: Path | None, num_images: int, stride: int, blocks: str | None,
-    resume: bool, force: bool, dry_run: bool,
+    text_group: int | None, resume: bool, force: bool, dry_run: bool,
 ) -> None:  # fmt: skip
     """Plan, load, probe, record what is left, describe the cache."""
+    import mlx.core as mx
+
     from calibration_store.block_cache import (
         CACHE_PLAN,
         cached_sample_arrays,
@@ -49,7 +52,7 @@ def run(
     from calibration_store.npz import npz_bytes
     from calibration_store.stage_folder import StageFolder
     from w4a8.boundaries import Boundaries
-    from w4a8.model.loading import TEXT, TRANSFORMER
+    from w4a8.model.parts import TEXT, TRANSFORMER
     from w4a8.model.runs import load_run_pipeline
     from w4a8.passes import StoredPasses, places_of, select_passes
 
@@ -66,7 +69,10 @@ def run(
         folder.check(plan)
         dtype = manifest["activation_dtype"]
         pipeline = load_run_pipeline(manifest, {TRANSFORMER: dtype, TEXT: dtype}, model, local_checkpoint)
-        passes, boundaries = StoredPasses(pipeline, calib_dir, manifest, images), Boundaries(pipeline.mmdit, blocks)
+        passes, boundaries = (
+            StoredPasses(pipeline, calib_dir, manifest, images, 1 if dry_run else text_group),
+            Boundaries(pipeline.mmdit, blocks),
+        )
         seconds, arrays = passes.probe(plan["key_timesteps"][0], boundaries.record)
         shapes, size = (
             {key: array.shape for key, array in arrays.items()},
@@ -75,7 +81,8 @@ def run(
         todo = folder.todo(places, lambda place: is_cached(paths, *place, shapes))
         click.echo(
             f"to do: {len(todo)} of {len(places)} samples, {cli.format_bytes(size * len(todo))} in {paths.root} "
-            f"({cli.format_bytes(size)} a sample), about {cli.format_seconds(seconds * len(todo))}"
+            f"({cli.format_bytes(size)} a sample), about {cli.format_seconds(seconds * len(todo))}, "
+            f"{cli.format_bytes(mx.get_peak_memory())} of memory at the peak"
         )
         require_space(paths.root, size * len(todo))
         if dry_run:

@@ -25,6 +25,7 @@ STEP_FILE_SIZES = 4  # of a partial result, that a step's files take: an array a
     "--num-images", type=click.IntRange(min=1), default=5, help="Images to use, evenly over the whole calibration run."
 )
 @click.option("--stride", type=click.IntRange(min=1), default=2, help="Use every Nth saved step.")
+@cli.text_group_option
 @cli.resume_options
 def main(**options) -> None:
     """Stage 2A: statistics of the input of every linear layer, per denoising step."""
@@ -33,9 +34,11 @@ def main(**options) -> None:
 
 def run(
     calib_dir: Path, model: str | None, local_checkpoint: Path | None, num_images: int, stride: int,
-    resume: bool, force: bool, dry_run: bool,
+    text_group: int | None, resume: bool, force: bool, dry_run: bool,
 ) -> None:  # fmt: skip
     """Plan, load, probe, collect what is left, merge it step by step."""
+    import mlx.core as mx
+
     from calibration_store.files import BackgroundWriter, require_space
     from calibration_store.layout import ActivationPaths
     from calibration_store.manifest import read_manifest
@@ -43,7 +46,7 @@ def run(
     from calibration_store.partials import COLLECTION, PARTIAL_FORMAT, is_partial_complete
     from calibration_store.stage_folder import StageFolder
     from w4a8.model.layers import model_layers
-    from w4a8.model.loading import TEXT, TRANSFORMER
+    from w4a8.model.parts import TEXT, TRANSFORMER
     from w4a8.model.runs import load_run_pipeline, run_schedule
     from w4a8.passes import StoredPasses, places_of, select_passes
     from w4a8.statistics.kernels import choose_statistics
@@ -62,7 +65,10 @@ def run(
     with folder.held(dry_run):
         folder.check(plan)
         pipeline = load_run_pipeline(manifest, {TRANSFORMER: dtype, TEXT: dtype}, model, local_checkpoint)
-        passes, way = StoredPasses(pipeline, calib_dir, manifest, images), choose_statistics()
+        passes, way = (
+            StoredPasses(pipeline, calib_dir, manifest, images, 1 if dry_run else text_group),
+            choose_statistics(),
+        )
         widths = {name: layer.shape[1] for name, layer in model_layers(pipeline.mmdit).items()}
         todo = folder.todo(places, lambda place: is_partial_complete(paths, *place, widths))
         seconds, found = passes.probe(plan["key_timesteps"][0], lambda one: collect_pass(one, way))
@@ -70,6 +76,7 @@ def run(
         total = size * (len(todo) + STEP_FILE_SIZES * len(plan["key_timesteps"]))
         click.echo(
             f"to do: {len(todo)} of {len(places)} passes, about {cli.format_seconds(seconds * len(todo))} on this machine, "
+            f"{cli.format_bytes(mx.get_peak_memory())} of memory at the peak, "
             f"at most {cli.format_bytes(total)} in {paths.root}"
         )
         require_space(paths.root, total)

@@ -62,6 +62,7 @@ from w4a8 import cli
     help="Folder to write to.  [default: evaluation/ below --calib-dir]",
 )
 @cli.native_option
+@cli.text_group_option
 @click.option(
     "--resume",
     is_flag=True,
@@ -75,7 +76,8 @@ def main(**options) -> None:
 def run(
     calib_dir: Path, model: str | None, local_checkpoint: Path | None, scale_is: str | None, prompt_file: Path | None,
     num_images: int, num_steps: int | None, cfg_weight: float | None, seed: int, batch_size: int, variants: str | None,
-    min_psnr: float | None, max_step_error: float | None, output: Path | None, native: str, resume: bool,
+    min_psnr: float | None, max_step_error: float | None, output: Path | None, native: str,
+    text_group: int | None, resume: bool,
 ) -> None:  # fmt: skip
     """Read what the variants name, load, check, sample every variant, measure, draw, judge."""
     from calibration_store.evaluation import write_metrics
@@ -88,7 +90,7 @@ def run(
     from w4a8.evaluation.sampling import choose_prompts, evaluate, load_evaluated, plan_run
     from w4a8.evaluation.variants import default_variants, make_variant
     from w4a8.model.layers import model_layers
-    from w4a8.model.text import check_prompts
+    from w4a8.model.text import Texts, check_prompts
     from w4a8.quantized.native import prefer
     from w4a8.report.evaluation_figures import draw_grid, plot_errors
     from w4a8.report.tables import print_variants
@@ -113,9 +115,10 @@ def run(
         click.echo(f"{cut} prompts are longer than the text encoder's positions: their ends are ignored.")
     for variant in chosen:
         variant.check(manifest, fingerprint, model_layers(pipeline.mmdit))
+    texts = Texts(pipeline, prompts, sampling.cfg_weight, sampling.negative_prompt, text_group)
     with locked_folder(paths.root):
         with cli.interruptible(lambda: f"finished variants are kept in {paths.root}"):
-            original, images, results = evaluate(pipeline, sampling, paths, chosen, resume)
+            original, images, results = evaluate(pipeline, texts, sampling, paths, chosen, resume)
         if "fp" not in names:
             del images["fp"], results["fp"]
         draw_grid(paths.grid, prompts, original, images, results)

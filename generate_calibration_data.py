@@ -53,6 +53,7 @@ DEFAULT_MODEL = "argmaxinc/mlx-stable-diffusion-3-medium"
     type=click.Choice(["float16", "float32"]),
     help="Weights and activations.  [default: float16 on Metal and CUDA, float32 on a CPU]",
 )
+@cli.text_group_option
 @click.option("--images/--no-images", "save_images", default=True, help="Decode the finished latents to PNG.")
 @cli.calib_dir_option
 @cli.resume_options
@@ -65,9 +66,11 @@ def run(
     model: str, local_checkpoint: Path | None, prompt_file: Path | None, num_images: int, num_steps: int,
     cfg_weight: float | None, negative_prompt: str, seed: int, latent_size: tuple[int, int] | None, stride: int,
     batch_size: int, use_t5: bool | None, dtype: str | None, save_images: bool, calib_dir: Path,
-    resume: bool, force: bool, dry_run: bool,
+    text_group: int | None, resume: bool, force: bool, dry_run: bool,
 ) -> None:  # fmt: skip
     """Plan, see what is complete, load, sample the rest; the manifest grows with every batch."""
+    import mlx.core as mx
+
     from calibration_store.files import require_space
     from calibration_store.layout import CalibrationPaths
     from calibration_store.manifest import read_manifest, write_manifest
@@ -82,12 +85,14 @@ def run(
         generate,
         plan_run,
         probe_seconds,
+        prompts_of,
         refuse_foreign_pictures,
         refuse_hub_options,
     )
     from w4a8.model.catalog import default_dtype, describe_model, model_fingerprint
     from w4a8.model.loading import load_pipeline, whole_model
-    from w4a8.model.text import check_prompts
+    from w4a8.model.parts import DECODER, TRANSFORMER
+    from w4a8.model.text import Texts, check_prompts
     from w4a8.report.plans import print_plan, say_how_many_prompts, warn_of_old_results
 
     given_prompts = read_prompt_file(prompt_file) if prompt_file else None
@@ -119,7 +124,8 @@ def run(
                 write_manifest(paths, plan | {"weights_fingerprint": manifest["weights_fingerprint"]}, complete)
             return
         refuse_foreign_pictures(paths, plan, complete)
-        pipeline = load_pipeline(info, whole_model(plan["activation_dtype"]), plan["use_t5"], local_checkpoint)
+        parts = whole_model(plan["activation_dtype"])
+        pipeline = load_pipeline(info, parts, plan["use_t5"], local_checkpoint, lazy=True)
         plan["weights_fingerprint"] = model_fingerprint(info, plan["use_t5"], local_checkpoint)
         if manifest is not None:
             check_same_model(plan, manifest)
@@ -128,9 +134,19 @@ def run(
             click.echo(f"{cut} prompts are longer than the text encoder's positions: their ends are ignored.")
         if check_prompts(pipeline, [negative_prompt], "--negative-prompt"):
             click.echo("The negative prompt is longer than the text encoder's positions: its end is ignored.")
+        batches = batches_to_do(plan, complete)
+        texts = Texts(
+            pipeline, prompts_of(batches[: 1 if dry_run else None]), plan["cfg_scale"], negative_prompt, text_group
+        )
+        texts.of(prompts_of(batches[:1]))
+        for part in (TRANSFORMER, DECODER) if save_images else (TRANSFORMER,):
+            pipeline.load(part)
         if dry_run:
-            seconds = probe_seconds(pipeline, plan, batches_to_do(plan, complete))
-            click.echo(f"time: about {cli.format_seconds(seconds)} on this machine")
+            seconds = probe_seconds(pipeline, texts, plan, batches)
+            click.echo(
+                f"time: about {cli.format_seconds(seconds)} on this machine, "
+                f"{cli.format_bytes(mx.get_peak_memory())} of memory at the peak"
+            )
             return
         folder.begin(None)  # the manifest is the record, and grows
         if force:
@@ -139,7 +155,7 @@ def run(
             cli.interruptible(lambda: f"{len(complete)} of {num_images} images are complete in {paths.root}"),
             cli.progress_bar(num_images, "images", "image", initial=len(complete)) as bar,
         ):
-            generate(pipeline, paths, plan, complete, bar)
+            generate(pipeline, texts, paths, plan, complete, bar)
     click.echo(f"wrote {paths.manifest}, {paths.samples}/" + (f" and {paths.images}/" if save_images else ""))
 
 

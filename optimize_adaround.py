@@ -21,7 +21,7 @@ OPTIONS = {
     "unit": "--unit", "block_names": "--blocks", "iters": "--iters", "batch_size": "--batch-size", "weight_bits": "--weight-bits",
     "activation_bits": "--activation-bits", "group_size": "--group-size", "rounding": "--rounding", "qdrop": "--qdrop",
     "lr_alpha": "--lr-alpha", "lr_activation_scale": "--lr-activation-scale", "regularizer_weight": "--regularizer-weight",
-    "seed": "--seed", "selected_image_ids": "cached images", "key_timesteps": "cached steps",
+    "seed": "--seed", "micro_batch": "--micro-batch", "selected_image_ids": "cached images", "key_timesteps": "cached steps",
 }  # fmt: skip
 
 
@@ -36,6 +36,11 @@ OPTIONS = {
     help="Iterations per unit; the last 30 % tune scales and ranges.",
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, help="Cached samples per iteration.")
+@click.option(
+    "--micro-batch",
+    type=click.IntRange(min=1),
+    help="Samples of an iteration in memory at once; changes nothing but float noise.  [default: by memory]",
+)
 @click.option(
     "--weight-bits",
     type=click.Choice(["2", "3", "4", "5", "6", "8"]),
@@ -103,7 +108,7 @@ def main(**options) -> None:
 
 def run(
     calib_dir: Path, model: str | None, local_checkpoint: Path | None, blocks: str | None, unit: str | None,
-    lr_alpha: float | None, checkpoint_seconds: float, resume: bool, force: bool, dry_run: bool, **options,
+    micro_batch: int | None, lr_alpha: float | None, checkpoint_seconds: float, resume: bool, force: bool, dry_run: bool, **options,
 ) -> None:  # fmt: skip
     """Load the transformer, plan, check the cache, train what is left job by job, write the metadata."""
     from calibration_store.block_cache import read_cache_metadata
@@ -112,14 +117,11 @@ def run(
     from calibration_store.manifest import read_manifest
     from calibration_store.stage_folder import StageFolder
     from calibration_store.weights import WEIGHTS_PLAN, write_weights_metadata
-    from w4a8.model.layers import model_layers
-    from w4a8.model.loading import TRANSFORMER
-    from w4a8.model.runs import load_run_pipeline
+    from w4a8.model.runs import run_transformer
     from w4a8.parallel import run_cpu_streams_side_by_side
-    from w4a8.quantized.model import refuse_packed
     from w4a8.report.tables import print_losses
     from w4a8.rounding.checkpoint import LEARNING_RATES, Checkpoint
-    from w4a8.rounding.jobs import Rounding, choose_unit, estimate, kept_after_interrupt, run_job
+    from w4a8.rounding.jobs import Rounding, choose_micro_batch, choose_unit, estimate, kept_after_interrupt, run_job
     from w4a8.rounding.methods import METHODS
     from w4a8.rounding.samples import verified
     from w4a8.rounding.settings import Settings
@@ -131,14 +133,17 @@ def run(
     folder = StageFolder(paths, paths.plan, WEIGHTS_PLAN.read, OPTIONS, resume, force)
     run_cpu_streams_side_by_side()
     with folder.held(dry_run):
-        mmdit = load_run_pipeline(manifest, {TRANSFORMER: "float32"}, model, local_checkpoint).mmdit
-        refuse_packed(model_layers(mmdit))
+        opened = run_transformer(manifest, model, local_checkpoint)
+        mmdit = opened()
         unit, blocks = choose_unit(mmdit, cache["block_names"], blocks, unit, settings.group_size)
-        rounding = Rounding(mmdit, paths, cache, settings, unit, blocks)
+        before = folder.before()
+        rounding = Rounding(opened, mmdit, paths, cache, settings, unit, blocks)
+        rounding = choose_micro_batch(rounding, micro_batch, before)
         plan, jobs = rounding.plan, rounding.jobs
         click.echo(f"{manifest['model_version']}: {rounding}")
-        diverged = "diverged" in (folder.before() or {})  # a run that met NaN may go on with other learning rates
-        folder.check(plan, may_change=LEARNING_RATES if diverged else ())
+        diverged = "diverged" in (before or {})  # a run that met NaN may go on with other learning rates
+        older = before is not None and "micro_batch" not in before
+        folder.check(plan, may_change=(*(LEARNING_RATES if diverged else ()), *(("micro_batch",) if older else ())))
         todo = folder.todo(jobs, rounding.is_finished)
         size = rounding.bytes_of(todo)
         if dry_run and not todo:

@@ -27,7 +27,7 @@ def main(calib_dir: Path, num_images: int) -> None:
     from calibration_store.layout import ActivationPaths
     from calibration_store.manifest import read_manifest
     from calibration_store.statistics import read_statistics
-    from w4a8.model.loading import TEXT, TRANSFORMER
+    from w4a8.model.parts import TEXT, TRANSFORMER
     from w4a8.model.runs import load_run_pipeline
 
     paths, manifest = ActivationPaths(calib_dir), read_manifest(calib_dir)

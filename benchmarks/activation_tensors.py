@@ -14,7 +14,7 @@ from calibration_store.statistics import LayerStatistics
 from hooks import hooked_layers
 from w4a8.cli.prompts import draw_builtin_prompts
 from w4a8.model.catalog import describe_model
-from w4a8.model.loading import Pipeline
+from w4a8.model.parts import Pipeline
 from w4a8.model.replay import replaying
 from w4a8.model.sampling import euler_steps, initial_noise
 from w4a8.model.text import encode_prompts

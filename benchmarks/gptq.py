@@ -41,7 +41,7 @@ def run(calib_dir: Path, output: Path, bits: int, group_size: int) -> None:
     from calibration_store.manifest import read_manifest
     from calibration_store.weights import WEIGHTS_FORMAT, write_quantized_block
     from w4a8.model.layers import model_layers
-    from w4a8.model.loading import TRANSFORMER
+    from w4a8.model.parts import TRANSFORMER
     from w4a8.model.runs import load_run_pipeline
     from w4a8.rounding.samples import Samples
     from w4a8.rounding.settings import Settings

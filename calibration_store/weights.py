@@ -44,6 +44,7 @@ class _MadeFrom(TypedDict, total=False):
     model_version: Name | None
     calibration_run: Digest | None
     weights_fingerprint: Digest | None
+    micro_batch: Count  # samples whose gradients were made at once; older files have none
     diverged: Name  # plan.json: the unit whose loss was not finite; --resume may then lower the learning rates
 
 

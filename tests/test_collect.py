@@ -16,8 +16,8 @@ from calibration_store.manifest import read_manifest
 from calibration_store.names import layer_key
 from calibration_store.partials import read_partial
 from hooks import hooked_layers
-from w4a8.model.loading import whole_model
 from w4a8.model.modulation import modulation_cache
+from w4a8.model.parts import whole_model
 from w4a8.model.replay import replaying
 from w4a8.model.runs import load_run_pipeline
 from w4a8.model.text import encode_prompts

@@ -15,7 +15,8 @@ from transformers import T5Config
 from calibration_store.errors import StoreError
 from w4a8.model.catalog import BUNDLED_FOLDER, ModelError, describe_model
 from w4a8.model.diffusionkit import SD3T5Encoder
-from w4a8.model.loading import _T5Encoder, load_pipeline, whole_model
+from w4a8.model.hub import T5Encoder
+from w4a8.model.loading import load_pipeline, whole_model
 from w4a8.model.modulation import modulation_cache
 from w4a8.model.sampling import decode_latents, euler_steps, initial_noise, sigma_schedule
 from w4a8.model.text import check_prompts, encode_prompts
@@ -145,12 +146,12 @@ def test_t5_runs_without_metals_memory_limits():
     )
     encoder = SD3T5Encoder(config, low_memory_mode=False)
     tokens = mx.array([[3, 4, 5, 1]])
-    got = _T5Encoder(encoder)(tokens)
+    got = T5Encoder(encoder)(tokens)
     x = encoder.wte(tokens)
     for layer in encoder.encoder.layers:
         x = layer(x, mask=encoder.encoder.relative_attention_bias(4, 4))
     assert mx.array_equal(got, encoder.encoder.ln(x))
-    assert mx.array_equal(got, _T5Encoder(encoder)(tokens))  # a second call still has its layers
+    assert mx.array_equal(got, T5Encoder(encoder)(tokens))  # a second call still has its layers
 
 
 @pytest.mark.parametrize(

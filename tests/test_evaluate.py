@@ -18,12 +18,12 @@ from w4a8.evaluation.sampling import plan_run, sample
 from w4a8.evaluation.variants import default_variants, make_variant
 from w4a8.model.catalog import describe_model
 from w4a8.model.layers import model_layers
-from w4a8.model.loading import TRANSFORMER, whole_model
+from w4a8.model.parts import TRANSFORMER, whole_model
 from w4a8.model.runs import load_run_pipeline
+from w4a8.model.text import Texts
 from w4a8.quantized.activation_rules import DynamicPerTensor
 from w4a8.quantized.arithmetic import min_max_grid, nearest_codes
 from w4a8.quantized.layer import deployed_grid
-from w4a8.quantized.model import weights_in_place
 
 QUICK = ("--num-images", 2, "--num-steps", 3, "--batch-size", 2)
 
@@ -104,11 +104,12 @@ def test_original_is_bit_for_bit_the_same_after_every_variant(run, results):
     pipeline = load_run_pipeline(manifest, whole_model("float32"))
     before = [(name, array, np.array(array)) for name, array in tree_flatten(pipeline.mmdit.parameters())]
     plan = plan_of(manifest)
-    first = sample(pipeline, plan, make_variant("fp", run), NoBar())
+    texts = Texts(pipeline, plan.prompts, plan.cfg_weight, plan.negative_prompt, None)
+    first = sample(pipeline, texts, plan, make_variant("fp", run), NoBar())
     for name in results[1]["variants"]:
-        found = sample(pipeline, plan, make_variant(name, run), NoBar())
+        found = sample(pipeline, texts, plan, make_variant(name, run), NoBar())
         assert np.array_equal(found["latents"], first["latents"]) == (name == "fp"), name
-    last = sample(pipeline, plan, make_variant("fp", run), NoBar())
+    last = sample(pipeline, texts, plan, make_variant("fp", run), NoBar())
     assert all(np.array_equal(first[key], last[key]) for key in first)
     after = tree_flatten(pipeline.mmdit.parameters())
     assert [name for name, *_ in before] == [name for name, _ in after]
@@ -123,16 +124,17 @@ def assert_on_grid(layer, codes, scale, zero_point):
 
 
 def test_weights_are_those_of_the_files(run):
-    mmdit = load_run_pipeline(read_manifest(run), {TRANSFORMER: "float32"}).mmdit
-    layers = model_layers(mmdit)
-    original = {name: np.array(layer.weight) for name, layer in layers.items()}
-    with weights_in_place(mmdit, make_variant("w4-adaround", run).weights):
+    pipeline = load_run_pipeline(read_manifest(run), {TRANSFORMER: "float32"})
+    original = {name: np.array(layer.weight) for name, layer in model_layers(pipeline.mmdit).items()}
+    with make_variant("w4-adaround", run).in_place(pipeline):
         for name, fields in read_quantized_block(WeightPaths(run), "mm5").items():
-            assert_on_grid(layers[name], fields["q"], fields["scale"], fields["zero_point"])
-    with weights_in_place(mmdit, make_variant("w8-rtn-g0", run).weights):
+            assert_on_grid(model_layers(pipeline.mmdit)[name], fields["q"], fields["scale"], fields["zero_point"])
+    with make_variant("w8-rtn-g0", run).in_place(pipeline):
         weight = original["mm1.img.mlp.fc2"]
         grid = deployed_grid(*min_max_grid(weight, 8, 0))
-        assert_on_grid(layers["mm1.img.mlp.fc2"], nearest_codes(weight, *grid, 8), *grid)
+        layer = model_layers(pipeline.mmdit)["mm1.img.mlp.fc2"]
+        assert_on_grid(layer, nearest_codes(weight, *grid, 8), *grid)
+    layers = model_layers(pipeline.mmdit)
     assert all(np.array_equal(np.array(layers[name].weight), original[name]) for name in layers)
 
 

@@ -14,11 +14,10 @@ from finished_run import finished_run, model_copy, one_line
 from calibration_store.layout import WeightPaths
 from calibration_store.weights import read_quantized_block
 from w4a8.evaluation.variants import make_variant
+from w4a8.model.folder import load_folder_transformer
 from w4a8.model.layers import model_layers
-from w4a8.model.loading import load_folder_transformer
 from w4a8.model.sampling import euler_steps, initial_noise
 from w4a8.model.text import encode_prompts
-from w4a8.quantized.model import weights_in_place
 from w4a8.quantized.native import NativeEmbedding, NativeLinear, prefer
 
 QUANTIZED_LAYERS = 93
@@ -101,7 +100,7 @@ def test_packed_layers_are_what_stage_4_measured(run, emoji):
     entry = config_of(run / "quantized_model")["quantization"]
     packed = {path: layer for path, layer in entry.items() if isinstance(layer, dict)}
     assert len(packed) == QUANTIZED_LAYERS and {path for path in packed} == quantized_paths(emoji.mmdit)
-    with weights_in_place(emoji.mmdit, make_variant("w4-adaround", run).weights):
+    with make_variant("w4-adaround", run).in_place(emoji):
         for path, module in modules_of(emoji.mmdit).items():
             if path in packed:
                 assert arrays[f"{path}.scales"].dtype == arrays[f"{path}.biases"].dtype == mx.float16
@@ -214,7 +213,7 @@ def test_other_weights(run, emoji, tmp_path, arguments, variant, layers):
     exported = load_folder_transformer(tmp_path / "out", mx.float32)
     native = [m for m in exported.modules() if isinstance(m, (NativeLinear, NativeEmbedding))]
     assert len(native) == layers
-    with weights_in_place(emoji.mmdit, make_variant(variant, run).weights):
+    with make_variant(variant, run).in_place(emoji):
         expected = latent_of(emoji)
     assert np.array_equal(latent_of(emoji, exported), expected)
     assert not np.array_equal(latent_of(emoji), expected)

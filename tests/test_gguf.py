@@ -13,11 +13,10 @@ from calibration_store.model_folder import read_model_config
 from w4a8.evaluation.variants import make_variant
 from w4a8.model.catalog import BUNDLED_FOLDER
 from w4a8.model.diffusionkit import MMDiT, model_io
+from w4a8.model.folder import transformer_config
 from w4a8.model.layers import model_layers
-from w4a8.model.loading import transformer_config
 from w4a8.model.original import CHECKPOINT_PREFIX
 from w4a8.quantized.layer import QuantizedLayer
-from w4a8.quantized.model import weights_in_place
 
 QUANTIZED_LAYERS = 93
 
@@ -91,7 +90,7 @@ def test_diffusionkit_reads_the_gguf(gguf_file, emoji):
     found = dict(tree_flatten(mmdit.parameters()))
     for name, original in tree_flatten(emoji.mmdit.parameters()):
         assert mx.array_equal(found[name], original).item() == (name not in quantized), name
-    with weights_in_place(emoji.mmdit, make_variant("w4-rtn-g32", None).weights):
+    with make_variant("w4-rtn-g32", None).in_place(emoji):
         assert np.array_equal(latent_of(emoji, mmdit), latent_of(emoji))
 
 

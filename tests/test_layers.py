@@ -17,7 +17,7 @@ from calibration_store.names import block_of, input_owner, is_post_gelu, layer_k
 from w4a8.model.catalog import BUNDLED_FOLDER, describe_model
 from w4a8.model.layers import MultimodalBlock, UnifiedBlock, model_blocks, model_layers
 from w4a8.model.loading import DECODER, TEXT, TRANSFORMER, load_pipeline, whole_model
-from w4a8.quantized.model import NearestWeights, weights_in_place
+from w4a8.quantized.model import NearestWeights, put_in_place
 
 
 def test_names_and_keys_are_exact_both_ways(emoji):
@@ -95,8 +95,8 @@ def test_packed_weights_stay_packed_and_compute_what_they_unpack_to(packed, emoj
     layer, x = layers["mm3.txt.attn.o_proj"], mx.random.normal((5, 192), key=mx.random.key(0))
     expected = np.array(x, np.float64) @ np.array(layer.weight, np.float64).T + np.array(layer.bias)
     np.testing.assert_allclose(np.array(layer.module(x)), expected, atol=1e-4)
-    with pytest.raises(OptionError, match="packed already"), weights_in_place(mmdit, NearestWeights(4, 64)):
-        pass
+    with pytest.raises(OptionError, match="packed already"):
+        put_in_place(mmdit, NearestWeights(4, 64))
 
 
 def test_packed_model_samples(packed, tmp_path):

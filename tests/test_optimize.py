@@ -17,7 +17,7 @@ from calibration_store.layout import WeightPaths
 from calibration_store.manifest import read_manifest
 from calibration_store.weights import read_quantized_block
 from w4a8.model.layers import model_blocks, model_layers
-from w4a8.model.loading import TRANSFORMER
+from w4a8.model.parts import TRANSFORMER
 from w4a8.model.runs import load_run_pipeline
 from w4a8.quantized.arithmetic import grid_position, min_max_grid, nearest_codes, pack_codes, searched_grid
 from w4a8.quantized.differentiable import (

@@ -20,8 +20,8 @@ from calibration_store.errors import StoreError, WriteError
 from calibration_store.files import atomic_file
 from calibration_store.names import layer_kind, layers_by_kind
 from hooks import hooked_layers
+from w4a8.model.folder import FolderPipeline
 from w4a8.model.layers import model_layers
-from w4a8.model.loading import FolderPipeline
 from w4a8.model.sampling import decode_latents, euler_steps, initial_noise
 from w4a8.model.text import encode_prompts
 

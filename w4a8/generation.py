@@ -18,10 +18,10 @@ from calibration_store.pictures import picture_chunks
 from calibration_store.samples import is_complete, sample_arrays, sample_bytes, write_sample
 from w4a8.cli.progress import ProgressBar, progress_bar
 from w4a8.model.catalog import ModelInfo, package_versions
-from w4a8.model.loading import Pipeline
+from w4a8.model.parts import Pipeline
 from w4a8.model.runs import run_schedule
 from w4a8.model.sampling import EulerStep, decode_latents, euler_steps, initial_noise
-from w4a8.model.text import encode_prompts
+from w4a8.model.text import Texts
 
 PNG_BYTES_PER_PIXEL = 3  # what an image takes at most
 MANIFEST_BYTES_PER_IMAGE = 400
@@ -173,15 +173,16 @@ def batches_to_do(plan: dict[str, Any], complete: dict[int, dict]) -> list[list[
 
 
 def generate(
-    pipeline: Pipeline, paths: CalibrationPaths, plan: dict[str, Any], complete: dict[int, dict], bar: ProgressBar
-) -> None:
+    pipeline: Pipeline, texts: Texts, paths: CalibrationPaths, plan: dict[str, Any], complete: dict[int, dict],
+    bar: ProgressBar,
+) -> None:  # fmt: skip
     """Sample every incomplete batch; the manifest lists an image, and `complete` has it, once its files are on the disk."""
     kept = set(saved_steps(plan["num_steps"], plan["stride"]))
     write_manifest(paths, plan, complete)
     with BackgroundWriter(pending=2 * plan["batch_size"]) as writer:
         for batch in batches_to_do(plan, complete):
             steps_bar = progress_bar(plan["num_steps"], "steps", "step", leave=False)
-            with steps_bar, closing(sample_batch(pipeline, plan, batch, plan["num_steps"])) as steps:
+            with steps_bar, closing(sample_batch(pipeline, texts, plan, batch, plan["num_steps"])) as steps:
                 for step in steps:
                     if step.step_index in kept:
                         write_step(writer, paths, batch, step, complete, plan["activation_dtype"])
@@ -201,7 +202,9 @@ def bytes_to_do(plan: dict[str, Any], info: ModelInfo, missing: int) -> tuple[in
     return missing * sample_bytes(plan), missing * pixels * PNG_BYTES_PER_PIXEL if plan["save_images"] else 0
 
 
-def sample_batch(pipeline: Pipeline, plan: dict[str, Any], batch: list[dict], num_steps: int) -> Iterator[EulerStep]:
+def sample_batch(
+    pipeline: Pipeline, texts: Texts, plan: dict[str, Any], batch: list[dict], num_steps: int
+) -> Iterator[EulerStep]:
     """The Euler steps of one batch of images, as a generator.
 
     A short last batch is filled up with its last image: an image's bytes then depend on its place in a batch of
@@ -209,7 +212,7 @@ def sample_batch(pipeline: Pipeline, plan: dict[str, Any], batch: list[dict], nu
     """
     cfg_weight = plan["cfg_scale"]
     batch = batch + batch[-1:] * (plan["batch_size"] - len(batch))
-    text = encode_prompts(pipeline, [image["prompt"] for image in batch], cfg_weight, plan["negative_prompt"])
+    text = texts.of([image["prompt"] for image in batch])
     noise = mx.concatenate([initial_noise(image["seed"], tuple(plan["latent_size"])) for image in batch])
     return euler_steps(pipeline, text, noise, num_steps, cfg_weight)
 
@@ -255,14 +258,18 @@ def write_images(
             writer.submit(write_png, paths.image(image["image_id"]), picture, picture_chunks(image))
 
 
-def probe_seconds(pipeline: Pipeline, plan: dict[str, Any], batches: list[list[dict]]) -> float:
+def prompts_of(batches: Sequence[Sequence[dict]]) -> list[str]:
+    return [image["prompt"] for batch in batches for image in batch]
+
+
+def probe_seconds(pipeline: Pipeline, texts: Texts, plan: dict[str, Any], batches: list[list[dict]]) -> float:
     """Seconds that `batches` will take, from a short run of the first one: set-up, two steps, one decoded image."""
     if not batches:
         return 0.0
-    with closing(sample_batch(pipeline, plan, batches[0], 1)) as steps:
+    with closing(sample_batch(pipeline, texts, plan, batches[0], 1)) as steps:
         next(steps)  # warm-up: weights are in memory, the adaLN kernels compiled
     marks = [time.perf_counter()]
-    with closing(sample_batch(pipeline, plan, batches[0], 2)) as steps:
+    with closing(sample_batch(pipeline, texts, plan, batches[0], 2)) as steps:
         for step in steps:
             marks.append(time.perf_counter())
     setup_seconds, step_seconds = marks[1] - marks[0], marks[-1] - marks[-2]

@@ -22,12 +22,24 @@ def run_cpu_streams_side_by_side() -> None:
 
 
 @contextlib.contextmanager
+def streams_for(groups: int) -> Iterator[list[mx.Stream]]:
+    """Streams for so many groups of work, at most one a core of the CPU; the device's own elsewhere."""
+    count = min(groups, cores())
+    with _blas_threads(count):
+        yield [mx.default_stream(mx.default_device())] if count == 1 else _cpu_streams(count)
+
+
+@contextlib.contextmanager
 def side_by_side(count: int) -> Iterator[list[tuple[slice, mx.Stream]]]:
     """Split `count` rows of work over the CPU's cores, one group elsewhere: (rows, the stream to compute them on)."""
     groups = row_groups(count)
-    streams = [mx.default_stream(mx.default_device())] if len(groups) == 1 else _cpu_streams(len(groups))
-    with _blas_threads(len(groups)):
+    with streams_for(len(groups)) as streams:
         yield list(zip(groups, streams, strict=True))
+
+
+def cores() -> int:
+    """What works at the same time: the CPUs of this process; a GPU is one."""
+    return blas.cores() if mx.default_device() == mx.Device(mx.cpu) else 1
 
 
 def row_groups(images: int) -> list[slice]:
@@ -36,8 +48,8 @@ def row_groups(images: int) -> list[slice]:
     Most of MLX's CPU operations use one thread of their stream, so groups on streams of their own run side by
     side. Which group an image falls in depends on its place in the batch and on the number of cores.
     """
-    cores = min(images, blas.cores()) if mx.default_device() == mx.Device(mx.cpu) else 1
-    edges = [images * core // cores for core in range(cores + 1)]
+    count = min(images, cores())
+    edges = [images * core // count for core in range(count + 1)]
     return [slice(a, b) for a, b in pairwise(edges)]
 
 

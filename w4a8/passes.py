@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,9 +15,10 @@ import numpy as np
 from calibration_store.layout import CalibrationPaths
 from calibration_store.manifest import run_identity, select_images, select_steps
 from calibration_store.samples import read_sample
-from w4a8.model.loading import Pipeline
+from w4a8.model.parts import Pipeline
 from w4a8.model.replay import Replay, replaying
 from w4a8.model.runs import run_schedule
+from w4a8.model.text import Texts
 
 Result = TypeVar("Result")
 Place = tuple[int, int]  # (image_id, step_index)
@@ -47,12 +49,24 @@ class Pass:
 
 @dataclass(frozen=True)
 class StoredPasses:
-    """Passes at samples of a calibration run; images: the manifest's entries of those that are used."""
+    """Passes at samples of a calibration run; images: the manifest's entries of those that are used.
+
+    The prompts of text_group images (None: by memory) are encoded at once, the first before anything else.
+    """
 
     pipeline: Pipeline
     calib_dir: Path
     manifest: Mapping[str, Any]
     images: Sequence[Mapping[str, Any]]
+    text_group: int | None = None
+
+    def __post_init__(self):
+        self.texts.of([self.images[0]["prompt"]])
+
+    @cached_property
+    def texts(self) -> Texts:
+        manifest, prompts = self.manifest, [image["prompt"] for image in self.images]
+        return Texts(self.pipeline, prompts, manifest["cfg_scale"], manifest["negative_prompt"], self.text_group)
 
     def over(self, places: Sequence[Place]) -> Iterator[Pass]:
         """A pass for every place (ordered by image). Hooks go inside the loop; close the iterator when you leave early."""
@@ -61,7 +75,8 @@ class StoredPasses:
         for image_id, group in groupby(places, key=lambda place: place[0]):
             steps = [step for _, step in group]
             samples = [read_sample(paths, self.manifest, image_id, step, schedule) for step in steps]
-            with replaying(self.pipeline, images[image_id], [sample["timestep"] for sample in samples]) as replay:
+            timesteps = [sample["timestep"] for sample in samples]
+            with replaying(self.pipeline, images[image_id], timesteps, self.texts) as replay:
                 for step, sample in zip(steps, samples, strict=True):
                     yield Pass(self.pipeline, image_id, step, sample, replay)
 

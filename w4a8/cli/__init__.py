@@ -1,7 +1,14 @@
 """What the stages' command lines share. No NumPy: `--help` is fast."""
 
 from w4a8.cli.command import Interrupted, StageCommand, interruptible, stage_command
-from w4a8.cli.options import analysis_options, calib_dir_option, model_place_options, native_option, resume_options
+from w4a8.cli.options import (
+    analysis_options,
+    calib_dir_option,
+    model_place_options,
+    native_option,
+    resume_options,
+    text_group_option,
+)
 from w4a8.cli.progress import progress_bar
 from w4a8.cli.words import few, format_bytes, format_seconds
 
@@ -19,4 +26,5 @@ __all__ = [
     "progress_bar",
     "resume_options",
     "stage_command",
+    "text_group_option",
 ]

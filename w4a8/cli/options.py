@@ -33,6 +33,15 @@ def model_place_options(function: Callable) -> Callable:
     return function
 
 
+def text_group_option(function: Callable) -> Callable:
+    """`--text-group`: how many prompts the text encoders are loaded for."""
+    return click.option(
+        "--text-group",
+        type=click.IntRange(min=1),
+        help="Prompts that are encoded before the text encoders make room for the transformer.  [default: by memory]",
+    )(function)
+
+
 def native_option(function: Callable) -> Callable:
     """`--native`: how packed weights are multiplied."""
     return click.option(

@@ -22,10 +22,11 @@ from w4a8.cli.prompts import draw_builtin_prompts
 from w4a8.evaluation.metrics import describe_variant
 from w4a8.evaluation.variants import Variant
 from w4a8.model.catalog import ModelInfo, model_fingerprint, package_versions
-from w4a8.model.loading import Pipeline, load_pipeline, whole_model
+from w4a8.model.loading import load_pipeline
+from w4a8.model.parts import DECODER, TRANSFORMER, Pipeline, whole_model
 from w4a8.model.runs import check_fingerprint, describe_run_model
 from w4a8.model.sampling import EulerStep, decode_latents, euler_steps, initial_noise
-from w4a8.model.text import encode_prompts
+from w4a8.model.text import Texts
 from w4a8.quantized.activation_rules import ActivationRule, inputs_quantized
 
 
@@ -85,7 +86,7 @@ def load_evaluated(
     use_t5 = manifest["use_t5"] if model in (None, manifest["model_version"]) else info.use_t5 and manifest["use_t5"]
     if model is None and info.hub_id is None:
         check_fingerprint(manifest, info, checkpoint)
-    pipeline = load_pipeline(info, whole_model(manifest["activation_dtype"]), use_t5, checkpoint)
+    pipeline = load_pipeline(info, whole_model(manifest["activation_dtype"]), use_t5, checkpoint, lazy=True)
     if model is None and info.hub_id is not None:
         check_fingerprint(manifest, info, checkpoint)  # now that its files are in the cache
     return pipeline, info, model_fingerprint(info, use_t5, checkpoint)
@@ -116,7 +117,7 @@ def plan_run(
 
 
 def evaluate(
-    pipeline: Pipeline, run: Run, paths: EvaluationPaths, variants: Sequence[Variant], resume: bool
+    pipeline: Pipeline, texts: Texts, run: Run, paths: EvaluationPaths, variants: Sequence[Variant], resume: bool
 ) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, dict]]:
     """Run every variant, the original first: (original images, images and metrics of each variant).
 
@@ -128,7 +129,7 @@ def evaluate(
     with progress_bar(total, "sampling", "step") as bar:
         for variant in variants:
             bar.set_description(variant.name)
-            found = stored_or_sampled(pipeline, run, paths, variant, resume or variant.name == "fp", bar)
+            found = stored_or_sampled(pipeline, texts, run, paths, variant, resume or variant.name == "fp", bar)
             original = found if original is None else original
             images[variant.name] = found["images"]
             results[variant.name] = describe_variant(run.prompts, run.seed, original, found)
@@ -137,7 +138,7 @@ def evaluate(
 
 
 def stored_or_sampled(
-    pipeline: Pipeline, run: Run, paths: EvaluationPaths, variant: Variant, stored: bool, bar: ProgressBar
+    pipeline: Pipeline, texts: Texts, run: Run, paths: EvaluationPaths, variant: Variant, stored: bool, bar: ProgressBar
 ) -> dict[str, np.ndarray]:
     """A variant's images and latents, from its file if that may be used, else sampled and written."""
     identity = run.identity(variant)
@@ -149,18 +150,23 @@ def stored_or_sampled(
         arrays = read_variant(path, identity, len(run.prompts), run.num_steps + 1, run.latent_size)
         if arrays is not None:
             return arrays
-    arrays = sample(pipeline, run, variant, bar)
+    arrays = sample(pipeline, texts, run, variant, bar)
     write_variant(path, identity, arrays)
     return arrays
 
 
-def sample(pipeline: Pipeline, run: Run, variant: Variant, bar: ProgressBar) -> dict[str, np.ndarray]:
-    """Images (N, H, W, 3) uint8 and the latents of every step (N, steps + 1, h, w, 16) float32 of all prompts."""
-    images, latents = [], []
+def sample(pipeline: Pipeline, texts: Texts, run: Run, variant: Variant, bar: ProgressBar) -> dict[str, np.ndarray]:
+    """Images (N, H, W, 3) uint8 and the latents of every step (N, steps + 1, h, w, 16) float32 of all prompts.
+
+    Transformer and decoder are never in memory together.
+    """
+    finished, latents = [], []
+    batches = [run.prompts[begin : begin + run.batch_size] for begin in range(0, len(run.prompts), run.batch_size)]
+    texts.of(batches[0])
+    pipeline.drop(DECODER)
     with variant.in_place(pipeline):
-        for begin in range(0, len(run.prompts), run.batch_size):
-            prompts = run.prompts[begin : begin + run.batch_size]
-            text = encode_prompts(pipeline, prompts, run.cfg_weight, run.negative_prompt)
+        for batch, prompts in enumerate(batches):
+            begin, text = batch * run.batch_size, texts.of(prompts)
             noise = mx.concatenate([initial_noise(run.seed + begin + i, run.latent_size) for i in range(len(prompts))])
             noise = noise.astype(pipeline.activation_dtype)
             trajectory = []
@@ -169,10 +175,11 @@ def sample(pipeline: Pipeline, run: Run, variant: Variant, bar: ProgressBar) -> 
                     trajectory.append(np.array(state.x.astype(mx.float32)))
                     bar.update(0 if state.is_final else 1)
             latents.append(np.stack(trajectory, axis=1))
-            ids = range(begin, begin + len(prompts))
-            refuse_not_finite(variant.name, latents[-1], ids)
-            images += [np.asarray(image) for image in decode_latents(pipeline, state.x, ids)]
-    return {"images": np.stack(images), "latents": np.concatenate(latents)}
+            refuse_not_finite(variant.name, latents[-1], range(begin, begin + len(prompts)))
+            finished.append(state.x)
+    pipeline.drop(TRANSFORMER)
+    images = decode_latents(pipeline, mx.concatenate(finished))
+    return {"images": np.stack([np.asarray(image) for image in images]), "latents": np.concatenate(latents)}
 
 
 def quantized_steps(

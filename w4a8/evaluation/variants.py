@@ -12,7 +12,7 @@ from calibration_store.layout import ActivationPaths, QuantizedModelPaths, Weigh
 from calibration_store.manifest import same_run
 from calibration_store.weights import WEIGHTS_METADATA
 from w4a8.model.layers import Layer
-from w4a8.model.loading import Pipeline
+from w4a8.model.parts import Pipeline
 from w4a8.quantized.activation_rules import RULES, ActivationRule, rule_of
 from w4a8.quantized.exported import ExportedWeights
 from w4a8.quantized.model import NearestWeights, Rest, StoredWeights, Weights

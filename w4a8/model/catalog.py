@@ -110,8 +110,13 @@ def describe_model(name: str) -> ModelInfo:
     )
 
 
-def model_files(info: ModelInfo, use_t5: bool, local_checkpoint: Path | None = None) -> dict[str, Path] | None:
-    """Role -> file of everything that a model's numbers come from; None for a hub model that is not in the local cache."""
+def model_files(
+    info: ModelInfo, use_t5: bool, local_checkpoint: Path | None = None, download: bool = False
+) -> dict[str, Path] | None:
+    """Role -> file of everything that a model's numbers come from; None for a hub model that is not in the local cache.
+
+    download: fetch what lacks; raises what the hub's client raises.
+    """
     own = folder_files(info.folder, info.base is not None) if info.folder is not None else {}
     if info.hub_id is None:
         return own
@@ -123,8 +128,10 @@ def model_files(info: ModelInfo, use_t5: bool, local_checkpoint: Path | None = N
     elsewhere = {"vae" if part == "decoder" else part for part in own}
     wanted = {role: where for role, where in wanted.items() if role not in elsewhere}
     try:
-        files = {role: Path(hf_hub_download(*where, local_files_only=True)) for role, where in wanted.items()}
+        files = {role: Path(hf_hub_download(*where, local_files_only=not download)) for role, where in wanted.items()}
     except LocalEntryNotFoundError:
+        if download:
+            raise
         return None
     return files | own | ({"checkpoint": local_checkpoint} if local_checkpoint else {})
 

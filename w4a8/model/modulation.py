@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_map
 
-from w4a8.model.loading import Pipeline
+from w4a8.model.parts import Pipeline
 
 
 @contextlib.contextmanager

@@ -24,7 +24,9 @@ from w4a8.model.diffusionkit import (
     hf_hub_download,
     model_io,
 )
-from w4a8.model.loading import DECODER, TEXT, load_pipeline, transformer_config
+from w4a8.model.folder import transformer_config
+from w4a8.model.loading import load_pipeline
+from w4a8.model.parts import DECODER, TEXT
 
 CHECKPOINT_PREFIX = "model.diffusion_model."
 # the parts of DiffusionKit's names -> those of the original checkpoint, which holds q, k and v in one

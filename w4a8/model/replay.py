@@ -7,9 +7,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from w4a8.model.loading import Pipeline
 from w4a8.model.modulation import modulation_cache
-from w4a8.model.text import TextConditioning, encode_prompts
+from w4a8.model.parts import Pipeline
+from w4a8.model.text import TextConditioning, Texts, encode_prompts
 
 
 class Replay:
@@ -36,13 +36,18 @@ class Replay:
 
 
 @contextlib.contextmanager
-def replaying(pipeline: Pipeline, image: dict[str, Any], timesteps: Sequence[np.ndarray]) -> Iterator[Replay]:
+def replaying(
+    pipeline: Pipeline, image: dict[str, Any], timesteps: Sequence[np.ndarray], texts: Texts | None = None
+) -> Iterator[Replay]:
     """Replay `image` (an entry of the manifest) with its own prompt and guidance: R = 2 rows with guidance
     (conditional, unconditional), else 1.
 
-    timesteps are the stored ones that will be asked for. Hooks go inside this block: leaving it puts the adaLN
+    timesteps are the stored ones that will be asked for; texts hold the run's prompts, encoded. Hooks go inside this block: leaving it puts the adaLN
     weights back.
     """
-    text = encode_prompts(pipeline, [image["prompt"]], image["cfg_weight"], image["negative_prompt"])
+    if texts is None:
+        text = encode_prompts(pipeline, [image["prompt"]], image["cfg_weight"], image["negative_prompt"])
+    else:
+        text = texts.of([image["prompt"]])
     with modulation_cache(pipeline, [text.pooled], mx.array(np.array(timesteps))):
         yield Replay(pipeline, text)

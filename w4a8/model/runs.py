@@ -1,14 +1,18 @@
 """The model of a calibration run: where it is now, and whether it is still the same."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_map
 
 from w4a8.model.catalog import ModelError, ModelInfo, describe_model, model_fingerprint
-from w4a8.model.diffusionkit import DiffusionPipeline, ModelSamplingDiscreteFlow
-from w4a8.model.loading import TEXT, Parts, Pipeline, load_pipeline
+from w4a8.model.diffusionkit import DiffusionPipeline, MMDiT, ModelSamplingDiscreteFlow
+from w4a8.model.loading import check_folder, load_pipeline
+from w4a8.model.original import open_transformer
+from w4a8.model.parts import TEXT, TRANSFORMER, Parts, Pipeline
 from w4a8.model.text import check_prompts
 
 
@@ -36,21 +40,17 @@ def describe_run_model(
 def load_run_pipeline(
     manifest: dict[str, Any], parts: Parts, model: str | None = None, local_checkpoint: Path | None = None
 ) -> Pipeline:
-    """The asked parts of a calibration run's model, {TRANSFORMER: manifest["activation_dtype"], …}.
+    """The asked parts of a calibration run's model, {TRANSFORMER: manifest["activation_dtype"], …}, each read when it is used.
 
     Raises ModelError when it is not there, when its weights are not those that the run was made with, or when the manifest
     holds a prompt that it cannot read.
     """
     info, checkpoint = describe_run_model(manifest, model, local_checkpoint)
-    if manifest["sampler_shift"] != info.sampler_shift:
-        raise ModelError(
-            f"manifest.json: sampler_shift {manifest['sampler_shift']:g}, but {info.version} has {info.sampler_shift:g}; "
-            "run generate_calibration_data.py with --force to make the run anew"
-        )
+    check_shift(manifest, info)
     if info.hub_id is None:
         check_fingerprint(manifest, info, checkpoint)
     pipeline = load_pipeline(
-        info, parts, manifest["use_t5"], checkpoint, instead="; --model says where else the model is"
+        info, parts, manifest["use_t5"], checkpoint, instead="; --model says where else the model is", lazy=True
     )
     if info.hub_id is not None:
         check_fingerprint(manifest, info, checkpoint)  # now that its files are in the cache
@@ -58,6 +58,37 @@ def load_run_pipeline(
         check_prompts(pipeline, [image["prompt"] for image in manifest["images"]], "manifest.json: prompt")
         check_prompts(pipeline, [manifest["negative_prompt"]], "manifest.json: negative prompt")
     return pipeline
+
+
+def run_transformer(
+    manifest: dict[str, Any], model: str | None = None, local_checkpoint: Path | None = None
+) -> Callable[[], MMDiT]:
+    """A function that opens a calibration run's transformer, float32, its weights read when they are used.
+
+    Raises ModelError as `load_run_pipeline` does, and for weights that are packed.
+    """
+    info, checkpoint = describe_run_model(manifest, model, local_checkpoint)
+    check_shift(manifest, info)
+    check_folder(info, manifest["use_t5"], checkpoint)
+    if info.hub_id is not None:
+        load_pipeline(info, {TRANSFORMER: "float32"}, manifest["use_t5"], checkpoint, lazy=True)  # fetches what lacks
+    check_fingerprint(manifest, info, checkpoint)
+
+    def open_float32() -> MMDiT:
+        mmdit = open_transformer(info, checkpoint)
+        mmdit.update(tree_map(lambda array: array.astype(mx.float32), mmdit.parameters()))
+        return mmdit
+
+    return open_float32
+
+
+def check_shift(manifest: dict[str, Any], info: ModelInfo) -> None:
+    """Raise ModelError when the run was sampled with another schedule than the model's."""
+    if manifest["sampler_shift"] != info.sampler_shift:
+        raise ModelError(
+            f"manifest.json: sampler_shift {manifest['sampler_shift']:g}, but {info.version} has {info.sampler_shift:g}; "
+            "run generate_calibration_data.py with --force to make the run anew"
+        )
 
 
 def check_fingerprint(manifest: dict[str, Any], info: ModelInfo, checkpoint: Path | None) -> None:

@@ -9,8 +9,8 @@ from PIL import Image
 
 from w4a8.model.catalog import ModelError
 from w4a8.model.diffusionkit import CFGDenoiser, append_dims
-from w4a8.model.loading import Pipeline
 from w4a8.model.modulation import modulation_cache
+from w4a8.model.parts import Pipeline
 from w4a8.model.text import TextConditioning
 from w4a8.parallel import row_groups, side_by_side
 

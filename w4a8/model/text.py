@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from w4a8.cli.progress import progress_bar
+from w4a8.memory import device_memory
 from w4a8.model.catalog import ModelError
-from w4a8.model.loading import Pipeline
+from w4a8.model.parts import TEXT, TRANSFORMER, Pipeline
 
 
 def check_prompts(pipeline: Pipeline, prompts: Sequence[str], what: str = "prompt") -> int:
@@ -51,17 +53,66 @@ def encode_prompts(
 
     With `cfg_weight` <= 0 the unconditional rows that DiffusionKit always returns are left out.
     """
-    rows = 2 if cfg_weight > 0 else 1
-    tokens, pooled = [], []
+    each = []
     for prompt in prompts:
-        prompt_tokens, prompt_pooled = pipeline.encode_text(prompt, cfg_weight, negative_prompt)
-        tokens.append(prompt_tokens)
-        pooled.append(prompt_pooled)
+        arrays = pipeline.encode_text(prompt, cfg_weight, negative_prompt)
+        rows = slice(None if cfg_weight > 0 else 1)
+        each.append(TextConditioning(*(array[rows].astype(pipeline.activation_dtype) for array in arrays)))
+    return stack_conditioning(each)
+
+
+FEATURES_SHARE = 1 / 16  # of the device's memory that a group's features may take
+FEATURE_WIDTH, CLIP_TOKENS, T5_TOKENS = 4096, 77, 256
+
+
+class Texts:
+    """Conditioning of a run's prompts. The text encoders are in memory while a group of prompts is encoded, and only then.
+
+    They and the transformer are never in memory together. What a prompt gives depends on no other.
+    """
+
+    def __init__(
+        self, pipeline: Pipeline, prompts: Sequence[str], cfg_weight: float, negative_prompt: str, group: int | None
+    ):
+        """prompts: in the order in which they will be asked for; group: how many are encoded at once (None: by memory)."""
+        self.pipeline, self.cfg_weight, self.negative_prompt = pipeline, cfg_weight, negative_prompt
+        self.prompts = list(dict.fromkeys(prompts))
+        self.group = group or default_group(pipeline, cfg_weight)
+        self._known: dict[str, TextConditioning] = {}
+
+    def of(self, prompts: Sequence[str]) -> TextConditioning:
+        """As `encode_prompts`: conditional rows first."""
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
+        if missing:
+            start = self.prompts.index(missing[0])
+            following = self.prompts[start : start + self.group]
+            self._encode([*dict.fromkeys([*prompts, *following])])
+        return stack_conditioning([self._known[prompt] for prompt in prompts])
+
+    def _encode(self, prompts: Sequence[str]) -> None:
+        self.pipeline.drop(TRANSFORMER)
+        self._known.clear()
+        with progress_bar(len(prompts), "encoding prompts", "prompt", leave=False) as bar:
+            for prompt in prompts:
+                self._known[prompt] = encode_prompts(self.pipeline, [prompt], self.cfg_weight, self.negative_prompt)
+                bar.update()
+        self.pipeline.drop(TEXT)
+
+
+def default_group(pipeline: Pipeline, cfg_weight: float) -> int:
+    """As many prompts as have room in a sixteenth of the memory."""
+    tokens = CLIP_TOKENS + (T5_TOKENS if pipeline.use_t5 else CLIP_TOKENS)
+    rows = 2 if cfg_weight > 0 else 1
+    each = rows * tokens * FEATURE_WIDTH * pipeline.activation_dtype.size
+    return max(1, int(FEATURES_SHARE * device_memory() / each))
+
+
+def stack_conditioning(each: Sequence[TextConditioning]) -> TextConditioning:
+    """One conditioning for several prompts: conditional rows first."""
+    rows = range(each[0].pooled.shape[0])
     stacked = [
-        mx.concatenate([array[row : row + 1] for row in range(rows) for array in arrays]).astype(
-            pipeline.activation_dtype
-        )
-        for arrays in (tokens, pooled)
+        mx.concatenate([array[row : row + 1] for row in rows for array in arrays])
+        for arrays in ([one.tokens for one in each], [one.pooled for one in each])
     ]
     mx.eval(stacked)
     return TextConditioning(*stacked)

@@ -9,8 +9,9 @@ from calibration_store.errors import StoreError
 from calibration_store.layout import QuantizedModelPaths, WeightPaths
 from calibration_store.model_folder import check_exported
 from calibration_store.quantized_model import EXPORT, read_export
+from w4a8.model.folder import load_folder_transformer
 from w4a8.model.layers import Layer, model_layers
-from w4a8.model.loading import Pipeline, load_folder_transformer
+from w4a8.model.parts import TRANSFORMER, Pipeline
 from w4a8.quantized.model import Weights
 from w4a8.quantized.native import PREFERRED
 
@@ -44,14 +45,16 @@ class ExportedWeights(Weights):
     @contextmanager
     def in_place(self, pipeline: Pipeline) -> Iterator[None]:
         """The exported transformer in the pipeline, computing natively, until the block ends."""
+        names = model_layers(pipeline.mmdit).keys()
+        pipeline.drop(TRANSFORMER)
         exported = load_folder_transformer(self.folder, pipeline.activation_dtype)
-        if model_layers(exported).keys() != model_layers(pipeline.mmdit).keys():
+        if model_layers(exported).keys() != names:
             raise StoreError(f"{self.folder}: another model's layers; {self.remedy}")
-        original, pipeline.mmdit = pipeline.mmdit, exported
+        pipeline.mmdit = exported
         try:
             yield
         finally:
-            pipeline.mmdit = original
+            pipeline.drop(TRANSFORMER)
 
 
 def file_digest(path: Path) -> str:

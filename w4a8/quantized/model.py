@@ -21,7 +21,7 @@ from calibration_store.layout import WeightPaths
 from calibration_store.names import block_of
 from calibration_store.weights import WEIGHTS_METADATA, read_quantized_block
 from w4a8.model.layers import Layer, model_layers
-from w4a8.model.loading import Pipeline
+from w4a8.model.parts import TRANSFORMER, Pipeline
 from w4a8.quantized.layer import QuantizedLayer
 
 GROUPS_OF_THE_REST = 64
@@ -68,8 +68,14 @@ class Codes(Weights):
     def quantized(self, layers: Mapping[str, Layer]) -> Iterator[tuple[str, QuantizedLayer]]:
         """(name, quantized layer) one after the other."""
 
-    def in_place(self, pipeline: Pipeline) -> AbstractContextManager[None]:
-        return weights_in_place(pipeline.mmdit, self)
+    @contextlib.contextmanager
+    def in_place(self, pipeline: Pipeline) -> Iterator[None]:
+        """Layer for layer in place of the original's, which is read again afterwards: never two models in memory."""
+        try:
+            put_in_place(pipeline.mmdit, self)
+            yield
+        finally:
+            pipeline.drop(TRANSFORMER)
 
 
 @dataclass(frozen=True)
@@ -182,19 +188,12 @@ def quantized_places(mmdit: nn.Module, weights: Codes) -> Iterator[Place]:
         yield Place(path, module, nearest, weights.rest.bits)
 
 
-@contextlib.contextmanager
-def weights_in_place(mmdit: nn.Module, weights: Codes) -> Iterator[None]:
-    """Quantized weights (and corrected biases), unpacked as the exported model unpacks them, until the block ends."""
-    originals: list[tuple[nn.Module, dict[str, mx.array]]] = []
-    try:
-        for place in quantized_places(mmdit, weights):
-            module, bias = place.module, place.quantized.deployed_bias
-            originals.append((module, {key: module[key] for key in ("weight", "bias") if key in module}))
-            dtype = module["weight"].dtype
-            module["weight"] = place.quantized.packed(place.bits).dense(dtype)
-            if bias is not None:
-                module["bias"] = mx.array(bias).astype(dtype)
-        yield
-    finally:
-        for module, original in originals:
-            module.update(original)
+def put_in_place(mmdit: nn.Module, weights: Codes) -> None:
+    """Replace weights (and corrected biases) by quantized ones, unpacked as the exported model unpacks them."""
+    for place in quantized_places(mmdit, weights):
+        module, bias = place.module, place.quantized.deployed_bias
+        dtype = module["weight"].dtype
+        module["weight"] = place.quantized.packed(place.bits).dense(dtype)
+        if bias is not None:
+            module["bias"] = mx.array(bias).astype(dtype)
+        mx.eval(module.parameters())

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from calibration_store.block_cache import block_keys, stored_shapes
 from calibration_store.checkpoint import Layers
 from calibration_store.errors import OptionError, StoreError
 from calibration_store.files import remove_file, write_json
@@ -24,7 +25,11 @@ from calibration_store.weights import (
     write_quantized_block,
 )
 from w4a8.cli.progress import ProgressBar
+from w4a8.cli.words import format_bytes
+from w4a8.memory import device_memory
 from w4a8.model.layers import Layer, model_blocks, model_layers
+from w4a8.model.parts import check_finite
+from w4a8.parallel import cores
 from w4a8.quantized.arithmetic import grid_position
 from w4a8.rounding.checkpoint import Checkpoint
 from w4a8.rounding.samples import Samples
@@ -40,7 +45,8 @@ BYTES_PER_WEIGHT = 5 + 2 * 16  # codes and alpha, and a checkpoint being replace
 class Rounding:
     """A run of stage 3W: the model, what is trained in which pieces, and from what."""
 
-    mmdit: nn.Module
+    open: Callable[[], nn.Module]  # the transformer, float32, whose weights are read when they are used
+    mmdit: nn.Module  # one such that is only looked at
     paths: WeightPaths
     cache: Mapping[str, Any]  # the block cache's metadata
     settings: Settings
@@ -101,11 +107,18 @@ class Rounding:
             f"{len(self.layers)} layers of {len(self.blocks)} blocks, W{settings.weight_bits}"
             f"{f'A{settings.activation_bits}' if settings.activation_bits else ''}, "
             f"{f'groups of {settings.group_size}' if settings.group_size else 'per output channel'}, unit {self.unit}, "
-            f"{settings.iters} iterations of {settings.batch_size}, {len(self.cache['samples'])} cached samples"
+            f"{settings.iters} iterations of {settings.batch_size} ({settings.micro_batch} at once), {len(self.cache['samples'])} cached samples"
         )
 
-    def training(self, job: Job, index: int, samples: Samples) -> Training:
-        return Training(self.unit_class(self.mmdit, job, job.parts[index], samples, self.settings))
+    def opened(self, job: Job) -> nn.Module:
+        """The transformer with the job's blocks in memory; what else it needs is read when it is used."""
+        mmdit = self.open()
+        for name in job.blocks:
+            check_finite(model_blocks(mmdit)[name].module, f"{self.plan['model_version']}, {name}")
+        return mmdit
+
+    def training(self, mmdit: nn.Module, job: Job, index: int, samples: Samples) -> Training:
+        return Training(self.unit_class(mmdit, job, job.parts[index], samples, self.settings))
 
     def samples(self, job: Job) -> Samples:
         return Samples(self.paths.calib_dir, self.cache, job.blocks)
@@ -135,18 +148,89 @@ def choose_unit(
     return unit, chosen
 
 
+# --- memory -------------------------------------------------------------------------------------------------
+
+# What the peak of an iteration was measured to be on a CPU (benchmarks/memory.py --fit), while rounding and while
+# tuning, as multiples: of a unit's weights in float32 (the weights, floors, α, two moments, codes, gradients, and what
+# is replaced); of one sample in a block's backward pass, and of what each block keeps of a sample for it.
+PHASES = ((8.5, 0.27, 0.31), (5.65, 0.37, 0.61))
+TOKEN_ARRAYS, SCORE_ARRAYS = 86, 1.95  # that a sample takes in a block's backward pass: (rows, tokens, hidden), scores
+MEMORY_SHARE = 0.75  # of the device's memory that an iteration may take
+
+
+@dataclass(frozen=True)
+class IterationBytes:
+    """What an iteration takes: weights of the unit, one sample in one block, and how many blocks there are."""
+
+    weights: int
+    sample: int
+    blocks: int
+
+    def peak(self, samples: int) -> int:
+        """At the peak, with so many samples at the same time."""
+        return max(
+            int(weights * self.weights + samples * (once + each * self.blocks) * self.sample)
+            for weights, once, each in PHASES
+        )
+
+    def micro_batch(self, batch_size: int, memory: int) -> int:
+        """The largest micro-batch that fits, 1 at least; a CPU's cores share the batch."""
+        streams = min(cores(), batch_size)
+        sizes = range(-(-batch_size // streams), 0, -1)
+        return next((size for size in sizes if self.peak(size * streams) <= MEMORY_SHARE * memory), 1)
+
+
+def iteration_bytes(rounding: Rounding) -> IterationBytes:
+    """Of the largest unit, from shapes alone."""
+    config, cached, found = rounding.mmdit.config, stored_shapes(rounding.cache), []
+    for job in rounding.jobs:
+        shapes = [cached[key] for key in block_keys(rounding.cache, job.blocks[0])[0]]
+        rows, hidden, tokens = shapes[0][0], shapes[0][-1], sum(shape[1] for shape in shapes)
+        arrays, scores = rows * tokens * hidden, rows * config.num_heads * tokens**2
+        weights = sum(out * width for name in job_layers(job) for out, width in [rounding.layers[name].shape])
+        sample = 4 * int(TOKEN_ARRAYS * arrays + SCORE_ARRAYS * scores)
+        found.append(IterationBytes(4 * weights, sample, len(job.blocks)))
+    return max(found, key=lambda one: one.peak(1))
+
+
+def job_layers(job: Job) -> list[str]:
+    return [name for part in job.parts for name in part.layers]
+
+
+SMALLER = dict.fromkeys(UNITS, "a smaller --latent-size in stage 1") | {"model": "--unit block"}
+
+
+def choose_micro_batch(rounding: Rounding, given: int | None, before: Mapping[str, Any] | None) -> Rounding:
+    """The run with its micro-batch: as given, as an earlier run of this folder had it, or as large as fits.
+
+    Raises OptionError when not even one sample fits.
+    """
+    need, memory, size = iteration_bytes(rounding), device_memory(), rounding.settings.batch_size
+    fits = need.micro_batch(size, memory)
+    micro_batch = min(given or (before or {}).get("micro_batch") or fits, size)
+    peak = need.peak(min(micro_batch * cores(), size))
+    if peak > memory:
+        way = f"--micro-batch {fits}" if micro_batch > fits else SMALLER[rounding.unit]
+        raise OptionError(
+            f"iterations with {micro_batch} samples at once take about {format_bytes(peak)} of memory, and "
+            f"{format_bytes(memory)} are there: {way} takes less"
+        )
+    settings = replace(rounding.settings, micro_batch=micro_batch)
+    return replace(rounding, settings=settings)
+
+
 # --- one job ------------------------------------------------------------------------------------------------
 
 
 def run_job(rounding: Rounding, job: Job, plan: Mapping[str, Any], bar: ProgressBar, checkpoint_seconds: float) -> None:
     """Train a job's parts, from its checkpoint if there is one, and write its blocks' files."""
     paths, settings = rounding.paths, rounding.settings
-    samples, checkpoint = rounding.samples(job), Checkpoint(paths, job, plan)
+    mmdit, samples, checkpoint = rounding.opened(job), rounding.samples(job), Checkpoint(paths, job, plan)
     position, saved, done = checkpoint.load(settings.weight_bits) or ({"stage": 0, "losses": []}, {}, {})
     losses = position["losses"]
     bar.n += settings.iters * position["stage"]
     for index in range(position["stage"], len(job.parts)):
-        training = rounding.training(job, index, samples)
+        training = rounding.training(mmdit, job, index, samples)
         if saved:
             try:
                 training.restore(saved, position["iteration"])
@@ -163,7 +247,6 @@ def run_job(rounding: Rounding, job: Job, plan: Mapping[str, Any], bar: Progress
     for block in job.blocks:
         write_quantized_block(paths, block, {name: fields for name, fields in done.items() if block_of(name) == block})
         write_losses(paths, block, job.name, losses)
-    rounding.mmdit.clear_modulation_params_cache()
     remove_file(paths.checkpoint)
 
 
@@ -222,7 +305,7 @@ def estimate(rounding: Rounding, todo: Sequence[Job], started: Mapping[str, Any]
     """started: the position of the first job's checkpoint. Raises OptionError when nothing can be learned."""
     mx.reset_peak_memory()
     samples = rounding.samples(todo[0])
-    training = rounding.training(todo[0], 0, samples)
+    training = rounding.training(rounding.opened(todo[0]), todo[0], 0, samples)
     iters = rounding.settings.iters
     training.iteration = rounding.settings.rounding_iters  # the tuning iterations take the most
     try:
@@ -232,11 +315,10 @@ def estimate(rounding: Rounding, todo: Sequence[Job], started: Mapping[str, Any]
             seconds = time.perf_counter() - start
     except NotFiniteError as error:
         raise NothingLearned(f"{todo[0].name}: {error}: nothing can be learned with these options") from None
-    on_cpu = mx.default_device() == mx.Device(mx.cpu)  # else the peak holds the samples already
     left = iters * sum(len(job.parts) for job in todo)
     if started is not None:
         left -= iters * started["stage"] + min(started["iteration"], iters)
-    return Estimate(left, seconds * left, mx.get_peak_memory() + (samples.num_bytes if on_cpu else 0))
+    return Estimate(left, seconds * left, mx.get_peak_memory() + samples.held_bytes)
 
 
 class NothingLearned(OptionError):

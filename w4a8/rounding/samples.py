@@ -9,6 +9,7 @@ import numpy as np
 
 from calibration_store.block_cache import block_keys, check_cached_sample, read_cached_block, stored_shapes
 from calibration_store.layout import BlockCachePaths
+from w4a8.memory import device_memory
 
 HELD_OUT = 0.1  # of the images: never trained on, they judge
 
@@ -23,32 +24,38 @@ class TrainingSamples(Protocol):
         """Inputs, modulation input and outputs of these samples, rows one below the other."""
 
 
+SAMPLES_SHARE = 0.25  # of the device's memory that samples may take; more stay in their files, mapped
+
+
 class Samples:
-    """The cached samples of a stretch of blocks, float16 in memory (the GPU's, where there is one)."""
+    """The cached samples of a stretch of blocks, float16: in memory (the GPU's, where there is one), or mapped when they are many."""
 
     def __init__(self, calib_dir: Path, cache: Mapping[str, Any], blocks: Sequence[str]):
         """cache: the block cache's metadata; inputs are those of the first block, outputs those of the last."""
-        count = len(cache["samples"])
-        image_ids: list[int] = []
-        arrays: list[Any] = []
-        for position, cached in enumerate(read_cached_block(calib_dir, blocks[0], blocks[-1], cache)):
-            members = [*cached.inputs, cached.modulation_input, *cached.outputs]
-            if not arrays:
-                arrays = [np.empty((count, *member.shape), np.float16) for member in members]
-            for array, member in zip(arrays, members, strict=True):
-                array[position] = member
-            image_ids.append(cached.image_id)
-        if mx.default_device() != mx.Device(mx.cpu):  # copied once: a batch of SD3-Medium's samples is 0.2 GB
-            arrays = [mx.array(array) for array in arrays]
-        self.image_ids, self._arrays = image_ids, arrays
-        self.training, self.held_out = split_samples(image_ids)
+        self.image_ids: list[int] = []
+        mapped: list[list[np.ndarray]] = []
+        for cached in read_cached_block(calib_dir, blocks[0], blocks[-1], cache):
+            mapped.append([*cached.inputs, cached.modulation_input, *cached.outputs])
+            self.image_ids.append(cached.image_id)
+        self.num_bytes = sum(member.nbytes for members in mapped for member in members)
+        self._mapped, self._arrays = mapped, []
+        if self.num_bytes <= SAMPLES_SHARE * device_memory():
+            on_gpu = mx.default_device() != mx.Device(mx.cpu)
+            self._arrays = [np.stack(members) for members in zip(*mapped, strict=True)]
+            self._arrays = [mx.array(array) for array in self._arrays] if on_gpu else self._arrays
+            self._mapped = []
+        self.training, self.held_out = split_samples(self.image_ids)
 
     @property
-    def num_bytes(self) -> int:
-        return sum(array.nbytes for array in self._arrays)
+    def held_bytes(self) -> int:
+        """What they take of the memory that MLX does not count."""
+        return sum(array.nbytes for array in self._arrays if isinstance(array, np.ndarray))
 
     def batch(self, indices: Sequence[int]) -> list[mx.array]:
         """As TrainingSamples.batch."""
+        if self._mapped:
+            chosen = zip(*[self._mapped[index] for index in indices], strict=True)
+            return [mx.array(np.concatenate(members)).astype(mx.float32) for members in chosen]
         if isinstance(self._arrays[0], mx.array):
             indices = mx.array(indices)
         picked = (array[indices] for array in self._arrays)

@@ -25,6 +25,12 @@ class Settings:
     lr_activation_scale: float
     regularizer_weight: float
     seed: int
+    micro_batch: int = 0  # samples whose gradients are made at once; 0: the whole batch
+
+    @property
+    def chunk(self) -> int:
+        """Samples in memory at once."""
+        return self.micro_batch or self.batch_size
 
     @property
     def rounding_iters(self) -> int:

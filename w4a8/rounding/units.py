@@ -13,7 +13,7 @@ from mlx.utils import tree_map
 from calibration_store.names import layer_role
 from hooks import substituted_layers
 from w4a8.model.layers import Layer, model_blocks, model_layers, run_final_layer
-from w4a8.parallel import side_by_side
+from w4a8.parallel import streams_for
 from w4a8.quantized.activation_rules import Learned
 from w4a8.quantized.arithmetic import grid_position, searched_grid
 from w4a8.quantized.layer import QuantizedLayer, deployed_grid
@@ -150,7 +150,7 @@ class Unit:
         return self.loss(indices, state)
 
     def _over_batches(self, parts, state: QuantizedUnit, indices: Sequence[int]) -> list[float]:
-        totals, size, stand_in = None, self.settings.batch_size, state.substitution()
+        totals, size, stand_in = None, self.settings.chunk, state.substitution()
         for begin in range(0, len(indices), size):
             found = parts(stand_in, self.samples.batch(indices[begin : begin + size]))
             mx.eval(found)
@@ -159,7 +159,10 @@ class Unit:
         return totals
 
     def gradients(self, state: QuantizedUnit, indices: np.ndarray, iteration: int) -> tuple[mx.array, Gradients]:
-        """Loss and its gradients with respect to weights, biases and ranges; the CPU's cores share the batch."""
+        """Loss and its gradients with respect to weights, biases and ranges.
+
+        Of a micro-batch at a time, on a CPU one a core, and summed in their order: what works side by side changes nothing.
+        """
         shifts, settings = self.shifts, self.settings
 
         def loss_of(parameters: Gradients, batch: list[mx.array], key: mx.array) -> mx.array:
@@ -172,20 +175,23 @@ class Unit:
         ranges = {} if state.rule is None else state.rule.ranges
         parameters = {"weights": state.weights, "biases": state.biases, "ranges": ranges}
         mx.eval(parameters)
-        total = []
-        with side_by_side(len(indices)) as groups:
-            for group, stream in groups:
-                key = mx.random.key(hash((settings.seed, iteration, group.start)) % 2**32)
-                with mx.stream(stream):
-                    batch = self.samples.batch(indices[group])
-                    found = mx.value_and_grad(loss_of)(parameters, batch, key)
-                    share = (group.stop - group.start) / len(indices)
-                    total.append(tree_map(partial(mx.multiply, share), found))
-            mx.eval(total)
-        loss, gradients = total[0]
-        for other_loss, other in total[1:]:
-            loss, gradients = loss + other_loss, tree_map(mx.add, gradients, other)
-        return loss, gradients
+        parts = [slice(start, start + settings.chunk) for start in range(0, len(indices), settings.chunk)]
+        total = None
+        with streams_for(len(parts)) as streams:
+            for start in range(0, len(parts), len(streams)):
+                found = []
+                for part, stream in zip(parts[start:], streams, strict=False):
+                    key = mx.random.key(hash((settings.seed, iteration, part.start)) % 2**32)
+                    with mx.stream(stream):
+                        batch = self.samples.batch(indices[part])
+                        share = len(indices[part]) / len(indices)
+                        given = mx.value_and_grad(loss_of)(parameters, batch, key)
+                        found.append(tree_map(partial(mx.multiply, share), given))
+                mx.eval(found)
+                for each in found:
+                    total = each if total is None else tree_map(mx.add, total, each)
+                mx.eval(total)
+        return total
 
     # what the unit looks like at a point of its training
 
@@ -247,7 +253,7 @@ class Unit:
 
     def watch(self, names: Sequence[str], indices: Sequence[int]) -> Iterator[Arrays]:
         """The inputs (tokens, channels) of these layers in the unquantized unit, a few samples at a time."""
-        size = min(8, self.settings.batch_size)
+        size = min(8, self.settings.chunk)
         for begin in range(0, len(indices), size):
             watching = Substitution({}, {}, watched=names)
             self.run(self.samples.batch(indices[begin : begin + size]), watching)

@@ -1,0 +1,109 @@
+"""Models in a folder: sd3-emoji's layout, and the exported transformer of a hub model."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from calibration_store.model_folder import (
+    LAYOUT,
+    check_exported,
+    config_file,
+    read_model_config,
+    read_tokenizer_files,
+    weight_file,
+)
+from w4a8.model.catalog import ModelError, ModelInfo
+from w4a8.model.diffusionkit import (
+    HUB_MMDIT_CONFIGS,
+    CLIPTextModel,
+    CLIPTextModelConfig,
+    MMDiT,
+    MMDiTConfig,
+    Tokenizer,
+    VAEDecoder,
+)
+from w4a8.model.parts import TEXT, TRANSFORMER, Parts, Pipeline, cast, load_weights
+from w4a8.quantized.native import get_ready
+
+
+class FolderPipeline(Pipeline):
+    """A model folder in sd3-emoji's layout instead of the hub's files; packed weights stay packed."""
+
+    def __init__(self, info: ModelInfo, parts: Parts):
+        super().__init__(info, parts, use_t5=False)
+        self.folder = info.folder
+        with self.explained():
+            self.model_config = read_model_config(info.folder)
+            vars(self.latent_format).update(self.model_config["latent_format"])
+            if TEXT in parts:
+                self.tokenizer_l = self._load_tokenizer("l", default=True)
+                self.tokenizer_g = self._load_tokenizer("g", default=False)
+
+    def read(self, part: str) -> None:
+        dtype = getattr(mx, self.parts[part])
+        if part == TRANSFORMER:
+            self.load_mmdit()
+        elif part == TEXT:
+            for name in ("clip_l", "clip_g"):
+                encoder = CLIPTextModel(CLIPTextModelConfig(**self.model_config[name]))
+                setattr(self, name, load_weights(encoder, weight_file(self.folder, name), dtype))
+        else:
+            vae = self.model_config["vae"]
+            decoder = VAEDecoder(
+                block_out_channels=vae["block_out_channels"],
+                layers_per_block=vae["decoder_layers_per_block"],
+                resnet_groups=vae["resnet_groups"],
+            )
+            self.decoder = load_weights(decoder, weight_file(self.folder, "decoder"), dtype)
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelError(f"{config_file(self.folder)}: {error}; {LAYOUT}") from None
+
+    def load_mmdit(self, only_modulation_dict: bool = False) -> list[tuple[str, mx.array]] | None:
+        """Load the transformer; with `only_modulation_dict` return its adaLN weights, as DiffusionKit's does."""
+        if only_modulation_dict:
+            return folder_modulation_weights(self.folder, self.dtype)
+        self.mmdit = load_folder_transformer(self.folder, self.dtype)
+        return None
+
+    def _load_tokenizer(self, encoder: str, default: bool) -> Tokenizer:
+        """The tokenizer of text encoder l or g; default: whether DiffusionKit pads with the end token there."""
+        text = self.model_config[f"clip_{encoder}"]
+        vocabulary, ranks = read_tokenizer_files(self.folder, text["vocab_size"])
+        padding = self.model_config.get(f"tokenizer_{encoder}", {"pad_with_eos": default})
+        tokenizer = Tokenizer(ranks, vocabulary, padding["pad_with_eos"])
+        tokenizer.max_length = text["max_length"]
+        return tokenizer
+
+
+def transformer_config(folder: Path, config: Mapping[str, Any], dtype: mx.Dtype) -> MMDiTConfig:
+    """DiffusionKit's config of a model folder's transformer, config: its config.json."""
+    if "base_model" in config:
+        return dataclasses.replace(HUB_MMDIT_CONFIGS[config["base_model"]], low_memory_mode=False, dtype=dtype)
+    own = dict(config["mmdit"])
+    own["hidden_size_override"] = own.pop("hidden_size")
+    return MMDiTConfig(**own, low_memory_mode=False, dtype=dtype)
+
+
+def load_folder_transformer(folder: Path, dtype: mx.Dtype) -> MMDiT:
+    """The transformer of a model folder; packed layers stay packed and compute natively. Raises a UserError."""
+    config = read_model_config(folder)
+    check_exported(folder, config)
+    model = MMDiT(transformer_config(folder, config, dtype))
+    load_weights(model, weight_file(folder, "mmdit"), dtype, config.get("quantization"))
+    get_ready(model)
+    return model
+
+
+def folder_modulation_weights(folder: Path, dtype: mx.Dtype) -> list[tuple[str, mx.array]]:
+    """(name, adaLN weight) of a model folder's transformer."""
+    weights = mx.load(str(weight_file(folder, "mmdit")))
+    return [(key, cast(value, dtype)) for key, value in weights.items() if "adaLN" in key]

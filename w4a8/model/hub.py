@@ -1,0 +1,148 @@
+"""Models of the Hugging Face hub, or of its local cache, through DiffusionKit's own loaders."""
+
+import logging
+import socket
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import mlx.core as mx
+
+from calibration_store.model_folder import weight_file
+from w4a8.model.catalog import ModelError, ModelInfo, model_files
+from w4a8.model.diffusionkit import (
+    HUB_TEXT_ENCODERS,
+    MMDIT_CKPT,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    SD3T5Encoder,
+    VAEDecoder,
+    hub_constants,
+    model_io,
+)
+from w4a8.model.folder import FolderPipeline
+from w4a8.model.parts import DECODER, TEXT, TRANSFORMER, Parts, Pipeline, check_finite, load_weights
+
+
+class HubPipeline(Pipeline):
+    """A model of the Hugging Face hub, or of its local cache; local_checkpoint: its transformer and VAE come from there."""
+
+    def __init__(self, info: ModelInfo, parts: Parts, use_t5: bool, local_checkpoint: Path | None, instead: str):
+        super().__init__(info, parts, use_t5)
+        self.local_checkpoint, self.instead, self.unreachable = local_checkpoint, instead, _reach_hub()
+        self.mmdit_ckpt, self.model = MMDIT_CKPT[info.hub_id], HUB_TEXT_ENCODERS
+        self.model_version = info.hub_id  # what DiffusionKit looks files up by
+        with self.explained():
+            model_files(info, use_t5, local_checkpoint, download=True)
+            if TEXT in parts:
+                for encoder, padded in (("l", True), ("g", False)):
+                    tokenizer = model_io.load_tokenizer(
+                        self.model, merges_key=f"tokenizer_{encoder}_merges", vocab_key=f"tokenizer_{encoder}_vocab",
+                        pad_with_eos=padded,
+                    )  # fmt: skip
+                    setattr(self, f"tokenizer_{encoder}", tokenizer)
+
+    def read(self, part: str) -> None:
+        model_io.LOCAl_SD3_CKPT = str(self.local_checkpoint) if self.local_checkpoint else None
+        model_io._FLOAT16 = self.float16_dtype
+        half, source = self.parts[part] == "float16", self.local_checkpoint
+        if part == TRANSFORMER:
+            self.load_mmdit()
+            check_finite(self.mmdit, source or f"{self.info.version}, transformer")
+        elif part == DECODER:
+            self.decoder = self.load_decoder(half)
+            check_finite(self.decoder, source or f"{self.info.version}, VAE decoder")
+        else:
+            self._load_text(half)
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+            reason = self.unreachable or str(error).strip().split("\n")[0][:160]
+            raise ModelError(
+                f"cannot get {self.info.hub_id} from the Hugging Face hub ({reason}): accept the licence on the model's page "
+                f"and log in with `hf auth login`{self.instead}"
+            ) from None
+        except (RuntimeError, ValueError, KeyError) as error:
+            source = self.local_checkpoint or self.info.version
+            raise ModelError(f"cannot load {source}: {' '.join(str(error).split())[:200]}") from None
+
+    def load_decoder(self, half: bool) -> VAEDecoder:
+        return model_io.load_vae_decoder(float16=half, key=self.mmdit_ckpt)
+
+    def _load_text(self, half: bool) -> None:
+        version, encoders = self.info.version, {}
+        for name in ("clip_l", "clip_g"):
+            encoders[name] = model_io.load_text_encoder(self.model, float16=half, model_key=name)
+            check_finite(encoders[name], f"{version}, CLIP-{name[-1].upper()}")
+        if self.use_t5:
+            t5_encoder = model_io.load_t5_encoder(float16=half, low_memory_mode=False)
+            check_finite(t5_encoder, f"{version}, T5")
+            encoders["t5_encoder"] = T5Encoder(t5_encoder)
+        vars(self).update(encoders)
+        if self.use_t5:
+            self.set_up_t5()  # its tokenizer
+
+
+class ExportedPipeline(HubPipeline):
+    """A hub model whose transformer comes from an exported folder, and its decoder where the folder has one."""
+
+    def __init__(self, info: ModelInfo, parts: Parts, use_t5: bool, local_checkpoint: None, instead: str):
+        self.folder = info.folder
+        super().__init__(info, parts, use_t5, local_checkpoint, instead)
+        self.model_version = info.version
+
+    load_mmdit = FolderPipeline.load_mmdit
+
+    def set_up_t5(self) -> None:
+        self.model_version, own = self.info.hub_id, self.model_version  # what DiffusionKit looks T5's length up by
+        super().set_up_t5()
+        self.model_version = own
+
+    def load_decoder(self, half: bool) -> VAEDecoder:
+        path = weight_file(self.folder, "decoder")
+        if path.exists():
+            return load_weights(VAEDecoder(), path, mx.float16 if half else mx.float32)
+        return super().load_decoder(half)
+
+
+class T5Encoder:
+    """DiffusionKit's T5 without its `mx.metal` memory limits, which raise KeyError off macOS.
+
+    The same layers in the same order as diffusionkit.mlx.t5.TransformerEncoder.__call__.
+    """
+
+    def __init__(self, model: SD3T5Encoder):
+        self.model = model
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        encoder = self.model.encoder
+        x = self.model.wte(tokens)
+        dtype, bias = x.dtype, encoder.relative_attention_bias(x.shape[1], x.shape[1])
+        for layer in encoder.layers:
+            x = layer(x, mask=bias)
+        return encoder.ln(x).astype(dtype)
+
+
+def _reach_hub() -> str | None:
+    """Look the hub up once; without it use its local cache only, and say why.
+
+    huggingface_hub by itself would retry for half a minute per file, with a warning for each try. Behind a proxy
+    the name need not resolve here, so nothing is concluded.
+    """
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    host = urllib.parse.urlsplit(hub_constants.ENDPOINT).hostname
+    if hub_constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set and it is not in the local cache"
+    if urllib.request.getproxies():
+        return None
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        hub_constants.HF_HUB_OFFLINE = True
+        return f"no network: {host} cannot be found, and it is not in the local cache"
+    return None

@@ -1,0 +1,144 @@
+"""DiffusionKit's pipeline in parts: each in a precision that the stage states, in memory only while it is needed."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from calibration_store.model_folder import check_weight_file
+from w4a8.model.catalog import ModelError, ModelInfo
+from w4a8.model.diffusionkit import (
+    CLIPTextModel,
+    DiffusionPipeline,
+    MMDiT,
+    ModelSamplingDiscreteFlow,
+    SD3LatentFormat,
+    T5Tokenizer,
+    Tokenizer,
+    VAEDecoder,
+)
+from w4a8.quantized.native import adopt
+
+if TYPE_CHECKING:
+    from w4a8.model.hub import T5Encoder
+
+TRANSFORMER, TEXT, DECODER = "transformer", "text encoders", "VAE decoder"
+Parts = Mapping[str, str]  # part -> "float16" or "float32"
+
+
+def whole_model(dtype: str) -> Parts:
+    """Every part in one precision."""
+    return dict.fromkeys((TRANSFORMER, TEXT, DECODER), dtype)
+
+
+ATTRIBUTES = {TRANSFORMER: ("mmdit",), TEXT: ("clip_l", "clip_g", "t5_encoder"), DECODER: ("decoder",)}
+
+
+class Pipeline(DiffusionPipeline):
+    """DiffusionKit's pipeline with the parts that were asked for; what was not is no attribute.
+
+    A part is read when it is first used, or by `load`, and stays until `drop`; used again it is read again. The
+    transformer's precision, or without one the first part's, is that of the activations.
+    """
+
+    model_version: str
+    activation_dtype: mx.Dtype
+    use_t5: bool
+    sampler: ModelSamplingDiscreteFlow
+    latent_format: SD3LatentFormat
+    mmdit: MMDiT
+    tokenizer_l: Tokenizer
+    tokenizer_g: Tokenizer
+    clip_l: CLIPTextModel
+    clip_g: CLIPTextModel
+    t5_encoder: "T5Encoder"
+    t5_tokenizer: T5Tokenizer
+    decoder: VAEDecoder
+
+    def __init__(self, info: ModelInfo, parts: Parts, use_t5: bool):
+        self.info, self.parts = info, dict(parts)
+        self.model_version = info.version
+        self.float16_dtype = mx.float16
+        self.dtype = self.activation_dtype = getattr(mx, parts.get(TRANSFORMER) or next(iter(parts.values())))
+        self.use_t5, self.use_clip_g, self.low_memory_mode = use_t5, True, False
+        self.sampler = ModelSamplingDiscreteFlow(shift=info.sampler_shift)
+        self.latent_format = SD3LatentFormat()
+
+    def __getattr__(self, name: str) -> Any:
+        """A part's attribute that is not there yet."""
+        for part, names in ATTRIBUTES.items():
+            if name in names and part in vars(self).get("parts", ()) and not self.has(part):
+                self.load(part)
+                return getattr(self, name)
+        raise AttributeError(f"{type(self).__name__} has no {name}")
+
+    def has(self, part: str) -> bool:
+        """Whether a part is in memory."""
+        return any(name in vars(self) for name in ATTRIBUTES[part])
+
+    def load(self, part: str) -> None:
+        """Read a part that is not in memory, and check that its weights are finite. Raises ModelError."""
+        if not self.has(part):
+            with self.explained():
+                self.read(part)
+
+    def drop(self, *parts: str) -> None:
+        """Let go of parts, and of what MLX would keep of their memory."""
+        for part in parts:
+            for name in ATTRIBUTES[part]:
+                vars(self).pop(name, None)
+        mx.clear_cache()
+
+    def read(self, part: str) -> None:
+        """Set the part's attributes from its files."""
+        raise NotImplementedError
+
+    def explained(self) -> AbstractContextManager[None]:
+        """What goes wrong in the block becomes a ModelError that names the file."""
+        raise NotImplementedError
+
+
+def cast(value: mx.array, dtype: mx.Dtype) -> mx.array:
+    return value if value.dtype == mx.uint32 else value.astype(dtype)  # packed codes
+
+
+def load_weights(
+    model: nn.Module, path: Path, dtype: mx.Dtype, quantization: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """quantization: as MLX's own tools write it to config.json (bits, group_size, exceptions by layer path)."""
+    check_weight_file(path)
+    try:
+        weights = mx.load(str(path))
+        if quantization is not None:
+            scales = {key for key in weights if key.endswith(".scales")}
+            nn.quantize(
+                model, quantization["group_size"], quantization["bits"],
+                class_predicate=lambda name, module: quantization.get(name, f"{name}.scales" in scales),
+            )  # fmt: skip
+            adopt(model)
+        model.load_weights([(key, cast(weights.pop(key), dtype)) for key in list(weights)])
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(f"cannot load {path}: {' '.join(str(error).split())[:200]}") from None
+    check_finite(model, path)
+    return model
+
+
+CHECKED_AT_ONCE = 16
+
+
+def check_finite(model: nn.Module, source: Path | str) -> None:
+    """Read a model's weights, a few at a time. Raises ModelError that names a weight which is not finite: NaN would reach every image."""
+    named, bad = tree_flatten(model.parameters()), []
+    for start in range(0, len(named), CHECKED_AT_ONCE):
+        some = named[start : start + CHECKED_AT_ONCE]
+        finite = mx.stack([mx.isfinite(array).all() for _, array in some])
+        mx.eval([array for _, array in some], finite)
+        bad += [name for (name, _), fine in zip(some, finite.tolist(), strict=True) if not fine]
+    if bad:
+        raise ModelError(
+            f"{source}: {bad[0]} holds NaN or infinity ({len(bad)} such weights); copy or download it again"
+        )
