@@ -76,8 +76,7 @@ def run(
         total = size * (len(todo) + STEP_FILE_SIZES * len(plan["key_timesteps"]))
         click.echo(
             f"to do: {len(todo)} of {len(places)} passes, about {cli.format_seconds(seconds * len(todo))} on this machine, "
-            f"{cli.format_bytes(mx.get_peak_memory())} of memory at the peak, "
-            f"at most {cli.format_bytes(total)} in {paths.root}"
+            f"at most {cli.format_bytes(total)} in {paths.root}, {cli.format_bytes(mx.get_peak_memory())} of memory at the peak"
         )
         require_space(paths.root, total)
         if dry_run:

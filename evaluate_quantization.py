@@ -90,6 +90,7 @@ def run(
     from w4a8.evaluation.sampling import choose_prompts, evaluate, load_evaluated, plan_run
     from w4a8.evaluation.variants import default_variants, make_variant
     from w4a8.model.layers import model_layers
+    from w4a8.model.needs import needs_of, refuse_too_large
     from w4a8.model.text import Texts, check_prompts
     from w4a8.quantized.native import prefer
     from w4a8.report.evaluation_figures import draw_grid, plot_errors
@@ -115,6 +116,8 @@ def run(
         click.echo(f"{cut} prompts are longer than the text encoder's positions: their ends are ignored.")
     for variant in chosen:
         variant.check(manifest, fingerprint, model_layers(pipeline.mmdit))
+    needs = needs_of(pipeline, sampling.latent_size, batch_size, sampling.cfg_weight > 0, sampling.num_steps + 1)
+    refuse_too_large(pipeline, needs, batch_size, ("--batch-size",))
     texts = Texts(pipeline, prompts, sampling.cfg_weight, sampling.negative_prompt, text_group)
     with locked_folder(paths.root):
         with cli.interruptible(lambda: f"finished variants are kept in {paths.root}"):

@@ -88,9 +88,11 @@ def run(
         prompts_of,
         refuse_foreign_pictures,
         refuse_hub_options,
+        what_takes_less,
     )
     from w4a8.model.catalog import default_dtype, describe_model, model_fingerprint
     from w4a8.model.loading import load_pipeline, whole_model
+    from w4a8.model.needs import needs_of, refuse_too_large
     from w4a8.model.parts import DECODER, TRANSFORMER
     from w4a8.model.text import Texts, check_prompts
     from w4a8.report.plans import print_plan, say_how_many_prompts, warn_of_old_results
@@ -135,14 +137,19 @@ def run(
         if check_prompts(pipeline, [negative_prompt], "--negative-prompt"):
             click.echo("The negative prompt is longer than the text encoder's positions: its end is ignored.")
         batches = batches_to_do(plan, complete)
+        needs = needs_of(
+            pipeline, plan["latent_size"], plan["batch_size"], plan["cfg_scale"] > 0, plan["num_steps"] + 1
+        )
+        together = refuse_too_large(pipeline, needs, plan["batch_size"], what_takes_less(plan))
         texts = Texts(
             pipeline, prompts_of(batches[: 1 if dry_run else None]), plan["cfg_scale"], negative_prompt, text_group
         )
         texts.of(prompts_of(batches[:1]))
-        for part in (TRANSFORMER, DECODER) if save_images else (TRANSFORMER,):
+        for part in (DECODER, TRANSFORMER) if save_images else (TRANSFORMER,):
             pipeline.load(part)
+            pipeline.drop(*(() if together or part == TRANSFORMER else (DECODER,)))
         if dry_run:
-            seconds = probe_seconds(pipeline, texts, plan, batches)
+            seconds = probe_seconds(pipeline, texts, plan, batches, together)
             click.echo(
                 f"time: about {cli.format_seconds(seconds)} on this machine, "
                 f"{cli.format_bytes(mx.get_peak_memory())} of memory at the peak"
@@ -155,7 +162,7 @@ def run(
             cli.interruptible(lambda: f"{len(complete)} of {num_images} images are complete in {paths.root}"),
             cli.progress_bar(num_images, "images", "image", initial=len(complete)) as bar,
         ):
-            generate(pipeline, texts, paths, plan, complete, bar)
+            generate(pipeline, texts, paths, plan, complete, together, bar)
     click.echo(f"wrote {paths.manifest}, {paths.samples}/" + (f" and {paths.images}/" if save_images else ""))
 
 

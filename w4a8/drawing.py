@@ -18,12 +18,14 @@ from calibration_store.quantized_model import EXPORT, read_activations
 from w4a8.cli.progress import ProgressBar
 from w4a8.evaluation.metrics import image_metrics
 from w4a8.evaluation.sampling import quantized_steps
-from w4a8.generation import check_latent_size
+from w4a8.generation import check_latent_size, decoding
 from w4a8.model.catalog import ModelInfo, default_dtype, model_files
 from w4a8.model.layers import model_layers
-from w4a8.model.loading import Pipeline, check_folder, load_pipeline, whole_model
+from w4a8.model.loading import check_folder, load_pipeline
+from w4a8.model.needs import needs_of, refuse_too_large
+from w4a8.model.parts import TRANSFORMER, Pipeline, whole_model
 from w4a8.model.sampling import decode_latents, euler_steps, initial_noise
-from w4a8.model.text import check_prompts, encode_prompts
+from w4a8.model.text import Texts, check_prompts
 from w4a8.quantized.activation_rules import ActivationRule, rule_of_export
 
 
@@ -88,7 +90,7 @@ def load_model(info: ModelInfo, plan: Plan, activations: bool) -> tuple[Pipeline
             )
         rule = rule_of_export(read_activations(info.folder), ranges)
     use_t5 = info.use_t5 if plan.use_t5 is None else plan.use_t5
-    pipeline = load_pipeline(info, whole_model(plan.dtype), use_t5)
+    pipeline = load_pipeline(info, whole_model(plan.dtype), use_t5, lazy=True)
     if rule is not None:
         rule.check("--activations", model_layers(pipeline.mmdit))
     check_prompts(pipeline, plan.prompts)
@@ -102,17 +104,23 @@ def draw(
 ) -> Drawing:  # fmt: skip
     """Draw every prompt and write each picture as it is finished. A short last batch is filled up with its last image."""
     images: list[np.ndarray] = []
+    needs = needs_of(pipeline, plan.latent_size, plan.batch_size, plan.cfg_weight > 0, plan.num_steps + 1)
+    together = refuse_too_large(pipeline, needs, plan.batch_size, ("--batch-size", "--no-t5", "--latent-size"))
+    texts = Texts(pipeline, plan.prompts, plan.cfg_weight, plan.negative_prompt, None)
+    texts.of(plan.prompts[:1])
+    pipeline.load(TRANSFORMER)
     marks = [time.perf_counter()]
     for start in range(0, len(plan.prompts), plan.batch_size):
         prompts = plan.prompts[start : start + plan.batch_size]
         filled = prompts + prompts[-1:] * (plan.batch_size - len(prompts))
         seeds = [plan.seed + start + min(row, len(prompts) - 1) for row in range(plan.batch_size)]
-        text = encode_prompts(pipeline, filled, plan.cfg_weight, plan.negative_prompt)
+        text = texts.of(filled)
         noise = mx.concatenate([initial_noise(seed, plan.latent_size) for seed in seeds])
         with contextlib.closing(euler_steps(pipeline, text, noise, plan.num_steps, plan.cfg_weight)) as states:
             for state in quantized_steps(pipeline, states, rule, 2 if plan.cfg_weight > 0 else 1):
                 last = state
-        pictures = decode_latents(pipeline, last.x[: len(prompts)], range(start, start + len(prompts)))
+        with decoding(pipeline, together):
+            pictures = decode_latents(pipeline, last.x[: len(prompts)], range(start, start + len(prompts)))
         for index, picture in enumerate(pictures, start):
             write_png(paths.image(index, compared), picture, chunks_of(plan, index, picture, info.version))
             images.append(np.asarray(picture))

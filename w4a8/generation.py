@@ -2,8 +2,8 @@
 
 import os
 import time
-from collections.abc import Container, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from calibration_store.pictures import picture_chunks
 from calibration_store.samples import is_complete, sample_arrays, sample_bytes, write_sample
 from w4a8.cli.progress import ProgressBar, progress_bar
 from w4a8.model.catalog import ModelInfo, package_versions
-from w4a8.model.parts import Pipeline
+from w4a8.model.parts import DECODER, TRANSFORMER, Pipeline
 from w4a8.model.runs import run_schedule
 from w4a8.model.sampling import EulerStep, decode_latents, euler_steps, initial_noise
 from w4a8.model.text import Texts
@@ -174,7 +174,7 @@ def batches_to_do(plan: dict[str, Any], complete: dict[int, dict]) -> list[list[
 
 def generate(
     pipeline: Pipeline, texts: Texts, paths: CalibrationPaths, plan: dict[str, Any], complete: dict[int, dict],
-    bar: ProgressBar,
+    together: bool, bar: ProgressBar,
 ) -> None:  # fmt: skip
     """Sample every incomplete batch; the manifest lists an image, and `complete` has it, once its files are on the disk."""
     kept = set(saved_steps(plan["num_steps"], plan["stride"]))
@@ -188,12 +188,31 @@ def generate(
                         write_step(writer, paths, batch, step, complete, plan["activation_dtype"])
                     steps_bar.update(step.step_index > 0)
             if plan["save_images"]:
-                write_images(writer, paths, pipeline, batch, step.x, complete)
+                with decoding(pipeline, together):
+                    write_images(writer, paths, pipeline, batch, step.x, complete)
             writer.drain()
             new = {image["image_id"]: image for image in batch if image["image_id"] not in complete}
             complete.update(new)
             write_manifest(paths, plan, complete)
             bar.update(len(new))
+
+
+@contextmanager
+def decoding(pipeline: Pipeline, together: bool) -> Iterator[None]:
+    """Where decoder and transformer do not fit into memory together, each makes room for the other."""
+    pipeline.drop(*(() if together else (TRANSFORMER,)))
+    yield
+    pipeline.drop(*(() if together else (DECODER,)))
+
+
+def what_takes_less(plan: Mapping[str, Any]) -> list[str]:
+    """The options of stage 1 that would make this run smaller."""
+    can = {
+        "--no-t5": plan["use_t5"],
+        "--dtype": plan["activation_dtype"] == "float32",
+        "--no-images": plan["save_images"],
+    }
+    return ["--batch-size", "--latent-size", *(option for option, possible in can.items() if possible)]
 
 
 def bytes_to_do(plan: dict[str, Any], info: ModelInfo, missing: int) -> tuple[int, int]:
@@ -262,7 +281,9 @@ def prompts_of(batches: Sequence[Sequence[dict]]) -> list[str]:
     return [image["prompt"] for batch in batches for image in batch]
 
 
-def probe_seconds(pipeline: Pipeline, texts: Texts, plan: dict[str, Any], batches: list[list[dict]]) -> float:
+def probe_seconds(
+    pipeline: Pipeline, texts: Texts, plan: dict[str, Any], batches: list[list[dict]], together: bool
+) -> float:
     """Seconds that `batches` will take, from a short run of the first one: set-up, two steps, one decoded image."""
     if not batches:
         return 0.0
@@ -278,6 +299,7 @@ def probe_seconds(pipeline: Pipeline, texts: Texts, plan: dict[str, Any], batche
     decode_seconds = 0.0
     if plan["save_images"]:
         start = time.perf_counter()
-        decode_latents(pipeline, step.x[:1])
+        with decoding(pipeline, together):
+            decode_latents(pipeline, step.x[:1])
         decode_seconds = time.perf_counter() - start
     return len(batches) * per_batch + sum(map(len, batches)) * decode_seconds

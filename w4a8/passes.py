@@ -15,6 +15,7 @@ import numpy as np
 from calibration_store.layout import CalibrationPaths
 from calibration_store.manifest import run_identity, select_images, select_steps
 from calibration_store.samples import read_sample
+from w4a8.model.needs import needs_of, refuse_too_large
 from w4a8.model.parts import Pipeline
 from w4a8.model.replay import Replay, replaying
 from w4a8.model.runs import run_schedule
@@ -61,6 +62,10 @@ class StoredPasses:
     text_group: int | None = None
 
     def __post_init__(self):
+        size, guidance = self.manifest["latent_size"], self.manifest["cfg_scale"] > 0
+        refuse_too_large(
+            self.pipeline, needs_of(self.pipeline, size, 1, guidance, self.manifest["num_steps"] + 1), 1, ()
+        )
         self.texts.of([self.images[0]["prompt"]])
 
     @cached_property

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from calibration_store.model_folder import BUNDLED_MODEL, LAYOUT, check_weight_file, missing_files, weight_file
 from w4a8.model.catalog import ModelError, ModelInfo, describe_model
 from w4a8.model.diffusionkit import DiffusionPipeline, VAEDecoder
@@ -47,6 +49,7 @@ def load_pipeline(
     else:
         kind = HubPipeline if info.folder is None else ExportedPipeline
         pipeline = kind(info, parts, use_t5, local_checkpoint, instead)
+    mx.reset_peak_memory()
     for part in () if lazy else parts:
         pipeline.load(part)
     return pipeline

@@ -1,0 +1,126 @@
+"""What a pass of a model takes of the memory, from its files' headers and shapes alone: said before anything is loaded."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from calibration_store.errors import OptionError
+from calibration_store.model_folder import read_model_config
+from w4a8.cli.words import format_bytes
+from w4a8.memory import device_memory
+from w4a8.model.catalog import model_files
+from w4a8.model.diffusionkit import HUB_MMDIT_CONFIGS, MMDiTConfig, VAEDecoderConfig
+from w4a8.model.folder import transformer_config
+from w4a8.model.original import CHECKPOINT_PREFIX
+from w4a8.model.parts import DECODER, TEXT, TRANSFORMER, Pipeline
+
+DECODER_PREFIX = "first_stage_model.decoder."
+# Arrays that a pass, and an image's decoding, hold at their peak; measured on a CPU with benchmarks/memory.py --fit:
+# (rows, tokens, hidden), attention scores (a GPU never holds them), and pixels of the decoder's last channels.
+TOKEN_ARRAYS, SCORE_ARRAYS, PIXEL_ARRAYS = 16.2, 1.31, 58.4
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes of each part's weights, of the passes of a batch, and of one image's decoding; 0 for what is not asked for."""
+
+    text: int
+    transformer: int
+    decoder: int
+    passes: int
+    decoding: int
+
+    @property
+    def apart(self) -> int:
+        """The peak when no two parts are in memory together."""
+        return max(self.text, self.transformer + self.passes, self.decoder + self.decoding)
+
+    @property
+    def together(self) -> int:
+        """The peak with transformer and decoder in memory."""
+        return max(self.text, self.transformer + self.decoder + max(self.passes, self.decoding))
+
+
+def needs_of(pipeline: Pipeline, latent_size: tuple[int, int], images: int, guidance: bool, timesteps: int) -> Needs:
+    """For passes of so many images of a latent size, at so many timesteps; guidance doubles the rows."""
+    info, parts = pipeline.info, pipeline.parts
+    files = model_files(info, pipeline.use_t5, getattr(pipeline, "local_checkpoint", None)) or {}
+    whole = files.get("checkpoint")
+    from_hub = info.folder is None
+    weights = dict.fromkeys((TEXT, TRANSFORMER, DECODER), 0)
+    for part, roles, prefix in (
+        (TEXT, ("clip_l", "clip_g", "t5"), ""),
+        (TRANSFORMER, ("mmdit",), CHECKPOINT_PREFIX if from_hub else ""),
+        (DECODER, ("vae", "decoder"), DECODER_PREFIX if "decoder" not in files else ""),
+    ):
+        paths = [files[role] for role in roles if role in files] or ([whole] if whole and part != TEXT else [])
+        if part in parts:
+            size = getattr(mx, parts[part]).size
+            weights[part] = sum(bytes_of(mx.load(str(path)), prefix, size) for path in paths)
+    rows, itemsize = images * (2 if guidance else 1), pipeline.activation_dtype.size
+    return Needs(
+        weights[TEXT], weights[TRANSFORMER], weights[DECODER],
+        pass_bytes(config_of(pipeline), latent_size, rows, timesteps, itemsize, text_tokens(pipeline)),
+        decoding_bytes(pipeline, latent_size, itemsize) if DECODER in parts else 0,
+    )  # fmt: skip
+
+
+def bytes_of(weights: dict[str, mx.array], prefix: str, size: int) -> int:
+    """Of the weights whose names begin so, in a precision of so many bytes; packed codes stay packed."""
+    chosen = [array for name, array in weights.items() if name.startswith(prefix)]
+    return sum(array.size * (4 if array.dtype == mx.uint32 else size) for array in chosen)
+
+
+def config_of(pipeline: Pipeline) -> MMDiTConfig:
+    if pipeline.info.folder is None:
+        return HUB_MMDIT_CONFIGS[pipeline.info.version]
+    return transformer_config(pipeline.info.folder, read_model_config(pipeline.info.folder), pipeline.activation_dtype)
+
+
+def text_tokens(pipeline: Pipeline) -> int:
+    """Tokens of a prompt: of both CLIP encoders side by side, and of T5 (zeros without it, as many as CLIP's)."""
+    length = pipeline.tokenizer_l.max_length
+    return length + (256 if pipeline.use_t5 else length)
+
+
+def pass_bytes(
+    config: MMDiTConfig, latent_size: tuple[int, int], rows: int, timesteps: int, itemsize: int, text: int
+) -> int:
+    """One forward pass beside the weights: activations at their peak, and the modulation cache of all timesteps."""
+    tokens = latent_size[0] * latent_size[1] // config.patch_size**2 + text
+    arrays = TOKEN_ARRAYS * rows * tokens * config.hidden_size
+    if mx.default_device() == mx.Device(mx.cpu):
+        arrays += SCORE_ARRAYS * rows * config.num_heads * tokens**2
+    modulation = (12 * config.depth_multimodal + 2) * config.hidden_size * rows * timesteps
+    return int((arrays + modulation) * itemsize)
+
+
+def decoding_bytes(pipeline: Pipeline, latent_size: tuple[int, int], itemsize: int) -> int:
+    vae = getattr(pipeline, "model_config", {}).get("vae")
+    channels = vae["block_out_channels"][0] if vae else VAEDecoderConfig().block_out_channels[0]
+    pixels = latent_size[0] * latent_size[1] * pipeline.info.vae_downscale**2
+    return int(PIXEL_ARRAYS * channels * pixels * itemsize)
+
+
+def refuse_too_large(pipeline: Pipeline, needs: Needs, images: int, options: Sequence[str]) -> bool:
+    """Raise OptionError when the parts do not fit one after the other; whether transformer and decoder fit together.
+
+    images: in a batch. options: what the user can still choose, such as --batch-size.
+    """
+    memory = device_memory()
+    if needs.apart <= memory:
+        return needs.together <= memory
+    if needs.text > memory:
+        found = ["--no-t5", "--dtype float16"]
+    elif needs.transformer + needs.passes > memory:
+        fits = int((memory - needs.transformer) * images / needs.passes)
+        found = [f"--batch-size {fits}"] if fits >= 1 and images > 1 else ["--dtype float16", "--latent-size"]
+    else:
+        found = ["--no-images", "--latent-size"]
+    found = [option for option in found if option.split()[0] in options]
+    way = " or ".join(found) or "a run of stage 1 with --no-t5, --dtype float16 or a smaller --latent-size"
+    raise OptionError(
+        f"{pipeline.model_version} takes about {format_bytes(needs.apart)} of memory, and {format_bytes(memory)} are there: "
+        f"{way} takes less"
+    )
