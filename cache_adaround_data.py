@@ -25,6 +25,7 @@ OPTIONS = {"num_images": "--num-images", "stride": "--stride", "blocks": "--bloc
 @click.option("--stride", type=click.IntRange(min=1), default=5, help="Use every Nth saved step.")
 @click.option("--blocks", help="Blocks to cache, such as mm0,mm5.  [default: all]")
 @cli.text_group_option
+@cli.max_bytes_option
 @cli.resume_options
 def main(**options) -> None:
     """Stage 2W: cache the inputs and outputs of every block."""
@@ -33,7 +34,7 @@ def main(**options) -> None:
 
 def run(
     calib_dir: Path, model: str | None, local_checkpoint: Path | None, num_images: int, stride: int, blocks: str | None,
-    text_group: int | None, resume: bool, force: bool, dry_run: bool,
+    text_group: int | None, max_bytes: int | None, resume: bool, force: bool, dry_run: bool,
 ) -> None:  # fmt: skip
     """Plan, load, probe, record what is left, describe the cache."""
     import mlx.core as mx
@@ -84,7 +85,7 @@ def run(
             f"({cli.format_bytes(size)} a sample), about {cli.format_seconds(seconds * len(todo))}, "
             f"{cli.format_bytes(mx.get_peak_memory())} of memory at the peak"
         )
-        require_space(paths.root, size * len(todo))
+        require_space(paths.root, size * len(todo), budget=max_bytes)
         if dry_run:
             return
         folder.begin(plan)

@@ -26,6 +26,7 @@ STEP_FILE_SIZES = 4  # of a partial result, that a step's files take: an array a
 )
 @click.option("--stride", type=click.IntRange(min=1), default=2, help="Use every Nth saved step.")
 @cli.text_group_option
+@cli.max_bytes_option
 @cli.resume_options
 def main(**options) -> None:
     """Stage 2A: statistics of the input of every linear layer, per denoising step."""
@@ -34,7 +35,7 @@ def main(**options) -> None:
 
 def run(
     calib_dir: Path, model: str | None, local_checkpoint: Path | None, num_images: int, stride: int,
-    text_group: int | None, resume: bool, force: bool, dry_run: bool,
+    text_group: int | None, max_bytes: int | None, resume: bool, force: bool, dry_run: bool,
 ) -> None:  # fmt: skip
     """Plan, load, probe, collect what is left, merge it step by step."""
     import mlx.core as mx
@@ -78,7 +79,7 @@ def run(
             f"to do: {len(todo)} of {len(places)} passes, about {cli.format_seconds(seconds * len(todo))} on this machine, "
             f"at most {cli.format_bytes(total)} in {paths.root}, {cli.format_bytes(mx.get_peak_memory())} of memory at the peak"
         )
-        require_space(paths.root, total)
+        require_space(paths.root, total, budget=max_bytes)
         if dry_run:
             return
         folder.begin(plan)

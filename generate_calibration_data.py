@@ -56,6 +56,7 @@ DEFAULT_MODEL = "argmaxinc/mlx-stable-diffusion-3-medium"
 @cli.text_group_option
 @click.option("--images/--no-images", "save_images", default=True, help="Decode the finished latents to PNG.")
 @cli.calib_dir_option
+@cli.max_bytes_option
 @cli.resume_options
 def main(**options) -> None:
     """Stage 1: sample images and keep the latents of their denoising steps as calibration data."""
@@ -66,7 +67,7 @@ def run(
     model: str, local_checkpoint: Path | None, prompt_file: Path | None, num_images: int, num_steps: int,
     cfg_weight: float | None, negative_prompt: str, seed: int, latent_size: tuple[int, int] | None, stride: int,
     batch_size: int, use_t5: bool | None, dtype: str | None, save_images: bool, calib_dir: Path,
-    text_group: int | None, resume: bool, force: bool, dry_run: bool,
+    text_group: int | None, max_bytes: int | None, resume: bool, force: bool, dry_run: bool,
 ) -> None:  # fmt: skip
     """Plan, see what is complete, load, sample the rest; the manifest grows with every batch."""
     import mlx.core as mx
@@ -118,7 +119,7 @@ def run(
             if warning:
                 click.echo(warning, err=True)
             complete = complete_images(paths, plan, info)
-        require_space(paths.root, print_plan(plan, info, paths, complete))
+        require_space(paths.root, print_plan(plan, info, paths, complete), budget=max_bytes)
         if len(complete) == num_images:
             click.echo(f"nothing to do: all {num_images} images are complete in {paths.root}")
             if not dry_run:

@@ -98,6 +98,12 @@ OPTIONS = {
 @click.option(
     "--checkpoint-seconds", type=click.FloatRange(min=0), default=30, help="How much of a unit's work a kill may cost."
 )
+@click.option(
+    "--alpha/--no-alpha",
+    default=True,
+    help="Keep the rounding variables in the files: 2 of 3 bytes a weight, which no later stage reads.",
+)
+@cli.max_bytes_option
 @cli.resume_options
 def main(**options) -> None:
     """Stage 3W: learned rounding (AdaRound, TaQ-DiT)."""
@@ -108,7 +114,8 @@ def main(**options) -> None:
 
 def run(
     calib_dir: Path, model: str | None, local_checkpoint: Path | None, blocks: str | None, unit: str | None,
-    micro_batch: int | None, lr_alpha: float | None, checkpoint_seconds: float, resume: bool, force: bool, dry_run: bool, **options,
+    micro_batch: int | None, lr_alpha: float | None, checkpoint_seconds: float, alpha: bool,
+    max_bytes: int | None, resume: bool, force: bool, dry_run: bool, **options,
 ) -> None:  # fmt: skip
     """Load the transformer, plan, check the cache, train what is left job by job, write the metadata."""
     from calibration_store.block_cache import read_cache_metadata
@@ -157,7 +164,7 @@ def run(
                 f"{cli.format_bytes(left.peak_bytes)} of memory at the peak, at most {cli.format_bytes(size)} in {paths.root}"
             )
             return
-        require_space(paths.root, size, "give fewer --blocks")
+        require_space(paths.root, size, "give --no-alpha or fewer --blocks", max_bytes)
         folder.begin(plan, anew=diverged)
         with cli.interruptible(lambda: kept_after_interrupt(paths)):
             with cli.progress_bar(len(cache["samples"]), "checking the cache", "sample", leave=False) as bar:
@@ -167,7 +174,7 @@ def run(
                 for job in jobs:
                     bar.set_description(job.name)
                     if job in todo:
-                        run_job(rounding, job, plan, bar, checkpoint_seconds)
+                        run_job(rounding, job, plan, bar, checkpoint_seconds, alpha)
                     else:
                         bar.n += settings.iters * len(job.parts)
             losses = folder.finish(lambda: write_weights_metadata(paths, plan))

@@ -59,14 +59,22 @@ def locked_folder(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def require_space(folder: Path, num_bytes: int, remedy: str = "lower --num-images or raise --stride") -> None:
-    """Raise StoreError when the disk of `folder` (which need not exist yet) cannot hold num_bytes more."""
+def require_space(
+    folder: Path, num_bytes: int, remedy: str = "lower --num-images or raise --stride", budget: int | None = None
+) -> None:
+    """Raise StoreError when num_bytes more are above the budget, or than the disk of `folder` (which need not exist yet) can hold."""
+    if budget is not None and num_bytes > budget:
+        raise StoreError(f"{folder}: needs {gigabytes(num_bytes)}, --max-bytes allows {gigabytes(budget)}; {remedy}")
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if num_bytes > free:
         raise StoreError(
-            f"{folder}: needs {num_bytes / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; free some, or {remedy}"
+            f"{folder}: needs {gigabytes(num_bytes)}, the disk has {gigabytes(free)} free; free some, or {remedy}"
         )
+
+
+def gigabytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.2f} MB"
 
 
 @contextlib.contextmanager

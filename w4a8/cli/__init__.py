@@ -4,6 +4,7 @@ from w4a8.cli.command import Interrupted, StageCommand, interruptible, stage_com
 from w4a8.cli.options import (
     analysis_options,
     calib_dir_option,
+    max_bytes_option,
     model_place_options,
     native_option,
     resume_options,
@@ -21,6 +22,7 @@ __all__ = [
     "format_bytes",
     "format_seconds",
     "interruptible",
+    "max_bytes_option",
     "model_place_options",
     "native_option",
     "progress_bar",

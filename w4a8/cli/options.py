@@ -1,8 +1,10 @@
 """Options that several stages share."""
 
 import functools
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, ClassVar
 
 import click
 
@@ -39,6 +41,34 @@ def text_group_option(function: Callable) -> Callable:
         "--text-group",
         type=click.IntRange(min=1),
         help="Prompts that are encoded before the text encoders make room for the transformer.  [default: by memory]",
+    )(function)
+
+
+class ByteCount(click.ParamType):
+    """20GB, 500MB, 1.5e9: bytes, decimal units."""
+
+    name = "size"
+    units: ClassVar[dict[str, int]] = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?) ?([KMGT]?B?)", value.strip(), re.IGNORECASE)
+        try:
+            count = int(float(found[1]) * self.units[found[2].upper()])
+        except (TypeError, ValueError, KeyError, OverflowError):
+            count = 0
+        if count < 1:
+            self.fail(f"{value!r} is not a size such as 20GB or 500MB", param, ctx)
+        return count
+
+
+def max_bytes_option(function: Callable) -> Callable:
+    """`--max-bytes`: what a stage may write."""
+    return click.option(
+        "--max-bytes",
+        type=ByteCount(),
+        help="Refuse to begin when more would be written, such as 20GB.  [default: the disk's room]",
     )(function)
 
 

@@ -38,7 +38,7 @@ from w4a8.rounding.training import NotFiniteError, Training, train
 from w4a8.rounding.units import UNITS, Job, Unit
 
 MODEL_UNIT_LIMIT = 100_000_000  # weights up to which the default unit is the whole model
-BYTES_PER_WEIGHT = 5 + 2 * 16  # codes and alpha, and a checkpoint being replaced by the next
+BYTES_PER_WEIGHT = 3 + 2 * 16  # codes and alpha, and a checkpoint being replaced by the next
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,9 @@ def choose_micro_batch(rounding: Rounding, given: int | None, before: Mapping[st
 # --- one job ------------------------------------------------------------------------------------------------
 
 
-def run_job(rounding: Rounding, job: Job, plan: Mapping[str, Any], bar: ProgressBar, checkpoint_seconds: float) -> None:
+def run_job(
+    rounding: Rounding, job: Job, plan: Mapping[str, Any], bar: ProgressBar, checkpoint_seconds: float, keep_alpha: bool
+) -> None:
     """Train a job's parts, from its checkpoint if there is one, and write its blocks' files."""
     paths, settings = rounding.paths, rounding.settings
     mmdit, samples, checkpoint = rounding.opened(job), rounding.samples(job), Checkpoint(paths, job, plan)
@@ -245,7 +247,10 @@ def run_job(rounding: Rounding, job: Job, plan: Mapping[str, Any], bar: Progress
         done |= trained_layers(training, found["kept_nearest"])
         losses.append(found | {"layers": len(training.unit.layers)})
     for block in job.blocks:
-        write_quantized_block(paths, block, {name: fields for name, fields in done.items() if block_of(name) == block})
+        layers = {name: dict(fields) for name, fields in done.items() if block_of(name) == block}
+        for fields in () if keep_alpha else layers.values():
+            del fields["alpha"]
+        write_quantized_block(paths, block, layers)
         write_losses(paths, block, job.name, losses)
     remove_file(paths.checkpoint)
 
@@ -277,16 +282,22 @@ def trained_layers(training: Training, keep_nearest: bool) -> Layers:
         fields = quantized[name].fields()
         if keep_nearest:
             lower = np.floor(grid_position(np.array(unit.weights[name]), fields["scale"], fields["zero_point"]))
-            alpha = np.where(fields["q"] > lower, 0.5, -0.5).astype(np.float32)
+            alpha = np.where(fields["q"] > lower, 0.5, -0.5)
         else:
             alpha = np.array(state["alpha"][name])
         bias = {key: fields.pop(key) for key in ("bias",) if key in fields}
-        layers[name] = bias | {"alpha": alpha} | fields
+        layers[name] = bias | {"alpha": half_alpha(alpha)} | fields
         if state["range"]:
             layers[name]["act_scale"] = np.exp(np.array(state["range"][unit.input_of[name]], np.float32))
         if name in unit.shifts:
             layers[name]["act_shift"] = np.array(unit.shifts[name])
     return layers
+
+
+def half_alpha(alpha: np.ndarray) -> np.ndarray:
+    """α in float16, on the same side of 0: what is below and too small becomes the smallest number below."""
+    half = alpha.astype(np.float16)
+    return np.where((alpha < 0) & (half == 0), -np.finfo(np.float16).smallest_subnormal, half)
 
 
 # --- before it begins ---------------------------------------------------------------------------------------
