@@ -44,6 +44,7 @@ def run(
     use_hist_p999: bool,
     outlier_threshold: float,
     with_plot: bool,
+    dry_run: bool,
 ) -> None:
     """Read the statistics, describe every layer at every step, migrate outliers, write config and analysis."""
     from calibration_store.configs import (
@@ -62,13 +63,19 @@ def run(
         summarize_config,
         temporal_analysis,
     )
-    from w4a8.report.tables import print_w4a8_summary
+    from w4a8.report.tables import print_analysis_plan, print_w4a8_summary
 
     paths = ActivationPaths(calib_dir)
     stats = stats or paths.statistics
     output = output or stats.parent / paths.quant_config.name
     refuse_other_format(output, W4A8_FORMAT, "--output")
     statistics = read_statistics(stats)
+    if dry_run:
+        print_analysis_plan(
+            statistics, output, lambda some: describe_steps(some, use_hist_p999)[0],
+            lambda steps: config_steps(steps, {}, use_hist_p999),
+        )  # fmt: skip
+        return
     steps, widest = describe_steps(statistics, use_hist_p999)
     outlier_config = {} if use_hist_p999 else migrate_outliers(widest, outlier_threshold)
     temporal = temporal_analysis(steps, statistics.sigma_map)

@@ -37,7 +37,7 @@ def main(**options) -> None:
 
 
 def run(
-    calib_dir: Path, stats: Path | None, output: Path | None, with_plot: bool, policy: str, min_sqnr: float | None,
+    calib_dir: Path, stats: Path | None, output: Path | None, with_plot: bool, dry_run: bool, policy: str, min_sqnr: float | None,
     average_bits: float | None, **thresholds: float,
 ) -> None:  # fmt: skip
     """Read the statistics, measure what every bit-width costs, decide, write config and analysis."""
@@ -48,9 +48,9 @@ def run(
         write_temporal_analysis,
     )
     from calibration_store.layout import ActivationPaths
-    from calibration_store.statistics import read_statistics
+    from calibration_store.statistics import ActivationStatistics, read_statistics
     from w4a8.analysis.tiers import check_policy, config_steps, decide, measure_steps, summarize, temporal_analysis
-    from w4a8.report.tables import print_tier_summary
+    from w4a8.report.tables import print_analysis_plan, print_tier_summary
 
     chosen = check_policy(policy, min_sqnr, average_bits, thresholds)
     paths = ActivationPaths(calib_dir)
@@ -58,8 +58,16 @@ def run(
     output = output or stats.parent / paths.multitier_config.name
     refuse_other_format(output, MULTITIER_FORMAT, "--output")
     statistics = read_statistics(stats)
-    steps = measure_steps(statistics, policy == "sqnr")
-    decide(steps, chosen)
+
+    def decided(statistics: ActivationStatistics) -> dict:
+        steps = measure_steps(statistics, policy == "sqnr")
+        decide(steps, chosen)
+        return steps
+
+    if dry_run:
+        print_analysis_plan(statistics, output, decided, config_steps)
+        return
+    steps = decided(statistics)
     temporal = temporal_analysis(steps)
     summary = summarize(steps, temporal)
     written = [output, output.parent / paths.multitier_temporal_analysis.name]

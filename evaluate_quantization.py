@@ -63,6 +63,7 @@ from w4a8 import cli
 )
 @cli.native_option
 @cli.text_group_option
+@click.option("--dry-run", is_flag=True, help="Say how long it takes, how many bytes; write nothing.")
 @click.option(
     "--resume",
     is_flag=True,
@@ -77,9 +78,11 @@ def run(
     calib_dir: Path, model: str | None, local_checkpoint: Path | None, scale_is: str | None, prompt_file: Path | None,
     num_images: int, num_steps: int | None, cfg_weight: float | None, seed: int, batch_size: int, variants: str | None,
     min_psnr: float | None, max_step_error: float | None, output: Path | None, native: str,
-    text_group: int | None, resume: bool,
+    text_group: int | None, dry_run: bool, resume: bool,
 ) -> None:  # fmt: skip
     """Read what the variants name, load, check, sample every variant, measure, draw, judge."""
+    import mlx.core as mx
+
     from calibration_store.evaluation import write_metrics
     from calibration_store.files import locked_folder
     from calibration_store.layout import EvaluationPaths
@@ -87,7 +90,7 @@ def run(
     from w4a8.cli.prompts import read_prompt_file
     from w4a8.evaluation.gate import check_gate
     from w4a8.evaluation.metrics import LOW_PSNR
-    from w4a8.evaluation.sampling import choose_prompts, evaluate, load_evaluated, plan_run
+    from w4a8.evaluation.sampling import choose_prompts, evaluate, load_evaluated, plan_run, probe
     from w4a8.evaluation.variants import default_variants, make_variant
     from w4a8.model.layers import model_layers
     from w4a8.model.needs import needs_of, refuse_too_large
@@ -119,6 +122,13 @@ def run(
     needs = needs_of(pipeline, sampling.latent_size, batch_size, sampling.cfg_weight > 0, sampling.num_steps + 1)
     refuse_too_large(pipeline, needs, batch_size, ("--batch-size",))
     texts = Texts(pipeline, prompts, sampling.cfg_weight, sampling.negative_prompt, text_group)
+    if dry_run:
+        seconds, size = probe(pipeline, sampling, chosen)
+        click.echo(
+            f"to do: {len(chosen)} variants, about {cli.format_seconds(seconds)} on this machine, at most "
+            f"{cli.format_bytes(size)} in {paths.root}, {cli.format_bytes(mx.get_peak_memory())} of memory at the peak"
+        )
+        return
     with locked_folder(paths.root):
         with cli.interruptible(lambda: f"finished variants are kept in {paths.root}"):
             original, images, results = evaluate(pipeline, texts, sampling, paths, chosen, resume)

@@ -39,12 +39,15 @@ BOUNDS = {
 
 
 @contextmanager
-def one_pass(size: str, text_tokens: int, latent_size: int = 64) -> Iterator[Pass]:
-    """A pass of sd3-emoji, or of SD3-Medium with random weights and inputs."""
+def one_pass(size: str, text_tokens: int, latent_size: int = 64, alone: bool = False) -> Iterator[Pass]:
+    """A pass of sd3-emoji, or of SD3-Medium with random weights and inputs. alone: without the text encoders in memory."""
     dtype = default_dtype()
     if size == "sd3-emoji":
         pipeline = load_pipeline(describe_model(size), {TRANSFORMER: dtype, TEXT: dtype})
         text = encode_prompts(pipeline, ["rocket"], 4.0)
+        if alone:
+            pipeline.drop(TEXT)
+            mx.reset_peak_memory()
         latent = initial_noise(0, (16, 16)).astype(pipeline.activation_dtype)
         timestep = sigma_schedule(pipeline, 50)[1][10]
     else:

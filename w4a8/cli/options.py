@@ -83,10 +83,11 @@ def native_option(function: Callable) -> Callable:
 
 
 def analysis_options(config: str) -> Callable:
-    """What both analyzers take: `--stats`, `--output` (default: `config` beside the statistics) and `--plot`."""
+    """What both analyzers take: `--stats`, `--output` (default: `config` beside the statistics), `--plot`, `--dry-run`."""
 
     def add(function: Callable) -> Callable:
         for decorator in (
+            click.option("--dry-run", is_flag=True, help="Say how long it takes, how many bytes; write nothing."),
             click.option("--plot", "with_plot", is_flag=True, help="Also write PNG figures beside the config."),
             click.option(
                 "--output",

@@ -3,8 +3,9 @@
 import contextlib
 import hashlib
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -155,16 +156,21 @@ def stored_or_sampled(
     return arrays
 
 
-def sample(pipeline: Pipeline, texts: Texts, run: Run, variant: Variant, bar: ProgressBar) -> dict[str, np.ndarray]:
+def sample(
+    pipeline: Pipeline, texts: Texts, run: Run, variant: Variant, bar: ProgressBar, marks: list[float] | None = None
+) -> dict[str, np.ndarray]:
     """Images (N, H, W, 3) uint8 and the latents of every step (N, steps + 1, h, w, 16) float32 of all prompts.
 
-    Transformer and decoder are never in memory together.
+    Transformer and decoder are never in memory together. marks: gets the times when sampling begins, when decoding
+    begins, when it ends.
     """
+    marks = [] if marks is None else marks
     finished, latents = [], []
     batches = [run.prompts[begin : begin + run.batch_size] for begin in range(0, len(run.prompts), run.batch_size)]
     texts.of(batches[0])
     pipeline.drop(DECODER)
     with variant.in_place(pipeline):
+        marks.append(time.perf_counter())
         for batch, prompts in enumerate(batches):
             begin, text = batch * run.batch_size, texts.of(prompts)
             noise = mx.concatenate([initial_noise(run.seed + begin + i, run.latent_size) for i in range(len(prompts))])
@@ -177,9 +183,25 @@ def sample(pipeline: Pipeline, texts: Texts, run: Run, variant: Variant, bar: Pr
             latents.append(np.stack(trajectory, axis=1))
             refuse_not_finite(variant.name, latents[-1], range(begin, begin + len(prompts)))
             finished.append(state.x)
+    marks.append(time.perf_counter())
     pipeline.drop(TRANSFORMER)
     images = decode_latents(pipeline, mx.concatenate(finished))
+    marks.append(time.perf_counter())
     return {"images": np.stack([np.asarray(image) for image in images]), "latents": np.concatenate(latents)}
+
+
+def probe(pipeline: Pipeline, run: Run, variants: Sequence[Variant]) -> tuple[float, int]:
+    """(seconds, bytes at most) of a whole run, from two steps of the first batch with the last variant."""
+    few = replace(run, prompts=run.prompts[: run.batch_size], num_steps=2)
+    texts = Texts(pipeline, few.prompts, few.cfg_weight, few.negative_prompt, None)
+    marks: list[float] = []
+    with progress_bar(few.num_steps, "timing", "step", leave=False) as bar:
+        arrays = sample(pipeline, texts, few, variants[-1], bar, marks)
+    begin, sampled, end = marks
+    batches = -(-len(run.prompts) // run.batch_size)
+    seconds = (sampled - begin) / few.num_steps * run.num_steps * batches + (end - sampled) * batches
+    latents = arrays["latents"][0, 0].nbytes * (run.num_steps + 1)
+    return seconds * len(variants), (arrays["images"][0].nbytes + latents) * len(run.prompts) * len(variants)
 
 
 def quantized_steps(

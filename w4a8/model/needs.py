@@ -14,6 +14,7 @@ from w4a8.model.diffusionkit import HUB_MMDIT_CONFIGS, MMDiTConfig, VAEDecoderCo
 from w4a8.model.folder import transformer_config
 from w4a8.model.original import CHECKPOINT_PREFIX
 from w4a8.model.parts import DECODER, TEXT, TRANSFORMER, Pipeline
+from w4a8.model.text import T5_TOKENS
 
 DECODER_PREFIX = "first_stage_model.decoder."
 # Arrays that a pass, and an image's decoding, hold at their peak; measured on a CPU with benchmarks/memory.py --fit:
@@ -81,7 +82,7 @@ def config_of(pipeline: Pipeline) -> MMDiTConfig:
 def text_tokens(pipeline: Pipeline) -> int:
     """Tokens of a prompt: of both CLIP encoders side by side, and of T5 (zeros without it, as many as CLIP's)."""
     length = pipeline.tokenizer_l.max_length
-    return length + (256 if pipeline.use_t5 else length)
+    return length + (T5_TOKENS if pipeline.use_t5 else length)
 
 
 def pass_bytes(

@@ -62,7 +62,7 @@ def encode_prompts(
 
 
 FEATURES_SHARE = 1 / 16  # of the device's memory that a group's features may take
-FEATURE_WIDTH, CLIP_TOKENS, T5_TOKENS = 4096, 77, 256
+FEATURE_WIDTH, CLIP_TOKENS, T5_TOKENS = 4096, 77, 512
 
 
 class Texts:

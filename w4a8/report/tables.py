@@ -1,11 +1,21 @@
 """What the stages print at their end."""
 
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
+import orjson
 
+from calibration_store.statistics import ActivationStatistics
 from w4a8.analysis.tiers import TIERS
 from w4a8.analysis.w4a8_config import DEAD_SCALE
+from w4a8.cli.words import format_bytes, format_seconds
 
 
 def print_w4a8_summary(summary: dict[str, Any], temporal: dict[str, dict], outlier_config: dict[str, dict]) -> None:
@@ -95,3 +105,22 @@ def print_losses(rows: list[tuple[str, dict]]) -> None:
         )
         kept = "  kept round-to-nearest (Issue 22)" if row["kept_nearest"] else ""
         click.echo(f"{name:27} {figures} {row['end_training']:11.3f}{kept}")
+
+
+def print_analysis_plan(
+    statistics: ActivationStatistics, output: Path, steps_of: Callable[[ActivationStatistics], dict[str, dict]],
+    config_of: Callable[[dict[str, dict]], Iterable],
+) -> None:  # fmt: skip
+    """What an analysis would take, from that of its first step: what is known of it, and what the config says of it."""
+    start, count = time.perf_counter(), len(statistics.step_keys)
+    steps = steps_of(replace(statistics, step_keys=statistics.step_keys[:1]))
+    size = len(orjson.dumps(dict(config_of(steps)), default=list, option=orjson.OPT_SERIALIZE_NUMPY)) * count
+    seconds = (time.perf_counter() - start) * count
+    layers = next(iter(steps.values()))
+    arrays = [value for layer in layers.values() for value in vars(layer).values() if isinstance(value, np.ndarray)]
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = resident + sum(array.nbytes for array in arrays) * (count - 1) + size // 2  # entries, as Python has them
+    click.echo(
+        f"to do: {len(layers)} layers at {count} steps, about {format_seconds(seconds)}, {format_bytes(size)} in {output.parent}, "
+        f"{format_bytes(peak)} of memory at the peak"
+    )

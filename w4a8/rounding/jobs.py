@@ -1,5 +1,6 @@
 """The jobs of stage 3W: what is left of them, what they cost, and how one runs, from its checkpoint to its files."""
 
+import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -150,11 +151,12 @@ def choose_unit(
 
 # --- memory -------------------------------------------------------------------------------------------------
 
-# What the peak of an iteration was measured to be on a CPU (benchmarks/memory.py --fit), while rounding and while
-# tuning, as multiples: of a unit's weights in float32 (the weights, floors, α, two moments, codes, gradients, and what
-# is replaced); of one sample in a block's backward pass, and of what each block keeps of a sample for it.
-PHASES = ((8.5, 0.27, 0.31), (5.65, 0.37, 0.61))
-TOKEN_ARRAYS, SCORE_ARRAYS = 86, 1.95  # that a sample takes in a block's backward pass: (rows, tokens, hidden), scores
+# What the peak of an iteration was measured to be on a CPU (benchmarks/memory.py --fit), that of the first one of
+# tuning: arrays of the unit's weights in float32 (the weights, floors, α, moments, codes, gradients, the state before);
+# of a sample in a block's backward pass, (rows, tokens, hidden) and attention scores; shares of the latter that are
+# there once, and for each block.
+WEIGHT_ARRAYS, TOKEN_ARRAYS, SCORE_ARRAYS = 10, 86, 1.95
+ONCE, EACH_BLOCK = 0.37, 0.61
 MEMORY_SHARE = 0.75  # of the device's memory that an iteration may take
 
 
@@ -168,10 +170,7 @@ class IterationBytes:
 
     def peak(self, samples: int) -> int:
         """At the peak, with so many samples at the same time."""
-        return max(
-            int(weights * self.weights + samples * (once + each * self.blocks) * self.sample)
-            for weights, once, each in PHASES
-        )
+        return int(WEIGHT_ARRAYS * self.weights + samples * (ONCE + EACH_BLOCK * self.blocks) * self.sample)
 
     def micro_batch(self, batch_size: int, memory: int) -> int:
         """The largest micro-batch that fits, 1 at least; a CPU's cores share the batch."""
@@ -253,6 +252,9 @@ def run_job(
         write_quantized_block(paths, block, layers)
         write_losses(paths, block, job.name, losses)
     remove_file(paths.checkpoint)
+    del mmdit, samples, training
+    gc.collect()  # what refers to itself would stay beside the next block
+    mx.clear_cache()
 
 
 def train_part(
@@ -318,8 +320,10 @@ def estimate(rounding: Rounding, todo: Sequence[Job], started: Mapping[str, Any]
     samples = rounding.samples(todo[0])
     training = rounding.training(rounding.opened(todo[0]), todo[0], 0, samples)
     iters = rounding.settings.iters
-    training.iteration = rounding.settings.rounding_iters  # the tuning iterations take the most
     try:
+        for _ in range(2):
+            training.step()
+        training.iteration = rounding.settings.rounding_iters
         for _ in range(2):
             start = time.perf_counter()
             training.step()
