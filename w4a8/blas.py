@@ -44,15 +44,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def get_threads() -> int:
-    """Threads of one matrix product; 1 where the BLAS is not ours."""
-    return _LOADED[0]._ZN2at15get_num_threadsEv() if _LOADED else 1
-
-
 def set_threads(count: int) -> None:
-    """As torch.set_num_threads; nothing where the BLAS is not ours."""
-    if _LOADED:
-        _LOADED[0]._ZN2at15set_num_threadsEi(count)
+    """Threads of every matrix product from now on, whichever thread asks for it; nothing where the BLAS is not MKL.
+
+    torch.set_num_threads, and OpenMP's own, would speak for the calling thread alone: MLX computes in others.
+    """
+    if _LOADED and hasattr(_LOADED[0], "mkl_serv_set_num_threads"):
+        _LOADED[0].mkl_serv_set_num_threads(count)
 
 
 def _is_needed() -> bool:

@@ -20,6 +20,7 @@ from w4a8.model.parts import Pipeline
 from w4a8.model.replay import Replay, replaying
 from w4a8.model.runs import run_schedule
 from w4a8.model.text import Texts
+from w4a8.parallel import threads_for
 
 Result = TypeVar("Result")
 Place = tuple[int, int]  # (image_id, step_index)
@@ -81,7 +82,10 @@ class StoredPasses:
             steps = [step for _, step in group]
             samples = [read_sample(paths, self.manifest, image_id, step, schedule) for step in steps]
             timesteps = [sample["timestep"] for sample in samples]
-            with replaying(self.pipeline, images[image_id], timesteps, self.texts) as replay:
+            with (
+                replaying(self.pipeline, images[image_id], timesteps, self.texts) as replay,
+                threads_for(replay.tokens_size(self.manifest["latent_size"])),
+            ):
                 for step, sample in zip(steps, samples, strict=True):
                     yield Pass(self.pipeline, image_id, step, sample, replay)
 
