@@ -163,3 +163,41 @@ def write_hub_cache(hf_home: Path, config: MMDiTConfig, clip_widths: tuple[int, 
         (tokenizer / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
         shutil.copy(BUNDLED_FOLDER / "merges.txt", tokenizer / "merges.txt")
     return checkpoint
+
+
+T5_XXL = {"d_kv": 64, "num_heads": 64, "d_ff": 10240, "num_layers": 24, "vocab_size": 32128}
+T5_WIDTH = 4096
+
+
+def write_t5(hf_home: Path, size: dict[str, int] = T5_XXL) -> None:
+    """What DiffusionKit asks the hub for when T5 is on: a config, a tokenizer of a few words, random float16 weights."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    google, ours = (hub_folder(hf_home, name) for name in ("google/t5-v1_1-xxl", TEXT_ENCODERS))
+    config = {"model_type": "t5", "d_model": T5_WIDTH, "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0}
+    (google / "config.json").write_text(json.dumps(config | size))
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "</s>", "<unk>", "a", "red", "rocket"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(google / "tokenizer.json"))
+    tokens = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    (google / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"} | tokens))
+    width, inner, hidden = T5_WIDTH, size["d_kv"] * size["num_heads"], size["d_ff"]
+    shapes = {"encoder.embed_tokens.weight": (size["vocab_size"], width), "encoder.final_layer_norm.weight": (width,)}
+    shapes |= {"shared.weight": (size["vocab_size"], width)}
+    for index in range(size["num_layers"]):
+        block = f"encoder.block.{index}.layer"
+        shapes |= {f"{block}.0.SelfAttention.{part}.weight": (inner, width) for part in "qkv"}
+        shapes |= {f"{block}.1.DenseReluDense.{part}.weight": (hidden, width) for part in ("wi_0", "wi_1")}
+        shapes |= {
+            f"{block}.0.SelfAttention.o.weight": (width, inner),
+            f"{block}.1.DenseReluDense.wo.weight": (width, hidden),
+        }
+        shapes |= {f"{block}.{i}.layer_norm.weight": (width,) for i in range(2)}
+    shapes["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = (32, size["num_heads"])
+    weights = {}
+    for name, shape in shapes.items():
+        weights[name] = (mx.random.normal(shape, key=mx.random.key(len(weights))) * 0.02).astype(mx.float16)
+        mx.eval(weights[name])
+    (ours / "t5").mkdir(exist_ok=True)
+    mx.save_safetensors(str(ours / "t5" / "t5xxl.safetensors"), weights)

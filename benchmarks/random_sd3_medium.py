@@ -24,12 +24,15 @@ from w4a8.cli import stage_command
     required=True,
     help="Folder to write; give it to HF_HOME afterwards.",
 )
-def main(hf_home: Path) -> None:
+@click.option("--t5", is_flag=True, help="With a random T5-XXL, 9.5 GB more.")
+def main(hf_home: Path, t5: bool) -> None:
     """Write a random-weight SD3-Medium into a hub cache."""
-    from benchmarks.hub_cache import SD3_MEDIUM, write_hub_cache
+    from benchmarks.hub_cache import SD3_MEDIUM, write_hub_cache, write_t5
     from w4a8.model.diffusionkit import HUB_MMDIT_CONFIGS
 
     checkpoint = write_hub_cache(hf_home, HUB_MMDIT_CONFIGS[SD3_MEDIUM])
+    if t5:
+        write_t5(hf_home)
     click.echo(
         f"wrote {checkpoint} ({checkpoint.stat().st_size / 1e9:.2f} GB); use it with HF_HOME={hf_home} HF_HUB_OFFLINE=1"
     )

@@ -68,19 +68,17 @@ def main(hf_home: Path | None, latent_size: int, repeats: int) -> None:
             if name == "1, no images":
                 continue
             where = ["--calib-dir", str(Path(temporary) / "run")]
+            run(environment, *command, *where)
+            if name == "1":
+                where = ["--calib-dir", str(Path(temporary) / "other")]
             if name != "3A":
-                again = {"1": "--force", "4": "--resume"}.get(name, "--force")
-                run(environment, *command, *where)
-                arguments = [*command, *where, *([again] if again not in command else [])]
-                if name == "4":
-                    arguments = [*command, *where, "--seed", "1"]  # nothing is taken over
+                anew = {"1": [], "4": ["--seed", "1"]}.get(name, ["--force"])  # nothing is taken over
+                arguments = [*command, *where, *anew]
                 seconds = median(first_pass(environment, *arguments) for _ in range(repeats))
                 files = transformer if name == "3W" else weights
                 cat = median(read_files(files) for _ in range(repeats)) if files else 0
                 click.echo(f"{name:4} {seconds:6.2f} s to the first pass; cat of its files {cat:5.2f} s")
                 record(f"start of stage {name}, {size}", seconds, 2.5 if not hf_home else 1.3 * cat + 4, "s")
-            else:
-                run(environment, *command, *where)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """DiffusionKit's pipeline in parts: each in a precision that the stage states, in memory only while it is needed."""
 
+import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -135,9 +136,12 @@ def check_finite(model: nn.Module, source: Path | str) -> None:
     named, bad = tree_flatten(model.parameters()), []
     for start in range(0, len(named), CHECKED_AT_ONCE):
         some = named[start : start + CHECKED_AT_ONCE]
-        finite = mx.stack([mx.isfinite(array).all() for _, array in some])
-        mx.eval([array for _, array in some], finite)
-        bad += [name for (name, _), fine in zip(some, finite.tolist(), strict=True) if not fine]
+        sums = mx.stack(
+            [array.sum().astype(mx.float32) for _, array in some]
+        )  # a third of the time of isfinite on a CPU
+        mx.eval([array for _, array in some], sums)
+        unclear = [pair for pair, total in zip(some, sums.tolist(), strict=True) if not math.isfinite(total)]
+        bad += [name for name, array in unclear if not mx.isfinite(array).all().item()]
     if bad:
         raise ModelError(
             f"{source}: {bad[0]} holds NaN or infinity ({len(bad)} such weights); copy or download it again"
