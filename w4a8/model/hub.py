@@ -125,6 +125,7 @@ class T5Encoder:
         dtype, bias = x.dtype, encoder.relative_attention_bias(x.shape[1], x.shape[1])
         for layer in encoder.layers:
             x = layer(x, mask=bias)
+            mx.eval(x)  # else CUDA keeps every layer's arrays until the end: 12 GB a prompt
         return encoder.ln(x).astype(dtype)
 
 

@@ -175,7 +175,8 @@ class IterationBytes:
     def micro_batch(self, batch_size: int, memory: int) -> int:
         """The largest micro-batch that fits, 1 at least; a CPU's cores share the batch."""
         streams = min(cores(), batch_size)
-        sizes = range(-(-batch_size // streams), 0, -1)
+        parts = range(streams, batch_size + 1)  # of about the same size
+        sizes = (-(-batch_size // count) for count in parts)
         return next((size for size in sizes if self.peak(size * streams) <= MEMORY_SHARE * memory), 1)
 
 

@@ -18,7 +18,6 @@ from w4a8.quantized.activation_rules import Learned
 from w4a8.quantized.arithmetic import grid_position, searched_grid
 from w4a8.quantized.layer import QuantizedLayer, deployed_grid
 from w4a8.quantized.ranges import channel_clipping_range
-from w4a8.rounding.attention import attention_in_slices
 from w4a8.rounding.methods import METHODS
 from w4a8.rounding.samples import TrainingSamples
 from w4a8.rounding.settings import EVALUATED, Settings, spread_over
@@ -112,7 +111,7 @@ class Unit:
     def run(self, batch: list[mx.array], stand_in: Substitution) -> list[mx.array]:
         """The tokens that the last block gives for a batch, with substituted layers."""
         tokens, modulation_input = batch[:2], batch[2]
-        with substituted_layers(self.mmdit, stand_in.compute), attention_in_slices(self._blocks):
+        with substituted_layers(self.mmdit, stand_in.compute):
             for block in self._blocks:
                 tokens = block.run(tokens, modulation_input)
         stand_in.let_go()
