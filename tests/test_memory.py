@@ -1,0 +1,319 @@
+"""What is in memory when, what is said of it before, and that micro-batches and groups change nothing."""
+
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import ROOT, invoke
+from finished_run import finished_run, one_line
+from mlx.utils import tree_flatten
+
+import w4a8.rounding.samples as samples_module
+from calibration_store.block_cache import read_cache_metadata
+from calibration_store.layout import WeightPaths
+from calibration_store.manifest import read_manifest
+from calibration_store.weights import read_quantized_block
+from w4a8 import blas, parallel
+from w4a8.evaluation.variants import make_variant
+from w4a8.model.catalog import describe_model
+from w4a8.model.layers import model_layers
+from w4a8.model.loading import load_pipeline
+from w4a8.model.parts import DECODER, TEXT, TRANSFORMER, whole_model
+from w4a8.model.runs import run_transformer
+from w4a8.model.text import Texts, encode_prompts
+from w4a8.rounding.jobs import IterationBytes, half_alpha
+from w4a8.rounding.samples import Samples
+from w4a8.rounding.settings import Settings
+from w4a8.rounding.units import BlockUnit
+
+PROMISE = 0.15  # how far the measured peak may be from what the dry run says
+TOOK = re.compile(r"\[took\] [\d.]+ s, (\d+) bytes MLX")
+SAID = re.compile(r"([\d.]+) (kB|MB|GB) of memory at the peak")
+UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
+
+
+@pytest.fixture
+def run(tmp_path_factory, tmp_path):
+    return shutil.copytree(finished_run(tmp_path_factory.getbasetemp()), tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return finished_run(tmp_path_factory.getbasetemp())
+
+
+def lazy():
+    return load_pipeline(describe_model("sd3-emoji"), whole_model("float32"), lazy=True)
+
+
+# --- parts --------------------------------------------------------------------------------------------------
+
+
+def test_parts_come_when_they_are_used_and_go():
+    pipeline = lazy()
+    assert not any(pipeline.has(part) for part in (TEXT, TRANSFORMER, DECODER))
+    first = np.array(pipeline.mmdit.context_embedder.weight)
+    assert pipeline.has(TRANSFORMER) and not pipeline.has(TEXT)
+    pipeline.drop(TRANSFORMER)
+    assert not pipeline.has(TRANSFORMER)
+    assert np.array_equal(np.array(pipeline.mmdit.context_embedder.weight), first)
+    with pytest.raises(AttributeError, match="no t5_tokenizer"):
+        pipeline.t5_tokenizer
+
+
+@pytest.mark.parametrize("group", [1, 2, None])
+def test_texts_are_those_of_single_prompts_whatever_the_group(emoji, group):
+    pipeline, prompts = lazy(), ["rocket", "red heart", "mango", "rocket"]
+    texts = Texts(pipeline, prompts, 4.0, "", group)
+    pipeline.load(TRANSFORMER)
+    for some in (prompts[:1], prompts[:2], prompts[2:]):
+        found, expected = texts.of(some), encode_prompts(emoji, some, 4.0)
+        assert mx.array_equal(found.tokens, expected.tokens) and mx.array_equal(found.pooled, expected.pooled)
+        assert (not pipeline.has(TEXT) and not pipeline.has(TRANSFORMER)) or group is None
+
+
+def test_quantized_weights_take_the_place_of_the_originals():
+    pipeline = lazy()
+    pipeline.load(TRANSFORMER)
+    one_model = sum(array.nbytes for _, array in tree_flatten(pipeline.mmdit.parameters()))
+    layer = max(weight.nbytes for weight in (each.weight for each in model_layers(pipeline.mmdit).values()))
+    before = mx.get_active_memory() - one_model
+    mx.reset_peak_memory()
+    with make_variant("w4-rtn-g64", None).in_place(pipeline):
+        assert mx.get_active_memory() - before <= one_model + layer
+        assert mx.get_peak_memory() - before <= one_model + 8 * layer  # codes and the grid of one layer
+    assert not pipeline.has(TRANSFORMER)
+
+
+def test_stage_3w_opens_a_block_at_a_time(finished):
+    before = mx.get_active_memory()
+    mmdit = run_transformer(read_manifest(finished))()
+    assert mx.get_active_memory() - before < 1e6  # nothing is read
+    layers = model_layers(mmdit)
+    mx.eval(layers["mm0.img.mlp.fc1"].weight)
+    assert layers["mm0.img.mlp.fc1"].weight.dtype == mx.float32
+    assert 4 * 192 * 768 <= mx.get_active_memory() - before < 3e6
+
+
+# --- micro-batches ------------------------------------------------------------------------------------------
+
+
+def unit_of(folder, micro_batch, samples=None):
+    mmdit = run_transformer(read_manifest(folder))()
+    job = BlockUnit.jobs(model_layers(mmdit), ["mm2"])[0]
+    settings = Settings(20, 4, 4, 8, 64, "ste", 0.0, 4e-3, 1e-3, 0.01, 3, micro_batch)
+    return BlockUnit(
+        mmdit, job, job.parts[0], samples or Samples(folder, read_cache_metadata(folder), ["mm2"]), settings
+    )
+
+
+def gradients_of(unit, with_ranges=False):
+    state = unit.quantized(unit.start, unit.codes(unit.start, hard=True), with_ranges)
+    return unit.gradients(state, np.array([0, 1, 2, 3]), 0)
+
+
+def test_micro_batches_change_nothing_but_float_noise(finished):
+    loss, whole = gradients_of(unit_of(finished, 4))
+    rounded, _ = gradients_of(unit_of(finished, 4), True)
+    for micro_batch in (1, 2, 3):
+        found_loss, found = gradients_of(unit_of(finished, micro_batch))
+        assert found_loss.item() == pytest.approx(loss.item(), rel=1e-5)
+        for (name, a), (_, b) in zip(tree_flatten(found), tree_flatten(whole), strict=True):
+            size = mx.abs(b).max().item()
+            assert mx.abs(a - b).max().item() <= 1e-4 * size + 1e-9, (micro_batch, name)
+        # 8-bit inputs round the noise to a code up or down here and there
+        assert gradients_of(unit_of(finished, micro_batch), True)[0].item() == pytest.approx(rounded.item(), rel=1e-3)
+
+
+def test_how_many_work_side_by_side_changes_nothing_at_all(finished, monkeypatch):
+    """Micro-batches are summed in their order: one core gives the bits of two."""
+    found = {}
+    for cores in (1, 2, 3):
+        monkeypatch.setattr(blas, "cores", lambda cores=cores: cores)
+        assert parallel.cores() == cores
+        found[cores] = [np.array(array) for _, array in tree_flatten(list(gradients_of(unit_of(finished, 1), True)))]
+    for cores in (2, 3):
+        assert all(np.array_equal(a, b) for a, b in zip(found[1], found[cores], strict=True))
+
+
+def test_samples_that_do_not_fit_stay_in_their_files(finished, monkeypatch):
+    cache = read_cache_metadata(finished)
+    held = Samples(finished, cache, ["mm1"])
+    monkeypatch.setattr(samples_module, "SAMPLES_SHARE", 0)
+    mapped = Samples(finished, cache, ["mm1"])
+    assert held.held_bytes == held.num_bytes == mapped.num_bytes and mapped.held_bytes == 0
+    for a, b in zip(held.batch([3, 1]), mapped.batch(np.array([3, 1])), strict=True):
+        assert a.dtype == b.dtype and mx.array_equal(a, b)
+
+
+def test_the_micro_batch_follows_the_memory(monkeypatch):
+    monkeypatch.setattr(blas, "cores", lambda: 2)
+    need = IterationBytes(weights=10**6, sample=10**8, blocks=1)
+    assert need.micro_batch(16, 10**11) == 8  # two cores share the batch
+    assert need.micro_batch(16, 10**9) == 3
+    assert need.micro_batch(16, 10**7) == 1
+    assert need.peak(8) > need.peak(2)
+
+
+def test_a_run_keeps_its_micro_batch(run):
+    arguments = ("optimize_adaround", "--calib-dir", run, "--iters", 10, "--batch-size", 4, "--blocks", "mm0")
+    assert invoke(*arguments, "--force", "--micro-batch", 3).exit_code == 0
+    done = invoke(*arguments, "--resume", "--micro-batch", 1)
+    one_line(done, "has --micro-batch 3, not 1")
+    done = invoke(*arguments, "--resume")
+    assert done.exit_code == 0 and "10 iterations of 4 (3 at once)" in done.stdout
+
+
+# --- alpha, bytes -------------------------------------------------------------------------------------------
+
+
+def test_alpha_in_half_precision_stays_on_its_side():
+    alpha = np.array([0.3, -0.3, 1e-9, -1e-9, 0.0, -0.0, 2.0**-25, -(2.0**-25), 10, -10], np.float32)
+    half = half_alpha(alpha)
+    assert half.dtype == np.float16
+    assert np.array_equal(half >= 0, alpha >= 0)
+    np.testing.assert_allclose(half.astype(np.float32), alpha, rtol=1e-3, atol=1e-7)
+
+
+def test_no_alpha_leaves_it_out_and_nothing_else(run):
+    arguments = (
+        "optimize_adaround",
+        "--calib-dir",
+        run,
+        "--iters",
+        10,
+        "--batch-size",
+        2,
+        "--blocks",
+        "mm0",
+        "--force",
+    )
+    found = []
+    for option in ("--alpha", "--no-alpha"):
+        assert invoke(*arguments, option).exit_code == 0
+        found.append(read_quantized_block(WeightPaths(run), "mm0"))
+    kept, without = found
+    for name, fields in kept.items():
+        assert fields.pop("alpha").dtype == np.float16
+        assert fields.keys() == without[name].keys()
+        assert all(np.array_equal(fields[key], without[name][key]) for key in fields)
+
+
+@pytest.mark.parametrize(
+    "script, arguments",
+    [
+        ("cache_adaround_data", ("--num-images", 2)),
+        ("collect_layer_activations", ("--num-images", 2)),
+        ("optimize_adaround", ("--iters", 10)),
+    ],
+)
+def test_a_budget_is_kept(run, script, arguments):
+    before = sorted(path for path in run.rglob("*") if path.is_file())
+    one_line(
+        invoke(script, "--calib-dir", run, *arguments, "--force", "--max-bytes", "10kB"), "--max-bytes allows 0.01 MB"
+    )
+    assert sorted(path for path in run.rglob("*") if path.is_file()) == before
+
+
+@pytest.mark.parametrize("text", ["20XB", "GB", "-3MB", "nan", "1e999"])
+def test_sizes_that_are_none(run, text):
+    done = invoke("cache_adaround_data", "--calib-dir", run, "--max-bytes", text)
+    assert done.exit_code == 2 and "is not a size such as 20GB" in done.stderr
+
+
+# --- said before it happens ---------------------------------------------------------------------------------
+
+
+def staged(*arguments):
+    command = [sys.executable, "benchmarks/run_stage.py", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    "script, arguments",
+    [
+        ("cache_adaround_data.py", ("--num-images", 2, "--force")),
+        ("collect_layer_activations.py", ("--num-images", 2, "--force")),
+        ("optimize_adaround.py", ("--iters", 10, "--batch-size", 4, "--unit", "block", "--force")),
+        ("optimize_adaround.py", ("--iters", 10, "--batch-size", 4, "--force")),
+        ("evaluate_quantization.py", ("--num-images", 2, "--num-steps", 3, "--variants", "w4-rtn")),
+    ],
+)
+def test_the_peak_is_what_the_dry_run_says(run, script, arguments):
+    said = SAID.search(staged(script, "--calib-dir", run, *arguments, "--dry-run"))
+    measured = int(TOOK.search(staged(script, "--calib-dir", run, *arguments))[1])
+    assert measured == pytest.approx(float(said[1]) * UNITS[said[2]], rel=PROMISE)
+
+
+def test_analyzers_have_a_dry_run(run):
+    for script, config in (("analyze_activations", "quant_config.json"), ("analyze_activations_multitier", "x.json")):
+        output = run / "activations" / config
+        before = output.read_bytes() if output.exists() else None
+        done = invoke(script, "--calib-dir", run, "--output", output, "--dry-run")
+        assert done.exit_code == 0 and re.search(r"layers at \d+ steps, about .* of memory at the peak", done.stdout)
+        assert (output.read_bytes() if output.exists() else None) == before
+
+
+def limited(*arguments, limit=3 * 10**9):
+    """A stage that may have so many bytes of address space."""
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS does not limit the address space")
+def test_what_cannot_fit_is_said_before_it_is_loaded(run, tmp_path):
+    first = ("generate_calibration_data.py", "--model", "sd3-emoji", "--num-images", 3000, "--batch-size", 3000)
+    done = limited(*first, "--calib-dir", tmp_path / "new")
+    assert done.returncode == 2 and re.search(
+        r"Error: .* 3.00 GB are there: --batch-size \d+ takes less\n$", done.stderr
+    )
+    assert not (tmp_path / "new/samples").exists()
+    many = ("optimize_adaround.py", "--calib-dir", run, "--force", "--batch-size", 500, "--micro-batch", 500)
+    done = limited(*many)
+    assert done.returncode == 2 and re.search(
+        r"Error: .* 3.00 GB are there: --micro-batch \d+ takes less\n$", done.stderr
+    )
+    assert list((run / "adaround_weights").iterdir())
+
+
+# --- neighbours ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not blas._LOADED, reason="another BLAS")
+def test_one_thread_is_one_thread():
+    """Also where MLX computes, in a thread of its own."""
+    x = mx.random.normal((1536, 1536))
+    mx.eval(x)
+    blas.set_threads(1)
+    try:
+        wall, cpu = time.perf_counter(), time.process_time()
+        for _ in range(5):
+            mx.eval(x @ x)
+        assert time.process_time() - cpu <= 1.25 * (time.perf_counter() - wall)
+    finally:
+        blas.set_threads(blas.cores())
+
+
+def test_threads_follow_the_affinity():
+    code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); import w4a8.parallel as p; print(p.cores())"
+    if not hasattr(__import__("os"), "sched_setaffinity"):
+        pytest.skip("no affinity here")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "1\n"
+
+
+def test_settings_default_to_the_whole_batch():
+    assert Settings(20, 16, 4, 8, 64, "ste", 0.5, 4e-3, 1e-3, 0.01, 3).chunk == 16
+    assert replace(Settings(20, 16, 4, 8, 64, "ste", 0.5, 4e-3, 1e-3, 0.01, 3), micro_batch=2).chunk == 2
