@@ -124,10 +124,10 @@ def test_micro_batches_change_nothing_but_float_noise(finished):
     rounded, _ = gradients_of(unit_of(finished, 4), True)
     for micro_batch in (1, 2, 3):
         found_loss, found = gradients_of(unit_of(finished, micro_batch))
-        assert found_loss.item() == pytest.approx(loss.item(), rel=1e-5)
+        assert found_loss.item() == pytest.approx(loss.item(), rel=1e-4)
         for (name, a), (_, b) in zip(tree_flatten(found), tree_flatten(whole), strict=True):
             size = mx.abs(b).max().item()
-            assert mx.abs(a - b).max().item() <= 1e-4 * size + 1e-9, (micro_batch, name)
+            assert mx.abs(a - b).max().item() <= 1e-3 * size + 1e-9, (micro_batch, name)
         # 8-bit inputs round the noise to a code up or down here and there
         assert gradients_of(unit_of(finished, micro_batch), True)[0].item() == pytest.approx(rounded.item(), rel=1e-3)
 
