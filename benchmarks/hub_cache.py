@@ -9,6 +9,7 @@ from pathlib import Path
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from w4a8.model.catalog import BUNDLED_FOLDER
 from w4a8.model.diffusionkit import HUB_MMDIT_FILES, MMDiT, MMDiTConfig, VAEDecoder, VAEEncoder
@@ -171,8 +172,6 @@ T5_WIDTH = 4096
 
 def write_t5(hf_home: Path, size: dict[str, int] = T5_XXL) -> None:
     """What DiffusionKit asks the hub for when T5 is on: a config, a tokenizer of a few words, random float16 weights."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
     google, ours = (hub_folder(hf_home, name) for name in ("google/t5-v1_1-xxl", TEXT_ENCODERS))
     config = {"model_type": "t5", "d_model": T5_WIDTH, "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0}
     (google / "config.json").write_text(json.dumps(config | size))

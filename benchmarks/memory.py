@@ -90,9 +90,9 @@ def main(
     hf_home: Path | None,
 ) -> None:  # fmt: skip
     """Peak memory of every stage, said and measured."""
-    if fit:
-        from benchmarks.memory_fit import print_fits
+    from benchmarks.memory_fit import print_fits
 
+    if fit:
         print_fits()
         return
     with tempfile.TemporaryDirectory() as temporary:

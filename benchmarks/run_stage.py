@@ -1,4 +1,7 @@
-"""Run a stage in this process, then say what it took: python benchmarks/run_stage.py STAGE.py [ARGUMENT]..."""
+"""Run a stage in this process, then say what it took.
+
+python benchmarks/run_stage.py collect_layer_activations.py --calib-dir calibration_data/demo
+"""
 
 import importlib
 import resource
@@ -6,17 +9,28 @@ import sys
 import time
 from pathlib import Path
 
+import click
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-started = time.perf_counter()
-code = 0
-try:
-    importlib.import_module(Path(sys.argv[1]).stem).main(sys.argv[2:])
-except SystemExit as end:
-    code = end.code
-resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-mlx = sys.modules.get("mlx.core")  # the analyzers need none
-peak = mlx.get_peak_memory() if mlx else 0
-print(f"\n[took] {time.perf_counter() - started:.2f} s, {peak} bytes MLX, {resident} bytes resident")
-sys.exit(code)
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.argument("stage")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def main(stage: str, arguments: tuple[str, ...]) -> None:
+    """Run STAGE, a script of this toolkit, with its ARGUMENTS; print seconds, MLX's peak and the process's."""
+    started, code = time.perf_counter(), 0
+    try:
+        importlib.import_module(Path(stage).stem).main(list(arguments))
+    except SystemExit as end:
+        code = end.code
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    mlx = sys.modules.get("mlx.core")  # the analyzers need none
+    peak = mlx.get_peak_memory() if mlx else 0
+    click.echo(f"\n[took] {time.perf_counter() - started:.2f} s, {peak} bytes MLX, {resident} bytes resident")
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
