@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from itertools import pairwise
 
+import click
 import mlx.core as mx
 
 from w4a8 import blas
@@ -78,3 +79,10 @@ def _blas_threads(groups: int) -> Iterator[None]:
         yield
     finally:
         blas.set_threads(blas.cores())
+
+
+@functools.cache
+def announce_compilation(what: str) -> None:
+    """Say once that a GPU is about to compile: MLX does so at a kernel's first use, for up to a minute, and keeps what it can."""
+    if mx.default_device() != mx.Device(mx.cpu):
+        click.echo(f"compiling {what}, once …", err=True)

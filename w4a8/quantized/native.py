@@ -5,14 +5,13 @@ matrix-vector product per token. So the input is flattened to two dimensions fir
 and number of rows: benchmarks/native_speed.py measures every way.
 """
 
-import functools
 import os
 
-import click
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 
+from w4a8.parallel import announce_compilation
 from w4a8.quantized.layer import Packed
 
 AUTO, QUANTIZED, DEQUANTIZE, DENSE = "auto", "quantized", "dequantize", "dense"
@@ -59,7 +58,7 @@ class NativeLinear(nn.QuantizedLinear):
         return mx.addmm(self["bias"], x, weight.T) if "bias" in self else x @ weight.T
 
     def _quantized_product(self, x: mx.array) -> mx.array:
-        announce()
+        announce_compilation("4-bit kernels")
         rows = x.reshape(-1, x.shape[-1])
         y = mx.quantized_matmul(rows, *self.packed_arrays, transpose=True, group_size=self.group_size, bits=self.bits)
         y = y + self["bias"] if "bias" in self else y
@@ -134,12 +133,5 @@ def get_ready(model: nn.Module) -> None:
         return
     kinds = {(m.bits, m.group_size): m for m in model.modules() if isinstance(m, NativeLinear)}
     if kinds:
-        announce()
+        announce_compilation("4-bit kernels")
         mx.eval([module.dense_weight() for module in kinds.values()])
-
-
-@functools.cache
-def announce() -> None:
-    """Say once that a GPU is about to compile: MLX does so at a kernel's first use, for up to a minute, and keeps the result."""
-    if mx.default_device() != mx.Device(mx.cpu):
-        click.echo("compiling 4-bit kernels, once …", err=True)

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from calibration_store.histograms import histogram_grid
+from w4a8.parallel import announce_compilation
 from w4a8.statistics.kernel_source import KERNEL_FUNCTIONS, KERNEL_HEADER, MERGE_KERNEL, TILE_KERNEL, TILE_ROWS
 
 INPUTS_PER_KERNEL = 8  # the distinct inputs of one SD3 block: launches cost more than the work
@@ -116,6 +117,7 @@ def choose_statistics() -> str:
     if mx.default_device() == mx.Device(mx.cpu):
         return "cpu"
     backend = "metal" if mx.metal.is_available() else "cuda"
+    announce_compilation("the kernels of the statistics")
     failure = kernel_self_check(backend)
     if failure is None:
         return backend
