@@ -267,7 +267,7 @@ def test_files(copy):
             weight = np.array(layers[name].weight)
             out, groups = weight.shape[0], weight.shape[1] // 64
             assert fields["alpha"].shape == fields["q"].shape == weight.shape
-            assert fields["alpha"].dtype == np.float32 and fields["q"].dtype == np.uint8 and fields["q"].max() <= 15
+            assert fields["alpha"].dtype == np.float16 and fields["q"].dtype == np.uint8 and fields["q"].max() <= 15
             assert fields["scale"].shape == fields["zero_point"].shape == (out, groups)
             assert fields["act_scale"].shape == () and fields["act_scale"] > 0
             assert ("act_shift" in fields) == name.endswith("fc2")
