@@ -85,17 +85,14 @@ def run(
         continue_run,
         generate,
         plan_run,
+        prepare,
         probe_seconds,
-        prompts_of,
         refuse_foreign_pictures,
         refuse_hub_options,
-        what_takes_less,
     )
     from w4a8.model.catalog import default_dtype, describe_model, model_fingerprint
     from w4a8.model.loading import load_pipeline, whole_model
-    from w4a8.model.needs import needs_of, refuse_too_large
-    from w4a8.model.parts import DECODER, TRANSFORMER
-    from w4a8.model.text import Texts, check_prompts
+    from w4a8.model.text import check_prompts
     from w4a8.report.plans import print_plan, say_how_many_prompts, warn_of_old_results
 
     given_prompts = read_prompt_file(prompt_file) if prompt_file else None
@@ -138,17 +135,7 @@ def run(
         if check_prompts(pipeline, [negative_prompt], "--negative-prompt"):
             click.echo("The negative prompt is longer than the text encoder's positions: its end is ignored.")
         batches = batches_to_do(plan, complete)
-        needs = needs_of(
-            pipeline, plan["latent_size"], plan["batch_size"], plan["cfg_scale"] > 0, plan["num_steps"] + 1
-        )
-        together = refuse_too_large(pipeline, needs, plan["batch_size"], what_takes_less(plan))
-        texts = Texts(
-            pipeline, prompts_of(batches[: 1 if dry_run else None]), plan["cfg_scale"], negative_prompt, text_group
-        )
-        texts.of(prompts_of(batches[:1]))
-        for part in (DECODER, TRANSFORMER) if save_images else (TRANSFORMER,):
-            pipeline.load(part)
-            pipeline.drop(*(() if together or part == TRANSFORMER else (DECODER,)))
+        texts, together = prepare(pipeline, plan, batches[: 1 if dry_run else None], text_group)
         if dry_run:
             seconds = probe_seconds(pipeline, texts, plan, batches, together)
             click.echo(

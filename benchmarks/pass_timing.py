@@ -3,7 +3,7 @@
 import gc
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from statistics import median
 
@@ -38,6 +38,16 @@ BOUNDS = {
 }
 
 
+class RandomPipeline(Pipeline):
+    """SD3-Medium's transformer with random weights."""
+
+    def read(self, part: str) -> None:
+        self.mmdit = random_transformer(self.activation_dtype)
+
+    def explained(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
 @contextmanager
 def one_pass(size: str, text_tokens: int, latent_size: int = 64, alone: bool = False) -> Iterator[Pass]:
     """A pass of sd3-emoji, or of SD3-Medium with random weights and inputs. alone: without the text encoders in memory."""
@@ -51,8 +61,7 @@ def one_pass(size: str, text_tokens: int, latent_size: int = 64, alone: bool = F
         latent = initial_noise(0, (16, 16)).astype(pipeline.activation_dtype)
         timestep = sigma_schedule(pipeline, 50)[1][10]
     else:
-        pipeline = Pipeline(describe_model(SD3_MEDIUM), {TRANSFORMER: dtype}, use_t5=False)
-        pipeline.mmdit = random_transformer(pipeline.activation_dtype)
+        pipeline = RandomPipeline(describe_model(SD3_MEDIUM), {TRANSFORMER: dtype}, use_t5=False)
         shapes = ((2, text_tokens, 4096), (2, 2048), (1, latent_size, latent_size, 16))
         tokens, pooled, latent = (
             mx.random.normal(shape, key=mx.random.key(seed)).astype(pipeline.activation_dtype)

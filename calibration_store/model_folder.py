@@ -4,6 +4,7 @@ The folder that stage 5 exports from a hub model holds the transformer alone: `b
 """
 
 import hashlib
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -226,15 +227,22 @@ def check_exported(folder: Path, config: Mapping[str, Any]) -> None:
 
 def check_weight_file(path: Path) -> None:
     """Whether a safetensors file is whole: its header, and as many bytes as that says. Raises StoreError."""
+    weight_sizes(path)
+
+
+def weight_sizes(path: Path) -> dict[str, tuple[str, int]]:
+    """{name: (dtype as safetensors spells it, elements)} of a safetensors file, from its header. Raises StoreError."""
     try:
         with safe_open(path, "numpy") as file:
-            names = list(file.keys())
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            sizes = {name: (each.get_dtype(), math.prod(each.get_shape())) for name, each in slices.items()}
     except OSError as error:
         raise StoreError(f"{path}: {why_unreadable(path, error, LAYOUT)}") from None
     except SafetensorError as error:
         raise StoreError(f"{path}: truncated or damaged ({error}); copy or download it again") from None
-    if not names:
+    if not sizes:
         raise StoreError(f"{path}: holds no weights; copy or download it again")
+    return sizes
 
 
 WHOLE_FILE = 64 * 2**20  # bytes up to which a file is hashed as a whole

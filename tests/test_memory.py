@@ -1,5 +1,6 @@
 """What is in memory when, what is said of it before, and that micro-batches and groups change nothing."""
 
+import os
 import re
 import resource
 import shutil
@@ -11,7 +12,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT, invoke
+from conftest import ROOT, folder_bytes, invoke
 from finished_run import finished_run, one_line
 from mlx.utils import tree_flatten
 
@@ -22,7 +23,7 @@ from calibration_store.manifest import read_manifest
 from calibration_store.weights import read_quantized_block
 from w4a8 import blas, parallel
 from w4a8.evaluation.variants import make_variant
-from w4a8.model.catalog import describe_model
+from w4a8.model.catalog import BUNDLED_FOLDER, describe_model
 from w4a8.model.layers import model_layers
 from w4a8.model.loading import load_pipeline
 from w4a8.model.parts import DECODER, TEXT, TRANSFORMER, whole_model
@@ -100,6 +101,26 @@ def test_stage_3w_opens_a_block_at_a_time(finished):
     mx.eval(layers["mm0.img.mlp.fc1"].weight)
     assert layers["mm0.img.mlp.fc1"].weight.dtype == mx.float32
     assert 4 * 192 * 768 <= mx.get_active_memory() - before < 3e6
+
+
+@pytest.mark.parametrize("part", ["mmdit", "clip_l", "decoder"])
+@pytest.mark.parametrize("keep", [10_000, 100])
+def test_a_truncated_part_is_one_line_and_nothing_is_lost(run, tmp_path, part, keep):
+    """Of every part, whenever it would be read: also with --force, before the old run is deleted."""
+    model = shutil.copytree(BUNDLED_FOLDER, tmp_path / "model")
+    weights = model / f"{part}.safetensors"
+    weights.write_bytes(weights.read_bytes()[:keep])
+    before = folder_bytes(run)
+    arguments = ("--model", model, "--num-images", 2, "--num-steps", 2)
+    one_line(invoke("generate_calibration_data", *arguments, "--calib-dir", run, "--force"), f"{part}.safetensors")
+    one_line(
+        invoke("draw_images", "red heart", "--model", model, "--output", tmp_path / "drawn"), f"{part}.safetensors"
+    )
+    one_line(
+        invoke("evaluate_quantization", "--calib-dir", run, "--model", model, "--variants", "w4-rtn"),
+        f"{part}.safetensors",
+    )
+    assert folder_bytes(run) == before
 
 
 # --- micro-batches ------------------------------------------------------------------------------------------
@@ -306,10 +327,9 @@ def test_one_thread_is_one_thread():
         blas.set_threads(blas.cores())
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="macOS has no affinity")
 def test_threads_follow_the_affinity():
     code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); import w4a8.parallel as p; print(p.cores())"
-    if not hasattr(__import__("os"), "sched_setaffinity"):
-        pytest.skip("no affinity here")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "1\n"
 

@@ -18,6 +18,7 @@ from calibration_store.pictures import picture_chunks
 from calibration_store.samples import is_complete, sample_arrays, sample_bytes, write_sample
 from w4a8.cli.progress import ProgressBar, progress_bar
 from w4a8.model.catalog import ModelInfo, package_versions
+from w4a8.model.needs import needs_of, refuse_too_large
 from w4a8.model.parts import DECODER, TRANSFORMER, Pipeline
 from w4a8.model.runs import run_schedule
 from w4a8.model.sampling import EulerStep, decode_latents, euler_steps, initial_noise
@@ -195,6 +196,25 @@ def generate(
             complete.update(new)
             write_manifest(paths, plan, complete)
             bar.update(len(new))
+
+
+def prepare(
+    pipeline: Pipeline, plan: Mapping[str, Any], batches: Sequence[Sequence[dict]], text_group: int | None
+) -> tuple[Texts, bool]:
+    """Read every part once, the first prompts encoded; whether transformer and decoder fit into memory together.
+
+    Before anything is deleted or written: what cannot fit, and damaged weights, raise a UserError here.
+    """
+    guidance, size = plan["cfg_scale"], plan["batch_size"]
+    needs = needs_of(pipeline, plan["latent_size"], size, guidance > 0, plan["num_steps"] + 1)
+    together = refuse_too_large(pipeline, needs, size, what_takes_less(plan))
+    texts = Texts(pipeline, prompts_of(batches), guidance, plan["negative_prompt"], text_group)
+    texts.of(prompts_of(batches[:1]))
+    if plan["save_images"]:
+        pipeline.load(DECODER)
+        pipeline.drop(*(() if together else (DECODER,)))
+    pipeline.load(TRANSFORMER)
+    return texts, together
 
 
 @contextmanager

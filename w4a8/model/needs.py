@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import mlx.core as mx
 
 from calibration_store.errors import OptionError
-from calibration_store.model_folder import read_model_config
+from calibration_store.model_folder import read_model_config, weight_sizes
 from w4a8.cli.words import format_bytes
 from w4a8.memory import device_memory
 from w4a8.model.catalog import model_files
@@ -58,7 +59,7 @@ def needs_of(pipeline: Pipeline, latent_size: tuple[int, int], images: int, guid
         paths = [files[role] for role in roles if role in files] or ([whole] if whole and part != TEXT else [])
         if part in parts:
             size = getattr(mx, parts[part]).size
-            weights[part] = sum(bytes_of(mx.load(str(path)), prefix, size) for path in paths)
+            weights[part] = sum(bytes_of(path, prefix, size) for path in paths)
     rows, itemsize = images * (2 if guidance else 1), pipeline.activation_dtype.size
     return Needs(
         weights[TEXT], weights[TRANSFORMER], weights[DECODER],
@@ -67,10 +68,10 @@ def needs_of(pipeline: Pipeline, latent_size: tuple[int, int], images: int, guid
     )  # fmt: skip
 
 
-def bytes_of(weights: dict[str, mx.array], prefix: str, size: int) -> int:
-    """Of the weights whose names begin so, in a precision of so many bytes; packed codes stay packed."""
-    chosen = [array for name, array in weights.items() if name.startswith(prefix)]
-    return sum(array.size * (4 if array.dtype == mx.uint32 else size) for array in chosen)
+def bytes_of(path: Path, prefix: str, size: int) -> int:
+    """Of a file's weights whose names begin so, in a precision of so many bytes; packed codes stay packed."""
+    chosen = [found for name, found in weight_sizes(path).items() if name.startswith(prefix)]
+    return sum(elements * (4 if dtype == "U32" else size) for dtype, elements in chosen)
 
 
 def config_of(pipeline: Pipeline) -> MMDiTConfig:

@@ -1,6 +1,7 @@
 """DiffusionKit's pipeline in parts: each in a precision that the stage states, in memory only while it is needed."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -39,7 +40,7 @@ def whole_model(dtype: str) -> Parts:
 ATTRIBUTES = {TRANSFORMER: ("mmdit",), TEXT: ("clip_l", "clip_g", "t5_encoder"), DECODER: ("decoder",)}
 
 
-class Pipeline(DiffusionPipeline):
+class Pipeline(DiffusionPipeline, ABC):
     """DiffusionKit's pipeline with the parts that were asked for; what was not is no attribute.
 
     A part is read when it is first used, or by `load`, and stays until `drop`; used again it is read again. The
@@ -94,13 +95,13 @@ class Pipeline(DiffusionPipeline):
                 vars(self).pop(name, None)
         mx.clear_cache()
 
+    @abstractmethod
     def read(self, part: str) -> None:
         """Set the part's attributes from its files."""
-        raise NotImplementedError
 
+    @abstractmethod
     def explained(self) -> AbstractContextManager[None]:
         """What goes wrong in the block becomes a ModelError that names the file."""
-        raise NotImplementedError
 
 
 def cast(value: mx.array, dtype: mx.Dtype) -> mx.array:
