@@ -1,9 +1,12 @@
-"""Stage 2W: what every block saw and gave at the stored latents, for adaptive rounding.
+"""Stage 2W: what the blocks saw and gave at the stored latents, for adaptive rounding.
 
 Reads   manifest.json and samples/ of stage 1 (--calib-dir); the model and its precision come from the manifest.
 Writes  adaround_cache/metadata.json and adaround_cache/samples/{image:04d}_{step:03d}.npz (float16, uncompressed).
 
-    python cache_adaround_data.py --calib-dir calibration_data
+    python cache_adaround_data.py --calib-dir calibration_data --max-bytes 20GB
+
+By default only what enters the first block and what the model gives (--boundaries ends): stage 3W makes the boundaries in
+between. 25 x more prompts fit in the same bytes that way at SD3-Medium's size, and prompts are what counts.
 """
 
 from contextlib import closing
@@ -13,17 +16,30 @@ import click
 
 from w4a8 import cli
 
-OPTIONS = {"num_images": "--num-images", "stride": "--stride", "blocks": "--blocks"}
+OPTIONS = {
+    "num_images": "--num-images", "stride": "--stride", "blocks": "--blocks", "boundaries": "--boundaries",
+}  # fmt: skip
 
 
 @cli.stage_command
 @cli.calib_dir_option
 @cli.model_place_options
 @click.option(
-    "--num-images", type=click.IntRange(min=1), default=5, help="Images to use, evenly over the whole calibration run."
+    "--num-images",
+    type=click.IntRange(min=1),
+    help="Images to use, evenly over the whole calibration run.  [default: 5, or what --max-bytes allows]",
 )
-@click.option("--stride", type=click.IntRange(min=1), default=5, help="Use every Nth saved step.")
+@click.option(
+    "--stride",
+    type=click.IntRange(min=1),
+    help="Use every Nth saved step.  [default: 5, or what --max-bytes allows, images first]",
+)
 @click.option("--blocks", help="Blocks to cache, such as mm0,mm5.  [default: all]")
+@click.option(
+    "--boundaries",
+    type=click.Choice(["all", "ends"]),
+    help="ends: the first block's inputs and the model's output; all: between all blocks, too.  [default: ends, with --blocks all]",
+)
 @cli.text_group_option
 @cli.max_bytes_option
 @cli.resume_options
@@ -33,17 +49,19 @@ def main(**options) -> None:
 
 
 def run(
-    calib_dir: Path, model: str | None, local_checkpoint: Path | None, num_images: int, stride: int, blocks: str | None,
-    text_group: int | None, max_bytes: int | None, resume: bool, force: bool, dry_run: bool,
+    calib_dir: Path, model: str | None, local_checkpoint: Path | None, num_images: int | None, stride: int | None,
+    blocks: str | None, boundaries: str | None, text_group: int | None, max_bytes: int | None, resume: bool, force: bool, dry_run: bool,
 ) -> None:  # fmt: skip
     """Plan, load, probe, record what is left, describe the cache."""
     import mlx.core as mx
 
     from calibration_store.block_cache import (
-        CACHE_PLAN,
+        ENDS,
         cached_sample_arrays,
+        choose_boundaries,
         is_cached,
         plan_cache,
+        read_plan,
         write_cache_metadata,
         write_cached_sample,
     )
@@ -52,34 +70,36 @@ def run(
     from calibration_store.manifest import read_manifest
     from calibration_store.npz import npz_bytes
     from calibration_store.stage_folder import StageFolder
-    from w4a8.boundaries import Boundaries
+    from w4a8.boundaries import Recording
     from w4a8.model.parts import TEXT, TRANSFORMER
     from w4a8.model.runs import load_run_pipeline
-    from w4a8.passes import StoredPasses, places_of, select_passes
+    from w4a8.passes import StoredPasses, choose_amount, places_of, select_passes
 
     manifest, paths = read_manifest(calib_dir), BlockCachePaths(calib_dir)
-    folder = StageFolder(paths, paths.plan, CACHE_PLAN.read, OPTIONS, resume, force)
-    images, selection = select_passes(manifest, num_images, stride, folder.before(num_images=num_images))
-    plan = plan_cache(selection, blocks)
-    places = places_of(plan)
-    click.echo(
-        f"{manifest['model_version']}: images {cli.few(plan['selected_image_ids'])}, {len(plan['key_timesteps'])} steps each, "
-        f"{len(places)} samples"
-    )
+    folder = StageFolder(paths, paths.plan, read_plan, OPTIONS, resume, force)
+    before = folder.before()
+    boundaries = choose_boundaries(boundaries, blocks, before)
     with folder.held(dry_run):
-        folder.check(plan)
         dtype = manifest["activation_dtype"]
         pipeline = load_run_pipeline(manifest, {TRANSFORMER: dtype, TEXT: dtype}, model, local_checkpoint)
-        passes, boundaries = (
-            StoredPasses(pipeline, calib_dir, manifest, images, 1 if dry_run else text_group),
-            Boundaries(pipeline.mmdit, blocks),
+        recording = Recording(pipeline.mmdit, blocks, boundaries == ENDS)
+        if before is not None and max_bytes is not None:  # chosen already
+            num_images, stride = num_images or before["num_images"], stride or before["stride"]
+        sample_bytes = recording.bytes_of_sample(pipeline, manifest["latent_size"], manifest["cfg_scale"] > 0)
+        num_images, stride = choose_amount(manifest, num_images, stride, sample_bytes, max_bytes)
+        images, selection = select_passes(manifest, num_images, stride, folder.before(num_images=num_images))
+        plan = plan_cache(selection, blocks, boundaries)
+        places = places_of(plan)
+        click.echo(
+            f"{manifest['model_version']}: images {cli.few(plan['selected_image_ids'])}, {len(plan['key_timesteps'])} steps each, "
+            f"{len(places)} samples, {boundaries} of the boundaries"
         )
-        seconds, arrays = passes.probe(plan["key_timesteps"][0], boundaries.record)
-        shapes, size = (
-            {key: array.shape for key, array in arrays.items()},
-            npz_bytes(cached_sample_arrays(0, 0, arrays)),
-        )
-        todo = folder.todo(places, lambda place: is_cached(paths, *place, shapes))
+        folder.check(plan)
+        passes = StoredPasses(pipeline, calib_dir, manifest, images, 1 if dry_run else text_group)
+        seconds, arrays = passes.probe(plan["key_timesteps"][0], recording.record)
+        kept = {key: array.shape for key, array in arrays.items()}
+        size = npz_bytes(cached_sample_arrays(0, 0, arrays))
+        todo = folder.todo(places, lambda place: is_cached(paths, *place, kept))
         click.echo(
             f"to do: {len(todo)} of {len(places)} samples, {cli.format_bytes(size * len(todo))} in {paths.root} "
             f"({cli.format_bytes(size)} a sample), about {cli.format_seconds(seconds * len(todo))}, "
@@ -96,11 +116,10 @@ def run(
                 closing(passes.over(todo)) as left,
             ):
                 for one in left:
-                    writer.submit(write_cached_sample, paths, one.image_id, one.step, boundaries.record(one))
+                    writer.submit(write_cached_sample, paths, one.image_id, one.step, recording.record(one))
                     bar.update()
-            folder.finish(
-                lambda: write_cache_metadata(paths, manifest, plan, boundaries.blocks, boundaries.keys, shapes)
-            )
+            shapes = recording.shapes(arrays)
+            folder.finish(lambda: write_cache_metadata(paths, manifest, plan, recording.blocks, recording.keys, shapes))
     click.echo(f"wrote {paths.metadata} and {paths.samples}/")
 
 

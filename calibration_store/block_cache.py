@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypedDict
 import numpy as np
 from msgspec import Meta
 
-from calibration_store.errors import StoreError
+from calibration_store.errors import OptionError, StoreError
 from calibration_store.files import write_json
 from calibration_store.layout import BlockCachePaths, CalibrationPaths
 from calibration_store.manifest import read_manifest, same_run
@@ -37,9 +37,12 @@ Key = Annotated[str, Meta(pattern=r"^(mm|uni)[0-9]{1,4}__(arg|out)[01]$")]
 Shape = tuple[Annotated[int, Meta(ge=1, le=2)], Side, Literal[1], Side]  # rows, tokens, 1, hidden
 
 
-class CachePlan(TypedDict):
-    """plan.json: what a cache is, while it is under way."""
+ALL, ENDS = "all", "ends"  # every boundary between blocks; only those of the whole stack, and what the model gives
+VELOCITY = "velocity"
+Boundaries = Literal["all", "ends"]
 
+
+class _CachePlan(TypedDict):
     format: Literal["adaround_cache_v2"]
     calibration_run: Digest
     num_images: Count
@@ -47,6 +50,12 @@ class CachePlan(TypedDict):
     blocks: str | None
     selected_image_ids: list[Index]
     key_timesteps: list[Index]
+
+
+class CachePlan(_CachePlan, total=False):
+    """plan.json: what a cache is, while it is under way. Those of versions before 0.7 have no `boundaries`: all."""
+
+    boundaries: Boundaries
 
 
 class BlockShapes(TypedDict):
@@ -81,6 +90,10 @@ class CacheMetadata(_CacheMetadata, total=False):
     blocks: str | None
     model_version: Name
     weights_fingerprint: Digest
+    boundaries: Boundaries  # absent: all
+    velocity_shape: tuple[
+        Annotated[int, Meta(ge=1, le=2)], Side, Side, Annotated[int, Meta(ge=1, le=256)]
+    ]  # R, h, w, channels
 
 
 def cache_fault(metadata: CacheMetadata) -> str | None:
@@ -102,6 +115,11 @@ def cache_fault(metadata: CacheMetadata) -> str | None:
     for key, found in of_key:
         if len(found) > 1 or {shape[0] for shape in found} != {rows} or {s[3] for s in found} != {of_key[0][1][0][3]}:
             return f"block_shapes: {key} has shapes {found}"
+    if holds_ends(metadata):
+        if "velocity_shape" not in metadata or metadata["velocity_shape"][0] != rows:
+            return f"velocity_shape: {metadata.get('velocity_shape')}, with {rows} rows in block_shapes"
+        if block_kind(names[0])[1] or metadata.get("blocks") is not None:
+            return "boundaries 'ends' of a part of the blocks"
     pairs = [(sample["image_id"], sample["step_index"]) for sample in metadata["samples"]]
     expected = [(image, step) for image in metadata["selected_image_ids"] for step in metadata["key_timesteps"]]
     if pairs != expected or max(metadata["key_timesteps"]) >= metadata["num_steps"]:
@@ -144,11 +162,30 @@ def cache_record(shapes: Mapping[str, Sequence[int]]) -> Record:
     return Record(members | {"image_id": Member(("int32",), ()), "step_index": Member(("int32",), ())})
 
 
-def stored_shapes(metadata: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shape of every array of a cache's sample files, by its key."""
+def holds_ends(metadata: Mapping[str, Any]) -> bool:
+    """Whether a cache (or its plan) holds the ends of the stack of blocks alone."""
+    return metadata.get("boundaries", ALL) == ENDS
+
+
+def boundary_shapes(metadata: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shape of every boundary between blocks and of modulation_input by its key, stored or not."""
     shapes = {key: found[0] for key, found in _shapes_of_keys(metadata).items()}
     rows, _, _, hidden = next(iter(shapes.values()))
     return shapes | {"modulation_input": (rows, 1, 1, hidden)}
+
+
+def stored_shapes(metadata: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shape of every array of a cache's sample files, by its key."""
+    shapes = boundary_shapes(metadata)
+    if not holds_ends(metadata):
+        return shapes
+    first = block_keys(metadata, metadata["block_names"][0])[0]
+    return ends_of(shapes | {VELOCITY: tuple(metadata["velocity_shape"])}, first)
+
+
+def ends_of(arrays: Mapping[str, Any], first: Sequence[str]) -> dict[str, Any]:
+    """What `--boundaries ends` keeps; first: the keys of the first block's inputs."""
+    return {key: arrays[key] for key in (*first, "modulation_input", VELOCITY)}
 
 
 def check_cached_sample(
@@ -233,8 +270,10 @@ def write_cache_metadata(
         }
         for block in blocks
     }
+    velocity = {"velocity_shape": list(of_key[VELOCITY])} if holds_ends(plan) else {}
     metadata = {
         **plan,
+        **velocity,
         "block_names": list(blocks),
         "block_shapes": block_shapes,
         "samples": samples,
@@ -285,6 +324,11 @@ def read_cached_block(
     first samples) when a file is missing, damaged or of another run.
     """
     paths, metadata = BlockCachePaths(calib_dir), metadata or read_cache_metadata(calib_dir)
+    if holds_ends(metadata):
+        raise StoreError(
+            f"{paths.metadata}: holds only the ends of the stack of blocks (--boundaries ends), not the boundaries of {block}; "
+            f"run {CACHE_SCRIPT} --boundaries all --force for them"
+        )
     for name in (block, last or block):
         if name not in metadata["block_names"]:
             cached = ", ".join(metadata["block_names"])
@@ -303,6 +347,29 @@ def read_cached_block(
         )
 
 
+@dataclass(frozen=True)
+class CachedEnds:
+    """The ends of one pass, float16, mapped from the file."""
+
+    image_id: int
+    step_index: int
+    inputs: tuple[np.ndarray, ...]  # of the first block: tokens (R, tokens, 1, hidden)
+    velocity: np.ndarray  # (R, h, w, channels): what the transformer gives
+    modulation_input: np.ndarray  # (R, 1, 1, hidden)
+
+
+def read_cached_ends(calib_dir: Path, metadata: Mapping[str, Any] | None = None) -> Iterator[CachedEnds]:
+    """A cache of `--boundaries ends`, sample by sample. Raises StoreError as `read_cached_block` does."""
+    paths, metadata = BlockCachePaths(calib_dir), metadata or read_cache_metadata(calib_dir)
+    if not holds_ends(metadata):
+        raise StoreError(f"{paths.metadata}: a cache of --boundaries all; `read_cached_block` reads it")
+    shapes, first = stored_shapes(metadata), block_keys(metadata, metadata["block_names"][0])[0]
+    for sample in metadata["samples"]:
+        where = (sample["image_id"], sample["step_index"])
+        arrays = check_cached_sample(paths.root / sample["file"], *where, shapes, checked=False)
+        yield CachedEnds(*where, tuple(arrays[key] for key in first), arrays[VELOCITY], arrays["modulation_input"])
+
+
 def is_cached(paths: BlockCachePaths, image_id: int, step_index: int, shapes: Mapping[str, Sequence[int]]) -> bool:
     """Whether a sample of the block cache is on disk, whole (checksums included), with arrays of these shapes."""
     try:
@@ -312,9 +379,27 @@ def is_cached(paths: BlockCachePaths, image_id: int, step_index: int, shapes: Ma
     return True
 
 
-def plan_cache(selection: Mapping[str, Any], blocks: str | None) -> dict[str, Any]:
+def choose_boundaries(given: str | None, blocks: str | None, before: Mapping[str, Any] | None) -> str:
+    """What --boundaries means: as given, as the plan that --resume goes on with has it, else the ends where all blocks are cached.
+
+    Raises OptionError for the ends of a part of the blocks.
+    """
+    if given == ENDS and blocks is not None:
+        raise OptionError("--boundaries ends is of all blocks: leave --blocks out, or say --boundaries all")
+    if given is not None:
+        return given
+    return before.get("boundaries", ALL) if before is not None else ENDS if blocks is None else ALL
+
+
+def plan_cache(selection: Mapping[str, Any], blocks: str | None, boundaries: str) -> dict[str, Any]:
     """plan.json: what a cache is. selection: of images and steps (w4a8.passes); blocks: as `--blocks` has them."""
-    ends = ("selected_image_ids", "key_timesteps")
+    last = ("selected_image_ids", "key_timesteps")
     named = None if blocks is None else ",".join(sorted(set(blocks.replace(" ", "").split(","))))
-    first = {key: value for key, value in selection.items() if key not in ends}
-    return {"format": CACHE_FORMAT, **first, "blocks": named, **{key: selection[key] for key in ends}}
+    first = {key: value for key, value in selection.items() if key not in last}
+    plan = {"format": CACHE_FORMAT, **first, "boundaries": boundaries, "blocks": named}
+    return plan | {key: selection[key] for key in last}
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """A cache's plan.json; versions before 0.7 cached all boundaries without a word. Raises StoreError."""
+    return {"boundaries": ALL} | CACHE_PLAN.read(path)

@@ -6,11 +6,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from calibration_store.block_cache import boundary_keys
+from calibration_store.block_cache import VELOCITY, boundary_keys, ends_of
 from calibration_store.errors import OptionError, StoreError
-from calibration_store.names import split_key
+from calibration_store.names import MULTIMODAL, block_kind, split_key
 from hooks import hooked_blocks
 from w4a8.model.layers import model_blocks
+from w4a8.model.needs import config_of, text_tokens
+from w4a8.model.parts import Pipeline
 from w4a8.passes import Pass
 
 
@@ -27,28 +29,30 @@ class BlockRecorder:
         for key, array in zip([*input_keys, *output_keys], [*args[: len(input_keys)], *given], strict=False):
             self.boundaries[key] = array
 
-    def finish(self, output: mx.array, modulation_input: mx.array, where: str) -> dict[str, mx.array]:
-        """One `mx.eval` for everything; float16 arrays by key.
+    def finish(self, output: mx.array, modulation_input: mx.array, where: str, first: Sequence[str] | None = None):
+        """One `mx.eval` for everything; float16 arrays by key. first: keys of the first block's inputs; the ends alone.
 
         Raises StoreError that names the block when a value does not fit float16.
         """
-        halves = {key: array.astype(mx.float16) for key, array in self.boundaries.items()}
-        halves["modulation_input"] = modulation_input.astype(mx.float16)
+        kept = self.boundaries | {"modulation_input": modulation_input}
+        if first is not None:
+            kept = ends_of(kept | {VELOCITY: output}, first)
+        halves = {key: array.astype(mx.float16) for key, array in kept.items()}
         finite = mx.stack([mx.isfinite(array).all() for array in halves.values()])
         mx.eval(output, finite, halves)
         for key, fits in zip(halves, finite.tolist(), strict=True):
             if not fits:
                 raise StoreError(
-                    f"{split_key(key)[0]}: {key} does not fit float16 (above 65504 or not finite) at {where}"
+                    f"{split_key(key)[0] or 'the model'}: {key} does not fit float16 (above 65504 or not finite) at {where}"
                 )
         self.boundaries.clear()
         return halves
 
 
-class Boundaries:
-    """The boundaries of some blocks of a model: their keys, and how to record them."""
+class Recording:
+    """What stage 2W records of a pass: the boundaries of some blocks of a model, or the ends of the whole stack."""
 
-    def __init__(self, mmdit: nn.Module, blocks: str | None):
+    def __init__(self, mmdit: nn.Module, blocks: str | None, ends: bool):
         """blocks: comma-separated, None for all. Raises OptionError for one that the model has not."""
         names = list(model_blocks(mmdit))
         chosen = [name.strip() for name in blocks.split(",")] if blocks is not None else names
@@ -59,10 +63,39 @@ class Boundaries:
             )
         self.keys = boundary_keys(names)
         self.blocks: Sequence[str] = [name for name in names if name in chosen]
+        self._first = self.keys[names[0]][0] if ends else None
 
     def record(self, one: Pass) -> dict[str, mx.array]:
         """Run a pass; the arrays of its sample file, float16."""
         recorder = BlockRecorder(self.keys)
-        with hooked_blocks(one.pipeline.mmdit, recorder.record, self.blocks):
+        with hooked_blocks(
+            one.pipeline.mmdit, recorder.record, self.blocks if self._first is None else self.blocks[:1]
+        ):
             output = one.forward()
-        return recorder.finish(output, one.modulation_input(), one.where)
+        return recorder.finish(output, one.modulation_input(), one.where, self._first)
+
+    def bytes_of_sample(self, pipeline: Pipeline, latent_size: Sequence[int], guidance: bool) -> int:
+        """What a sample's file takes, from shapes alone, within a percent."""
+        config, rows = config_of(pipeline), 2 if guidance else 1
+        sides = [latent_size[0] * latent_size[1] // config.patch_size**2, text_tokens(pipeline)]
+        keys = self._first
+        if keys is None:
+            keys = list(dict.fromkeys(key for name in self.blocks for side in self.keys[name] for key in side))
+        tokens = 1 + sum(
+            sides[int(key[-1])] if block_kind(split_key(key)[0])[0] == MULTIMODAL else sum(sides) for key in keys
+        )
+        velocity = 0 if self._first is None else latent_size[0] * latent_size[1] * config.vae_latent_dim
+        return 2 * rows * (tokens * config.hidden_size + velocity) + 256 * (len(keys) + 4)
+
+    def shapes(self, arrays: Mapping[str, mx.array]) -> dict[str, tuple[int, ...]]:
+        """Shape of every boundary of the recorded blocks and of what is stored, from a pass's arrays."""
+        found = {key: tuple(array.shape) for key, array in arrays.items()}
+        if self._first is None:
+            return found
+        sides = [found[key] for key in self._first]
+        joined = (sides[0][0], sum(side[1] for side in sides), *sides[0][2:])
+        for name in self.blocks:
+            streams = sides if block_kind(name)[0] == MULTIMODAL else [joined]
+            for keys in self.keys[name]:
+                found |= dict(zip(keys, streams, strict=False))
+        return found

@@ -115,6 +115,26 @@ def select_passes(
     }
 
 
+FEWEST_STEPS = 4  # of an image, while a budget leaves images out
+
+
+def choose_amount(
+    manifest: Mapping[str, Any], num_images: int | None, stride: int | None, sample_bytes: int, budget: int | None
+) -> tuple[int, int]:
+    """(images, stride) as given, or as many as fit the budget: images first, then steps; without one 5 images, every 5th step."""
+    if budget is None:
+        return num_images or 5, stride or 5
+    fitting = max(1, budget // sample_bytes)
+    saved = len(select_steps(manifest, 1))
+    steps_of = {each: len(select_steps(manifest, each)) for each in range(1, saved + 1)}
+    if num_images is None:
+        steps = min(FEWEST_STEPS, saved) if stride is None else steps_of.get(stride, 1)
+        num_images = min(max(1, fitting // steps), len(manifest["images"]))
+    if stride is None:
+        stride = next((each for each, steps in steps_of.items() if num_images * steps <= fitting), saved)
+    return num_images, stride
+
+
 def places_of(plan: Mapping[str, Any]) -> list[Place]:
     """Every (image_id, step) of a plan, image by image."""
     return [(image_id, step) for image_id in plan["selected_image_ids"] for step in plan["key_timesteps"]]
