@@ -58,13 +58,11 @@ def run(
     from calibration_store.block_cache import (
         ENDS,
         cached_sample_arrays,
-        choose_boundaries,
         is_cached,
-        plan_cache,
-        read_plan,
         write_cache_metadata,
         write_cached_sample,
     )
+    from calibration_store.cache_plan import choose_boundaries, plan_cache, read_plan
     from calibration_store.files import BackgroundWriter, require_space
     from calibration_store.layout import BlockCachePaths
     from calibration_store.manifest import read_manifest

@@ -21,7 +21,7 @@ OPTIONS = {
     "unit": "--unit", "block_names": "--blocks", "iters": "--iters", "batch_size": "--batch-size", "weight_bits": "--weight-bits",
     "activation_bits": "--activation-bits", "group_size": "--group-size", "rounding": "--rounding", "qdrop": "--qdrop",
     "lr_alpha": "--lr-alpha", "lr_activation_scale": "--lr-activation-scale", "regularizer_weight": "--regularizer-weight",
-    "seed": "--seed", "micro_batch": "--micro-batch", "selected_image_ids": "cached images", "key_timesteps": "cached steps",
+    "activation_rule": "--activation-rule", "seed": "--seed", "micro_batch": "--micro-batch", "selected_image_ids": "cached images", "key_timesteps": "cached steps",
 }  # fmt: skip
 
 
@@ -52,6 +52,13 @@ OPTIONS = {
     type=click.IntRange(0, 8),
     default=8,
     help="Bits of a layer's input (simulated); 0: unquantized.",
+)
+@click.option(
+    "--activation-rule",
+    type=click.Choice(["token", "static"]),
+    default="token",
+    help="How inputs are quantized while weights are trained: token: a range of its own for each token (a8-token); "
+    "static: learned ranges for each cached noise level (a8-learned).",
 )
 @click.option(
     "--group-size",
@@ -124,7 +131,7 @@ def run(
     from calibration_store.manifest import read_manifest
     from calibration_store.stage_folder import StageFolder
     from calibration_store.weights import WEIGHTS_PLAN, write_weights_metadata
-    from w4a8.model.runs import run_transformer
+    from w4a8.model.runs import run_schedule, run_transformer
     from w4a8.parallel import run_cpu_streams_side_by_side
     from w4a8.report.tables import print_losses
     from w4a8.rounding.checkpoint import LEARNING_RATES, Checkpoint
@@ -144,7 +151,7 @@ def run(
         mmdit = opened()
         unit, blocks = choose_unit(mmdit, cache["block_names"], blocks, unit, settings.group_size)
         before = folder.before()
-        rounding = Rounding(opened, mmdit, paths, cache, settings, unit, blocks)
+        rounding = Rounding(opened, mmdit, paths, cache, run_schedule(manifest)[0], settings, unit, blocks)
         rounding = choose_micro_batch(rounding, micro_batch, before)
         plan, jobs = rounding.plan, rounding.jobs
         click.echo(f"{manifest['model_version']}: {rounding}")

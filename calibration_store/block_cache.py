@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypedDict
 import numpy as np
 from msgspec import Meta
 
-from calibration_store.errors import OptionError, StoreError
+from calibration_store.errors import StoreError
 from calibration_store.files import write_json
 from calibration_store.layout import BlockCachePaths, CalibrationPaths
 from calibration_store.manifest import read_manifest, same_run
@@ -40,22 +40,6 @@ Shape = tuple[Annotated[int, Meta(ge=1, le=2)], Side, Literal[1], Side]  # rows,
 ALL, ENDS = "all", "ends"  # every boundary between blocks; only those of the whole stack, and what the model gives
 VELOCITY = "velocity"
 Boundaries = Literal["all", "ends"]
-
-
-class _CachePlan(TypedDict):
-    format: Literal["adaround_cache_v2"]
-    calibration_run: Digest
-    num_images: Count
-    stride: Steps
-    blocks: str | None
-    selected_image_ids: list[Index]
-    key_timesteps: list[Index]
-
-
-class CachePlan(_CachePlan, total=False):
-    """plan.json: what a cache is, while it is under way. Those of versions before 0.7 have no `boundaries`: all."""
-
-    boundaries: Boundaries
 
 
 class BlockShapes(TypedDict):
@@ -152,7 +136,6 @@ def _shapes_of_keys(metadata: Mapping[str, Any]) -> dict[str, list[tuple[int, ..
     return shapes
 
 
-CACHE_PLAN = JsonFormat(CACHE_FORMAT, CachePlan, CACHE_SCRIPT)
 CACHE_METADATA = JsonFormat(CACHE_FORMAT, CacheMetadata, CACHE_SCRIPT, cache_fault)
 
 
@@ -377,29 +360,3 @@ def is_cached(paths: BlockCachePaths, image_id: int, step_index: int, shapes: Ma
     except StoreError:
         return False
     return True
-
-
-def choose_boundaries(given: str | None, blocks: str | None, before: Mapping[str, Any] | None) -> str:
-    """What --boundaries means: as given, as the plan that --resume goes on with has it, else the ends where all blocks are cached.
-
-    Raises OptionError for the ends of a part of the blocks.
-    """
-    if given == ENDS and blocks is not None:
-        raise OptionError("--boundaries ends is of all blocks: leave --blocks out, or say --boundaries all")
-    if given is not None:
-        return given
-    return before.get("boundaries", ALL) if before is not None else ENDS if blocks is None else ALL
-
-
-def plan_cache(selection: Mapping[str, Any], blocks: str | None, boundaries: str) -> dict[str, Any]:
-    """plan.json: what a cache is. selection: of images and steps (w4a8.passes); blocks: as `--blocks` has them."""
-    last = ("selected_image_ids", "key_timesteps")
-    named = None if blocks is None else ",".join(sorted(set(blocks.replace(" ", "").split(","))))
-    first = {key: value for key, value in selection.items() if key not in last}
-    plan = {"format": CACHE_FORMAT, **first, "boundaries": boundaries, "blocks": named}
-    return plan | {key: selection[key] for key in last}
-
-
-def read_plan(path: Path) -> dict[str, Any]:
-    """A cache's plan.json; versions before 0.7 cached all boundaries without a word. Raises StoreError."""
-    return {"boundaries": ALL} | CACHE_PLAN.read(path)

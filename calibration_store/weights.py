@@ -9,7 +9,7 @@ from msgspec import Meta
 from calibration_store.errors import StoreError
 from calibration_store.files import write_json
 from calibration_store.layout import WeightPaths
-from calibration_store.names import BlockName, block_of, is_post_gelu, layer_key, split_key
+from calibration_store.names import BlockName, LayerName, block_of, is_post_gelu, layer_key, split_key
 from calibration_store.npz import read_npz, write_npz
 from calibration_store.schema import (
     FINITE,
@@ -45,6 +45,15 @@ class _MadeFrom(TypedDict, total=False):
     calibration_run: Digest | None
     weights_fingerprint: Digest | None
     micro_batch: Count  # samples whose gradients were made at once; older files have none
+    activation_rule: Literal["token", "static"]  # older files have static ones, the same at every step
+    range_sigmas: list[NotNegative]  # noise levels of `act_scales`, the cached steps
+    schedule: list[NotNegative]  # noise levels of the calibration run's steps
+    block_inputs: Literal["original", "mixed"]
+    end_to_end: Index  # iterations of the last phase
+    layer_bits: dict[LayerName, Bits]  # of layers whose codes are not of weight_bits
+    excluded: list[LayerName]  # layers that stay as they are
+    average_bits: float | None
+    bit_choices: list[Bits] | None
     diverged: Name  # plan.json: the unit whose loss was not finite; --resume may then lower the learning rates
 
 
@@ -127,6 +136,7 @@ def layer_record(bits: int) -> Record:
             "zero_point": Member(("float32",), ("out", "groups"), (FINITE,)),
             "bias": Member(("float32",), ("out",), (FINITE,), optional=True),
             "act_scale": Member(("float32",), (), (FINITE, POSITIVE), optional=True),
+            "act_scales": Member(("float32",), ("steps",), (FINITE, POSITIVE), optional=True),
             "act_shift": Member(("float32",), ("in",), (FINITE,), optional=True),
         }
     )

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from calibration_store.block_cache import CACHE_METADATA, CACHE_PLAN, cache_record, read_cache_metadata, stored_shapes
+from calibration_store.block_cache import CACHE_METADATA, cache_record, read_cache_metadata, stored_shapes
+from calibration_store.cache_plan import CACHE_PLAN
 from calibration_store.configs import MULTITIER_CONFIG, W4A8_CONFIG
 from calibration_store.evaluation import EVALUATION_RUN
 from calibration_store.manifest import MANIFEST

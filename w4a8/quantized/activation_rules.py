@@ -6,7 +6,7 @@ A new rule is a subclass here: its name in `--variants` (grammar, spelled), the 
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -198,12 +198,17 @@ def activation_entry(
 
 
 class Learned(ActivationRule):
-    """Stage 3W's: a range for every input, and shifts of the post-GELU ones, the same at every noise level."""
+    """Stage 3W's: a range for every input, and shifts of the post-GELU ones. Ranges follow the noise level where they were
+    trained so: given at some sigmas, log-linear in between."""
 
     grammar, spelled = r"a(?P<bits>[2-8])-learned", "a8-learned"
 
-    def __init__(self, ranges: Mapping[str, Any], shifts: Mapping[str, mx.array], bits: int):
-        self.ranges, self.shifts, self.bits = ranges, shifts, bits  # by layer
+    def __init__(
+        self, ranges: Mapping[str, Any], shifts: Mapping[str, mx.array], bits: int, sigmas: Sequence[float] = ()
+    ):
+        """By layer: ranges (), or one for each of the sigmas, (sigmas,); shifts (channels,)."""
+        self.ranges, self.shifts, self.bits, self.sigmas = ranges, shifts, bits, sigmas
+        self.schedule: Sequence[float] = ()  # noise levels that an export spells out
         self.sources, self.made_from = [], []
         self._stored: StoredWeights | None = None
 
@@ -214,10 +219,11 @@ class Learned(ActivationRule):
             raise OptionError(f"{variant}: {stored.paths.root} holds {stored.activation_bits} bits")
         ranges, shifts = {}, {}
         for name, fields in stored.fields():
-            ranges[name] = float(fields["act_scale"])
+            ranges[name] = fields["act_scales"] if "act_scales" in fields else fields["act_scale"]
             if "act_shift" in fields:
                 shifts[name] = mx.array(fields["act_shift"])
-        rule = cls(ranges, shifts, bits)
+        rule = cls(ranges, shifts, bits, stored.metadata.get("range_sigmas", ()))
+        rule.schedule = stored.metadata.get("schedule", ())
         rule.sources, rule.made_from, rule.remedy, rule._stored = (
             stored.sources,
             stored.made_from,
@@ -235,16 +241,41 @@ class Learned(ActivationRule):
                 width = layers[name].shape[1]
                 raise StoreError(f"{variant}: {name}: {shift.size} values of shift for {width} channels; {self.remedy}")
 
+    def range_at(self, name: str, sigma: float) -> float:
+        """A layer's clipping range at a noise level: log-linear between those that are known, the nearest one beyond."""
+        found = np.asarray(self.ranges[name], np.float64)
+        if not found.ndim:
+            return float(found)
+        order = np.argsort(self.sigmas)
+        return float(np.exp(np.interp(sigma, np.asarray(self.sigmas)[order], np.log(found)[order])))
+
     def at(self, sigma: float = 0.0, rows_per_image: int = 1) -> Quantize:
         def quantize(name: str, x: mx.array) -> mx.array:
-            return fake_quantize(x, self.ranges[name], self.bits, self.shifts.get(name))
+            return fake_quantize(x, self.range_at(name, sigma), self.bits, self.shifts.get(name))
+
+        return quantize
+
+    def of_rows(self, steps: mx.array) -> Quantize:
+        """x̂ where row r of x is at noise level sigmas[steps[r]]; gradients reach the ranges. steps (rows,)."""
+
+        def quantize(name: str, x: mx.array) -> mx.array:
+            found = self.ranges[name]
+            found = found[steps].reshape(-1, 1, 1, 1) if found.ndim else found
+            return fake_quantize(x, found, self.bits, self.shifts.get(name))
 
         return quantize
 
     def exported(self) -> dict[str, Any]:
         shifts = {name: np.array(shift) for name, shift in self.shifts.items()}
-        layers = {name: exported_range(value, shifts.get(name)) for name, value in self.ranges.items()}
-        return {"rule": STATIC, "bits": self.bits, "layers": layers}
+
+        def layers(sigma: float) -> dict[str, Any]:
+            return {name: exported_range(self.range_at(name, sigma), shifts.get(name)) for name in self.ranges}
+
+        if not self.sigmas:
+            return {"rule": STATIC, "bits": self.bits, "layers": layers(0.0)}
+        levels_of = {str(index): sigma for index, sigma in enumerate(self.schedule or self.sigmas)}
+        per_timestep = {key: layers(sigma) for key, sigma in levels_of.items()}
+        return {"rule": STATIC_BY_STEP, "bits": self.bits, "sigma_map": levels_of, "per_timestep": per_timestep}
 
 
 # --- dynamic ------------------------------------------------------------------------------------------------
@@ -303,6 +334,11 @@ class DynamicPerToken(Dynamic):
             return (mx.clip(mx.round(x / step) + zero_point, 0, top) - zero_point) * step
 
         return quantize
+
+    def of_rows(self, steps: mx.array) -> Quantize:
+        """x̂ with gradients that pass through it as if it were not there."""
+        quantize = self.at(0.0, 1)
+        return lambda name, x: x + mx.stop_gradient(quantize(name, x) - x)
 
     def exported(self) -> dict[str, Any]:
         return {"rule": DYNAMIC_PER_TOKEN, "bits": self.bits}

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from calibration_store.block_cache import block_keys, stored_shapes
+from calibration_store.block_cache import block_keys, boundary_shapes, holds_ends
 from calibration_store.checkpoint import Layers
 from calibration_store.errors import OptionError, StoreError
 from calibration_store.files import remove_file, write_json
@@ -50,6 +50,7 @@ class Rounding:
     mmdit: nn.Module  # one such that is only looked at
     paths: WeightPaths
     cache: Mapping[str, Any]  # the block cache's metadata
+    schedule: Sequence[float]  # noise levels of the calibration run, num_steps + 1
     settings: Settings
     unit: str  # a name of units.UNITS
     blocks: list[str]
@@ -79,6 +80,8 @@ class Rounding:
             "block_names": self.blocks,
             **asdict(self.settings),
             "num_samples": len(cache["samples"]),
+            "range_sigmas": [self.schedule[step] for step in cache["key_timesteps"]],
+            "schedule": self.schedule[:-1],
             "selected_image_ids": cache["selected_image_ids"],
             "key_timesteps": cache["key_timesteps"],
         }
@@ -122,7 +125,9 @@ class Rounding:
         return Training(self.unit_class(mmdit, job, job.parts[index], samples, self.settings))
 
     def samples(self, job: Job) -> Samples:
-        return Samples(self.paths.calib_dir, self.cache, job.blocks)
+        if holds_ends(self.cache):
+            return Samples.of_ends(self.paths.calib_dir, self.cache, self.mmdit.config.patch_size)
+        return Samples.of_stretch(self.paths.calib_dir, self.cache, job.blocks)
 
 
 def choose_unit(
@@ -182,7 +187,7 @@ class IterationBytes:
 
 def iteration_bytes(rounding: Rounding) -> IterationBytes:
     """Of the largest unit, from shapes alone."""
-    config, cached, found = rounding.mmdit.config, stored_shapes(rounding.cache), []
+    config, cached, found = rounding.mmdit.config, boundary_shapes(rounding.cache), []
     for job in rounding.jobs:
         shapes = [cached[key] for key in block_keys(rounding.cache, job.blocks[0])[0]]
         rows, hidden, tokens = shapes[0][0], shapes[0][-1], sum(shape[1] for shape in shapes)
@@ -291,7 +296,10 @@ def trained_layers(training: Training, keep_nearest: bool) -> Layers:
         bias = {key: fields.pop(key) for key in ("bias",) if key in fields}
         layers[name] = bias | {"alpha": half_alpha(alpha)} | fields
         if state["range"]:
-            layers[name]["act_scale"] = np.exp(np.array(state["range"][unit.input_of[name]], np.float32))
+            ranges = np.exp(np.array(state["range"][unit.input_of[name]], np.float32))
+            layers[name]["act_scale"] = ranges.max()
+            if ranges.ndim:
+                layers[name]["act_scales"] = ranges
         if name in unit.shifts:
             layers[name]["act_shift"] = np.array(unit.shifts[name])
     return layers

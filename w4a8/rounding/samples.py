@@ -7,11 +7,19 @@ from typing import Any, Protocol
 import mlx.core as mx
 import numpy as np
 
-from calibration_store.block_cache import block_keys, check_cached_sample, read_cached_block, stored_shapes
+from calibration_store.block_cache import (
+    block_keys,
+    check_cached_sample,
+    holds_ends,
+    read_cached_block,
+    read_cached_ends,
+    stored_shapes,
+)
 from calibration_store.layout import BlockCachePaths
 from w4a8.memory import device_memory
 
-HELD_OUT = 0.1  # of the images: never trained on, they judge
+HELD_OUT, MOST_HELD_OUT = 0.1, 32  # share of the images, and how many at most: never trained on, they judge
+Found = tuple[int, int, list[np.ndarray]]  # image_id, step_index, arrays as in TrainingSamples.batch, float16
 
 
 class TrainingSamples(Protocol):
@@ -19,24 +27,38 @@ class TrainingSamples(Protocol):
 
     training: Sequence[int]
     held_out: Sequence[int]
+    all_steps: Sequence[int]
+    holds_velocity: bool  # whether the output is the model's velocity, not the last block's tokens
 
-    def batch(self, indices: Sequence[int]) -> list[mx.array]:
-        """Inputs, modulation input and outputs of these samples, rows one below the other."""
+    def steps(self, indices: Sequence[int]) -> np.ndarray:
+        """For each sample, which of the cached steps it is of: positions in key_timesteps."""
+
+    def batch(self, indices: Sequence[int], key: mx.array | None = None) -> list[mx.array]:
+        """Inputs, modulation input and outputs of these samples, rows one below the other.
+
+        key: where inputs were kept quantized, too, half of their elements are taken from there (QDrop), drawn from it.
+        """
 
 
 SAMPLES_SHARE = 0.25  # of the device's memory that samples may take; more stay in their files, mapped
 
 
 class Samples:
-    """The cached samples of a stretch of blocks, float16: in memory (the GPU's, where there is one), or mapped when they are many."""
+    """Cached samples in float16: in memory (the GPU's, where there is one), or mapped when they are many."""
 
-    def __init__(self, calib_dir: Path, cache: Mapping[str, Any], blocks: Sequence[str]):
-        """cache: the block cache's metadata; inputs are those of the first block, outputs those of the last."""
+    def __init__(self, found: Iterable[Found], key_timesteps: Sequence[int], quantized: Iterable[Found] | None = None):
+        """quantized: the same samples as the quantized blocks before give the inputs; its arrays are the inputs alone."""
         self.image_ids: list[int] = []
+        steps: list[int] = []
         mapped: list[list[np.ndarray]] = []
-        for cached in read_cached_block(calib_dir, blocks[0], blocks[-1], cache):
-            mapped.append([*cached.inputs, cached.modulation_input, *cached.outputs])
-            self.image_ids.append(cached.image_id)
+        others = iter(quantized) if quantized is not None else None
+        for image_id, step, arrays in found:
+            mapped.append([*arrays, *(next(others)[2] if others is not None else [])])
+            self.image_ids.append(image_id)
+            steps.append(list(key_timesteps).index(step))
+        self.holds_velocity = False
+        self._steps, self.all_steps = np.array(steps), range(len(key_timesteps))
+        self._count = len(arrays)  # of arrays before the quantized inputs
         self.num_bytes = sum(member.nbytes for members in mapped for member in members)
         self._mapped, self._arrays = mapped, []
         if self.num_bytes <= SAMPLES_SHARE * device_memory():
@@ -46,20 +68,56 @@ class Samples:
             self._mapped = []
         self.training, self.held_out = split_samples(self.image_ids)
 
+    @classmethod
+    def of_stretch(cls, calib_dir: Path, cache: Mapping[str, Any], blocks: Sequence[str]) -> "Samples":
+        """What a cache of all boundaries says of a stretch of blocks: what enters the first, what the last gives."""
+        found = (
+            (cached.image_id, cached.step_index, [*cached.inputs, cached.modulation_input, *cached.outputs])
+            for cached in read_cached_block(calib_dir, blocks[0], blocks[-1], cache)
+        )
+        return cls(found, cache["key_timesteps"])
+
+    @classmethod
+    def of_ends(cls, calib_dir: Path, cache: Mapping[str, Any], patch_size: int) -> "Samples":
+        """What a cache of the ends says of the whole model; the output is its velocity, a patch a token."""
+        found = (
+            (cached.image_id, cached.step_index, [*cached.inputs, cached.modulation_input, patches(cached.velocity, patch_size)])
+            for cached in read_cached_ends(calib_dir, cache)
+        )  # fmt: skip
+        samples = cls(found, cache["key_timesteps"])
+        samples.holds_velocity = True
+        return samples
+
     @property
     def held_bytes(self) -> int:
         """What they take of the memory that MLX does not count."""
         return sum(array.nbytes for array in self._arrays if isinstance(array, np.ndarray))
 
-    def batch(self, indices: Sequence[int]) -> list[mx.array]:
+    def steps(self, indices: Sequence[int]) -> np.ndarray:
+        """As TrainingSamples.steps."""
+        return self._steps[np.asarray(indices)]
+
+    def batch(self, indices: Sequence[int], key: mx.array | None = None) -> list[mx.array]:
         """As TrainingSamples.batch."""
         if self._mapped:
             chosen = zip(*[self._mapped[index] for index in indices], strict=True)
-            return [mx.array(np.concatenate(members)).astype(mx.float32) for members in chosen]
-        if isinstance(self._arrays[0], mx.array):
-            indices = mx.array(indices)
-        picked = (array[indices] for array in self._arrays)
-        return [mx.array(array.reshape(-1, *array.shape[2:])).astype(mx.float32) for array in picked]
+            found = [mx.array(np.concatenate(members)).astype(mx.float32) for members in chosen]
+        else:
+            picks = mx.array(indices) if isinstance(self._arrays[0], mx.array) else np.asarray(indices)
+            picked = (array[picks] for array in self._arrays)
+            found = [mx.array(array.reshape(-1, *array.shape[2:])).astype(mx.float32) for array in picked]
+        arrays, quantized = found[: self._count], found[self._count :]
+        for position, other in enumerate(quantized if key is not None else ()):
+            key, drawn = mx.random.split(key)
+            arrays[position] = mx.where(mx.random.bernoulli(0.5, other.shape, drawn), arrays[position], other)
+        return arrays
+
+
+def patches(velocity: np.ndarray, size: int) -> np.ndarray:
+    """(R, h, w, channels) -> (R, tokens, 1, size² · channels): as the final layer gives it, before it is put together."""
+    rows, height, width, channels = velocity.shape
+    split = velocity.reshape(rows, height // size, size, width // size, size, channels).transpose(0, 1, 3, 2, 4, 5)
+    return split.reshape(rows, -1, 1, size * size * channels)
 
 
 def verified(calib_dir: Path, cache: Mapping[str, Any], stretches: Iterable[Sequence[str]]) -> Iterator[None]:
@@ -68,17 +126,20 @@ def verified(calib_dir: Path, cache: Mapping[str, Any], stretches: Iterable[Sequ
     stretches: blocks whose first inputs and last outputs are used. Once a run, before any work: later the data are
     mapped, and a flipped bit would be trained on.
     """
-    root = BlockCachePaths(calib_dir).root
-    keys = {key for blocks in stretches for part in block_keys(cache, blocks[0], blocks[-1]) for key in part}
-    shapes = {key: shape for key, shape in stored_shapes(cache).items() if key in keys or key == "modulation_input"}
+    root, shapes = BlockCachePaths(calib_dir).root, stored_shapes(cache)
+    if not holds_ends(cache):
+        keys = {key for blocks in stretches for part in block_keys(cache, blocks[0], blocks[-1]) for key in part}
+        shapes = {key: shape for key, shape in shapes.items() if key in keys or key == "modulation_input"}
     for sample in cache["samples"]:
         check_cached_sample(root / sample["file"], sample["image_id"], sample["step_index"], shapes, checked=True)
         yield
 
 
 def split_samples(image_ids: list[int]) -> tuple[list[int], list[int]]:
-    """(training, held-out) sample indices: every tenth image judges; of a single image every tenth sample."""
+    """(training, held-out) sample indices: every tenth image judges, 32 at most; of a single image every tenth sample."""
     images = sorted(set(image_ids))
-    judges = set(images[:: round(1 / HELD_OUT)]) if len(images) > 1 else set()
+    stride = max(round(1 / HELD_OUT), -(-len(images) // MOST_HELD_OUT))
+    judges = set(images[::stride]) if len(images) > 1 else set()
     held_out = [i for i, image in enumerate(image_ids) if image in judges] or list(range(0, len(image_ids), 10))
-    return [i for i in range(len(image_ids)) if i not in set(held_out)] or held_out, held_out
+    judging = set(held_out)
+    return [i for i in range(len(image_ids)) if i not in judging] or held_out, held_out

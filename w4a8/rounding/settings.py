@@ -1,13 +1,17 @@
 """What decides the result of stage 3W, beside the cache."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
 
 TUNE_SHARE = 0.3  # of the iterations: codes decided, scales, zero points, biases and ranges trained
+INPUTS_FROM = 0.5  # share of the iterations after which inputs are quantized, too: not from the first one on
 LR_SCALES = 1e-3
 ITERS = 400
 EVALUATED = 64  # samples that a loss is measured on
+TOKEN, STATIC = "token", "static"  # rules of the inputs: dynamic per token; a learned range for each noise level
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,11 @@ class Settings:
     regularizer_weight: float
     seed: int
     micro_batch: int = 0  # samples whose gradients are made at once; 0: the whole batch
+    activation_rule: str = STATIC
+    block_inputs: str = "original"  # or "mixed": half of the elements as the quantized blocks before give them
+    end_to_end: int = 0  # iterations of the last phase, all blocks' grids against the model's output
+    layer_bits: Mapping[str, int] = field(default_factory=dict)  # of layers whose codes are not of weight_bits
+    excluded: Sequence[str] = ()  # layers that stay as they are
 
     @property
     def chunk(self) -> int:
@@ -36,6 +45,15 @@ class Settings:
     def rounding_iters(self) -> int:
         return round(self.iters * (1 - TUNE_SHARE))
 
+    @property
+    def inputs_from(self) -> int:
+        """The first iteration whose inputs are quantized; `iters` where they never are."""
+        return round(self.iters * INPUTS_FROM) if self.activation_bits else self.iters
+
+    def bits(self, layer: str) -> int:
+        """Of a layer's codes."""
+        return self.layer_bits.get(layer, self.weight_bits)
+
 
 def cosine(progress: float) -> float:
     """1 at the start, 0 at the end."""
@@ -43,5 +61,8 @@ def cosine(progress: float) -> float:
 
 
 def spread_over(indices: Sequence[int], count: int) -> Sequence[int]:
-    """At most `count` of the indices, evenly."""
-    return indices[:: -(-len(indices) // count)]
+    """At most `count` of the indices, the same at every call; drawn, so that no step of the schedule is passed over."""
+    if len(indices) <= count:
+        return indices
+    chosen = np.random.default_rng(len(indices)).choice(len(indices), count, replace=False)
+    return [indices[position] for position in np.sort(chosen)]

@@ -97,7 +97,7 @@ class Training:
         indices = np.sort(random.choice(unit.samples.training, size, replace=False))
         tuning = self.iteration >= settings.rounding_iters
         codes = unit.codes(self.state, hard=tuning)
-        quantized = unit.quantized(self.state, codes, with_ranges=tuning)
+        quantized = unit.quantized(self.state, codes, with_ranges=self.iteration >= settings.inputs_from)
         loss, gradients = unit.gradients(quantized, indices, self.iteration)
         finite = [mx.isfinite(array).all() for _, array in tree_flatten([loss, gradients])]
         if not mx.stack(finite).all().item():
@@ -110,6 +110,8 @@ class Training:
             self.tune(codes, gradients)
         else:
             self.round(gradients["weights"])
+        if gradients["ranges"]:
+            self.move_ranges(gradients["ranges"])
         self.iteration += 1
         mx.eval(self.state, self.fixed, [each.state for each in self.optimizers.values()])
         return loss.item()
@@ -147,13 +149,16 @@ class Training:
         state["scale"] = {name: mx.exp(value) for name, value in moved["scale"].items()}
         state["zero_point"] = {name: value * CODES_PER_UNIT for name, value in moved["zero_point"].items()}
         state["bias"] = moved["bias"]
-        if state["range"]:
-            of_input: Arrays = {}
-            for name, gradient in gradients["ranges"].items():
-                source = self.unit.input_of[name]
-                of_input[source] = of_input.get(source, 0) + gradient * mx.exp(state["range"][source])
-            self.optimizers["range"].learning_rate = settings.lr_activation_scale * cosine(progress)
-            state["range"] = self.optimizers["range"].apply_gradients(of_input, state["range"])
+
+    def move_ranges(self, gradients: Arrays) -> None:
+        """Move the activation ranges (on a log scale)."""
+        state, settings, of_input = self.state, self.settings, {}
+        for name, gradient in gradients.items():
+            source = self.unit.input_of[name]
+            of_input[source] = of_input.get(source, 0) + gradient * mx.exp(state["range"][source])
+        progress = (self.iteration - settings.inputs_from) / max(1, settings.iters - settings.inputs_from)
+        self.optimizers["range"].learning_rate = settings.lr_activation_scale * cosine(progress)
+        state["range"] = self.optimizers["range"].apply_gradients(of_input, state["range"])
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, mx.array]]:

@@ -14,13 +14,13 @@ from calibration_store.names import layer_role
 from hooks import substituted_layers
 from w4a8.model.layers import Layer, model_blocks, model_layers, run_final_layer
 from w4a8.parallel import streams_for
-from w4a8.quantized.activation_rules import Learned
+from w4a8.quantized.activation_rules import DynamicPerToken, Learned
 from w4a8.quantized.arithmetic import grid_position, searched_grid
 from w4a8.quantized.layer import QuantizedLayer, deployed_grid
 from w4a8.quantized.ranges import channel_clipping_range
 from w4a8.rounding.methods import METHODS
 from w4a8.rounding.samples import TrainingSamples
-from w4a8.rounding.settings import EVALUATED, Settings, spread_over
+from w4a8.rounding.settings import EVALUATED, STATIC, Settings, spread_over
 from w4a8.rounding.substitution import Substitution
 
 Arrays = dict[str, mx.array]  # by layer
@@ -51,7 +51,7 @@ class QuantizedUnit:
     """A point of a unit's training as a quantized model: its layers, and the rule for their inputs (None: as they are)."""
 
     layers: Mapping[str, QuantizedLayer]
-    rule: Learned | None = None
+    rule: Learned | DynamicPerToken | None = None
 
     @property
     def weights(self) -> Arrays:
@@ -61,8 +61,9 @@ class QuantizedUnit:
     def biases(self) -> Arrays:
         return {name: layer.deployed_bias for name, layer in self.layers.items() if layer.bias is not None}
 
-    def substitution(self) -> Substitution:
-        return Substitution(self.weights, self.biases, None if self.rule is None else self.rule.at())
+    @property
+    def ranges(self) -> Arrays:
+        return self.rule.ranges if isinstance(self.rule, Learned) else {}
 
 
 class Unit:
@@ -83,8 +84,9 @@ class Unit:
         start: dict[str, Arrays] = {key: {} for key in FIELDS}
         for name, weight in self.weights.items():
             weight = np.array(weight, np.float32)
-            self.nearest[name] = QuantizedLayer.nearest(weight, settings.weight_bits, settings.group_size)
-            scale, zero_point = deployed_grid(*searched_grid(weight, settings.weight_bits, settings.group_size))
+            bits = settings.bits(name)
+            self.nearest[name] = QuantizedLayer.nearest(weight, bits, settings.group_size)
+            scale, zero_point = deployed_grid(*searched_grid(weight, bits, settings.group_size))
             position = grid_position(weight, scale, zero_point)
             self._floor[name] = mx.array(np.floor(position))
             start["alpha"][name] = self.method.first_alpha(position - np.floor(position))
@@ -150,30 +152,36 @@ class Unit:
         return self.loss(indices, state)
 
     def _over_batches(self, parts, state: QuantizedUnit, indices: Sequence[int]) -> list[float]:
-        totals, size, stand_in = None, self.settings.chunk, state.substitution()
+        totals, size, weights, biases = None, self.settings.chunk, state.weights, state.biases
         for begin in range(0, len(indices), size):
-            found = parts(stand_in, self.samples.batch(indices[begin : begin + size]))
+            chosen = indices[begin : begin + size]
+            batch = self.samples.batch(chosen)
+            quantize = None if state.rule is None else state.rule.of_rows(self._step_rows(chosen, batch))
+            found = parts(Substitution(weights, biases, quantize), batch)
             mx.eval(found)
             share = len(indices[begin : begin + size]) / len(indices)
             totals = [a + share * b.item() for a, b in zip(totals or [0.0] * len(found), found, strict=True)]
         return totals
+
+    def _step_rows(self, indices: Sequence[int], batch: list[mx.array]) -> mx.array:
+        """For each row of a batch, which of the cached steps it is of."""
+        return mx.array(np.repeat(self.samples.steps(indices), len(batch[0]) // len(indices)))
 
     def gradients(self, state: QuantizedUnit, indices: np.ndarray, iteration: int) -> tuple[mx.array, Gradients]:
         """Loss and its gradients with respect to weights, biases and ranges.
 
         Of a micro-batch at a time, on a CPU one a core, and summed in their order: what works side by side changes nothing.
         """
-        shifts, settings = self.shifts, self.settings
+        settings = self.settings
 
-        def loss_of(parameters: Gradients, batch: list[mx.array], key: mx.array) -> mx.array:
-            ranges = parameters["ranges"]
-            quantize = Learned(ranges, shifts, settings.activation_bits).at() if ranges else None
+        def loss_of(parameters: Gradients, batch: list[mx.array], rows: mx.array, key: mx.array) -> mx.array:
+            rule = None if state.rule is None else self.rule(parameters["ranges"])
+            quantize = None if rule is None else rule.of_rows(rows)
             stand_in = Substitution(parameters["weights"], parameters["biases"], quantize, settings.qdrop, key)
             parts = self.loss_parts(stand_in, batch)
             return sum(parts) / len(parts)
 
-        ranges = {} if state.rule is None else state.rule.ranges
-        parameters = {"weights": state.weights, "biases": state.biases, "ranges": ranges}
+        parameters = {"weights": state.weights, "biases": state.biases, "ranges": state.ranges}
         mx.eval(parameters)
         parts = [slice(start, start + settings.chunk) for start in range(0, len(indices), settings.chunk)]
         total = None
@@ -183,9 +191,11 @@ class Unit:
                 for part, stream in zip(parts[start:], streams, strict=False):
                     key = mx.random.key(hash((settings.seed, iteration, part.start)) % 2**32)
                     with mx.stream(stream):
-                        batch = self.samples.batch(indices[part])
+                        batch = self.samples.batch(indices[part], key)
                         share = len(indices[part]) / len(indices)
-                        given = mx.value_and_grad(loss_of)(parameters, batch, key)
+                        given = mx.value_and_grad(loss_of)(
+                            parameters, batch, self._step_rows(indices[part], batch), key
+                        )
                         found.append(tree_map(partial(mx.multiply, share), given))
                 mx.eval(found)
                 for each in found:
@@ -203,10 +213,11 @@ class Unit:
 
     def codes(self, state: dict[str, Arrays], hard: bool) -> Arrays:
         """Codes (out, in) float32; between two of the grid's while a method is undecided, unless `hard`."""
-        top = 2**self.settings.weight_bits - 1
         return {
             name: mx.clip(
-                self._floor[name] + ((alpha >= 0).astype(mx.float32) if hard else self.method.up(alpha)), 0, top
+                self._floor[name] + ((alpha >= 0).astype(mx.float32) if hard else self.method.up(alpha)),
+                0,
+                2 ** self.settings.bits(name) - 1,
             )
             for name, alpha in state["alpha"].items()
         }
@@ -219,17 +230,52 @@ class Unit:
         }
         if not (with_ranges and self.settings.activation_bits):
             return QuantizedUnit(layers)
-        ranges = {name: mx.exp(state["range"][self.input_of[name]]) for name in self.layers}
-        return QuantizedUnit(layers, Learned(ranges, self.shifts, self.settings.activation_bits))
+        return QuantizedUnit(layers, self.rule(self.ranges(state)))
+
+    def ranges(self, state: dict[str, Arrays]) -> Arrays:
+        """Of every layer's input: (), or (steps,) where they are learned for each noise level."""
+        return {name: mx.exp(state["range"][self.input_of[name]]) for name in self.layers}
+
+    def rule(self, ranges: Arrays) -> Learned | DynamicPerToken:
+        """How inputs are quantized while they are."""
+        bits = self.settings.activation_bits
+        return Learned(ranges, self.shifts, bits) if self.settings.activation_rule == STATIC else DynamicPerToken(bits)
 
     def _measure_inputs(self, indices: Sequence[int]) -> tuple[Arrays, Arrays]:
-        """Shifts of the post-GELU layers, (min + max) / 2 per channel, and for every input the range to start from.
+        """Shifts of the post-GELU layers, (min + max) / 2 per channel, and for every input the ranges to start from.
 
-        The range costs no more than the full one by the moments of x − shift over these samples, every token counted.
+        A range (), or with learned ranges one for each cached step, (steps,). It costs no more than the full one by the
+        moments of x − shift over these samples, every token counted.
         """
         if not self.settings.activation_bits:
             return {}, {}
-        seen_of: dict[str, list[mx.array]] = {}  # minimum, maximum, sum and sum of squares per channel; tokens
+        steps = self.samples.steps(indices)
+        groups = [indices]
+        if self.settings.activation_rule == STATIC:  # of a step that none of these is of: what all say
+            groups = [
+                [i for i, at in zip(indices, steps, strict=True) if at == step] for step in self.samples.all_steps
+            ]
+        found = [self._input_moments(group or indices) for group in groups]
+        layers, shifts, ranges = model_layers(self.mmdit), {}, {}
+        for name in found[0]:
+            low = np.min([moments[name][0] for moments in found], axis=0)
+            high = np.max([moments[name][1] for moments in found], axis=0)
+            shift = np.zeros_like(low)
+            if layers[name].is_post_gelu:
+                shift = (low + high) / 2
+                shifts[name] = mx.array(shift.astype(np.float32))
+            chosen = []
+            for low, high, total, squares, tokens in (moments[name] for moments in found):
+                reach = np.maximum(np.abs(low - shift), np.abs(high - shift))
+                power = np.maximum(squares / tokens - 2 * shift * total / tokens + shift * shift, 0)
+                best = channel_clipping_range(reach, power, 1, [self.settings.activation_bits])[0]
+                chosen.append(max(best, SMALLEST_RANGE))
+            ranges[name] = mx.array(np.float32(chosen if self.settings.activation_rule == STATIC else chosen[0]))
+        return shifts, ranges
+
+    def _input_moments(self, indices: Sequence[int]) -> dict[str, list[np.ndarray]]:
+        """Minimum, maximum, sum and sum of squares per channel, and the number of tokens, of every input; float64."""
+        seen_of: dict[str, list[mx.array]] = {}
         for seen in self.watch(list(dict.fromkeys(self.input_of.values())), indices):
             for name, x in seen.items():
                 new = [x.min(axis=0), x.max(axis=0), x.sum(axis=0), mx.square(x).sum(axis=0), mx.array(float(len(x)))]
@@ -238,18 +284,7 @@ class Unit:
                     mx.minimum(old[0], new[0]), mx.maximum(old[1], new[1]), *map(mx.add, old[2:], new[2:])
                 ]  # fmt: skip
             mx.eval(seen_of)
-        layers, shifts, ranges = model_layers(self.mmdit), {}, {}
-        for name, arrays in seen_of.items():
-            low, high, total, squares, tokens = (np.array(array, np.float64) for array in arrays)
-            shift = np.zeros_like(low)
-            if layers[name].is_post_gelu:
-                shift = (low + high) / 2
-                shifts[name] = mx.array(shift.astype(np.float32))
-            reach = np.maximum(np.abs(low - shift), np.abs(high - shift))
-            power = np.maximum(squares / tokens - 2 * shift * total / tokens + shift * shift, 0)
-            found = channel_clipping_range(reach, power, 1, [self.settings.activation_bits])[0]
-            ranges[name] = mx.array(np.float32(max(found, SMALLEST_RANGE)))
-        return shifts, ranges
+        return {name: [np.array(array, np.float64) for array in arrays] for name, arrays in seen_of.items()}
 
     def watch(self, names: Sequence[str], indices: Sequence[int]) -> Iterator[Arrays]:
         """The inputs (tokens, channels) of these layers in the unquantized unit, a few samples at a time."""
@@ -275,7 +310,7 @@ class ModelUnit(Unit):
         return [run_final_layer(self.mmdit, self.run(batch, stand_in)[0], batch[2])]
 
     def targets(self, batch: list[mx.array]) -> list[mx.array]:
-        return [run_final_layer(self.mmdit, batch[3], batch[2])]
+        return [batch[3] if self.samples.holds_velocity else run_final_layer(self.mmdit, batch[3], batch[2])]
 
 
 class SublayerUnit(Unit):
@@ -347,11 +382,10 @@ class LayerUnit(Unit):
         for name, norm in zip(self.layers, self.norms, strict=True):
             error = quantized[name] - self.weights[name]
             weights[name] = 2 * (error @ grams[self.input_of[name]]) / norm / len(self.layers)
-        ranges = {} if state.rule is None else state.rule.ranges
         return loss, {
             "weights": weights,
             "biases": {name: bias * 0 for name, bias in state.biases.items()},
-            "ranges": {name: value * 0 for name, value in ranges.items()},
+            "ranges": {name: value * 0 for name, value in state.ranges.items()},
         }
 
 

@@ -1,0 +1,54 @@
+"""What a block cache (2W) is, while it is under way: plan.json."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+from calibration_store.block_cache import ALL, CACHE_FORMAT, CACHE_SCRIPT, ENDS, Boundaries
+from calibration_store.errors import OptionError
+from calibration_store.schema import Count, Digest, Index, JsonFormat, Steps
+
+
+class _CachePlan(TypedDict):
+    format: Literal["adaround_cache_v2"]
+    calibration_run: Digest
+    num_images: Count
+    stride: Steps
+    blocks: str | None
+    selected_image_ids: list[Index]
+    key_timesteps: list[Index]
+
+
+class CachePlan(_CachePlan, total=False):
+    """plan.json: what a cache is, while it is under way. Those of versions before 0.7 have no `boundaries`: all."""
+
+    boundaries: Boundaries
+
+
+CACHE_PLAN = JsonFormat(CACHE_FORMAT, CachePlan, CACHE_SCRIPT)
+
+
+def choose_boundaries(given: str | None, blocks: str | None, before: Mapping[str, Any] | None) -> str:
+    """What --boundaries means: as given, as the plan that --resume goes on with has it, else the ends where all blocks are cached.
+
+    Raises OptionError for the ends of a part of the blocks.
+    """
+    if given == ENDS and blocks is not None:
+        raise OptionError("--boundaries ends is of all blocks: leave --blocks out, or say --boundaries all")
+    if given is not None:
+        return given
+    return before.get("boundaries", ALL) if before is not None else ENDS if blocks is None else ALL
+
+
+def plan_cache(selection: Mapping[str, Any], blocks: str | None, boundaries: str) -> dict[str, Any]:
+    """plan.json: what a cache is. selection: of images and steps (w4a8.passes); blocks: as `--blocks` has them."""
+    last = ("selected_image_ids", "key_timesteps")
+    named = None if blocks is None else ",".join(sorted(set(blocks.replace(" ", "").split(","))))
+    first = {key: value for key, value in selection.items() if key not in last}
+    plan = {"format": CACHE_FORMAT, **first, "boundaries": boundaries, "blocks": named}
+    return plan | {key: selection[key] for key in last}
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """A cache's plan.json; versions before 0.7 cached all boundaries without a word. Raises StoreError."""
+    return {"boundaries": ALL} | CACHE_PLAN.read(path)
