@@ -11,6 +11,7 @@ decided, scales, zero points, biases and activation ranges (LSQ) together. Every
 round-to-nearest on a min-max grid, on the same samples. All in float32.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -21,7 +22,7 @@ OPTIONS = {
     "unit": "--unit", "block_names": "--blocks", "iters": "--iters", "batch_size": "--batch-size", "weight_bits": "--weight-bits",
     "activation_bits": "--activation-bits", "group_size": "--group-size", "rounding": "--rounding", "qdrop": "--qdrop",
     "lr_alpha": "--lr-alpha", "lr_activation_scale": "--lr-activation-scale", "regularizer_weight": "--regularizer-weight",
-    "activation_rule": "--activation-rule", "seed": "--seed", "micro_batch": "--micro-batch", "selected_image_ids": "cached images", "key_timesteps": "cached steps",
+    "block_inputs": "--block-inputs", "end_to_end": "--end-to-end", "activation_rule": "--activation-rule", "seed": "--seed", "micro_batch": "--micro-batch", "selected_image_ids": "cached images", "key_timesteps": "cached steps",
 }  # fmt: skip
 
 
@@ -70,6 +71,19 @@ OPTIONS = {
     "--unit",
     type=click.Choice(["block", "sublayer", "layer", "model"]),
     help="What is trained for its own output.  [default: model up to 100 M weights, else block]",
+)
+@click.option(
+    "--block-inputs",
+    type=click.Choice(["original", "mixed"]),
+    default="original",
+    help="What a block is trained on: inputs of the original model, or half of their elements as the quantized blocks before give "
+    "them (QDrop, TaQ-DiT). Needs a cache of the ends.",
+)
+@click.option(
+    "--end-to-end",
+    type=click.IntRange(min=0),
+    help="Iterations of a last phase: scales, zero points, biases and ranges of all blocks against the model's output.  "
+    "[default: as many as --iters where every block is trained on its own, else 0]",
 )
 @click.option(
     "--rounding",
@@ -121,7 +135,7 @@ def main(**options) -> None:
 
 def run(
     calib_dir: Path, model: str | None, local_checkpoint: Path | None, blocks: str | None, unit: str | None,
-    micro_batch: int | None, lr_alpha: float | None, checkpoint_seconds: float, alpha: bool,
+    end_to_end: int | None, micro_batch: int | None, lr_alpha: float | None, checkpoint_seconds: float, alpha: bool,
     max_bytes: int | None, resume: bool, force: bool, dry_run: bool, **options,
 ) -> None:  # fmt: skip
     """Load the transformer, plan, check the cache, train what is left job by job, write the metadata."""
@@ -135,8 +149,10 @@ def run(
     from w4a8.parallel import run_cpu_streams_side_by_side
     from w4a8.report.tables import print_losses
     from w4a8.rounding.checkpoint import LEARNING_RATES, Checkpoint
-    from w4a8.rounding.jobs import Rounding, choose_micro_batch, choose_unit, estimate, kept_after_interrupt, run_job
+    from w4a8.rounding.jobs import estimate, kept_after_interrupt, run_job
+    from w4a8.rounding.memory import choose_micro_batch
     from w4a8.rounding.methods import METHODS
+    from w4a8.rounding.run import Rounding, choose_end_to_end, choose_unit
     from w4a8.rounding.samples import verified
     from w4a8.rounding.settings import Settings
 
@@ -151,6 +167,7 @@ def run(
         mmdit = opened()
         unit, blocks = choose_unit(mmdit, cache["block_names"], blocks, unit, settings.group_size)
         before = folder.before()
+        settings = replace(settings, end_to_end=choose_end_to_end(end_to_end, unit, blocks, mmdit, settings.iters))
         rounding = Rounding(opened, mmdit, paths, cache, run_schedule(manifest)[0], settings, unit, blocks)
         rounding = choose_micro_batch(rounding, micro_batch, before)
         plan, jobs = rounding.plan, rounding.jobs
@@ -164,7 +181,7 @@ def run(
             click.echo(f"nothing to do: all {len(jobs)} units are finished in {paths.root}")
             return
         if dry_run:
-            started = None if force else Checkpoint(paths, todo[0], plan).load(settings.weight_bits)
+            started = None if force else Checkpoint(paths, todo[0], plan).load(settings)
             left = estimate(rounding, todo, started and started[0])
             click.echo(
                 f"to do: {len(todo)} of {len(jobs)} units, {left.iterations} iterations: about {cli.format_seconds(left.seconds)}, "
@@ -177,19 +194,21 @@ def run(
             with cli.progress_bar(len(cache["samples"]), "checking the cache", "sample", leave=False) as bar:
                 for _ in verified(calib_dir, cache, [job.blocks for job in todo]):
                     bar.update()
-            with cli.progress_bar(settings.iters * sum(len(job.parts) for job in jobs), jobs[0].name, "it") as bar:
+            with cli.progress_bar(sum(map(rounding.iterations, jobs)), jobs[0].name, "it") as bar:
                 for job in jobs:
                     bar.set_description(job.name)
                     if job in todo:
                         run_job(rounding, job, plan, bar, checkpoint_seconds, alpha)
                     else:
-                        bar.n += settings.iters * len(job.parts)
+                        bar.n += rounding.iterations(job)
+            if rounding.walk is not None:
+                rounding.walk.finish()
             losses = folder.finish(lambda: write_weights_metadata(paths, plan))
     print_losses(
         [
             (part.name, found)
             for job in jobs
-            for part, found in zip(job.parts, losses[job.blocks[0]]["stages"], strict=True)
+            for part, found in zip(job.parts, losses.get(job.name, losses[job.blocks[0]])["stages"], strict=True)
         ]
     )
     click.echo(f"wrote {paths.metadata} and a file per block")

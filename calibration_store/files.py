@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import BoundedSemaphore
@@ -115,6 +115,14 @@ def remove_file(path: Path) -> None:
         path.unlink(missing_ok=True)
     except OSError as error:
         raise WriteError(f"cannot remove {path}: {error.strerror}") from None
+
+
+def remove_folder(folder: Path, owned: Sequence[Path]) -> None:
+    """Remove files of ours, then their folder unless it holds others'. Raises WriteError where the system refuses."""
+    for path in owned:
+        remove_file(path)
+    with contextlib.suppress(OSError):  # not empty, or not there
+        folder.rmdir()
 
 
 def sync_folder(folder: Path) -> None:

@@ -133,6 +133,8 @@ class WeightPaths:
         self.metadata = self.root / "metadata.json"
         self.plan = self.root / "plan.json"
         self.checkpoint = self.root / "checkpoint.npz"
+        self.sensitivity = self.root / "sensitivity.json"
+        self.end_to_end_losses = self.root / "end_to_end_losses.json"
 
     def block(self, block: str) -> Path:
         return self.root / f"{block}.npz"
@@ -140,8 +142,35 @@ class WeightPaths:
     def losses(self, block: str) -> Path:
         return self.root / f"{block}_losses.json"
 
+    def boundary(self, block: str, quantized: bool = False) -> "BoundaryPaths":
+        """What a block gives for every sample, while its neighbours are trained; quantized: as the quantized blocks give it."""
+        return BoundaryPaths(self.root / "boundaries" / f"{block}{'_quantized' if quantized else ''}")
+
+    @property
+    def boundaries(self) -> list["BoundaryPaths"]:
+        """Those that are there."""
+        folder = self.root / "boundaries"
+        names = sorted(os.listdir(folder)) if folder.is_dir() else []
+        return [BoundaryPaths(folder / name) for name in names if re.fullmatch(rf"{BLOCK_PATTERN}(_quantized)?", name)]
+
     def owned_files(self) -> list[Path]:
-        return matching(self.root, rf"(metadata|plan)\.json|checkpoint\.npz|{BLOCK_PATTERN}(\.npz|_losses\.json)")
+        names = (
+            rf"(metadata|plan|sensitivity|end_to_end_losses)\.json|checkpoint\.npz|{BLOCK_PATTERN}(\.npz|_losses\.json)"
+        )
+        return matching(self.root, names) + [path for each in self.boundaries for path in each.owned_files()]
+
+
+class BoundaryPaths:
+    """A boundary between blocks that stage 3W makes on its way; `root` is a folder of its own."""
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def sample(self, image_id: int, step_index: int) -> Path:
+        return self.root / _sample_name(image_id, step_index)
+
+    def owned_files(self) -> list[Path]:
+        return matching(self.root, SAMPLE_PATTERN)
 
 
 class EvaluationPaths:

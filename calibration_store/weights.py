@@ -1,6 +1,7 @@
 """Learned rounding (3W): codes, grids and ranges of every layer, losses, and the checkpoint of the unit under way."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
 
 import numpy as np
@@ -106,6 +107,7 @@ class WeightsMetadata(_Weights, _MadeFrom, total=False):
     key_timesteps: list[Index]
     seed: Index
     losses: dict[BlockName, BlockLosses]
+    end_to_end_losses: BlockLosses
 
 
 def weights_fault(content: WeightsPlan | WeightsMetadata) -> str | None:
@@ -138,6 +140,11 @@ def layer_record(bits: int) -> Record:
             "act_scale": Member(("float32",), (), (FINITE, POSITIVE), optional=True),
             "act_scales": Member(("float32",), ("steps",), (FINITE, POSITIVE), optional=True),
             "act_shift": Member(("float32",), ("in",), (FINITE,), optional=True),
+            "scale_before": Member(("float32",), ("out", "groups"), (FINITE, POSITIVE), optional=True),
+            "zero_point_before": Member(("float32",), ("out", "groups"), (FINITE,), optional=True),
+            "bias_before": Member(("float32",), ("out",), (FINITE,), optional=True),
+            "act_scale_before": Member(("float32",), (), (FINITE, POSITIVE), optional=True),
+            "act_scales_before": Member(("float32",), ("steps",), (FINITE, POSITIVE), optional=True),
         }
     )
 
@@ -156,13 +163,15 @@ def read_quantized_block(
     """
     plan = plan or WEIGHTS_METADATA.read(paths.metadata)
     remedy = f"run {OPTIMIZE} with --resume to make it anew"
-    path, record = paths.block(block), layer_record(plan["weight_bits"])
+    path, bits = paths.block(block), plan.get("layer_bits", {})
     layers: dict[str, dict[str, np.ndarray]] = {}
     for key, array in read_npz(path, remedy).items():
         name, field = split_key(key)
         layers.setdefault(name, {})[field] = array
     for name, fields in layers.items():
-        fault = record.fault(fields) or (None if block_of(name) == block else f"not a layer of {block}")
+        fault = layer_fault(fields, bits.get(name, plan["weight_bits"])) or (
+            None if block_of(name) == block else f"not a layer of {block}"
+        )
         if not fault and not _groups_fit(fields, plan["group_size"]):
             fault = f"scale has shape {fields['scale'].shape} for groups of {plan['group_size']}"
         if not fault and ("act_scale" in fields) != bool(plan["activation_bits"]):
@@ -182,17 +191,22 @@ def write_quantized_block(paths: WeightPaths, block: str, layers: Mapping[str, M
     write_npz(paths.block(block), fields)
 
 
-def write_losses(paths: WeightPaths, block: str, unit: str, stages: Sequence[Mapping[str, Any]]) -> None:
-    """Write the losses of the unit that a block was trained in, a stage of it at a time."""
-    write_json(paths.losses(block), {"format": LOSSES.name, "unit": unit, "stages": stages})
+def write_losses(path: Path, unit: str, stages: Sequence[Mapping[str, Any]]) -> None:
+    """Write the losses of a unit, a stage of it at a time; path: of a block that was trained in it."""
+    write_json(path, {"format": LOSSES.name, "unit": unit, "stages": stages})
 
 
 def write_weights_metadata(paths: WeightPaths, plan: Mapping[str, Any]) -> dict[str, BlockLosses]:
-    """Write metadata.json, last; returns every block's losses."""
-    found = {block: LOSSES.read(paths.losses(block)) for block in plan["block_names"]}
-    losses = {block: {"unit": each["unit"], "stages": each["stages"]} for block, each in found.items()}
-    write_json(paths.metadata, {**plan, "format": WEIGHTS_FORMAT, "losses": losses})
-    return losses
+    """Write metadata.json, last; returns every block's losses, and those of the last phase by the name of its unit."""
+
+    def read(path: Path) -> dict[str, Any]:
+        found = LOSSES.read(path)
+        return {"unit": found["unit"], "stages": found["stages"]}
+
+    losses = {block: read(paths.losses(block)) for block in plan["block_names"]}
+    last = {"end_to_end_losses": read(paths.end_to_end_losses)} if plan.get("end_to_end") else {}
+    write_json(paths.metadata, {**plan, "format": WEIGHTS_FORMAT, "losses": losses, **last})
+    return losses | {each["unit"]: each for each in last.values()}
 
 
 def _groups_fit(fields: Mapping[str, np.ndarray], group_size: int) -> bool:

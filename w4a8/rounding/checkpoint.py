@@ -12,6 +12,7 @@ from calibration_store.checkpoint import Layers, read_checkpoint, write_checkpoi
 from calibration_store.errors import StoreError
 from calibration_store.layout import WeightPaths
 from calibration_store.weights import layer_fault
+from w4a8.rounding.settings import Settings
 from w4a8.rounding.training import Training
 from w4a8.rounding.units import Job
 
@@ -31,7 +32,7 @@ class Checkpoint:
         arrays = {name: np.array(array) for name, array in training.arrays().items()}
         write_checkpoint(self.paths, position | {"losses": losses}, arrays, done)
 
-    def load(self, weight_bits: int) -> tuple[dict[str, Any], dict[str, np.ndarray], Layers] | None:
+    def load(self, settings: Settings) -> tuple[dict[str, Any], dict[str, np.ndarray], Layers] | None:
         """(position, arrays of the training, layers of finished parts) of this job's last checkpoint, or None."""
         try:
             found = read_checkpoint(self.paths)
@@ -43,7 +44,7 @@ class Checkpoint:
             if not position["stage"] < len(self.job.parts) or len(position["losses"]) != position["stage"]:
                 raise ValueError(f"stage {position['stage']}")
             expected = {name for part in self.job.parts[: position["stage"]] for name in part.layers}
-            if done.keys() != expected or any(layer_fault(fields, weight_bits) for fields in done.values()):
+            if done.keys() != expected or any(layer_fault(f, settings.bits(name)) for name, f in done.items()):
                 raise ValueError("arrays of another unit")
         except (StoreError, ValueError) as error:
             self.discard(error)

@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from w4a8.cli.progress import ProgressBar
 from w4a8.rounding.settings import EVALUATED, LR_SCALES, cosine, spread_over
-from w4a8.rounding.units import FIELDS, Arrays, Gradients, Unit
+from w4a8.rounding.units import Arrays, Gradients, Unit
 
 OPTIMIZERS = ("alpha", "scale", "range")  # what each of them moves; `scale` also zero points and biases
 CODES_PER_UNIT = 10  # zero points move in tenths of a code
@@ -29,8 +29,24 @@ class Training:
         self.unit, self.settings, self.iteration = unit, unit.settings, 0
         self.state: dict[str, Arrays] = {key: dict(value) for key, value in unit.start.items()}
         self.optimizers = {name: optimizers.Adam(1e-3, bias_correction=True) for name in OPTIMIZERS}
-        self.fixed = unit.method.begin(self.state["alpha"])
+        self.fixed = self.first_fixed()
         self._good = (self._parts(), 0)  # the last state whose loss was finite, and its iteration
+
+    @property
+    def iters(self) -> int:
+        return self.settings.iters
+
+    @property
+    def inputs_from(self) -> int:
+        return self.settings.inputs_from
+
+    def first_fixed(self) -> Arrays:
+        """What the method keeps beside α."""
+        return self.unit.method.begin(self.state["alpha"])
+
+    def measure(self) -> dict[str, Any]:
+        """The losses of the finished training."""
+        return measure(self)
 
     # what a checkpoint holds
 
@@ -41,7 +57,7 @@ class Training:
 
     def restore(self, arrays: Mapping[str, np.ndarray], iteration: int) -> None:
         """Go on from `arrays` at an iteration. Raises ValueError when they are not of this unit, or not finite."""
-        if not 0 <= iteration <= self.settings.iters:
+        if not 0 <= iteration <= self.iters:
             raise ValueError(f"iteration {iteration}")
         for name, array in arrays.items():
             if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
@@ -57,7 +73,7 @@ class Training:
         missing = [name for name in OPTIMIZERS if f"{name}_optimizer" not in tree]
         if missing:
             raise ValueError(f"no {missing[0]}_optimizer")
-        self.state = {key: tree["state"].get(key, {}) for key in FIELDS}
+        self.state = {key: tree["state"].get(key, {}) for key in self.unit.start}
         self.fixed = tree.get("fixed", {})
         for name, each in self.optimizers.items():
             each.state = tree[f"{name}_optimizer"]
@@ -92,13 +108,27 @@ class Training:
         Raises NotFiniteError, back at the last state whose loss and gradients were finite.
         """
         unit, settings = self.unit, self.settings
-        random = np.random.default_rng([settings.seed, self.iteration])
-        size = min(settings.batch_size, len(unit.samples.training))
-        indices = np.sort(random.choice(unit.samples.training, size, replace=False))
+        indices = self.drawn()
         tuning = self.iteration >= settings.rounding_iters
         codes = unit.codes(self.state, hard=tuning)
         quantized = unit.quantized(self.state, codes, with_ranges=self.iteration >= settings.inputs_from)
         loss, gradients = unit.gradients(quantized, indices, self.iteration)
+        self._check(loss, gradients)
+        if tuning:
+            self.tune(codes, gradients)
+        else:
+            self.round(gradients["weights"])
+        if gradients["ranges"]:
+            self.move_ranges(gradients["ranges"])
+        return self._finished(loss)
+
+    def drawn(self) -> np.ndarray:
+        """The iteration's samples: seed and iteration decide."""
+        random, training = np.random.default_rng([self.settings.seed, self.iteration]), self.unit.samples.training
+        return np.sort(random.choice(training, min(self.settings.batch_size, len(training)), replace=False))
+
+    def _check(self, loss: mx.array, gradients: Any) -> None:
+        """Note the state as good, or go back to the last good one and raise NotFiniteError."""
         finite = [mx.isfinite(array).all() for _, array in tree_flatten([loss, gradients])]
         if not mx.stack(finite).all().item():
             found, self.iteration = self.iteration, self._good[1]
@@ -106,12 +136,8 @@ class Training:
             what = "a gradient is" if mx.isfinite(loss).item() else "the loss is"
             raise NotFiniteError(f"{what} not finite at iteration {found}")
         self._good = (self._parts(), self.iteration)
-        if tuning:
-            self.tune(codes, gradients)
-        else:
-            self.round(gradients["weights"])
-        if gradients["ranges"]:
-            self.move_ranges(gradients["ranges"])
+
+    def _finished(self, loss: mx.array) -> float:
         self.iteration += 1
         mx.eval(self.state, self.fixed, [each.state for each in self.optimizers.values()])
         return loss.item()
@@ -132,18 +158,20 @@ class Training:
         self.state["alpha"], self.fixed = method.settle(alphas, moved, self.fixed, progress, self.iteration)
 
     def tune(self, codes: Arrays, gradients: Gradients) -> None:
-        """Move scales (on a log scale), zero points and biases, and the activation ranges (on a log scale)."""
+        """Move scales, zero points and biases."""
         state, settings = self.state, self.settings
-        parameters, slopes = {"scale": {}, "zero_point": {}, "bias": state["bias"]}, {"scale": {}, "zero_point": {}}
-        for name, code in codes.items():
-            scale, zero_point = state["scale"][name], state["zero_point"][name]
-            grouped = gradients["weights"][name].reshape(*scale.shape, -1)
-            distance = code.reshape(grouped.shape) - zero_point[..., None]
-            slopes["scale"][name] = (grouped * distance).sum(axis=-1) * scale
-            slopes["zero_point"][name] = -grouped.sum(axis=-1) * scale * CODES_PER_UNIT
-            parameters["scale"][name], parameters["zero_point"][name] = mx.log(scale), zero_point / CODES_PER_UNIT
-        slopes["bias"] = gradients["biases"]
+        slopes = grid_slopes(codes, state["scale"], state["zero_point"], gradients["weights"])
         progress = (self.iteration - settings.rounding_iters) / max(1, settings.iters - settings.rounding_iters)
+        self.move_grids(slopes | {"bias": gradients["biases"]}, progress)
+
+    def move_grids(self, slopes: Gradients, progress: float) -> None:
+        """Move scales (on a log scale), zero points and biases along their slopes. progress: 0 to 1, slows down."""
+        state = self.state
+        parameters = {
+            "scale": {name: mx.log(scale) for name, scale in state["scale"].items()},
+            "zero_point": {name: zero_point / CODES_PER_UNIT for name, zero_point in state["zero_point"].items()},
+            "bias": state["bias"],
+        }
         self.optimizers["scale"].learning_rate = LR_SCALES * cosine(progress)
         moved = self.optimizers["scale"].apply_gradients(slopes, parameters)
         state["scale"] = {name: mx.exp(value) for name, value in moved["scale"].items()}
@@ -156,9 +184,21 @@ class Training:
         for name, gradient in gradients.items():
             source = self.unit.input_of[name]
             of_input[source] = of_input.get(source, 0) + gradient * mx.exp(state["range"][source])
-        progress = (self.iteration - settings.inputs_from) / max(1, settings.iters - settings.inputs_from)
+        progress = (self.iteration - self.inputs_from) / max(1, self.iters - self.inputs_from)
         self.optimizers["range"].learning_rate = settings.lr_activation_scale * cosine(progress)
         state["range"] = self.optimizers["range"].apply_gradients(of_input, state["range"])
+
+
+def grid_slopes(codes: Arrays, scales: Arrays, zero_points: Arrays, gradients: Arrays) -> Gradients:
+    """d loss / d log scale and d loss / d (zero point / 10), from d loss / dŴ of each layer: Ŵ = scale·(code − zero point)."""
+    slopes: Gradients = {"scale": {}, "zero_point": {}}
+    for name, code in codes.items():
+        scale, zero_point = scales[name], zero_points[name]
+        grouped = gradients[name].reshape(*scale.shape, -1)
+        distance = code.reshape(grouped.shape) - zero_point[..., None]
+        slopes["scale"][name] = (grouped * distance).sum(axis=-1) * scale
+        slopes["zero_point"][name] = -grouped.sum(axis=-1) * scale * CODES_PER_UNIT
+    return slopes
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, mx.array]]:
@@ -185,17 +225,17 @@ def unflatten(arrays: Mapping[str, mx.array]) -> dict[str, Any]:
 def train(training: Training, bar: ProgressBar, save: Callable[[], None], checkpoint_seconds: float) -> dict[str, Any]:
     """Run the training to its end, with a checkpoint now and then; returns the unit's losses."""
     last_saved, average, changed = time.monotonic(), None, "0.0%"
-    while training.iteration < training.settings.iters:
+    while training.iteration < training.iters:
         loss = training.step()
         average = loss if average is None else 0.9 * average + 0.1 * loss
         bar.update()
-        if training.iteration % 10 == 0:
+        if training.iteration % 10 == 0 and "alpha" in training.unit.start:
             changed = f"{changed_share(training):.1%}"
         bar.set_postfix(loss=f"{average:.3f}", changed=changed, refresh=False)
         if time.monotonic() - last_saved > checkpoint_seconds:
             save()
             last_saved = time.monotonic()
-    return measure(training)
+    return training.measure()
 
 
 def measure(training: Training) -> dict[str, Any]:

@@ -389,4 +389,5 @@ class LayerUnit(Unit):
         }
 
 
-UNITS: dict[str, type[Unit]] = {"block": BlockUnit, "sublayer": SublayerUnit, "layer": LayerUnit, "model": ModelUnit}
+MODEL = "model"
+UNITS: dict[str, type[Unit]] = {"block": BlockUnit, "sublayer": SublayerUnit, "layer": LayerUnit, MODEL: ModelUnit}

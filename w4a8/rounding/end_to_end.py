@@ -1,0 +1,292 @@
+"""The last phase: scales, zero points, biases and ranges of all blocks together against the model's output; codes stay.
+
+As EfficientQAT's second phase (Chen et al. 2024). In the memory of one block: the tokens between the blocks are kept, each
+block is run again where its gradients are made, and its weights are unpacked there.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_map
+
+from calibration_store.checkpoint import Layers
+from calibration_store.names import block_of
+from hooks import substituted_layers
+from w4a8.model.layers import model_blocks, model_layers, run_final_layer
+from w4a8.parallel import streams_for
+from w4a8.quantized.activation_rules import DynamicPerToken, Learned
+from w4a8.quantized.layer import QuantizedLayer, deployed_grid
+from w4a8.rounding.samples import TrainingSamples
+from w4a8.rounding.settings import EVALUATED, STATIC, Settings, spread_over
+from w4a8.rounding.substitution import Substitution
+from w4a8.rounding.training import NotFiniteError, Training, grid_slopes
+from w4a8.rounding.units import SMALLEST_ERROR, Arrays, Gradients
+
+KEPT_BEFORE = ("scale", "zero_point", "bias", "act_scale", "act_scales")  # as {field}_before: where the phase began
+
+
+class WholeModel:
+    """The quantized model whose grids are trained: its layers' files, and what it gives for the samples."""
+
+    name = "end to end"
+
+    def __init__(
+        self, mmdit: nn.Module, blocks: Sequence[str], samples: TrainingSamples, settings: Settings, layers: Layers
+    ):
+        """layers: what the files of all blocks say of their layers, before this phase."""
+        self.mmdit, self.samples, self.settings = mmdit, samples, settings
+        self.layers = list(layers)
+        found = model_layers(mmdit)
+        self.input_of = {name: found[name].input_owner for name in layers}
+        self._blocks = [model_blocks(mmdit)[name] for name in blocks]
+        self._of_block = {block: [name for name in layers if block_of(name) == block] for block in blocks}
+        self._codes = {name: mx.array(fields["q"]) for name, fields in layers.items()}
+        self._shifts = {name: mx.array(fields["act_shift"]) for name, fields in layers.items() if "act_shift" in fields}
+        of_input = {self.input_of[name]: fields for name, fields in reversed(layers.items())}
+        ranges = {name: f.get("act_scales", f.get("act_scale")) for name, f in of_input.items()}
+        self.start: dict[str, Arrays] = {
+            "scale": {name: mx.array(fields["scale"]) for name, fields in layers.items()},
+            "zero_point": {name: mx.array(fields["zero_point"]) for name, fields in layers.items()},
+            "bias": {name: mx.array(fields["bias"]) for name, fields in layers.items() if "bias" in fields},
+            "range": {name: mx.log(mx.array(value)) for name, value in ranges.items() if value is not None},
+        }
+        self.norm = max(self._mean_square(spread_over(samples.training, EVALUATED), None, False), SMALLEST_ERROR)
+
+    def loss(self, indices: Sequence[int], state: Mapping[str, Arrays] | None, with_inputs: bool = False) -> float:
+        """Mean squared error of the output relative to round-to-nearest's (state None) on the training samples."""
+        return self._mean_square(indices, state, with_inputs) / self.norm
+
+    def slopes(self, state: Mapping[str, Arrays], indices: np.ndarray, iteration: int) -> tuple[mx.array, Gradients]:
+        """Loss and its slopes along what `Training.move_grids` moves, and along the ranges; micro-batches in their order."""
+        parts = [indices[start : start + self.settings.chunk] for start in range(0, len(indices), self.settings.chunk)]
+        loss, total = mx.array(0.0), {}
+        with streams_for(len(parts)) as streams:
+            for start in range(0, len(parts), len(streams)):
+                for found, slopes in self._of_parts(
+                    state, parts[start : start + len(streams)], streams, len(indices), iteration
+                ):
+                    loss = loss + found
+                    total = slopes if not total else tree_map(mx.add, total, slopes)
+                    mx.eval(loss, total)
+        return loss, total
+
+    # what a block is at a point of the training
+
+    def _block_parameters(self, block: str, state: Mapping[str, Arrays] | None) -> dict[str, Arrays]:
+        """Dense weights, biases and ranges of a block's layers; state None: rounded to nearest, inputs as they are."""
+        names, layers = self._of_block[block], model_layers(self.mmdit)
+        if state is None:
+            bits, group = self.settings.bits, self.settings.group_size
+            nearest = {n: QuantizedLayer.nearest(np.array(layers[n].weight), bits(n), group).as_mlx() for n in names}
+            biases = {name: layers[name].bias for name in names if layers[name].bias is not None}
+            return {"weights": {name: layer.weight for name, layer in nearest.items()}, "biases": biases, "ranges": {}}
+        quantized = {
+            name: QuantizedLayer(
+                self._codes[name].astype(mx.float32), state["scale"][name], state["zero_point"][name], state["bias"].get(name)
+            )
+            for name in names
+        }  # fmt: skip
+        return {
+            "weights": {name: layer.weight for name, layer in quantized.items()},
+            "biases": {name: layer.deployed_bias for name, layer in quantized.items() if layer.bias is not None},
+            "ranges": {name: mx.exp(state["range"][self.input_of[name]]) for name in names if state["range"]},
+        }
+
+    def _run(
+        self, block: Any, parameters: dict[str, Arrays], tokens: Sequence[mx.array], modulation: mx.array,
+        rows: mx.array | None, key: mx.array | None,
+    ) -> list[mx.array]:  # fmt: skip
+        """A block's tokens. rows: which cached step each row is of, None: inputs as they are; key: of QDrop, None: no drop."""
+        quantize = None
+        if rows is not None:
+            bits = self.settings.activation_bits
+            static = self.settings.activation_rule == STATIC
+            rule = Learned(parameters["ranges"], self._shifts, bits) if static else DynamicPerToken(bits)
+            quantize = rule.of_rows(rows)
+        drop = 0.0 if key is None else self.settings.qdrop
+        stand_in = Substitution(parameters["weights"], parameters["biases"], quantize, drop, key)
+        with substituted_layers(self.mmdit, stand_in.compute, self._of_block[block.name]):
+            given = block.run(tokens, modulation)
+        stand_in.let_go()
+        return given
+
+    def _square(self, tokens: mx.array, batch: list[mx.array]) -> mx.array:
+        """Mean squared error of the output; batch: as TrainingSamples.batch."""
+        target = batch[3] if self.samples.holds_velocity else run_final_layer(self.mmdit, batch[3], batch[2])
+        return mx.mean(mx.square(run_final_layer(self.mmdit, tokens, batch[2]) - target))
+
+    def _rows(self, indices: Sequence[int], batch: list[mx.array]) -> mx.array | None:
+        if not self.settings.activation_bits:
+            return None
+        return mx.array(np.repeat(self.samples.steps(indices), len(batch[0]) // len(indices)))
+
+    def _mean_square(self, indices: Sequence[int], state: Mapping[str, Arrays] | None, with_inputs: bool) -> float:
+        """Over these samples; block by block over all of them, so that each is unpacked once."""
+        size = self.settings.chunk
+        parts = [indices[start : start + size] for start in range(0, len(indices), size)]
+        tokens = [self.samples.batch(part)[:2] for part in parts]
+        modulations = [self.samples.batch(part)[2] for part in parts]
+        mx.eval(tokens, modulations)
+        for block in self._blocks:
+            parameters = self._block_parameters(block.name, state)
+            mx.eval(parameters)
+            for index, part in enumerate(parts):
+                rows = self._rows(part, tokens[index]) if with_inputs else None
+                tokens[index] = self._run(block, parameters, tokens[index], modulations[index], rows, None)
+                mx.eval(tokens[index])
+        squares = [self._square(given[0], self.samples.batch(part)) for given, part in zip(tokens, parts, strict=True)]
+        return sum(square.item() * len(part) for square, part in zip(squares, parts, strict=True)) / len(indices)
+
+    # gradients, a block at a time
+
+    def _of_parts(
+        self,
+        state: Mapping[str, Arrays],
+        parts: list[np.ndarray],
+        streams: Sequence[mx.Stream],
+        count: int,
+        iteration: int,
+    ) -> Iterator[tuple[mx.array, Gradients]]:
+        """(loss, slopes) of each of some micro-batches, which are run side by side; their shares of `count` samples."""
+        settings, ways = self.settings, list(zip(range(len(parts)), streams, strict=False))
+        batches = [self.samples.batch(part) for part in parts]
+        rows = [self._rows(part, batch) for part, batch in zip(parts, batches, strict=True)]
+
+        def key_of(index: int, block: Any) -> mx.array:
+            return mx.random.key(hash((settings.seed, iteration, int(parts[index][0]), block.name)) % 2**32)
+
+        kept: list[list[list[mx.array]]] = [[batch[:2]] for batch in batches]  # what enters every block
+        for block in self._blocks:
+            parameters = self._block_parameters(block.name, state)
+            mx.eval(parameters)
+            for index, stream in ways:
+                with mx.stream(stream):
+                    key = key_of(index, block)
+                    kept[index].append(
+                        self._run(block, parameters, kept[index][-1], batches[index][2], rows[index], key)
+                    )
+            mx.eval([each[-1] for each in kept])
+        losses, slopes_of = [], []
+        for index, stream in ways:
+            with mx.stream(stream):
+                share = len(parts[index]) / count / self.norm
+
+                def loss_of(tokens: mx.array, batch: list[mx.array] = batches[index], share: float = share) -> mx.array:
+                    return share * self._square(tokens, batch)
+
+                loss, slope = mx.value_and_grad(loss_of)(kept[index].pop()[0])
+                losses.append(loss)
+                slopes_of.append([slope])
+        mx.eval(losses, slopes_of)
+        totals: list[Gradients] = [{} for _ in parts]
+        for block in reversed(self._blocks):
+            parameters = self._block_parameters(block.name, state)
+            mx.eval(parameters)
+            for index, stream in ways:
+                with mx.stream(stream):
+                    run = partial(
+                        self._weighted, block, batches[index][2], rows[index], key_of(index, block), slopes_of[index]
+                    )
+                    given, slopes_of[index] = mx.grad(run, argnums=(0, 1))(parameters, kept[index].pop())
+                    totals[index] = merged(totals[index], self._reduced(block.name, state, given))
+            mx.eval(slopes_of, totals)
+        yield from zip(losses, totals, strict=True)
+
+    def _weighted(
+        self, block: Any, modulation: mx.array, rows: mx.array | None, key: mx.array, slopes: Sequence[mx.array],
+        parameters: dict[str, Arrays], tokens: list[mx.array],
+    ) -> mx.array:  # fmt: skip
+        """Σ given · slope: its gradients are those of the loss."""
+        given = self._run(block, parameters, tokens, modulation, rows, key)
+        return sum((one * mx.stop_gradient(slope)).sum() for one, slope in zip(given, slopes, strict=False))
+
+    def _reduced(self, block: str, state: Mapping[str, Arrays], gradients: dict[str, Arrays]) -> Gradients:
+        """Of a block's dense gradients, what `Training.move_grids` and `move_ranges` need."""
+        codes = {name: self._codes[name].astype(mx.float32) for name in self._of_block[block]}
+        found = grid_slopes(codes, state["scale"], state["zero_point"], gradients["weights"])
+        ranges = gradients["ranges"] if self.settings.activation_rule == STATIC else {}
+        return found | {"bias": gradients["biases"], "ranges": ranges}
+
+
+def merged(totals: Gradients, found: Gradients) -> Gradients:
+    return {kind: totals.get(kind, {}) | layers for kind, layers in found.items()}
+
+
+class EndToEnd(Training):
+    """The training of a `WholeModel`."""
+
+    unit: WholeModel
+    gained = False  # whether held-out samples are better off, as they are deployed; known once it was measured
+
+    @property
+    def iters(self) -> int:
+        return self.settings.end_to_end
+
+    @property
+    def inputs_from(self) -> int:
+        return 0
+
+    def first_fixed(self) -> Arrays:
+        return {}
+
+    def step(self) -> float:
+        """As Training.step."""
+        loss, slopes = self.unit.slopes(self.state, self.drawn(), self.iteration)
+        self._check(loss, slopes)
+        ranges = slopes.pop("ranges")
+        self.move_grids(slopes, self.iteration / self.iters)
+        if ranges:
+            self.move_ranges(ranges)
+        return self._finished(loss)
+
+    def measure(self) -> dict[str, Any]:
+        """Losses on held-out samples, at the end on training samples, too; what 3W's other phases call hardened is the start."""
+        unit, with_inputs = self.unit, bool(self.settings.activation_bits)
+        held_out, chosen = (spread_over(ids, EVALUATED) for ids in (unit.samples.held_out, unit.samples.training))
+        start = unit.loss(held_out, unit.start)
+        losses = {
+            "nearest": unit.loss(held_out, None),
+            "start": start,
+            "hardened": start,
+            "end": unit.loss(held_out, self.state),
+            "end_activations": unit.loss(held_out, self.state, with_inputs) if with_inputs else None,
+            "end_training": unit.loss(chosen, self.state),
+        }
+        judged = (
+            (unit.loss(held_out, unit.start, True), losses["end_activations"])
+            if with_inputs
+            else (start, losses["end"])
+        )
+        self.gained = judged[1] < judged[0]
+        if not all(math.isfinite(value) for value in losses.values() if value is not None):
+            raise NotFiniteError(f"a held-out loss is not finite after iteration {self.iteration}")
+        return losses
+
+
+def before_phase(fields: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A layer's fields as they were before this phase: its own, where it has not been applied."""
+    kept = {name.removesuffix("_before"): array for name, array in fields.items() if name.endswith("_before")}
+    return {name: array for name, array in fields.items() if not name.endswith("_before")} | kept
+
+
+def after_phase(training: EndToEnd, name: str, fields: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A layer's fields with what was trained, if it made anything better, and what was there before."""
+    before = before_phase(fields)
+    noted = {f"{key}_before": before[key] for key in KEPT_BEFORE if key in before}
+    if not training.gained:
+        return before | noted
+    state = training.state
+    scale, zero_point = deployed_grid(np.array(state["scale"][name]), np.array(state["zero_point"][name]))
+    after = {"scale": scale, "zero_point": zero_point}
+    if name in state["bias"]:
+        after["bias"] = np.array(state["bias"][name].astype(mx.float16).astype(mx.float32))
+    if state["range"]:
+        ranges = np.exp(np.array(state["range"][training.unit.input_of[name]], np.float32))
+        after["act_scale"] = ranges.max()
+        after |= {"act_scales": ranges} if ranges.ndim else {}
+    return before | after | noted

@@ -1,0 +1,78 @@
+"""What an iteration of stage 3W takes of the memory, and how many samples go through it at once."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from calibration_store.block_cache import block_keys, boundary_shapes
+from calibration_store.errors import OptionError
+from w4a8.cli.words import format_bytes
+from w4a8.memory import device_memory
+from w4a8.parallel import cores
+from w4a8.rounding.run import END_TO_END, Rounding, job_layers
+from w4a8.rounding.units import UNITS
+
+# What the peak of an iteration was measured to be on a CPU (benchmarks/memory.py --fit), that of the first one of
+# tuning: arrays of the unit's weights in float32 (the weights, floors, α, moments, codes, gradients, the state before);
+# of a sample in a block's backward pass, (rows, tokens, hidden) and attention scores; shares of the latter that are
+# there once, and for each block.
+WEIGHT_ARRAYS, TOKEN_ARRAYS, SCORE_ARRAYS = 10, 86, 1.95
+ONCE, EACH_BLOCK = 0.37, 0.61
+MEMORY_SHARE, MOST_MEMORY = 0.75, 20e9  # of the device's memory that an iteration may take, and in all
+
+
+@dataclass(frozen=True)
+class IterationBytes:
+    """What an iteration takes: weights of the unit, one sample in one block, and how many blocks there are."""
+
+    weights: int
+    sample: int
+    blocks: int
+
+    def peak(self, samples: int) -> int:
+        """At the peak, with so many samples at the same time."""
+        return int(WEIGHT_ARRAYS * self.weights + samples * (ONCE + EACH_BLOCK * self.blocks) * self.sample)
+
+    def micro_batch(self, batch_size: int, memory: int) -> int:
+        """The largest micro-batch that fits, 1 at least; a CPU's cores share the batch."""
+        streams = min(cores(), batch_size)
+        parts = range(streams, batch_size + 1)  # of about the same size
+        sizes = (-(-batch_size // count) for count in parts)
+        return next((size for size in sizes if self.peak(size * streams) <= min(MEMORY_SHARE * memory, MOST_MEMORY)), 1)
+
+
+def iteration_bytes(rounding: Rounding) -> IterationBytes:
+    """Of the largest unit, from shapes alone."""
+    config, cached, found = rounding.mmdit.config, boundary_shapes(rounding.cache), []
+    for job in rounding.jobs:
+        if job.name == END_TO_END:  # a block at a time
+            continue
+        shapes = [cached[key] for key in block_keys(rounding.cache, job.blocks[0])[0]]
+        rows, hidden, tokens = shapes[0][0], shapes[0][-1], sum(shape[1] for shape in shapes)
+        arrays, scores = rows * tokens * hidden, rows * config.num_heads * tokens**2
+        weights = sum(out * width for name in job_layers(job) for out, width in [rounding.layers[name].shape])
+        sample = 4 * int(TOKEN_ARRAYS * arrays + SCORE_ARRAYS * scores)
+        found.append(IterationBytes(4 * weights, sample, len(job.blocks)))
+    return max(found, key=lambda one: one.peak(1))
+
+
+SMALLER = dict.fromkeys(UNITS, "a smaller --latent-size in stage 1") | {"model": "--unit block"}
+
+
+def choose_micro_batch(rounding: Rounding, given: int | None, before: Mapping[str, Any] | None) -> Rounding:
+    """The run with its micro-batch: as given, as an earlier run of this folder had it, or as large as fits.
+
+    Raises OptionError when not even one sample fits.
+    """
+    need, memory, size = iteration_bytes(rounding), device_memory(), rounding.settings.batch_size
+    fits = need.micro_batch(size, memory)
+    micro_batch = min(given or (before or {}).get("micro_batch") or fits, size)
+    peak = need.peak(min(micro_batch * cores(), size))
+    if peak > memory:
+        way = f"--micro-batch {fits}" if micro_batch > fits else SMALLER[rounding.unit]
+        raise OptionError(
+            f"iterations with {micro_batch} samples at once take about {format_bytes(peak)} of memory, and "
+            f"{format_bytes(memory)} are there: {way} takes less"
+        )
+    settings = replace(rounding.settings, micro_batch=micro_batch)
+    return replace(rounding, settings=settings)

@@ -1,0 +1,202 @@
+"""The boundaries between blocks, made block after block from a cache of the ends: one forward pass over the samples in all."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from calibration_store.block_cache import (
+    block_keys,
+    boundary_shapes,
+    cached_sample_arrays,
+    check_cached_sample,
+)
+from calibration_store.errors import StoreError
+from calibration_store.files import BackgroundWriter, remove_folder
+from calibration_store.layout import BlockCachePaths, BoundaryPaths, WeightPaths
+from calibration_store.npz import npz_bytes, write_npz
+from calibration_store.weights import read_quantized_block
+from hooks import substituted_layers
+from w4a8.cli.progress import progress_bar
+from w4a8.model.layers import model_blocks
+from w4a8.parallel import streams_for
+from w4a8.quantized.layer import QuantizedLayer
+from w4a8.rounding.samples import Found, Samples
+from w4a8.rounding.substitution import Substitution
+
+Place = tuple[int, int]  # image_id, step_index
+
+
+class Walk:
+    """Where the walk through the model stands: files of the boundaries on both sides of a block, which a kill survives.
+
+    With `mixed` the quantized blocks are walked, too: what they give is half of the elements of the next one's inputs.
+    """
+
+    def __init__(self, cache: Mapping[str, Any], paths: WeightPaths, plan: Mapping[str, Any], chunk: int):
+        """chunk: samples that are run at once; it decides the last bits of what they give."""
+        self.cache, self.paths, self.plan, self.chunk = cache, paths, plan, chunk
+        self.mixed = plan["block_inputs"] == "mixed"
+        self.blocks: list[str] = cache["block_names"]
+        self.shapes = boundary_shapes(cache)
+        self.places: list[Place] = [(sample["image_id"], sample["step_index"]) for sample in cache["samples"]]
+        self._whole: set[tuple[str, bool]] = set()  # boundaries that were seen whole, or made, by this process
+
+    def samples(self, mmdit: nn.Module, block: str) -> Samples:
+        """What a block is trained on; makes what lacks and removes what is behind."""
+        before = self._before(block)
+        self._make(mmdit, block, False)
+        if self.mixed and before is not None:
+            self._make(mmdit, before, True)
+        kept = {self.paths.boundary(name, way).root for name in (before, block) if name for way in (False, True)}
+        self._remove([each for each in self.paths.boundaries if each.root not in kept])
+        modulations = self._read(None, ["modulation_input"], self.places)
+        found = (
+            (*place, [*inputs, *modulation, *outputs])
+            for place, inputs, modulation, outputs in zip(
+                self.places, self._inputs(block, False, self.places), modulations, self._outputs(block), strict=True
+            )
+        )
+        others = None
+        if self.mixed and before is not None:
+            quantized = self._inputs(block, True, self.places)
+            others: Iterator[Found] | None = ((*place, a) for place, a in zip(self.places, quantized, strict=True))
+        return Samples(found, self.cache["key_timesteps"], others)
+
+    def few(self, mmdit: nn.Module, count: int) -> Samples:
+        """Some of the first block's samples, for a trial; writes nothing."""
+        block, places = self.blocks[0], self.places[: 2 * count]
+        found: list[Found] = []
+        for place in places:
+            (inputs,) = self._inputs(block, False, [place])
+            (modulation,) = self._read(None, ["modulation_input"], [place])
+            outputs = [np.array(tokens) for tokens in self._run(mmdit, block, [place], False)]
+            found.append((*place, [*inputs, *modulation, *outputs]))
+        return Samples(found, self.cache["key_timesteps"])
+
+    def finish(self) -> None:
+        """Remove what is left of the walk."""
+        self._remove(self.paths.boundaries)
+
+    def num_bytes(self) -> int:
+        """What is on the disk at most while it walks: three boundaries, of the quantized blocks as many again."""
+        keys = {block: self._keys(block) for block in self.blocks}
+        largest = max(
+            npz_bytes(cached_sample_arrays(0, 0, {key: np.broadcast_to(np.float16(0), self.shapes[key]) for key in found}))
+            for found in keys.values()
+        )  # fmt: skip
+        return (6 if self.mixed else 3) * largest * len(self.places)
+
+    # reading
+
+    def _before(self, block: str) -> str | None:
+        index = self.blocks.index(block)
+        return self.blocks[index - 1] if index else None
+
+    def _keys(self, block: str) -> list[str]:
+        return block_keys(self.cache, block)[1]
+
+    def _inputs(self, block: str, quantized: bool, places: Sequence[Place]) -> Iterator[list[np.ndarray]]:
+        before = self._before(block)
+        if before is None:
+            return self._read(None, block_keys(self.cache, block)[0], places)
+        return self._read(self.paths.boundary(before, quantized), self._keys(before), places)
+
+    def _outputs(self, block: str) -> Iterator[list[np.ndarray]]:
+        return self._read(self.paths.boundary(block), self._keys(block), self.places)
+
+    def _read(self, boundary: BoundaryPaths | None, keys: Sequence[str], places: Sequence[Place]) -> Iterator[list]:
+        """Arrays of a boundary, None: of the cache, mapped."""
+        paths = boundary or BlockCachePaths(self.paths.calib_dir)
+        shapes = {key: self.shapes[key] for key in keys}
+        for place in places:
+            arrays = check_cached_sample(paths.sample(*place), *place, shapes, checked=False)
+            yield [arrays[key] for key in keys]
+
+    # making
+
+    def _make(self, mmdit: nn.Module, block: str, quantized: bool) -> None:
+        """What a block gives for every sample, from what the one before it gives."""
+        if self._is_whole(block, quantized):
+            return
+        before = self._before(block)
+        if before is not None:
+            self._make(mmdit, before, quantized)
+        boundary, size = self.paths.boundary(block, quantized), self.chunk
+        keys, weights, biases = self._keys(block), {}, {}
+        if quantized:
+            layers = {
+                name: QuantizedLayer.of_fields(fields).as_mlx()
+                for name, fields in read_quantized_block(self.paths, block, self.plan).items()
+            }
+            weights = {name: layer.weight for name, layer in layers.items()}
+            biases = {name: layer.deployed_bias for name, layer in layers.items() if layer.bias is not None}
+        chunks = [self.places[start : start + size] for start in range(0, len(self.places), size)]
+        left = [chunk for chunk in chunks if not all(self._holds(boundary, keys, place) for place in chunk)]
+        what = f"{'quantized ' if quantized else ''}{block} of every sample"
+        with (
+            progress_bar(len(self.places), what, "sample", leave=False) as bar,
+            BackgroundWriter(pending=2) as writer,
+            streams_for(len(left)) as streams,
+            substituted_layers(mmdit, Substitution(weights, biases).compute),
+        ):
+            bar.n += len(self.places) - sum(map(len, left))
+            for start in range(0, len(left), len(streams)):
+                given = []
+                for chunk, stream in zip(left[start:], streams, strict=False):
+                    with mx.stream(stream):
+                        given.append((chunk, self._run(mmdit, block, chunk, quantized)))
+                mx.eval([tokens for _, tokens in given])
+                for chunk, tokens in given:
+                    writer.submit(
+                        self._write, boundary, block, chunk, dict(zip(keys, map(np.array, tokens), strict=True))
+                    )
+                    bar.update(len(chunk))
+        self._whole.add((block, quantized))
+
+    def _run(self, mmdit: nn.Module, block: str, chunk: Sequence[Place], quantized: bool) -> list[mx.array]:
+        """The tokens that a block gives for some samples, float16, rows one below the other, unevaluated."""
+
+        def joined(found: Iterator[list[np.ndarray]]) -> list[mx.array]:
+            members = zip(*found, strict=True)
+            return [mx.array(np.concatenate(each)).astype(mx.float32) for each in members]
+
+        (modulation,) = joined(self._read(None, ["modulation_input"], chunk))
+        tokens = joined(self._inputs(block, quantized, chunk))
+        return [tokens.astype(mx.float16) for tokens in model_blocks(mmdit)[block].run(tokens, modulation)]
+
+    def _write(
+        self, boundary: BoundaryPaths, block: str, chunk: Sequence[Place], tokens: Mapping[str, np.ndarray]
+    ) -> None:
+        for key, array in tokens.items():
+            if not np.isfinite(array).all():
+                raise StoreError(f"{block}: {key} does not fit float16 (above 65504 or not finite)")
+        for index, place in enumerate(chunk):
+            rows = {
+                key: array[slice(*np.array([index, index + 1]) * (len(array) // len(chunk)))]
+                for key, array in tokens.items()
+            }
+            write_npz(boundary.sample(*place), cached_sample_arrays(*place, rows))
+
+    def _holds(self, boundary: BoundaryPaths, keys: Sequence[str], place: Place) -> bool:
+        try:
+            check_cached_sample(boundary.sample(*place), *place, {key: self.shapes[key] for key in keys}, checked=True)
+        except StoreError:
+            return False
+        return True
+
+    def _is_whole(self, block: str, quantized: bool) -> bool:
+        if (block, quantized) not in self._whole:
+            boundary, keys = self.paths.boundary(block, quantized), self._keys(block)
+            if not boundary.root.is_dir() or not all(self._holds(boundary, keys, place) for place in self.places):
+                return False
+            self._whole.add((block, quantized))
+        return True
+
+    def _remove(self, boundaries: Sequence[BoundaryPaths]) -> None:
+        for boundary in boundaries:
+            remove_folder(boundary.root, boundary.owned_files())
+            remove_folder(boundary.root.parent, [])
+            self._whole = {each for each in self._whole if self.paths.boundary(*each).root != boundary.root}
