@@ -6,9 +6,11 @@ Writes  activations/quant_config_multitier.json, activations/layer_temporal_anal
 python analyze_activations_multitier.py                                    # by the width of the range
 python analyze_activations_multitier.py --policy sqnr --min-sqnr 25        # by expected noise
 python analyze_activations_multitier.py --policy sqnr --average-bits 6
+python analyze_activations_multitier.py --policy sensitivity --average-bits 6   # by what the model's output minds
 
 The threshold policy gives narrow ranges few bits. The sqnr policy computes, from each histogram, the noise that
-4, 6 and 8 bits would add. What is quantized is x − shift, clipped at `clipping_range` (as in stage 3A, but for the
+4, 6 and 8 bits would add. The sensitivity policy weighs that noise with what stage 3W measured of the model's output
+(adaround_cache/sensitivity.json). What is quantized is x − shift, clipped at `clipping_range` (as in stage 3A, but for the
 entry's bits). The model is not needed: NumPy only. No outlier is migrated here.
 """
 
@@ -22,14 +24,21 @@ from w4a8 import cli
 @cli.stage_command
 @cli.calib_dir_option
 @cli.analysis_options("quant_config_multitier.json")
-@click.option("--policy", type=click.Choice(["threshold", "sqnr"]), default="threshold", help="What decides the bits.")
+@click.option(
+    "--policy",
+    type=click.Choice(["threshold", "sqnr", "sensitivity"]),
+    default="threshold",
+    help="What decides the bits.",
+)
 @click.option("--a4-threshold", type=click.FloatRange(min=0), default=6.0, help="A4 for a scale below this.")
 @click.option("--a6-threshold", type=click.FloatRange(min=0), default=10.0, help="A6 for a scale below this.")
 @click.option("--shifted-a4-threshold", type=click.FloatRange(min=0), default=5.0, help="A4, post-GELU layers.")
 @click.option("--shifted-a6-threshold", type=click.FloatRange(min=0), default=8.0, help="A6, post-GELU layers.")
 @click.option("--min-sqnr", type=float, help="sqnr: the fewest bits that reach this many dB.")
 @click.option(
-    "--average-bits", type=click.FloatRange(min=4, max=8), help="sqnr: the least noise at this many bits on average."
+    "--average-bits",
+    type=click.FloatRange(min=4, max=8),
+    help="sqnr, sensitivity: the least noise, or the least harm, at this many bits on average.",
 )
 def main(**options) -> None:
     """Stage 3A' (experimental): A4, A6 or A8 for every layer and step."""
@@ -48,6 +57,7 @@ def run(
         write_temporal_analysis,
     )
     from calibration_store.layout import ActivationPaths
+    from calibration_store.sensitivity import read_sensitivity
     from calibration_store.statistics import ActivationStatistics, read_statistics
     from w4a8.analysis.tiers import check_policy, config_steps, decide, measure_steps, summarize, temporal_analysis
     from w4a8.report.tables import print_analysis_plan, print_tier_summary
@@ -58,10 +68,11 @@ def run(
     output = output or stats.parent / paths.multitier_config.name
     refuse_other_format(output, MULTITIER_FORMAT, "--output")
     statistics = read_statistics(stats)
+    sensitivity = read_sensitivity(calib_dir) if policy == "sensitivity" else None
 
     def decided(statistics: ActivationStatistics) -> dict:
-        steps = measure_steps(statistics, policy == "sqnr")
-        decide(steps, chosen)
+        steps = measure_steps(statistics, policy != "threshold")
+        decide(steps, chosen, statistics.sigma_map, sensitivity)
         return steps
 
     if dry_run:

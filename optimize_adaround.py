@@ -22,7 +22,8 @@ OPTIONS = {
     "unit": "--unit", "block_names": "--blocks", "iters": "--iters", "batch_size": "--batch-size", "weight_bits": "--weight-bits",
     "activation_bits": "--activation-bits", "group_size": "--group-size", "rounding": "--rounding", "qdrop": "--qdrop",
     "lr_alpha": "--lr-alpha", "lr_activation_scale": "--lr-activation-scale", "regularizer_weight": "--regularizer-weight",
-    "block_inputs": "--block-inputs", "end_to_end": "--end-to-end", "activation_rule": "--activation-rule", "seed": "--seed", "micro_batch": "--micro-batch", "selected_image_ids": "cached images", "key_timesteps": "cached steps",
+    "block_inputs": "--block-inputs", "end_to_end": "--end-to-end", "activation_rule": "--activation-rule",
+    "average_bits": "--average-bits", "bit_choices": "--bit-choices", "layer_bits": "--bits", "excluded": "--exclude", "seed": "--seed", "micro_batch": "--micro-batch", "selected_image_ids": "cached images", "key_timesteps": "cached steps",
 }  # fmt: skip
 
 
@@ -60,6 +61,26 @@ OPTIONS = {
     default="token",
     help="How inputs are quantized while weights are trained: token: a range of its own for each token (a8-token); "
     "static: learned ranges for each cached noise level (a8-learned).",
+)
+@click.option(
+    "--average-bits",
+    type=click.FloatRange(2, 8),
+    help="Bits of a weight on average, such as 4.5: given where the model's output minds most (measured, sensitivity.json).",
+)
+@click.option("--bit-choices", default="4,8", help="--average-bits: widths that a layer may have, such as 3,4,6.")
+@click.option(
+    "--bits",
+    multiple=True,
+    metavar="PATTERN=BITS",
+    help="Bits of some layers, such as '*.mlp.fc2=8'. Repeatable; the last one counts.",
+)
+@click.option(
+    "--exclude", multiple=True, metavar="PATTERN", help="Layers that stay as they are, such as 'mm0.*'. Repeatable."
+)
+@click.option(
+    "--sensitivity-only",
+    is_flag=True,
+    help="Measure what the output minds (adaround_cache/sensitivity.json), and stop.",
 )
 @click.option(
     "--group-size",
@@ -136,13 +157,15 @@ def main(**options) -> None:
 def run(
     calib_dir: Path, model: str | None, local_checkpoint: Path | None, blocks: str | None, unit: str | None,
     end_to_end: int | None, micro_batch: int | None, lr_alpha: float | None, checkpoint_seconds: float, alpha: bool,
+    average_bits: float | None, bit_choices: str, bits: tuple[str, ...], exclude: tuple[str, ...], sensitivity_only: bool,
     max_bytes: int | None, resume: bool, force: bool, dry_run: bool, **options,
 ) -> None:  # fmt: skip
     """Load the transformer, plan, check the cache, train what is left job by job, write the metadata."""
     from calibration_store.block_cache import read_cache_metadata
     from calibration_store.files import require_space
-    from calibration_store.layout import WeightPaths
+    from calibration_store.layout import BlockCachePaths, WeightPaths
     from calibration_store.manifest import read_manifest
+    from calibration_store.sensitivity import write_sensitivity
     from calibration_store.stage_folder import StageFolder
     from calibration_store.weights import WEIGHTS_PLAN, write_weights_metadata
     from w4a8.model.runs import run_schedule, run_transformer
@@ -154,6 +177,7 @@ def run(
     from w4a8.rounding.methods import METHODS
     from w4a8.rounding.run import Rounding, choose_end_to_end, choose_unit
     from w4a8.rounding.samples import verified
+    from w4a8.rounding.sensitivity import BitOptions, choose_bits, measure_sensitivity
     from w4a8.rounding.settings import Settings
 
     if lr_alpha is None:
@@ -170,6 +194,12 @@ def run(
         settings = replace(settings, end_to_end=choose_end_to_end(end_to_end, unit, blocks, mmdit, settings.iters))
         rounding = Rounding(opened, mmdit, paths, cache, run_schedule(manifest)[0], settings, unit, blocks)
         rounding = choose_micro_batch(rounding, micro_batch, before)
+        if sensitivity_only:
+            write_sensitivity(calib_dir, measure_sensitivity(rounding, [4, 8]))
+            click.echo(f"wrote {BlockCachePaths(calib_dir).sensitivity}")
+            return
+        bit_options = BitOptions(average_bits, bit_choices, bits, exclude)
+        rounding = choose_bits(rounding, bit_options, dry_run)
         plan, jobs = rounding.plan, rounding.jobs
         click.echo(f"{manifest['model_version']}: {rounding}")
         diverged = "diverged" in (before or {})  # a run that met NaN may go on with other learning rates
@@ -208,7 +238,9 @@ def run(
         [
             (part.name, found)
             for job in jobs
-            for part, found in zip(job.parts, losses.get(job.name, losses[job.blocks[0]])["stages"], strict=True)
+            for part, found in zip(
+                job.parts, losses.get(job.name, losses.get(rounding.trained(job)[0]))["stages"], strict=True
+            )
         ]
     )
     click.echo(f"wrote {paths.metadata} and a file per block")

@@ -58,12 +58,14 @@ class BlockCachePaths:
         self.metadata = self.root / "metadata.json"
         self.plan = self.root / "plan.json"
         self.samples = self.root / "samples"
+        self.sensitivity = self.root / "sensitivity.json"  # written by stage 3W, and stale without these samples
 
     def sample(self, image_id: int, step_index: int) -> Path:
         return self.samples / _sample_name(image_id, step_index)
 
     def owned_files(self) -> list[Path]:
-        return _owned({self.root: r"(metadata|plan)\.json", self.samples: SAMPLE_PATTERN})
+        owned = _owned({self.root: r"(metadata|plan)\.json", self.samples: SAMPLE_PATTERN})
+        return owned + (matching(self.root, r"sensitivity\.json") if owned else [])
 
 
 class ActivationPaths:
@@ -133,7 +135,6 @@ class WeightPaths:
         self.metadata = self.root / "metadata.json"
         self.plan = self.root / "plan.json"
         self.checkpoint = self.root / "checkpoint.npz"
-        self.sensitivity = self.root / "sensitivity.json"
         self.end_to_end_losses = self.root / "end_to_end_losses.json"
 
     def block(self, block: str) -> Path:
@@ -154,9 +155,7 @@ class WeightPaths:
         return [BoundaryPaths(folder / name) for name in names if re.fullmatch(rf"{BLOCK_PATTERN}(_quantized)?", name)]
 
     def owned_files(self) -> list[Path]:
-        names = (
-            rf"(metadata|plan|sensitivity|end_to_end_losses)\.json|checkpoint\.npz|{BLOCK_PATTERN}(\.npz|_losses\.json)"
-        )
+        names = rf"(metadata|plan|end_to_end_losses)\.json|checkpoint\.npz|{BLOCK_PATTERN}(\.npz|_losses\.json)"
         return matching(self.root, names) + [path for each in self.boundaries for path in each.owned_files()]
 
 

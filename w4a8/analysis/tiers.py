@@ -1,6 +1,6 @@
 """Stage 3A': 4, 6 or 8 bits for every layer and step. NumPy."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -9,9 +9,11 @@ import numpy as np
 
 from calibration_store.errors import OptionError, StoreError
 from calibration_store.names import layer_kind
+from calibration_store.sensitivity import input_gain
 from calibration_store.statistics import ActivationStatistics, LayerStatistics
+from w4a8.analysis.allocation import allocate
 from w4a8.analysis.w4a8_config import DEAD_SCALE
-from w4a8.quantized.ranges import expected_sqnrs, unmigrated_clipping_ranges
+from w4a8.quantized.ranges import expected_sqnrs, mean_square, unmigrated_clipping_ranges
 
 TIERS = (4, 6, 8)
 
@@ -25,6 +27,7 @@ class Decision:
     shifted_scale: float | None
     ranges: list[float]  # clipping range at 4, 6 and 8 bits
     sqnr: tuple[float, ...] | None  # expected dB at 4, 6 and 8 bits
+    power: float = 0.0  # E[x²], where sqnr is known
     bits: int = 8
     reason: str = ""
 
@@ -35,12 +38,13 @@ def measure(layer: LayerStatistics, with_sqnr: bool) -> Decision:
     shifted_scale = None if shift is None else float(layer.reach().max()) or DEAD_SCALE
     ranges = unmigrated_clipping_ranges(layer.histogram, shift, layer.full_reach(), layer.centred_power(), TIERS)
     ranges = [float(found) or DEAD_SCALE for found in ranges]
-    sqnr = None
+    sqnr, power = None, 0.0
     if with_sqnr:
         if layer.counts is None:
             raise ValueError("--policy sqnr needs hist_counts and hist_edges, which the statistics lack")
         sqnr = expected_sqnrs(layer.counts, layer.edges, ranges, TIERS, shift)
-    return Decision(layer.tensor_absmax() or DEAD_SCALE, shift, shifted_scale, ranges, sqnr)
+        power = mean_square(layer.counts, layer.edges)
+    return Decision(layer.tensor_absmax() or DEAD_SCALE, shift, shifted_scale, ranges, sqnr, power)
 
 
 def measure_steps(statistics: ActivationStatistics, with_sqnr: bool) -> dict[str, dict[str, Decision]]:
@@ -81,36 +85,23 @@ def decide_by_sqnr(decisions: list[Decision], min_sqnr: float) -> None:
         decision.reason = f"expected SQNR {reached:.1f} dB {'>=' if reaching else '<'} {min_sqnr:g}"
 
 
-def decide_by_average(decisions: list[Decision], average_bits: float) -> float:
-    """The assignment with the least summed noise-to-signal ratio under a budget of bits; returns its proven gap.
+def decide_by_average(decisions: list[Decision], average_bits: float, gains: Sequence[float] | None = None) -> float:
+    """The assignment with the least summed noise under a budget of bits (`allocate`); returns its proven gap.
 
-    Each entry starts at 4 bits and may take steps of 2 bits (or one of 4, where its noise is not convex in the
-    bits); steps are taken in order of noise saved per bit while the budget lasts. That is the optimum of the linear
-    relaxation cut off at the budget, so what the cut lost bounds the distance from the optimum: 0 means exact.
+    Noise is relative to the signal; with gains, one a decision, it is what the model's output loses: gain × E[(x − x̂)²].
     """
-    noise = [[10 ** (-sqnr / 10) for sqnr in decision.sqnr] for decision in decisions]
-    upgrades = []  # (noise saved per unit of 2 bits, entry, tier to take, units)
-    for entry, (four, six, eight) in enumerate(noise):
-        if 2 * six <= four + eight:
-            upgrades += [(four - six, entry, 1, 1), (six - eight, entry, 2, 1)]
-        else:
-            upgrades.append(((four - eight) / 2, entry, 2, 2))
-    left = int((average_bits - TIERS[0]) * len(decisions) / 2 + 1e-9)
-    tiers, lost = [0] * len(decisions), 0.0
-    for saved, entry, tier, units in sorted(upgrades, key=lambda upgrade: (-upgrade[0], *upgrade[1:])):
-        if saved <= 0 or left == 0:
-            break
-        if units > left:
-            lost = max(lost, saved * left)
-            continue
-        if tier == 2 and units == 1 and tiers[entry] != 1:
-            continue
-        tiers[entry] = tier
-        left -= units
-    for decision, tier in zip(decisions, tiers, strict=True):
-        decision.bits = TIERS[tier]
-        decision.reason = f"expected SQNR {decision.sqnr[tier]:.1f} dB, {average_bits:g} bits on average"
-    return lost / sum(entry[tier] for entry, tier in zip(noise, tiers, strict=True))
+    weights = [1.0] * len(decisions) if gains is None else [g * d.power for g, d in zip(gains, decisions, strict=True)]
+    costs = [
+        {bits: weight * 10 ** (-sqnr / 10) for bits, sqnr in zip(TIERS, decision.sqnr, strict=True)}
+        for decision, weight in zip(decisions, weights, strict=True)
+    ]
+    chosen, gap = allocate(costs, [1] * len(decisions), average_bits)
+    for decision, bits in zip(decisions, chosen, strict=True):
+        decision.bits = bits
+        reached = decision.sqnr[TIERS.index(bits)]
+        what = "" if gains is None else ", by what the output loses"
+        decision.reason = f"expected SQNR {reached:.1f} dB, {average_bits:g} bits on average{what}"
+    return gap
 
 
 def config_steps(steps: dict[str, dict[str, Decision]]) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
@@ -163,9 +154,22 @@ def summarize(steps: dict[str, dict[str, Decision]], temporal: dict[str, dict]) 
     }
 
 
-def decide(steps: dict[str, dict[str, Decision]], policy: dict[str, Any]) -> None:
-    """Set bits and reason of every decision as the policy says; the policy gains what it proves."""
+def decide(
+    steps: dict[str, dict[str, Decision]],
+    policy: dict[str, Any],
+    sigma_map: Mapping[str, float],
+    sensitivity: Mapping | None,
+) -> None:
+    """Set bits and reason of every decision as the policy says; the policy gains what it proves.
+
+    sensitivity: of the model's output (calibration_store.sensitivity), for the policy of that name.
+    """
     decisions = [decision for layers in steps.values() for decision in layers.values()]
+    if sensitivity is not None:
+        places = [(name, sigma_map[key]) for key, layers in steps.items() for name in layers]
+        gains = [input_gain(sensitivity, name, sigma) for name, sigma in places]
+        policy["optimality_gap"] = decide_by_average(decisions, policy["average_bits"], gains)
+        return
     if policy["policy"] == "threshold":
         plain = (policy["a4_threshold"], policy["a6_threshold"])
         decide_by_threshold(decisions, plain, (policy["shifted_a4_threshold"], policy["shifted_a6_threshold"]))
@@ -179,12 +183,16 @@ def check_policy(policy: str, min_sqnr: float | None, average_bits: float | None
     """The chosen policy as the config's `thresholds`. Raises OptionError for options that contradict each other."""
     if policy == "threshold":
         if min_sqnr is not None or average_bits is not None:
-            raise OptionError("--min-sqnr and --average-bits belong to --policy sqnr")
+            raise OptionError("--min-sqnr and --average-bits belong to --policy sqnr, the latter also to sensitivity")
         for prefix in ("", "shifted_"):
             if thresholds[f"{prefix}a4_threshold"] > thresholds[f"{prefix}a6_threshold"]:
                 flag = "--" + prefix.replace("_", "-")
                 raise OptionError(f"{flag}a4-threshold is above {flag}a6-threshold")
         return {"policy": policy, **thresholds}
+    if policy == "sensitivity":
+        if average_bits is None or min_sqnr is not None:
+            raise OptionError("--policy sensitivity needs --average-bits, and no --min-sqnr")
+        return {"policy": policy, "average_bits": average_bits}
     if (min_sqnr is None) == (average_bits is None):
         raise OptionError("--policy sqnr needs one of --min-sqnr and --average-bits")
     return {"policy": policy} | ({"min_sqnr": min_sqnr} if average_bits is None else {"average_bits": average_bits})

@@ -235,7 +235,8 @@ class Learned(ActivationRule):
     def check(self, variant: str, layers: Mapping[str, Layer]) -> None:
         if self._stored is not None:
             self._stored.check(variant, layers)
-        check_coverage(variant, "its ranges", set(self.ranges), layers)
+        left_out = set() if self._stored is None else set(self._stored.excluded)
+        check_coverage(variant, "its ranges", set(self.ranges) | left_out, layers)
         for name, shift in self.shifts.items():
             if shift.shape != layers[name].shape[1:]:  # one value would broadcast
                 width = layers[name].shape[1]
@@ -251,6 +252,8 @@ class Learned(ActivationRule):
 
     def at(self, sigma: float = 0.0, rows_per_image: int = 1) -> Quantize:
         def quantize(name: str, x: mx.array) -> mx.array:
+            if name not in self.ranges:  # an excluded layer's
+                return x
             return fake_quantize(x, self.range_at(name, sigma), self.bits, self.shifts.get(name))
 
         return quantize

@@ -52,6 +52,10 @@ class Weights(ABC):
     made_from: list[tuple[Path, Mapping[str, Any]]]
     remedy: str  # what to run for files of another run
 
+    def bits_of(self, layer: str) -> int:
+        """Of a layer's codes."""
+        return self.bits
+
     @abstractmethod
     def check(self, variant: str, layers: Mapping[str, Layer]) -> None:
         """Whether they are of this model, all of its layers. Raises a UserError that names the variant."""
@@ -113,8 +117,13 @@ class StoredWeights(Codes):
         self.bits: int = self.metadata["weight_bits"]
         self.activation_bits: int = self.metadata["activation_bits"]
         self.group_size: int = self.metadata["group_size"]
-        self.sources = [self.paths.block(block) for block in self.metadata["block_names"]]
+        self.excluded = self.metadata.get("excluded", [])
+        self._bits_of = self.metadata.get("layer_bits", {})
+        self.sources = [self.paths.metadata, *(self.paths.block(block) for block in self.metadata["block_names"])]
         self.made_from = [(self.paths.metadata, self.metadata)]
+
+    def bits_of(self, layer: str) -> int:
+        return self._bits_of.get(layer, self.bits)
 
     def fields(self) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
         """(layer, everything that its block's file says of it)."""
@@ -128,7 +137,7 @@ class StoredWeights(Codes):
             if name not in layers or fields["q"].shape != layers[name].shape:
                 path = self.paths.block(block_of(name))
                 raise StoreError(f"{path}: {name} {fields['q'].shape} is not the model's")
-        check_coverage(variant, "adaround_weights", names, layers)
+        check_coverage(variant, "adaround_weights", names | set(self.excluded), layers)
 
     def quantized(self, layers: Mapping[str, Layer]) -> Iterator[tuple[str, QuantizedLayer]]:
         for name, fields in self.fields():
@@ -177,7 +186,7 @@ def quantized_places(mmdit: nn.Module, weights: Codes) -> Iterator[Place]:
     in_blocks = {path_of[id(layer.module)] for layer in layers.values()}
     for name, quantized in weights.quantized(layers):
         module = layers[name].module
-        yield Place(path_of[id(module)], module, quantized, weights.bits)
+        yield Place(path_of[id(module)], module, quantized, weights.bits_of(name))
     for path, module in modules.items():
         if path in in_blocks or weights.rest is None or not weights.rest.holds(path, module):
             continue

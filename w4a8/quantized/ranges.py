@@ -99,14 +99,15 @@ def expected_sqnrs(
 
     With a shift (channels,) x − shift is quantized, and ranges are its.
     """
-    power = _mean_square(counts, edges)
+    power = mean_square(counts, edges)
     if shift is not None:
         counts, edges = centred_histogram(counts, edges, shift)
     noises = expected_noise(counts, edges, ranges, bits).tolist()
     return tuple(10 * math.log10(power / noise) if power and noise > 0 else math.inf for noise in noises)
 
 
-def _mean_square(counts: np.ndarray, edges: np.ndarray) -> float:
+def mean_square(counts: np.ndarray, edges: np.ndarray) -> float:
+    """E[x²] from x's histogram."""
     low, high = edges[:-1], edges[1:]
     return float(counts @ (low * low + low * high + high * high)) / (3 * float(counts.sum()))
 

@@ -55,7 +55,7 @@ def run_job(
         done |= trained_layers(training, found["kept_nearest"])
         losses.append(found | {"layers": len(training.unit.layers)})
     else:
-        for block in job.blocks:
+        for block in rounding.trained(job):
             layers = {name: dict(fields) for name, fields in done.items() if block_of(name) == block}
             for fields in () if keep_alpha else layers.values():
                 del fields["alpha"]
@@ -69,7 +69,7 @@ def run_job(
 
 def write_end_to_end(rounding: Rounding, job: Job, training: Training, found: Mapping[str, Any]) -> None:
     """Apply the last phase to every block's file, where it made the held-out samples better."""
-    for block in job.blocks:
+    for block in rounding.trained(job):
         layers = read_quantized_block(rounding.paths, block, rounding.plan)
         after = {name: after_phase(training, name, fields) for name, fields in layers.items()}
         write_quantized_block(rounding.paths, block, after)

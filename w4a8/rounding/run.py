@@ -1,7 +1,8 @@
 """A run of stage 3W: the model, what is trained in which pieces, and from what."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -53,11 +54,16 @@ class Rounding:
 
     @cached_property
     def jobs(self) -> list[Job]:
-        """In order; the last phase is one of its own."""
+        """In order; the last phase is one of its own. What holds no layer (all are excluded) is left out."""
         jobs = self.unit_class.jobs(self.layers, self.blocks)
+        jobs = [replace(job, parts=[part for part in job.parts if part.layers]) for job in jobs]
         if self.settings.end_to_end:
             jobs.append(Job(END_TO_END, self.blocks, [Part(END_TO_END, list(self.layers))]))
-        return jobs
+        return [job for job in jobs if job.parts]
+
+    def trained(self, job: Job) -> list[str]:
+        """The job's blocks that have a layer to train."""
+        return [block for block in job.blocks if any(layer.block == block for layer in self.layers.values())]
 
     @cached_property
     def walk(self) -> Walk | None:
@@ -76,7 +82,7 @@ class Rounding:
             "calibration_run": cache.get("calibration_run"),
             "weights_fingerprint": cache.get("weights_fingerprint"),
             "unit": self.unit,
-            "block_names": self.blocks,
+            "block_names": [block for block in self.blocks if any(one.block == block for one in self.layers.values())],
             **asdict(self.settings),
             "num_samples": len(cache["samples"]),
             "range_sigmas": [self.schedule[step] for step in cache["key_timesteps"]],
@@ -90,9 +96,9 @@ class Rounding:
         last = job.name == END_TO_END
         try:
             found: Layers = {}
-            for block in job.blocks:
+            for block in self.trained(job):
                 found |= read_quantized_block(self.paths, block, self.plan)
-            for path in [self.paths.end_to_end_losses] if last else map(self.paths.losses, job.blocks):
+            for path in [self.paths.end_to_end_losses] if last else map(self.paths.losses, self.trained(job)):
                 losses = LOSSES.read(path)
                 if losses["unit"] != job.name or len(losses["stages"]) != len(job.parts):
                     return False
@@ -115,8 +121,10 @@ class Rounding:
 
     def __str__(self) -> str:
         settings = self.settings
+        counts = Counter(map(settings.bits, self.layers))
+        widths = ", ".join(f"{count} at {bits} bits" for bits, count in sorted(counts.items()))
         return (
-            f"{len(self.layers)} layers of {len(self.blocks)} blocks, W{settings.weight_bits}"
+            f"{len(self.layers)} layers of {len(self.blocks)} blocks{f' ({widths})' if len(counts) > 1 else ''}, W{settings.weight_bits}"
             f"{f'A{settings.activation_bits}' if settings.activation_bits else ''}, "
             f"{f'groups of {settings.group_size}' if settings.group_size else 'per output channel'}, unit {self.unit}, "
             f"{settings.iters} iterations of {settings.batch_size} ({settings.micro_batch} at once)"
@@ -132,7 +140,9 @@ class Rounding:
 
     def training(self, mmdit: nn.Module, job: Job, index: int, samples: Samples) -> Training:
         if job.name == END_TO_END:
-            return EndToEnd(WholeModel(mmdit, job.blocks, samples, self.settings, self.finished_layers(job.blocks)))
+            return EndToEnd(
+                WholeModel(mmdit, job.blocks, samples, self.settings, self.finished_layers(self.trained(job)))
+            )
         return Training(self.unit_class(mmdit, job, job.parts[index], samples, self.settings))
 
     def finished_layers(self, blocks: Sequence[str]) -> Layers:
@@ -146,9 +156,16 @@ class Rounding:
         """What a job is trained on."""
         if self.walk is not None and job.name != END_TO_END:
             return self.walk.samples(mmdit, job.blocks[0])
+        return self.whole_samples() if holds_ends(self.cache) else self._stretch(job.blocks)
+
+    def whole_samples(self) -> Samples:
+        """What enters the first block, and what the whole model gives."""
         if holds_ends(self.cache):
             return Samples.of_ends(self.paths.calib_dir, self.cache, self.mmdit.config.patch_size)
-        return Samples.of_stretch(self.paths.calib_dir, self.cache, job.blocks)
+        return self._stretch(self.blocks)
+
+    def _stretch(self, blocks: Sequence[str]) -> Samples:
+        return Samples.of_stretch(self.paths.calib_dir, self.cache, blocks)
 
 
 def choose_unit(

@@ -34,6 +34,8 @@ class Settings:
     block_inputs: str = "original"  # or "mixed": half of the elements as the quantized blocks before give them
     end_to_end: int = 0  # iterations of the last phase, all blocks' grids against the model's output
     layer_bits: Mapping[str, int] = field(default_factory=dict)  # of layers whose codes are not of weight_bits
+    average_bits: float | None = None  # under which layer_bits were chosen, of bit_choices
+    bit_choices: Sequence[int] = ()
     excluded: Sequence[str] = ()  # layers that stay as they are
 
     @property

@@ -126,7 +126,7 @@ class Walk:
             self._make(mmdit, before, quantized)
         boundary, size = self.paths.boundary(block, quantized), self.chunk
         keys, weights, biases = self._keys(block), {}, {}
-        if quantized:
+        if quantized and block in self.plan["block_names"]:
             layers = {
                 name: QuantizedLayer.of_fields(fields).as_mlx()
                 for name, fields in read_quantized_block(self.paths, block, self.plan).items()

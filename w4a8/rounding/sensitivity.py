@@ -1,0 +1,232 @@
+"""How much the model's output minds the quantization of each layer: what bits are given by."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from calibration_store.errors import OptionError, StoreError
+from calibration_store.layout import BlockCachePaths
+from calibration_store.sensitivity import SENSITIVITY, write_sensitivity
+from hooks import substituted_layers
+from w4a8.analysis.allocation import allocate
+from w4a8.cli.progress import progress_bar
+from w4a8.model.layers import Layer, model_blocks, run_final_layer
+from w4a8.parallel import streams_for
+from w4a8.quantized.layer import QuantizedLayer
+from w4a8.rounding.run import Rounding
+from w4a8.rounding.samples import TrainingSamples
+from w4a8.rounding.settings import spread_over
+from w4a8.rounding.substitution import Substitution
+
+NATIVE_BITS = (2, 3, 4, 5, 6, 8)
+MEASURED_ON, AT_ONCE, LARGE = (32, 8), (16, 2), 100_000_000  # samples, for models up to so many weights and above
+INPUT_NOISE = 0.02  # of an input's root mean square: small enough for the output to follow linearly
+
+
+def known_sensitivity(rounding: Rounding, choices: Sequence[int]) -> dict[str, Any] | None:
+    """What was measured before on this cache, of this model, at these bits; None where that is to be done."""
+    try:
+        found = SENSITIVITY.read(BlockCachePaths(rounding.paths.calib_dir).sensitivity)
+    except StoreError:
+        return None
+    same = all(found[key] == value for key, value in described(rounding).items())
+    whole = all({str(bits) for bits in choices} <= one["weights"].keys() for one in found["layers"].values())
+    return found if same and whole and set(found["layers"]) >= set(rounding.layers) else None
+
+
+def described(rounding: Rounding) -> dict[str, Any]:
+    """What a measurement is of."""
+    cache = rounding.cache
+    made_from = {key: cache.get(key) for key in ("calibration_run", "weights_fingerprint")}
+    made_from |= {key: cache[key] for key in ("selected_image_ids", "key_timesteps")}
+    return made_from | {"group_size": rounding.settings.group_size}
+
+
+def measure_sensitivity(rounding: Rounding, choices: Sequence[int]) -> dict[str, Any]:
+    """The content of sensitivity.json: every layer's weight at each of these bits, and every input, one at a time."""
+    mmdit, layers = rounding.open(), rounding.layers
+    samples = rounding.whole_samples()
+    total = sum(out * width for out, width in (layer.shape for layer in layers.values()))
+    chosen, chunk = spread_over(samples.training, MEASURED_ON[total > LARGE]), AT_ONCE[total > LARGE]
+    probe = Probe(mmdit, rounding.blocks, samples, [chosen[i : i + chunk] for i in range(0, len(chosen), chunk)])
+    found: dict[str, Any] = {name: {"weights": {}, "size": int(np.prod(one.shape))} for name, one in layers.items()}
+    inputs: dict[str, list[float]] = {}
+    owners = {layer.input_owner for layer in layers.values()}
+    with progress_bar(len(layers) * len(choices) + len(owners), "sensitivity", "measurement") as bar:
+        for block in rounding.blocks:
+            for layer in (one for one in model_blocks(mmdit)[block].layers if one.name in layers):
+                for bits in choices:
+                    found[layer.name]["weights"][str(bits)] = float(
+                        probe.of_weight(layer, bits, rounding.settings.group_size).mean()
+                    )
+                    bar.update()
+                if layer.input_owner not in inputs:
+                    inputs[layer.input_owner] = probe.of_input(layer)
+                    bar.update()
+            probe.go_on()
+    sigmas = [rounding.schedule[step] for step in rounding.cache["key_timesteps"]]
+    return described(rounding) | {"num_samples": len(chosen), "sigmas": sigmas, "layers": found, "inputs": inputs}
+
+
+class Probe:
+    """The model run on from the block that is being measured: what comes before is not run again."""
+
+    def __init__(
+        self, mmdit: nn.Module, blocks: Sequence[str], samples: TrainingSamples, chunks: Sequence[Sequence[int]]
+    ):
+        self.mmdit, self._blocks, self._at = mmdit, [model_blocks(mmdit)[name] for name in blocks], 0
+        batches = [samples.batch(chunk) for chunk in chunks]
+        self._modulations = [batch[2] for batch in batches]
+        self._tokens = [batch[:2] for batch in batches]
+        self._steps = np.concatenate([samples.steps(chunk) for chunk in chunks])
+        self._every_step = len(samples.all_steps)
+        self._counts = [len(chunk) for chunk in chunks]
+        self._outputs = [self._output(index, Substitution({}, {})) for index in range(len(chunks))]
+        mx.eval(self._tokens, self._modulations, self._outputs)
+        self._power = float(np.mean([mx.mean(mx.square(output)).item() for output in self._outputs]))
+
+    def go_on(self) -> None:
+        """To the next block."""
+        block, tokens = self._blocks[self._at], []
+        for given, modulation in zip(self._tokens, self._modulations, strict=True):
+            tokens.append(block.run(given, modulation))
+            mx.eval(tokens[-1])
+        self._tokens, self._at = tokens, self._at + 1
+
+    def of_weight(self, layer: Layer, bits: int, group_size: int) -> np.ndarray:
+        """The output's squared error, relative to its mean square, with this layer rounded to nearest: (samples,)."""
+        weight = QuantizedLayer.nearest(np.array(layer.weight, np.float32), bits, group_size).as_mlx().weight
+        biases = {} if layer.bias is None else {layer.name: layer.bias}
+        return self._errors(lambda: Substitution({layer.name: weight}, biases))
+
+    def of_input(self, layer: Layer) -> list[float]:
+        """The output's relative squared error for each unit of squared error of the layer's input, at every cached step."""
+        energies: list[mx.array] = []
+
+        def noisy(name: str, x: mx.array) -> mx.array:
+            size = INPUT_NOISE * mx.sqrt(mx.mean(mx.square(x)))
+            noise = size * (mx.random.uniform(shape=x.shape, key=mx.random.key(len(energies))) * 2 - 1) * 3**0.5
+            energies.append(mx.mean(mx.square(noise)))
+            return x + noise
+
+        sharing = [one for one in self._blocks[self._at].layers if one.input_owner == layer.input_owner]
+        weights = {one.name: one.weight for one in sharing}
+        biases = {one.name: one.bias for one in sharing if one.bias is not None}
+        errors = self._errors(lambda: Substitution(weights, biases, noisy))
+        energy = np.repeat([each.item() for each in energies], self._counts)
+        gains = errors / np.maximum(energy, 1e-30)
+        every = [gains[self._steps == step] for step in range(self._every_step)]
+        return [float(each.mean() if each.size else gains.mean()) for each in every]
+
+    def _errors(self, stand_in: Any) -> np.ndarray:
+        """Relative squared error of the output of every sample, (samples,)."""
+        errors: list[mx.array] = []
+        with streams_for(len(self._counts)) as streams:
+            for index, (reference, count) in enumerate(zip(self._outputs, self._counts, strict=True)):
+                with mx.stream(streams[index % len(streams)]):
+                    difference = mx.square(self._output(index, stand_in()) - reference).reshape(count, -1)
+                    errors.append(difference.mean(axis=1))
+                if (index + 1) % len(streams) == 0:
+                    mx.eval(errors)
+        return np.concatenate([np.array(each, np.float64) for each in errors]) / self._power
+
+    def _output(self, index: int, stand_in: Substitution) -> mx.array:
+        """The velocity of a chunk of samples, run on from here."""
+        tokens, modulation = self._tokens[index], self._modulations[index]
+        with substituted_layers(self.mmdit, stand_in.compute):
+            for block in self._blocks[self._at :]:
+                tokens = block.run(tokens, modulation)
+        return run_final_layer(self.mmdit, tokens[0], modulation)
+
+
+# --- who gets how many bits ---------------------------------------------------------------------------------
+
+
+def matching(layers: Iterable[str], pattern: str, option: str) -> list[str]:
+    """The layers that a pattern of an option names (`*` and `?` as in a shell). Raises OptionError for one that names none."""
+    found = [name for name in layers if fnmatchcase(name, pattern)]
+    if not found:
+        raise OptionError(
+            f"{option} {pattern}: no layer has such a name; they are called mm0.img.attn.q_proj, mm0.txt.mlp.fc2, …"
+        )
+    return found
+
+
+def bits_by_hand(layers: Sequence[str], given: Sequence[str]) -> dict[str, int]:
+    """`--bits PATTERN=BITS`, the last one that names a layer counts. Raises OptionError."""
+    chosen: dict[str, int] = {}
+    for option in given:
+        pattern, _, bits = option.rpartition("=")
+        if not pattern or bits not in map(str, NATIVE_BITS):
+            raise OptionError(f"--bits {option}: PATTERN=BITS with 2, 3, 4, 5, 6 or 8 bits, such as '*.mlp.fc2=8'")
+        chosen |= dict.fromkeys(matching(layers, pattern, "--bits"), int(bits))
+    return chosen
+
+
+def bit_choices(text: str, average_bits: float) -> list[int]:
+    """`--bit-choices 4,8`. Raises OptionError where they cannot be, or cannot be of this average."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part in map(str, NATIVE_BITS) for part in parts):
+        raise OptionError(f"--bit-choices {text}: of 2, 3, 4, 5, 6 and 8, such as 4,8")
+    choices = sorted(set(map(int, parts)))
+    if not choices[0] <= average_bits <= choices[-1]:
+        raise OptionError(
+            f"--average-bits {average_bits:g} is not between the --bit-choices {choices[0]} and {choices[-1]}"
+        )
+    return choices
+
+
+def allocate_bits(
+    sensitivity: Mapping[str, Any],
+    layers: Sequence[str],
+    by_hand: Mapping[str, int],
+    choices: Sequence[int],
+    average_bits: float,
+) -> dict[str, int]:
+    """Bits of every layer, so many on average over their weights; what was set by hand counts, and stays."""
+    measured = sensitivity["layers"]
+    costs = [
+        {by_hand[name]: 0.0} if name in by_hand else {bits: measured[name]["weights"][str(bits)] for bits in choices}
+        for name in layers
+    ]
+    chosen, _ = allocate(costs, [measured[name]["size"] for name in layers], average_bits)
+    return dict(zip(layers, chosen, strict=True))
+
+
+@dataclass(frozen=True)
+class BitOptions:
+    """`--average-bits`, `--bit-choices`, `--bits`, `--exclude` as given."""
+
+    average_bits: float | None
+    bit_choices: str
+    bits: Sequence[str]
+    exclude: Sequence[str]
+
+
+def choose_bits(rounding: Rounding, options: BitOptions, dry_run: bool) -> Rounding:
+    """The run with bits for every layer; measures what is not known yet, but not in a dry run. Raises OptionError."""
+    every = list(rounding.layers)
+    excluded = [name for pattern in options.exclude for name in matching(every, pattern, "--exclude")]
+    layers = [name for name in every if name not in excluded]
+    if not layers:
+        raise OptionError("--exclude leaves no layer")
+    settings = replace(rounding.settings, excluded=list(dict.fromkeys(excluded)))
+    chosen = bits_by_hand(layers, options.bits)
+    if options.average_bits is not None:
+        choices = bit_choices(options.bit_choices, options.average_bits)
+        if len(rounding.blocks) != len(model_blocks(rounding.mmdit)):
+            raise OptionError("--average-bits is of the whole model: leave --blocks out")
+        settings = replace(settings, average_bits=options.average_bits, bit_choices=choices)
+        sensitivity = known_sensitivity(rounding, choices)
+        if sensitivity is None and not dry_run:
+            sensitivity = measure_sensitivity(rounding, choices)
+            write_sensitivity(rounding.paths.calib_dir, sensitivity)
+        if sensitivity is not None:
+            chosen = allocate_bits(sensitivity, layers, chosen, choices, options.average_bits)
+    other = {name: bits for name, bits in chosen.items() if bits != settings.weight_bits}
+    return replace(rounding, settings=replace(settings, layer_bits=other))
