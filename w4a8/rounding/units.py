@@ -1,6 +1,7 @@
 """What is trained together for its own output: one class a kind of unit, layer, sublayer, block or whole model."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -167,20 +168,27 @@ class Unit:
         """For each row of a batch, which of the cached steps it is of."""
         return mx.array(np.repeat(self.samples.steps(indices), len(batch[0]) // len(indices)))
 
+    @functools.cache  # noqa: B019  (a unit lives as long as its training)
+    def _loss_and_gradients(self, with_inputs: bool) -> Callable:
+        """(weights, biases and ranges; batch; step of each row; key) -> loss and gradients; compiled on a GPU."""
+
+        def loss_of(parameters: Gradients, batch: list[mx.array], rows: mx.array, key: mx.array) -> mx.array:
+            quantize = self.rule(parameters["ranges"]).of_rows(rows) if with_inputs else None
+            stand_in = Substitution(parameters["weights"], parameters["biases"], quantize, self.settings.qdrop, key)
+            parts = self.loss_parts(stand_in, batch)
+            return sum(parts) / len(parts)
+
+        found = mx.value_and_grad(loss_of)
+        import os
+
+        return mx.compile(found) if os.environ.get("W_COMPILE") else found
+
     def gradients(self, state: QuantizedUnit, indices: np.ndarray, iteration: int) -> tuple[mx.array, Gradients]:
         """Loss and its gradients with respect to weights, biases and ranges.
 
         Of a micro-batch at a time, on a CPU one a core, and summed in their order: what works side by side changes nothing.
         """
-        settings = self.settings
-
-        def loss_of(parameters: Gradients, batch: list[mx.array], rows: mx.array, key: mx.array) -> mx.array:
-            rule = None if state.rule is None else self.rule(parameters["ranges"])
-            quantize = None if rule is None else rule.of_rows(rows)
-            stand_in = Substitution(parameters["weights"], parameters["biases"], quantize, settings.qdrop, key)
-            parts = self.loss_parts(stand_in, batch)
-            return sum(parts) / len(parts)
-
+        settings, loss_of = self.settings, self._loss_and_gradients(state.rule is not None)
         parameters = {"weights": state.weights, "biases": state.biases, "ranges": state.ranges}
         mx.eval(parameters)
         parts = [slice(start, start + settings.chunk) for start in range(0, len(indices), settings.chunk)]
@@ -193,9 +201,7 @@ class Unit:
                     with mx.stream(stream):
                         batch = self.samples.batch(indices[part], key)
                         share = len(indices[part]) / len(indices)
-                        given = mx.value_and_grad(loss_of)(
-                            parameters, batch, self._step_rows(indices[part], batch), key
-                        )
+                        given = loss_of(parameters, batch, self._step_rows(indices[part], batch), key)
                         found.append(tree_map(partial(mx.multiply, share), given))
                 mx.eval(found)
                 for each in found:
@@ -372,6 +378,21 @@ class LayerUnit(Unit):
                 mx.eval(totals)
             self._grams[key] = totals
         return self._grams[key]
+
+    @functools.cache  # noqa: B019  (a unit lives as long as its training)
+    def _loss_and_gradients(self, with_inputs: bool) -> Callable:
+        """(weights, biases and ranges; batch; step of each row; key) -> loss and gradients; compiled on a GPU."""
+
+        def loss_of(parameters: Gradients, batch: list[mx.array], rows: mx.array, key: mx.array) -> mx.array:
+            quantize = self.rule(parameters["ranges"]).of_rows(rows) if with_inputs else None
+            stand_in = Substitution(parameters["weights"], parameters["biases"], quantize, self.settings.qdrop, key)
+            parts = self.loss_parts(stand_in, batch)
+            return sum(parts) / len(parts)
+
+        found = mx.value_and_grad(loss_of)
+        import os
+
+        return mx.compile(found) if os.environ.get("W_COMPILE") else found
 
     def gradients(self, state: QuantizedUnit, indices: np.ndarray, iteration: int) -> tuple[mx.array, Gradients]:
         """Over all training samples; biases and ranges are left alone."""
