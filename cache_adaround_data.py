@@ -96,6 +96,7 @@ def run(
         passes = StoredPasses(pipeline, calib_dir, manifest, images, 1 if dry_run else text_group)
         seconds, arrays = passes.probe(plan["key_timesteps"][0], recording.record)
         kept = {key: array.shape for key, array in arrays.items()}
+        shapes = recording.shapes(arrays)
         size = npz_bytes(cached_sample_arrays(0, 0, arrays))
         todo = folder.todo(places, lambda place: is_cached(paths, *place, kept))
         click.echo(
@@ -111,12 +112,11 @@ def run(
             with (
                 cli.progress_bar(len(places), "samples", "sample", initial=len(places) - len(todo)) as bar,
                 BackgroundWriter(pending=0) as writer,  # one sample being written, one being made
-                closing(passes.over(todo)) as left,
+                closing(recording.record_all(passes, todo)) as left,
             ):
-                for one in left:
-                    writer.submit(write_cached_sample, paths, one.image_id, one.step, recording.record(one))
+                for place, arrays in left:
+                    writer.submit(write_cached_sample, paths, *place, arrays)
                     bar.update()
-            shapes = recording.shapes(arrays)
             folder.finish(lambda: write_cache_metadata(paths, manifest, plan, recording.blocks, recording.keys, shapes))
     click.echo(f"wrote {paths.metadata} and {paths.samples}/")
 

@@ -1,10 +1,12 @@
 """Stage 2W: catch the boundaries between blocks in one pass."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from calibration_store.block_cache import VELOCITY, boundary_keys, ends_of
 from calibration_store.errors import OptionError, StoreError
@@ -13,7 +15,7 @@ from hooks import hooked_blocks
 from w4a8.model.layers import model_blocks
 from w4a8.model.needs import config_of, text_tokens
 from w4a8.model.parts import Pipeline
-from w4a8.passes import Pass
+from w4a8.passes import Batch, Pass, Place, StoredPasses
 
 
 class BlockRecorder:
@@ -65,8 +67,23 @@ class Recording:
         self.blocks: Sequence[str] = [name for name in names if name in chosen]
         self._first = self.keys[names[0]][0] if ends else None
 
-    def record(self, one: Pass) -> dict[str, mx.array]:
-        """Run a pass; the arrays of its sample file, float16."""
+    def record_all(
+        self, passes: StoredPasses, places: Sequence[Place]
+    ) -> Iterator[tuple[Place, dict[str, np.ndarray]]]:
+        """The arrays of every place's sample file; several places in a pass where that costs nothing and ends are enough."""
+        size = passes.samples_at_once() if self._first is not None else 1
+        if size == 1:
+            with closing(passes.over(places)) as left:
+                for one in left:
+                    yield (one.image_id, one.step), self.record(one)
+            return
+        for batch in passes.batches(places, size):
+            arrays = {key: np.array(array) for key, array in self.record(batch).items()}
+            for index, place in enumerate(batch.places):
+                yield place, {key: array[index :: len(batch.places)] for key, array in arrays.items()}
+
+    def record(self, one: Pass | Batch) -> dict[str, mx.array]:
+        """Run a pass; float16 arrays, those of its sample file where it is of one sample."""
         recorder = BlockRecorder(self.keys)
         with hooked_blocks(
             one.pipeline.mmdit, recorder.record, self.blocks if self._first is None else self.blocks[:1]

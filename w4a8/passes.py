@@ -15,11 +15,11 @@ import numpy as np
 from calibration_store.layout import CalibrationPaths
 from calibration_store.manifest import run_identity, select_images, select_steps
 from calibration_store.samples import read_sample
-from w4a8.model.needs import needs_of, refuse_too_large
+from w4a8.model.needs import config_of, needs_of, refuse_too_large, text_tokens
 from w4a8.model.parts import Pipeline
-from w4a8.model.replay import Replay, replaying
+from w4a8.model.replay import Replay, modulated, replaying
 from w4a8.model.runs import run_schedule
-from w4a8.model.text import Texts
+from w4a8.model.text import TextConditioning, Texts
 from w4a8.parallel import threads_for
 
 Result = TypeVar("Result")
@@ -47,6 +47,50 @@ class Pass:
     def modulation_input(self) -> mx.array:
         """What feeds every adaLN layer, (R, 1, 1, hidden), unevaluated."""
         return self.replay.modulation_input(self.sample["timestep"])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Several samples in one pass, of any images and steps: row r·samples + i of its arrays is of sample i.
+
+    Its figures differ from those of each sample's own pass by float noise.
+    """
+
+    pipeline: Pipeline
+    places: Sequence[Place]
+    samples: Sequence[Mapping[str, np.ndarray]]
+    text: TextConditioning
+
+    @property
+    def where(self) -> str:
+        (first, step), (last, _) = self.places[0], self.places[-1]
+        return f"step {step} of image {first}" if len(self.places) == 1 else f"images {first} to {last}"
+
+    @property
+    def _rows(self) -> int:
+        return len(self.text.pooled) // len(self.places)
+
+    def forward(self) -> mx.array:
+        """The transformer's output (R·samples, h, w, 16), unevaluated."""
+        latents = np.concatenate([sample["x"] for sample in self.samples] * self._rows)
+        with modulated(self.pipeline.mmdit, self.modulation_input()):
+            return self.pipeline.mmdit(
+                latent_image_embeddings=mx.array(latents),
+                token_level_text_embeddings=mx.expand_dims(self.text.tokens, 2),
+                timestep=mx.zeros((1,)),
+            )
+
+    def modulation_input(self) -> mx.array:
+        """What feeds every adaLN layer, (R·samples, 1, 1, hidden), unevaluated."""
+        timesteps = mx.array(np.concatenate([sample["timestep"][None] for sample in self.samples] * self._rows))
+        mmdit = self.pipeline.mmdit
+        return mmdit.y_embedder(self.text.pooled)[:, None, None, :] + mmdit.t_embedder(timesteps)
+
+
+LAUNCH_BOUND, MOST_AT_ONCE = (
+    2**22,
+    64,
+)  # elements of a GPU's token arrays below which passes cost the same; samples at most
 
 
 @dataclass(frozen=True)
@@ -88,6 +132,24 @@ class StoredPasses:
             ):
                 for step, sample in zip(steps, samples, strict=True):
                     yield Pass(self.pipeline, image_id, step, sample, replay)
+
+    def samples_at_once(self) -> int:
+        """Samples in one pass that cost a GPU no more than one alone; 1 on a CPU."""
+        if mx.default_device() == mx.Device(mx.cpu):
+            return 1
+        config, (height, width) = config_of(self.pipeline), self.manifest["latent_size"]
+        tokens = height * width // config.patch_size**2 + text_tokens(self.pipeline)
+        rows = 2 if self.manifest["cfg_scale"] > 0 else 1
+        return max(1, min(MOST_AT_ONCE, LAUNCH_BOUND // (rows * tokens * config.hidden_size)))
+
+    def batches(self, places: Sequence[Place], size: int) -> Iterator[Batch]:
+        """Passes over so many places at once, which need not be of one image."""
+        prompts = {image["image_id"]: image["prompt"] for image in self.images}
+        schedule, paths = run_schedule(self.manifest), CalibrationPaths(self.calib_dir)
+        for start in range(0, len(places), size):
+            chosen = places[start : start + size]
+            samples = [read_sample(paths, self.manifest, *place, schedule) for place in chosen]
+            yield Batch(self.pipeline, chosen, samples, self.texts.of([prompts[image_id] for image_id, _ in chosen]))
 
     def probe(self, step: int, work: Callable[[Pass], Result]) -> tuple[float, Result]:
         """Seconds of `work` on the first image's pass at a step (the second of two times), and what it gave."""

@@ -5,8 +5,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
+from w4a8.model.layers import model_blocks
 from w4a8.model.modulation import modulation_cache
 from w4a8.model.parts import Pipeline
 from w4a8.model.text import TextConditioning, Texts, encode_prompts
@@ -57,3 +59,20 @@ def replaying(
         text = texts.of([image["prompt"]])
     with modulation_cache(pipeline, [text.pooled], mx.array(np.array(timesteps))):
         yield Replay(pipeline, text)
+
+
+@contextlib.contextmanager
+def modulated(mmdit: nn.Module, modulation_input: mx.array) -> Iterator[None]:
+    """Let every adaLN layer take its rows of modulation_input (rows, 1, 1, hidden), whatever timestep 0 is called with.
+
+    The rows of a pass may be of different prompts and noise levels then.
+    """
+    owners = [stream for block in model_blocks(mmdit).values() for stream in block.streams.values()]
+    owners.append(mmdit.final_layer)
+    try:
+        for module in owners:
+            module["_modulation_params"] = {0.0: module.adaLN_modulation(modulation_input)}
+        yield
+    finally:
+        for module in owners:
+            module.pop("_modulation_params", None)
