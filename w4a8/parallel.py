@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import click
@@ -86,3 +86,11 @@ def announce_compilation(what: str) -> None:
     """Say once that a GPU is about to compile: MLX does so at a kernel's first use, for up to a minute, and keeps what it can."""
     if mx.default_device() != mx.Device(mx.cpu):
         click.echo(f"compiling {what}, once …", err=True)
+
+
+def fused(function: Callable) -> Callable:
+    """A function of MLX arrays, element by element, as one kernel on a GPU: many small ones are what an iteration waits for.
+
+    As it is on a CPU, where compiling costs more, and where its gradients are taken.
+    """
+    return function if mx.default_device() == mx.Device(mx.cpu) or os.environ.get("W_NOFUSE") else mx.compile(function)

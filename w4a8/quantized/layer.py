@@ -1,6 +1,7 @@
 """What a quantized layer is: codes, grid and bias, whatever made them; and the same as MLX runs it."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from calibration_store.model_folder import PACKED_GROUPS
+from w4a8.parallel import fused
 from w4a8.quantized.arithmetic import dequantize, min_max_grid, nearest_codes, pack_codes
 
 SMALLEST_SCALE = 2.0**-24  # the smallest float16 above 0
@@ -37,6 +39,12 @@ def deployed_grid(scale: Any, zero_point: Any) -> tuple[Any, Any]:
     return scale, -minimum / scale
 
 
+@functools.cache
+def fused_weight() -> Callable:
+    """(codes float32, scale, zero point) -> Ŵ on the grid that is deployed; MLX."""
+    return fused(lambda codes, scale, zero_point: dequantize(codes, *deployed(scale, zero_point)))
+
+
 @dataclass(frozen=True)
 class QuantizedLayer:
     """Codes (out, in), scale and zero point (out, groups) float32, bias (out,) or None.
@@ -54,8 +62,9 @@ class QuantizedLayer:
     @property
     def weight(self) -> Any:
         """Ŵ (out, in) float32."""
-        codes = self.codes if isinstance(self.codes, mx.array) else self.codes.astype(np.float32)
-        return dequantize(codes, *deployed(self.scale, self.zero_point))
+        if isinstance(self.codes, mx.array):
+            return fused_weight()(self.codes, self.scale, self.zero_point)
+        return dequantize(self.codes.astype(np.float32), *deployed(self.scale, self.zero_point))
 
     @property
     def deployed_bias(self) -> Any:

@@ -1,5 +1,6 @@
 """The optimization of one unit: rounding variables first, then with the codes decided scales, zero points, biases, ranges."""
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -11,6 +12,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from w4a8.cli.progress import ProgressBar
+from w4a8.parallel import fused
 from w4a8.rounding.settings import EVALUATED, LR_SCALES, cosine, spread_over
 from w4a8.rounding.units import Arrays, Gradients, Unit
 
@@ -22,13 +24,37 @@ class NotFiniteError(ArithmeticError):
     """A loss or a gradient is NaN or infinite: nothing can be learned from it."""
 
 
+class Adam(optimizers.Adam):
+    """MLX's, a parameter's update in one kernel on a GPU."""
+
+    @functools.cached_property
+    def _update(self) -> Callable:
+        def update(gradient, parameter, m, v, learning_rate, step):  # MLX arrays
+            within = {"m": m, "v": v}
+            known, self._state = self._state, {"learning_rate": learning_rate, "step": step}
+            try:
+                moved = optimizers.Adam.apply_single(self, gradient, parameter, within)
+            finally:
+                self._state = known
+            return moved, within["m"], within["v"]
+
+        return fused(update)
+
+    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> mx.array:
+        """The moved parameter; state holds its moments."""
+        moved, state["m"], state["v"] = self._update(
+            gradient, parameter, state["m"], state["v"], self.state["learning_rate"], self.state["step"]
+        )
+        return moved
+
+
 class Training:
     """A unit's state, optimizers and iteration; `step` takes one."""
 
     def __init__(self, unit: Unit):
         self.unit, self.settings, self.iteration = unit, unit.settings, 0
         self.state: dict[str, Arrays] = {key: dict(value) for key, value in unit.start.items()}
-        self.optimizers = {name: optimizers.Adam(1e-3, bias_correction=True) for name in OPTIMIZERS}
+        self.optimizers = {name: Adam(1e-3, bias_correction=True) for name in OPTIMIZERS}
         self.fixed = self.first_fixed()
         self._good = (self._parts(), 0)  # the last state whose loss was finite, and its iteration
 

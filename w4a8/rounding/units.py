@@ -14,7 +14,7 @@ from mlx.utils import tree_map
 from calibration_store.names import layer_role
 from hooks import substituted_layers
 from w4a8.model.layers import Layer, model_blocks, model_layers, run_final_layer
-from w4a8.parallel import streams_for
+from w4a8.parallel import fused, streams_for
 from w4a8.quantized.activation_rules import DynamicPerToken, Learned
 from w4a8.quantized.arithmetic import grid_position, searched_grid
 from w4a8.quantized.layer import QuantizedLayer, deployed_grid
@@ -74,6 +74,8 @@ class Unit:
         self.mmdit, self.samples, self.settings = mmdit, samples, settings
         self.name, self.layers = part.name, part.layers
         self.method = METHODS[settings.rounding](settings)
+        self._decided = fused(lambda floor, alpha, top: mx.clip(floor + (alpha >= 0).astype(mx.float32), 0, top))
+        self._undecided = fused(lambda floor, alpha, top: mx.clip(floor + self.method.up(alpha), 0, top))
         blocks, layers = model_blocks(mmdit), model_layers(mmdit)
         self._blocks = [blocks[name] for name in job.blocks]
         linears: dict[str, Layer] = {name: layers[name] for name in self.layers}
@@ -170,7 +172,7 @@ class Unit:
 
     @functools.cache  # noqa: B019  (a unit lives as long as its training)
     def _loss_and_gradients(self, with_inputs: bool) -> Callable:
-        """(weights, biases and ranges; batch; step of each row; key) -> loss and gradients; compiled on a GPU."""
+        """(weights, biases and ranges; batch; step of each row; key) -> loss and gradients."""
 
         def loss_of(parameters: Gradients, batch: list[mx.array], rows: mx.array, key: mx.array) -> mx.array:
             quantize = self.rule(parameters["ranges"]).of_rows(rows) if with_inputs else None
@@ -178,10 +180,7 @@ class Unit:
             parts = self.loss_parts(stand_in, batch)
             return sum(parts) / len(parts)
 
-        found = mx.value_and_grad(loss_of)
-        import os
-
-        return mx.compile(found) if os.environ.get("W_COMPILE") else found
+        return mx.value_and_grad(loss_of)
 
     def gradients(self, state: QuantizedUnit, indices: np.ndarray, iteration: int) -> tuple[mx.array, Gradients]:
         """Loss and its gradients with respect to weights, biases and ranges.
@@ -219,12 +218,9 @@ class Unit:
 
     def codes(self, state: dict[str, Arrays], hard: bool) -> Arrays:
         """Codes (out, in) float32; between two of the grid's while a method is undecided, unless `hard`."""
+        up = self._decided if hard else self._undecided
         return {
-            name: mx.clip(
-                self._floor[name] + ((alpha >= 0).astype(mx.float32) if hard else self.method.up(alpha)),
-                0,
-                2 ** self.settings.bits(name) - 1,
-            )
+            name: up(self._floor[name], alpha, mx.array(2.0 ** self.settings.bits(name) - 1))
             for name, alpha in state["alpha"].items()
         }
 
@@ -381,7 +377,7 @@ class LayerUnit(Unit):
 
     @functools.cache  # noqa: B019  (a unit lives as long as its training)
     def _loss_and_gradients(self, with_inputs: bool) -> Callable:
-        """(weights, biases and ranges; batch; step of each row; key) -> loss and gradients; compiled on a GPU."""
+        """(weights, biases and ranges; batch; step of each row; key) -> loss and gradients."""
 
         def loss_of(parameters: Gradients, batch: list[mx.array], rows: mx.array, key: mx.array) -> mx.array:
             quantize = self.rule(parameters["ranges"]).of_rows(rows) if with_inputs else None
@@ -389,10 +385,7 @@ class LayerUnit(Unit):
             parts = self.loss_parts(stand_in, batch)
             return sum(parts) / len(parts)
 
-        found = mx.value_and_grad(loss_of)
-        import os
-
-        return mx.compile(found) if os.environ.get("W_COMPILE") else found
+        return mx.value_and_grad(loss_of)
 
     def gradients(self, state: QuantizedUnit, indices: np.ndarray, iteration: int) -> tuple[mx.array, Gradients]:
         """Over all training samples; biases and ranges are left alone."""
