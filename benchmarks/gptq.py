@@ -58,7 +58,7 @@ def run(calib_dir: Path, output: Path, bits: int, group_size: int) -> None:
     paths = WeightPaths(output)
     with progress_bar(len(blocks), "blocks", "block") as bar:
         for job in LayerUnit.jobs(model_layers(mmdit), blocks):
-            samples = Samples(calib_dir, cache, job.blocks)
+            samples = Samples.of_stretch(calib_dir, cache, job.blocks)
             unit = LayerUnit(mmdit, job, job.parts[0], samples, settings)
             grams = unit.grams(samples.training + samples.held_out)
             layers = {

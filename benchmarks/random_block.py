@@ -30,7 +30,13 @@ class RandomSamples:
     def num_bytes(self) -> int:
         return sum(array.nbytes for array in self.arrays)
 
-    def batch(self, indices: Sequence[int]) -> list[mx.array]:
+    all_steps, holds_velocity = range(1), False
+
+    def steps(self, indices: Sequence[int]) -> np.ndarray:
+        """As stage 3W's Samples: all are of one step."""
+        return np.zeros(len(indices), np.int64)
+
+    def batch(self, indices: Sequence[int], key: mx.array | None = None) -> list[mx.array]:
         """As stage 3W's Samples."""
         picked = (array[indices] for array in self.arrays)
         return [mx.array(array.reshape(-1, *array.shape[2:])).astype(mx.float32) for array in picked]

@@ -23,7 +23,7 @@ def finished_run(base: Path) -> Path:
     folder = base / "finished/run"
     for script, *arguments in (
         ("generate_calibration_data", "--model", model_copy(base), *SMALL),
-        ("cache_adaround_data", "--num-images", 2, "--stride", 2),
+        ("cache_adaround_data", "--num-images", 2, "--stride", 2, "--boundaries", "all"),
         ("collect_layer_activations", "--num-images", 2, "--stride", 2),
         ("analyze_activations", "--plot"),
         ("optimize_adaround", "--iters", 10, "--batch-size", 2, "--unit", "layer"),

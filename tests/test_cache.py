@@ -16,7 +16,7 @@ from w4a8.model.modulation import modulation_cache
 from w4a8.model.replay import Replay
 from w4a8.model.text import encode_prompts
 
-ARGUMENTS = ["--num-images", 2, "--stride", 2]
+ARGUMENTS = ["--num-images", 2, "--stride", 2, "--boundaries", "all"]
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,8 @@ from w4a8.model.loading import load_pipeline
 from w4a8.model.parts import DECODER, TEXT, TRANSFORMER, whole_model
 from w4a8.model.runs import run_transformer
 from w4a8.model.text import Texts, encode_prompts
-from w4a8.rounding.jobs import IterationBytes, half_alpha
+from w4a8.rounding.jobs import half_alpha
+from w4a8.rounding.memory import IterationBytes
 from w4a8.rounding.samples import Samples
 from w4a8.rounding.settings import Settings
 from w4a8.rounding.units import BlockUnit
@@ -131,7 +132,7 @@ def unit_of(folder, micro_batch, samples=None):
     job = BlockUnit.jobs(model_layers(mmdit), ["mm2"])[0]
     settings = Settings(20, 4, 4, 8, 64, "ste", 0.0, 4e-3, 1e-3, 0.01, 3, micro_batch)
     return BlockUnit(
-        mmdit, job, job.parts[0], samples or Samples(folder, read_cache_metadata(folder), ["mm2"]), settings
+        mmdit, job, job.parts[0], samples or Samples.of_stretch(folder, read_cache_metadata(folder), ["mm2"]), settings
     )
 
 
@@ -166,9 +167,9 @@ def test_how_many_work_side_by_side_changes_nothing_at_all(finished, monkeypatch
 
 def test_samples_that_do_not_fit_stay_in_their_files(finished, monkeypatch):
     cache = read_cache_metadata(finished)
-    held = Samples(finished, cache, ["mm1"])
+    held = Samples.of_stretch(finished, cache, ["mm1"])
     monkeypatch.setattr(samples_module, "SAMPLES_SHARE", 0)
-    mapped = Samples(finished, cache, ["mm1"])
+    mapped = Samples.of_stretch(finished, cache, ["mm1"])
     assert held.held_bytes == held.num_bytes == mapped.num_bytes and mapped.held_bytes == 0
     for a, b in zip(held.batch([3, 1]), mapped.batch(np.array([3, 1])), strict=True):
         assert a.dtype == b.dtype and mx.array_equal(a, b)

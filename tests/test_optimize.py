@@ -41,7 +41,7 @@ def cached(tmp_path_factory):
     """A calibration run of 3 images × 4 steps with its block cache."""
     folder = tmp_path_factory.mktemp("optimize") / "run"
     assert generate("--num-images", 3, "--num-steps", 4, "--no-images", "--calib-dir", folder).exit_code == 0
-    done = invoke("cache_adaround_data", "--calib-dir", folder, "--num-images", 3, "--stride", 2)
+    done = invoke("cache_adaround_data", "--calib-dir", folder, "--num-images", 3, "--stride", 2, "--boundaries", "all")
     assert done.exit_code == 0, done.output
     return folder
 
@@ -190,7 +190,7 @@ def unit(cached):
 def block_unit(folder, rounding):
     mmdit = load_run_pipeline(read_manifest(folder), {TRANSFORMER: "float32"}).mmdit
     job = BlockUnit.jobs(model_layers(mmdit), list(model_blocks(mmdit)))[2]
-    samples = Samples(folder, read_cache_metadata(folder), job.blocks)
+    samples = Samples.of_stretch(folder, read_cache_metadata(folder), job.blocks)
     settings = Settings(20, 2, 4, 8, 64, rounding, 0.5, 4e-3, 1e-3, 0.01, 3)
     return BlockUnit(mmdit, job, job.parts[0], samples, settings)
 
