@@ -43,9 +43,9 @@ def run(calib_dir: Path, output: Path, bits: int, group_size: int) -> None:
     from w4a8.model.layers import model_layers
     from w4a8.model.parts import TRANSFORMER
     from w4a8.model.runs import load_run_pipeline
+    from w4a8.rounding.kinds import LayerUnit
     from w4a8.rounding.samples import Samples
     from w4a8.rounding.settings import Settings
-    from w4a8.rounding.units import LayerUnit
 
     cache = read_cache_metadata(calib_dir)
     blocks = cache["block_names"]

@@ -11,9 +11,10 @@ from w4a8 import blas
 from w4a8.model.diffusionkit import VAEDecoder, VAEDecoderConfig
 from w4a8.model.layers import model_blocks, model_layers
 from w4a8.parallel import run_cpu_streams_side_by_side
+from w4a8.rounding.kinds import BlockUnit
 from w4a8.rounding.settings import Settings
 from w4a8.rounding.training import Training
-from w4a8.rounding.units import BlockUnit, Job, Part
+from w4a8.rounding.units import Job, Part
 
 TEXT = 154
 

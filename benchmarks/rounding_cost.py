@@ -36,9 +36,9 @@ def main(hidden: int, tokens: int, text_tokens: int, samples: int, batch_size: i
     from benchmarks.random_transformer import random_transformer
     from w4a8.model.layers import model_blocks, model_layers
     from w4a8.parallel import run_cpu_streams_side_by_side
+    from w4a8.rounding.kinds import BlockUnit
     from w4a8.rounding.settings import ITERS, TUNE_SHARE, Settings
     from w4a8.rounding.training import Training
-    from w4a8.rounding.units import BlockUnit
 
     run_cpu_streams_side_by_side()
     # of two blocks the first is measured: the last one has no text MLP

@@ -30,10 +30,10 @@ from w4a8.model.parts import DECODER, TEXT, TRANSFORMER, whole_model
 from w4a8.model.runs import run_transformer
 from w4a8.model.text import Texts, encode_prompts
 from w4a8.rounding.jobs import half_alpha
+from w4a8.rounding.kinds import BlockUnit
 from w4a8.rounding.memory import IterationBytes
 from w4a8.rounding.samples import Samples
 from w4a8.rounding.settings import Settings
-from w4a8.rounding.units import BlockUnit
 
 PROMISE = 0.15  # how far the measured peak may be from what the dry run says
 TOOK = re.compile(r"\[took\] [\d.]+ s, (\d+) bytes MLX")

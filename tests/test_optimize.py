@@ -28,10 +28,11 @@ from w4a8.quantized.differentiable import (
     rounding_regularizer_gradient,
 )
 from w4a8.quantized.layer import QuantizedLayer, deployed, deployed_grid
+from w4a8.rounding.kinds import BlockUnit
 from w4a8.rounding.samples import Samples
 from w4a8.rounding.settings import EVALUATED, Settings, spread_over
 from w4a8.rounding.training import Training
-from w4a8.rounding.units import BlockUnit, QuantizedUnit
+from w4a8.rounding.units import QuantizedUnit
 
 QUICK = ("--iters", 10, "--batch-size", 2)
 

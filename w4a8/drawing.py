@@ -26,7 +26,8 @@ from w4a8.model.needs import needs_of, refuse_too_large
 from w4a8.model.parts import TRANSFORMER, Pipeline, whole_model
 from w4a8.model.sampling import decode_latents, euler_steps, initial_noise
 from w4a8.model.text import Texts, check_prompts
-from w4a8.quantized.activation_rules import ActivationRule, rule_of_export
+from w4a8.quantized.activation_rules import ActivationRule
+from w4a8.quantized.exported import rule_of_export
 
 
 @dataclass(frozen=True)

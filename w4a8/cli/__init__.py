@@ -11,6 +11,7 @@ from w4a8.cli.options import (
     text_group_option,
 )
 from w4a8.cli.progress import progress_bar
+from w4a8.cli.rounding_options import rounding_options
 from w4a8.cli.words import few, format_bytes, format_seconds
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "native_option",
     "progress_bar",
     "resume_options",
+    "rounding_options",
     "stage_command",
     "text_group_option",
 ]

@@ -19,7 +19,6 @@ from calibration_store.configs import read_config
 from calibration_store.errors import OptionError, StoreError
 from calibration_store.layout import ActivationPaths
 from calibration_store.names import is_post_gelu
-from calibration_store.quantized_model import EXPORT
 from hooks import hooked_layers
 from w4a8.model.layers import Layer
 from w4a8.quantized.differentiable import fake_quantize
@@ -373,30 +372,3 @@ def rule_of(part: str) -> tuple[type[ActivationRule], int | None] | None:
 def exported_range(clipping_range: float, shift: np.ndarray | None) -> dict[str, Any]:
     """A layer's entry in activations.json."""
     return {"clipping_range": clipping_range} | ({} if shift is None else {"shift": shift})
-
-
-def rule_of_export(content: Mapping[str, Any], path: Path) -> ActivationRule:
-    """The rule that an exported model's activations.json holds."""
-    bits = content["bits"]
-    if content["rule"] == DYNAMIC_PER_TOKEN:
-        return DynamicPerToken(bits)
-
-    def shift_of(entry: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        return {"shift": np.array(entry["shift"], np.float32)} if "shift" in entry else {}
-
-    if content["rule"] == STATIC:
-        layers = content["layers"]
-        shifts = {name: mx.array(shift_of(entry)["shift"]) for name, entry in layers.items() if "shift" in entry}
-        learned = Learned({name: entry["clipping_range"] for name, entry in layers.items()}, shifts, bits)
-        learned.remedy = f"run {EXPORT} with --force"
-        return learned
-    entries = {
-        content["sigma_map"][key]: {
-            name: {"bits": bits, "clipping_range": entry["clipping_range"]} | shift_of(entry)
-            for name, entry in layers.items()
-        }
-        for key, layers in content["per_timestep"].items()
-    }
-    by_step = StaticByStep(entries, path, {})
-    by_step.remedy = f"run {EXPORT} with --force"
-    return by_step

@@ -4,6 +4,10 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
 
 from calibration_store.errors import StoreError
 from calibration_store.layout import QuantizedModelPaths, WeightPaths
@@ -12,6 +16,14 @@ from calibration_store.quantized_model import EXPORT, read_export
 from w4a8.model.folder import load_folder_transformer
 from w4a8.model.layers import Layer, model_layers
 from w4a8.model.parts import TRANSFORMER, Pipeline
+from w4a8.quantized.activation_rules import (
+    DYNAMIC_PER_TOKEN,
+    STATIC,
+    ActivationRule,
+    DynamicPerToken,
+    Learned,
+    StaticByStep,
+)
 from w4a8.quantized.model import Weights
 from w4a8.quantized.native import PREFERRED
 
@@ -59,3 +71,30 @@ class ExportedWeights(Weights):
 
 def file_digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def rule_of_export(content: Mapping[str, Any], path: Path) -> ActivationRule:
+    """The rule that an exported model's activations.json holds."""
+    bits = content["bits"]
+    if content["rule"] == DYNAMIC_PER_TOKEN:
+        return DynamicPerToken(bits)
+
+    def shift_of(entry: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        return {"shift": np.array(entry["shift"], np.float32)} if "shift" in entry else {}
+
+    if content["rule"] == STATIC:
+        layers = content["layers"]
+        shifts = {name: mx.array(shift_of(entry)["shift"]) for name, entry in layers.items() if "shift" in entry}
+        learned = Learned({name: entry["clipping_range"] for name, entry in layers.items()}, shifts, bits)
+        learned.remedy = f"run {EXPORT} with --force"
+        return learned
+    entries = {
+        content["sigma_map"][key]: {
+            name: {"bits": bits, "clipping_range": entry["clipping_range"]} | shift_of(entry)
+            for name, entry in layers.items()
+        }
+        for key, layers in content["per_timestep"].items()
+    }
+    by_step = StaticByStep(entries, path, {})
+    by_step.remedy = f"run {EXPORT} with --force"
+    return by_step

@@ -20,6 +20,7 @@ from w4a8.cli.progress import ProgressBar
 from w4a8.quantized.arithmetic import grid_position
 from w4a8.rounding.checkpoint import Checkpoint
 from w4a8.rounding.end_to_end import after_phase
+from w4a8.rounding.memory import end_to_end_bytes
 from w4a8.rounding.run import END_TO_END, Rounding
 from w4a8.rounding.training import NotFiniteError, Training, train
 from w4a8.rounding.units import Job
@@ -160,7 +161,8 @@ def estimate(rounding: Rounding, todo: Sequence[Job], started: Mapping[str, Any]
     left = sum(rounding.iterations(job) for job in todo)
     if started is not None:
         left -= min(rounding.settings.iters * started["stage"] + started["iteration"], rounding.iterations(todo[0]))
-    return Estimate(left, seconds * left, mx.get_peak_memory() + samples.held_bytes)
+    peak = max(mx.get_peak_memory(), end_to_end_bytes(rounding))
+    return Estimate(left, seconds * left, peak + samples.held_bytes)
 
 
 class NothingLearned(OptionError):

@@ -1,5 +1,6 @@
 """What an iteration of stage 3W takes of the memory, and how many samples go through it at once."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,8 +10,8 @@ from calibration_store.errors import OptionError
 from w4a8.cli.words import format_bytes
 from w4a8.memory import device_memory
 from w4a8.parallel import cores
-from w4a8.rounding.run import END_TO_END, Rounding, job_layers
-from w4a8.rounding.units import UNITS
+from w4a8.rounding.kinds import UNITS
+from w4a8.rounding.run import END_TO_END, Rounding, job_layers, num_weights
 
 # What the peak of an iteration was measured to be on a CPU (benchmarks/memory.py --fit), that of the first one of
 # tuning: arrays of the unit's weights in float32 (the weights, floors, α, moments, codes, gradients, the state before);
@@ -39,6 +40,20 @@ class IterationBytes:
         parts = range(streams, batch_size + 1)  # of about the same size
         sizes = (-(-batch_size // count) for count in parts)
         return next((size for size in sizes if self.peak(size * streams) <= min(MEMORY_SHARE * memory, MOST_MEMORY)), 1)
+
+
+def end_to_end_bytes(rounding: Rounding) -> int:
+    """The peak of the last phase, from shapes alone: codes and grids of all, the tokens between the blocks, a block's gradients."""
+    if not rounding.settings.end_to_end:
+        return 0
+    cached, settings = boundary_shapes(rounding.cache), rounding.settings
+    sizes = [num_weights(map(rounding.layers.get, job_layers(job))) for job in rounding.jobs if job.name != END_TO_END]
+    tokens = sum(4 * math.prod(cached[key]) for key in block_keys(rounding.cache, rounding.blocks[0])[0])
+    at_once = min(settings.chunk * cores(), settings.batch_size)
+    grids = 8 * 4 * sum(sizes) // (settings.group_size or 1024)  # scales, zero points, their moments and slopes
+    block = iteration_bytes(rounding)
+    one = IterationBytes(4 * max(sizes), block.sample, 1)
+    return sum(sizes) + grids + at_once * tokens * len(rounding.blocks) + one.peak(at_once)
 
 
 def iteration_bytes(rounding: Rounding) -> IterationBytes:

@@ -1,7 +1,7 @@
 """A run of stage 3W: the model, what is trained in which pieces, and from what."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -17,10 +17,11 @@ from calibration_store.weights import LOSSES, WEIGHTS_FORMAT, read_quantized_blo
 from w4a8.model.layers import Layer, model_blocks, model_layers
 from w4a8.model.parts import check_finite
 from w4a8.rounding.end_to_end import EndToEnd, WholeModel, before_phase
+from w4a8.rounding.kinds import MODEL, UNITS
 from w4a8.rounding.samples import Samples
 from w4a8.rounding.settings import Settings
 from w4a8.rounding.training import Training
-from w4a8.rounding.units import MODEL, UNITS, Job, Part, Unit
+from w4a8.rounding.units import Job, Part, Unit
 from w4a8.rounding.walk import Walk
 
 MODEL_UNIT_LIMIT = 100_000_000  # weights up to which the default unit is the whole model
@@ -178,7 +179,8 @@ def choose_unit(
     if unknown:
         raise OptionError(f"--blocks: {', '.join(map(shown, unknown))} not in the cache, which has {', '.join(cached)}")
     chosen = [name for name in cached if name in chosen]
-    shapes = [layer.shape for layer in model_layers(mmdit).values() if layer.block in chosen]
+    layers = [layer for layer in model_layers(mmdit).values() if layer.block in chosen]
+    shapes = [layer.shape for layer in layers]
     if group_size and any(width % group_size for _, width in shapes):
         widths = sorted({width for _, width in shapes})
         raise OptionError(f"--group-size {group_size} does not divide the layers' inputs ({widths})")
@@ -187,8 +189,7 @@ def choose_unit(
             "--unit model needs every block: run cache_adaround_data.py without --blocks, and leave --blocks out here"
         )
     if unit is None:
-        fits = sum(out * width for out, width in shapes) <= MODEL_UNIT_LIMIT
-        unit = "model" if chosen == every and fits else "block"
+        unit = MODEL if chosen == every and num_weights(layers) <= MODEL_UNIT_LIMIT else "block"
     return unit, chosen
 
 
@@ -199,10 +200,15 @@ def job_layers(job: Job) -> list[str]:
 def choose_end_to_end(given: int | None, unit: str, blocks: Sequence[str], mmdit: nn.Module, iters: int) -> int:
     """Iterations of the last phase. Raises OptionError where not every block is trained, or all are together anyway."""
     whole = list(model_blocks(mmdit)) == list(blocks)
+    large = num_weights(model_layers(mmdit).values()) > MODEL_UNIT_LIMIT
     if given and not whole:
         raise OptionError("--end-to-end needs every block: leave --blocks out")
     if given and unit == MODEL:
         raise OptionError(
             "--end-to-end follows units that are smaller than the model, which --unit model trains at once"
         )
-    return iters if given is None and whole and unit != MODEL else given or 0
+    return iters if given is None and whole and large and unit != MODEL else given or 0
+
+
+def num_weights(layers: Iterable[Layer]) -> int:
+    return sum(out * width for out, width in (layer.shape for layer in layers))

@@ -18,13 +18,13 @@ from w4a8.cli.progress import progress_bar
 from w4a8.model.layers import Layer, model_blocks, run_final_layer
 from w4a8.parallel import streams_for
 from w4a8.quantized.layer import QuantizedLayer
-from w4a8.rounding.run import Rounding
+from w4a8.rounding.run import MODEL_UNIT_LIMIT, Rounding, num_weights
 from w4a8.rounding.samples import TrainingSamples
 from w4a8.rounding.settings import spread_over
 from w4a8.rounding.substitution import Substitution
 
 NATIVE_BITS = (2, 3, 4, 5, 6, 8)
-MEASURED_ON, AT_ONCE, LARGE = (32, 8), (16, 2), 100_000_000  # samples, for models up to so many weights and above
+MEASURED_ON, AT_ONCE = (32, 8), (16, 2)  # samples, for small models and for large ones
 INPUT_NOISE = 0.02  # of an input's root mean square: small enough for the output to follow linearly
 
 
@@ -51,8 +51,8 @@ def measure_sensitivity(rounding: Rounding, choices: Sequence[int]) -> dict[str,
     """The content of sensitivity.json: every layer's weight at each of these bits, and every input, one at a time."""
     mmdit, layers = rounding.open(), rounding.layers
     samples = rounding.whole_samples()
-    total = sum(out * width for out, width in (layer.shape for layer in layers.values()))
-    chosen, chunk = spread_over(samples.training, MEASURED_ON[total > LARGE]), AT_ONCE[total > LARGE]
+    large = num_weights(layers.values()) > MODEL_UNIT_LIMIT
+    chosen, chunk = spread_over(samples.training, MEASURED_ON[large]), AT_ONCE[large]
     probe = Probe(mmdit, rounding.blocks, samples, [chosen[i : i + chunk] for i in range(0, len(chosen), chunk)])
     found: dict[str, Any] = {name: {"weights": {}, "size": int(np.prod(one.shape))} for name, one in layers.items()}
     inputs: dict[str, list[float]] = {}

@@ -4,16 +4,14 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
 
-from calibration_store.names import layer_role
 from hooks import substituted_layers
-from w4a8.model.layers import Layer, model_blocks, model_layers, run_final_layer
+from w4a8.model.layers import Layer, model_blocks, model_layers
 from w4a8.parallel import fused, streams_for
 from w4a8.quantized.activation_rules import DynamicPerToken, Learned
 from w4a8.quantized.arithmetic import grid_position, searched_grid
@@ -295,113 +293,3 @@ class Unit:
             watching = Substitution({}, {}, watched=names)
             self.run(self.samples.batch(indices[begin : begin + size]), watching)
             yield watching.inputs
-
-
-class BlockUnit(Unit):
-    """A block for its outputs (BRECQ)."""
-
-
-class ModelUnit(Unit):
-    """Every block at once, for the velocity that the model gives."""
-
-    @classmethod
-    def jobs(cls, layers: Mapping[str, Layer], blocks: Sequence[str]) -> list[Job]:
-        return [Job("model", list(blocks), [Part("model", list(layers))])]
-
-    def outputs(self, batch: list[mx.array], stand_in: Substitution) -> list[mx.array]:
-        return [run_final_layer(self.mmdit, self.run(batch, stand_in)[0], batch[2])]
-
-    def targets(self, batch: list[mx.array]) -> list[mx.array]:
-        return [batch[3] if self.samples.holds_velocity else run_final_layer(self.mmdit, batch[3], batch[2])]
-
-
-class SublayerUnit(Unit):
-    """TaQ-DiT: attention and MLP of a block apart, each for the outputs of its last layers."""
-
-    last_roles: ClassVar[tuple[str, ...]] = ("attn.o_proj", "mlp.fc2")
-
-    @classmethod
-    def parts(cls, block: str, layers: Mapping[str, Layer], names: list[str]) -> list[Part]:
-        return [
-            Part(f"{block} {what}", [name for name in names if layers[name].role.startswith(f"{module}.")])
-            for what, module in (("attention", "attn"), ("MLP", "mlp"))
-        ]
-
-    @property
-    def last_layers(self) -> list[str]:
-        return [name for name in self.layers if layer_role(name) in self.last_roles]
-
-    def outputs(self, batch: list[mx.array], stand_in: Substitution) -> list[mx.array]:
-        stand_in.keep(self.last_layers)
-        self.run(batch, stand_in)
-        return [stand_in.outputs.pop(name) for name in self.last_layers]
-
-    def targets(self, batch: list[mx.array]) -> list[mx.array]:
-        return self.outputs(batch, Substitution({}, {}))
-
-
-class LayerUnit(Unit):
-    """Layers of a block that are each trained for their own output: ‖(Ŵ − W)·X‖² = tr(E·XXᵀ·Eᵀ) needs only XXᵀ."""
-
-    def __init__(self, mmdit: nn.Module, job: Job, part: Part, samples: TrainingSamples, settings: Settings):
-        self._grams: dict[tuple[int, ...], Arrays] = {}
-        super().__init__(mmdit, job, part, samples, settings)
-
-    def mean_squares(self, state: QuantizedUnit, indices: Sequence[int]) -> list[float]:
-        return [square.item() for square in self.gram_squares(state.weights, self.grams(indices))]
-
-    def loss(self, indices: Sequence[int], state: QuantizedUnit) -> float:
-        squares = self.gram_squares(state.weights, self.grams(indices))
-        errors = [(square / norm).item() for square, norm in zip(squares, self.norms, strict=True)]
-        return sum(errors) / len(errors)
-
-    def loss_with_ranges(self, indices: Sequence[int], state: QuantizedUnit) -> float | None:
-        """Not known: the Gram matrix is that of the unquantized inputs, and ranges keep their first value."""
-        return None
-
-    def gram_squares(self, weights: Arrays, grams: Arrays) -> list[mx.array]:
-        """Squared output error of each layer, unevaluated."""
-        errors = [weights[name] - self.weights[name] for name in self.layers]
-        return [(e * (e @ grams[self.input_of[name]])).sum() for name, e in zip(self.layers, errors, strict=True)]
-
-    def grams(self, indices: Sequence[int]) -> Arrays:
-        """XXᵀ per input, (channels, channels), divided by the number of samples."""
-        key = tuple(indices)
-        if key not in self._grams:
-            totals: Arrays = {}
-            for seen in self.watch(list(dict.fromkeys(self.input_of.values())), indices):
-                totals = {name: totals.get(name, 0) + x.T @ x / len(indices) for name, x in seen.items()}
-                mx.eval(totals)
-            self._grams[key] = totals
-        return self._grams[key]
-
-    @functools.cache  # noqa: B019  (a unit lives as long as its training)
-    def _loss_and_gradients(self, with_inputs: bool) -> Callable:
-        """(weights, biases and ranges; batch; step of each row; key) -> loss and gradients."""
-
-        def loss_of(parameters: Gradients, batch: list[mx.array], rows: mx.array, key: mx.array) -> mx.array:
-            quantize = self.rule(parameters["ranges"]).of_rows(rows) if with_inputs else None
-            stand_in = Substitution(parameters["weights"], parameters["biases"], quantize, self.settings.qdrop, key)
-            parts = self.loss_parts(stand_in, batch)
-            return sum(parts) / len(parts)
-
-        return mx.value_and_grad(loss_of)
-
-    def gradients(self, state: QuantizedUnit, indices: np.ndarray, iteration: int) -> tuple[mx.array, Gradients]:
-        """Over all training samples; biases and ranges are left alone."""
-        grams, quantized = self.grams(self.samples.training), state.weights
-        squares = self.gram_squares(quantized, grams)
-        loss = sum(square / norm for square, norm in zip(squares, self.norms, strict=True)) / len(self.layers)
-        weights = {}
-        for name, norm in zip(self.layers, self.norms, strict=True):
-            error = quantized[name] - self.weights[name]
-            weights[name] = 2 * (error @ grams[self.input_of[name]]) / norm / len(self.layers)
-        return loss, {
-            "weights": weights,
-            "biases": {name: bias * 0 for name, bias in state.biases.items()},
-            "ranges": {name: value * 0 for name, value in state.ranges.items()},
-        }
-
-
-MODEL = "model"
-UNITS: dict[str, type[Unit]] = {"block": BlockUnit, "sublayer": SublayerUnit, "layer": LayerUnit, MODEL: ModelUnit}
