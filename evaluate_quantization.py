@@ -61,6 +61,12 @@ from w4a8 import cli
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder to write to.  [default: evaluation/ below --calib-dir]",
 )
+@click.option(
+    "--grid-map",
+    type=click.Choice(["difference", "flip"]),
+    default="difference",
+    help="What the grid shows beside each image: the difference times 4, or FLIP, what a viewer sees.",
+)
 @cli.native_option
 @cli.text_group_option
 @click.option("--dry-run", is_flag=True, help="Say how long it takes, how many bytes; write nothing.")
@@ -77,7 +83,7 @@ def main(**options) -> None:
 def run(
     calib_dir: Path, model: str | None, local_checkpoint: Path | None, scale_is: str | None, prompt_file: Path | None,
     num_images: int, num_steps: int | None, cfg_weight: float | None, seed: int, batch_size: int, variants: str | None,
-    min_psnr: float | None, max_step_error: float | None, output: Path | None, native: str,
+    min_psnr: float | None, max_step_error: float | None, output: Path | None, grid_map: str, native: str,
     text_group: int | None, dry_run: bool, resume: bool,
 ) -> None:  # fmt: skip
     """Read what the variants name, load, check, sample every variant, measure, draw, judge."""
@@ -134,7 +140,7 @@ def run(
             original, images, results = evaluate(pipeline, texts, sampling, paths, chosen, resume)
         if "fp" not in names:
             del images["fp"], results["fp"]
-        draw_grid(paths.grid, prompts, original, images, results)
+        draw_grid(paths.grid, prompts, original, images, results, grid_map == "flip")
         plot_errors(paths.error_plot, results)
         parameters = {
             "prompts": prompts,

@@ -1,23 +1,38 @@
 """How far a variant's images are from the original's."""
 
+import importlib
+import importlib.util
 import math
 from typing import Any
 
 import numpy as np
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-LOW_PSNR = 30.0  # dB: images below are counted
+LOW_PSNR, HIGH_PSNR = 30.0, 40.0  # dB: images below, and from here on, are counted
+FLIP_INSTALLED = importlib.util.find_spec("flip_evaluator") is not None  # no wheel for Linux on ARM
+flip_evaluator = importlib.import_module("flip_evaluator") if FLIP_INSTALLED else None
 BOOTSTRAP = 2000
 
 
 def image_metrics(reference: np.ndarray, images: np.ndarray) -> dict[str, np.ndarray]:
-    """PSNR in dB (infinite for equal images) and SSIM of each pair, (N,) float64."""
-    psnr, ssim = [], []
+    """PSNR in dB (infinite for equal images), SSIM and mean FLIP (NaN where it is not installed) of each pair, (N,) float64."""
+    psnr, ssim, flip = [], [], []
     for original, image in zip(reference, images, strict=True):
         equal = np.array_equal(original, image)
         psnr.append(np.inf if equal else peak_signal_noise_ratio(original, image, data_range=255))
         ssim.append(structural_similarity(original, image, channel_axis=2, data_range=255))
-    return {"psnr": np.array(psnr), "ssim": np.array(ssim)}
+        flip.append(flip_map(original, image).mean(dtype=np.float64) if FLIP_INSTALLED else np.nan)
+    return {"psnr": np.array(psnr), "ssim": np.array(ssim), "flip": np.array(flip)}
+
+
+def flip_map(reference: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """What a viewer who flips between two images sees at each pixel (Andersson et al. 2020): (H, W) float32, 0 to 1.
+
+    reference and image (H, W, 3) uint8, sRGB, seen at 67 pixels per degree.
+    """
+    pair = [np.ascontiguousarray(pixels, np.float32) / 255 for pixels in (reference, image)]
+    found, _, _ = flip_evaluator.evaluate(*pair, "LDR", applyMagma=False, computeMeanError=False)
+    return found[..., 0]
 
 
 def step_errors(reference: np.ndarray, latents: np.ndarray) -> np.ndarray:
@@ -39,28 +54,33 @@ def describe_variant(
     """A variant's entry in metrics.json. PSNR is that of the images that differ; null when all equal the original."""
     quality = image_metrics(reference["images"], found["images"])
     errors = step_errors(reference["latents"], found["latents"])
-    psnr, ssim = quality["psnr"], quality["ssim"]
+    psnr, ssim, flip = quality["psnr"], quality["ssim"], quality["flip"]
     order = np.argsort(psnr, kind="stable")
     different = psnr[~np.isinf(psnr)]  # images that equal the original have no finite PSNR: they are counted apart
     return {
         "psnr": summary(different) | {"interval": bootstrap_interval(different) if different.size else [None, None]},
         "ssim": summary(ssim) | {"interval": bootstrap_interval(ssim)},
+        "flip": summary(-flip, -1) | {"interval": bootstrap_interval(flip) if FLIP_INSTALLED else [None, None]},
+        "share_above_40_db": float((psnr >= HIGH_PSNR).mean()),
         "share_below_30_db": float((psnr < LOW_PSNR).mean()),
         "equal_images": int(np.isinf(psnr).sum()),
         "step_error": {"mean": errors.mean(axis=0).tolist(), "worst": errors.max(axis=0).tolist()},
         "max_step_error": finite(errors.mean(axis=0).max()),
         "worst_prompts": [{"prompt": prompts[i], "seed": seed + int(i), "psnr": finite(psnr[i])} for i in order[:3]],
         "images": [
-            {"prompt": p, "psnr": finite(a), "ssim": float(b)} for p, a, b in zip(prompts, psnr, ssim, strict=True)
+            {"prompt": p, "psnr": finite(a), "ssim": float(b), "flip": finite(c)}
+            for p, a, b, c in zip(prompts, psnr, ssim, flip, strict=True)
         ],
+        "worst_image": int(order[0]),
     }
 
 
-def summary(values: np.ndarray) -> dict[str, float | None]:
-    """Mean, median and worst; None without values."""
+def summary(values: np.ndarray, sign: int = 1) -> dict[str, float | None]:
+    """Mean, median and worst (the smallest), times sign; None without values."""
     if not values.size:
         return dict.fromkeys(("mean", "median", "worst"))
-    return {"mean": finite(values.mean()), "median": finite(np.median(values)), "worst": finite(values.min())}
+    found = {"mean": values.mean(), "median": np.median(values), "worst": values.min()}
+    return {name: finite(sign * value) for name, value in found.items()}
 
 
 def finite(value: float) -> float | None:

@@ -42,6 +42,7 @@ from w4a8.quantized.model import GROUPS_OF_THE_REST, Codes, StoredWeights, quant
 from w4a8.quantized.native import native_module
 
 HUB_4BIT_MODEL = "argmaxinc/mlx-stable-diffusion-3.5-large"  # of which DiffusionKit has a 4-bit file
+GGUF_BITS = 5  # codes of more have no exact form there: those layers are float16
 Arrays = dict[str, mx.array]
 
 
@@ -65,6 +66,8 @@ class Export:
             "format": EXPORT_FORMAT,
             "weights": self.weights_name,
             "weight_bits": self.weights.bits,
+            "layer_bits": made_from.get("layer_bits", {}),
+            "excluded": list(self.weights.excluded),
             "group_size": self.weights.group_size,
             "activations": self.activations,
             "model_version": self.manifest["model_version"],
@@ -95,14 +98,16 @@ class Size:
 
 def packed_size(mmdit: nn.Module, weights: Codes) -> Size:
     """What packing this model gives, from shapes alone."""
-    layers = {id(layer.module) for layer in model_layers(mmdit).values()}
+    layers = {id(layer.module): name for name, layer in model_layers(mmdit).items()}
+    excluded = set(weights.excluded)
     quantized = dense = modules = other = other_float16 = largest = 0
     for path, module in mmdit.named_modules():
         for key, array in module.items():
             if not isinstance(array, mx.array) or key.startswith("_"):
                 continue
-            bits, group = weights.bits, weights.group_size
-            if id(module) not in layers:
+            name, group = layers.get(id(module)), weights.group_size
+            bits = weights.bits_of(name) if name is not None and name not in excluded else 0
+            if name is None:
                 held = weights.rest is not None and weights.rest.holds(path, module)
                 bits, group = (weights.rest.bits, GROUPS_OF_THE_REST) if held else (0, 0)
             if key == "weight" and bits and isinstance(module, (nn.Linear, nn.Embedding)):
@@ -244,11 +249,11 @@ def estimated_seconds(mmdit: MMDiT, weights: Codes, size: Size) -> float:
 def refuse_options(export: Export, layout: str, complete: bool) -> None:
     """What a layout cannot hold, and options that would change nothing. Raises OptionError."""
     weights, rest = export.weights, export.weights.rest
-    if layout == "gguf" and (weights.bits, weights.group_size) != (4, 32):
+    if layout == "gguf" and (weights.bits > GGUF_BITS or weights.group_size != 32):
         groups = f"groups of {weights.group_size}" if weights.group_size else "a scale per channel"
         raise OptionError(
-            f"--format gguf: Q4_1 has 4 bits and groups of 32, and {export.weights_name} has {weights.bits} bits, {groups}; "
-            "train with optimize_adaround.py --group-size 32"
+            f"--format gguf: Q4_1 and Q5_1 have 4 and 5 bits and groups of 32, and {export.weights_name} has {weights.bits} bits, "
+            f"{groups}; train with optimize_adaround.py --group-size 32"
         )
     if layout == "gguf" and rest is not None:
         raise OptionError(
@@ -260,7 +265,7 @@ def refuse_options(export: Export, layout: str, complete: bool) -> None:
         raise OptionError("--complete goes with a hub model and --format mlx; the export of a model folder is complete")
     if export.info.folder is not None and export.local_checkpoint is not None:
         raise OptionError("--local-checkpoint goes with a hub model; a model folder brings its own weights")
-    if rest is not None and rest.all_linears and (weights.bits, weights.group_size) != (4, 64):
+    if rest is not None and rest.all_linears and (weights.bits, weights.group_size, weights.uniform) != (4, 64, True):
         raise OptionError(
             f"--all-linears: DiffusionKit's layout has 4 bits in groups of 64, and {export.weights_name} has not"
         )

@@ -1,4 +1,5 @@
-"""The same weights as one GGUF file: Q4_1 holds codes of 4 bits in groups of 32 with a float16 scale and minimum, as they are.
+"""The same weights as one GGUF file: Q4_1 and Q5_1 hold codes of 4 and 5 bits in groups of 32 with a float16 scale and minimum,
+as they are. Layers of more bits are written as MLX unpacks them, in float16.
 
 Names are those of SD3's original checkpoint without its prefix, q, k and v in one, as image programs read them.
 """
@@ -15,25 +16,30 @@ from mlx.utils import tree_flatten
 from calibration_store.files import atomic_path, remove_file
 from calibration_store.layout import QuantizedModelPaths
 from w4a8.cli.progress import ProgressBar
+from w4a8.model.layers import model_layers
 from w4a8.model.original import checkpoint_key
-from w4a8.quantized.export import Export, finite
+from w4a8.quantized.export import GGUF_BITS, Export, finite
 from w4a8.quantized.layer import QuantizedLayer, deployed
-from w4a8.quantized.model import quantized_places
+from w4a8.quantized.model import Codes, quantized_places
 
 ARCHITECTURE = "sd3"
+KINDS = {4: gguf.GGMLQuantizationType.Q4_1, 5: gguf.GGMLQuantizationType.Q5_1}
 JOINED = ("q_proj", "k_proj", "v_proj")  # in one tensor, in this order
 
 
-def q4_1_blocks(layer: QuantizedLayer) -> np.ndarray:
-    """A layer in groups of 32 as ggml's block_q4_1: (out, in / 32 · 20) uint8.
+def packed_blocks(layer: QuantizedLayer, bits: int) -> np.ndarray:
+    """A layer in groups of 32 as ggml's block_q4_1, (out, in / 32 · 20) uint8, with 5 bits block_q5_1, (out, in / 32 · 24).
 
-    A block is scale and minimum in float16, then 16 bytes: code i in the low half of byte i, code i + 16 in the high one.
+    A block is scale and minimum in float16, with 5 bits the codes' highest bits as uint32, then 16 bytes: the low half of
+    code i in the low half of byte i, that of code i + 16 in the high one.
     """
     scale, minimum = (
         array.astype("<f2")[..., None].view(np.uint8) for array in deployed(layer.scale, layer.zero_point)
     )
     codes = layer.codes.reshape(*scale.shape[:2], 2, 16)
-    blocks = np.concatenate([scale, minimum, codes[:, :, 0] | (codes[:, :, 1] << 4)], axis=-1)
+    highest = [np.packbits(codes.reshape(*scale.shape[:2], 32) >> 4, axis=-1, bitorder="little")] if bits == 5 else []
+    low = codes & 15
+    blocks = np.concatenate([scale, minimum, *highest, low[:, :, 0] | (low[:, :, 1] << 4)], axis=-1)
     return blocks.reshape(len(layer.codes), -1)
 
 
@@ -42,10 +48,15 @@ def write_gguf(paths: QuantizedModelPaths, export: Export, mmdit: nn.Module, bar
     info = export.info
     path = paths.gguf(info.folder.name if info.folder is not None else info.version.rpartition("/")[2])
     tensors: dict[str, dict[str, np.ndarray]] = {}  # by key: the parts that are joined, by their name in the model
+    width_of = joined_widths(mmdit, export.weights)  # q, k and v in one tensor have one width
     for place in quantized_places(mmdit, export.weights):
         name = f"{place.path}.weight"
-        tensors.setdefault(joined_key(name), {})[name] = q4_1_blocks(place.quantized)
-        place.module.pop("weight")
+        width = width_of[joined_key(name)]
+        if width is None:
+            place.module["weight"] = place.quantized.packed(place.bits).dense(mx.float16)
+        else:
+            tensors.setdefault(joined_key(name), {})[name] = packed_blocks(place.quantized, width)
+            place.module.pop("weight")
         if place.quantized.bias is not None:
             place.module["bias"] = mx.array(place.quantized.bias)
         bar.update()
@@ -72,13 +83,23 @@ def write_gguf(paths: QuantizedModelPaths, export: Export, mmdit: nn.Module, bar
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_1)
         for key in sorted(tensors):
-            kind = gguf.GGMLQuantizationType.Q4_1 if key in packed else None
+            kind = KINDS[width_of[key]] if key in packed else None
             writer.add_tensor(key, joined(tensors.pop(key)), raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
     return path
+
+
+def joined_widths(mmdit: nn.Module, weights: Codes) -> dict[str, int | None]:
+    """By key: 4 or 5 bits, or None where a part has more, or stays as it is."""
+    path_of = {id(module): path for path, module in mmdit.named_modules()}
+    found: dict[str, set[int]] = {}
+    for name, layer in model_layers(mmdit).items():
+        bits = weights.bits_of(name) if name not in weights.excluded else 16
+        found.setdefault(joined_key(f"{path_of[id(layer.module)]}.weight"), set()).add(bits)
+    return {key: None if max(bits) > GGUF_BITS else max(4, max(bits)) for key, bits in found.items()}
 
 
 def joined(parts: Mapping[str, np.ndarray]) -> np.ndarray:

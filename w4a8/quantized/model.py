@@ -6,7 +6,7 @@ Stage 3W trains it, stages 4 and 5 measure and export it: the same objects.
 import contextlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +51,12 @@ class Weights(ABC):
     sources: list[Path]
     made_from: list[tuple[Path, Mapping[str, Any]]]
     remedy: str  # what to run for files of another run
+    excluded: Sequence[str] = ()  # layers that stay as they are
+
+    @property
+    def uniform(self) -> bool:
+        """Whether every layer has the same bits."""
+        return True
 
     def bits_of(self, layer: str) -> int:
         """Of a layer's codes."""
@@ -121,6 +127,10 @@ class StoredWeights(Codes):
         self._bits_of = self.metadata.get("layer_bits", {})
         self.sources = [self.paths.metadata, *(self.paths.block(block) for block in self.metadata["block_names"])]
         self.made_from = [(self.paths.metadata, self.metadata)]
+
+    @property
+    def uniform(self) -> bool:
+        return not self._bits_of and not self.excluded
 
     def bits_of(self, layer: str) -> int:
         return self._bits_of.get(layer, self.bits)

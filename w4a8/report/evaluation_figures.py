@@ -4,20 +4,30 @@ import textwrap
 from pathlib import Path
 
 import numpy as np
-from matplotlib import font_manager, pyplot
+from matplotlib import colormaps, font_manager, pyplot
 from PIL import Image, ImageDraw, ImageFont
 
 from calibration_store.files import write_png
+from w4a8.evaluation.metrics import flip_map
 from w4a8.report.figures import save_figure
 
 GRID_ROWS, GRID_CELL = 8, 96
 
 
 def draw_grid(
-    path: Path, prompts: list[str], reference: np.ndarray, found: dict[str, np.ndarray], results: dict
+    path: Path,
+    prompts: list[str],
+    reference: np.ndarray,
+    found: dict[str, np.ndarray],
+    results: dict,
+    flip: bool = False,
 ) -> None:
-    """Write the grid: a row a prompt, the original, and each variant with its difference ×4."""
-    rows, cell, gap, left, top = min(GRID_ROWS, len(reference)), GRID_CELL, 6, 110, 44
+    """Write the grid: a row a prompt, the original, and each variant with its difference ×4, or its FLIP map.
+
+    Every variant's worst image is among the rows.
+    """
+    chosen = grid_rows(len(reference), [row["worst_image"] for row in results.values()])
+    rows, cell, gap, left, top = len(chosen), GRID_CELL, 6, 110, 44
     columns = 1 + 2 * len(found)
     sheet = Image.new("RGB", (left + columns * (cell + gap), top + rows * (cell + gap)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 11)
@@ -30,19 +40,38 @@ def draw_grid(
         draw.multiline_text((left + column * (cell + gap), 6), text, fill="black", font=font)
 
     title(0, "original")
-    for row in range(rows):
-        put(row, 0, reference[row])
-        caption = "\n".join(textwrap.wrap(prompts[row], 17)[:5])
+    for row, image in enumerate(chosen):
+        put(row, 0, reference[image])
+        caption = "\n".join(textwrap.wrap(f"{image}: {prompts[image]}", 17)[:5])
         draw.multiline_text((4, top + row * (cell + gap) + 8), caption, fill="black", font=font)
     for position, (name, images) in enumerate(found.items()):
         mean = results[name]["psnr"]["mean"]
         title(1 + 2 * position, "\n".join(textwrap.wrap(name.replace("+", " + "), 15)[:2]))
-        title(2 + 2 * position, f"difference ×4\n{'inf' if mean is None else f'{mean:.1f}'} dB mean")
-        for row in range(rows):
-            put(row, 1 + 2 * position, images[row])
-            difference = np.abs(images[row].astype(int) - reference[row].astype(int)) * 4
-            put(row, 2 + 2 * position, np.clip(difference, 0, 255).astype(np.uint8))
+        title(
+            2 + 2 * position,
+            f"{'FLIP' if flip else 'difference ×4'}\n{'inf' if mean is None else f'{mean:.1f}'} dB mean",
+        )
+        for row, image in enumerate(chosen):
+            put(row, 1 + 2 * position, images[image])
+            put(row, 2 + 2 * position, (flip_picture if flip else difference)(reference[image], images[image]))
     write_png(path, sheet)
+
+
+def grid_rows(count: int, worst: list[int]) -> list[int]:
+    """The images that are shown: the worst of each variant, and the first ones."""
+    shown = list(dict.fromkeys(worst))[:GRID_ROWS]
+    shown += [image for image in range(count) if image not in shown][: GRID_ROWS - len(shown)]
+    return sorted(shown)
+
+
+def difference(reference: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """Four times the absolute difference, (H, W, 3) uint8."""
+    return np.clip(np.abs(image.astype(int) - reference.astype(int)) * 4, 0, 255).astype(np.uint8)
+
+
+def flip_picture(reference: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """The FLIP map in its authors' colours: black where nothing is seen; (H, W, 3) uint8."""
+    return (colormaps["magma"](flip_map(reference, image))[..., :3] * 255).astype(np.uint8)
 
 
 def plot_errors(path: Path, results: dict[str, dict]) -> None:

@@ -70,27 +70,26 @@ def print_tier_summary(summary: dict[str, Any]) -> None:
 def print_variants(results: dict[str, dict], simulated: bool) -> None:
     """One row a variant; simulated: whether any of them quantizes activations."""
     width = max(map(len, results))
-    click.echo(f"{'':{width}}  PSNR mean (95 %)       median   worst    SSIM   <30 dB  latent error")
+    click.echo(f"{'':{width}}  PSNR mean (95 %)       median   worst  >=40 dB  <30 dB    SSIM    FLIP  latent error")
     for name, row in results.items():
         psnr, (low, high) = row["psnr"], row["psnr"]["interval"]
         interval = f"({low:.1f} – {high:.1f})" if low is not None else ""
         cells = [
             f"{value:.1f}" if value is not None else "inf" for value in (psnr["mean"], psnr["median"], psnr["worst"])
         ]
+        flip = "–" if row["flip"]["mean"] is None else f"{row['flip']['mean']:.4f}"
         click.echo(
-            f"{name:{width}}  {cells[0]:>6} dB {interval:15} {cells[1]:>6} {cells[2]:>7} {row['ssim']['mean']:7.4f} "
-            f"{row['share_below_30_db']:8.0%} {row['step_error']['mean'][-1]:13.4f}"
+            f"{name:{width}}  {cells[0]:>6} dB {interval:15} {cells[1]:>6} {cells[2]:>7} {row['share_above_40_db']:8.0%} "
+            f"{row['share_below_30_db']:7.0%} {row['ssim']['mean']:7.4f} {flip:>7} {row['step_error']['mean'][-1]:13.4f}"
         )
     if simulated:
         click.echo("Quantized activations are simulated: these rows say nothing about speed.")
-    worst = {
-        entry["prompt"]: None
-        for row in results.values()
-        for entry in row["worst_prompts"][:1]
-        if entry["psnr"] is not None
-    }
-    if worst:
-        click.echo("worst prompts: " + "; ".join(worst))
+    for name, row in results.items():
+        worst = row["worst_prompts"][0]
+        if worst["psnr"] is not None:
+            click.echo(
+                f"worst image of {name}: {worst['psnr']:.1f} dB, image {row['worst_image']}, {worst['prompt']!r}"
+            )
 
 
 def print_losses(rows: list[tuple[str, dict]]) -> None:
