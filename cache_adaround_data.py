@@ -18,6 +18,7 @@ from w4a8 import cli
 
 OPTIONS = {
     "num_images": "--num-images", "stride": "--stride", "blocks": "--blocks", "boundaries": "--boundaries",
+    "key_timesteps": "--steps",
 }  # fmt: skip
 
 
@@ -34,6 +35,7 @@ OPTIONS = {
     type=click.IntRange(min=1),
     help="Use every Nth saved step.  [default: 5, or what --max-bytes allows, images first]",
 )
+@click.option("--steps", help="Saved steps to use instead of every Nth, such as 8,12,16-19: late ones make the image.")
 @click.option("--blocks", help="Blocks to cache, such as mm0,mm5.  [default: all]")
 @click.option(
     "--boundaries",
@@ -44,12 +46,14 @@ OPTIONS = {
 @cli.max_bytes_option
 @cli.resume_options
 def main(**options) -> None:
-    """Stage 2W: cache the inputs and outputs of every block."""
+    """Stage 2W: cache the inputs and outputs of the blocks."""
+    if options["steps"] is not None and options["stride"] is not None:
+        raise click.UsageError("--steps and --stride exclude each other")
     run(**options)
 
 
 def run(
-    calib_dir: Path, model: str | None, local_checkpoint: Path | None, num_images: int | None, stride: int | None,
+    calib_dir: Path, model: str | None, local_checkpoint: Path | None, num_images: int | None, stride: int | None, steps: str | None,
     blocks: str | None, boundaries: str | None, text_group: int | None, max_bytes: int | None, resume: bool, force: bool, dry_run: bool,
 ) -> None:  # fmt: skip
     """Plan, load, probe, record what is left, describe the cache."""
@@ -71,7 +75,7 @@ def run(
     from w4a8.boundaries import Recording
     from w4a8.model.parts import TEXT, TRANSFORMER
     from w4a8.model.runs import load_run_pipeline
-    from w4a8.passes import StoredPasses, choose_amount, places_of, select_passes
+    from w4a8.passes import StoredPasses, choose_amount, chosen_steps, places_of, select_passes
 
     manifest, paths = read_manifest(calib_dir), BlockCachePaths(calib_dir)
     folder = StageFolder(paths, paths.plan, read_plan, OPTIONS, resume, force)
@@ -84,8 +88,9 @@ def run(
         if before is not None and max_bytes is not None:  # chosen already
             num_images, stride = num_images or before["num_images"], stride or before["stride"]
         sample_bytes = recording.bytes_of_sample(pipeline, manifest["latent_size"], manifest["cfg_scale"] > 0)
-        num_images, stride = choose_amount(manifest, num_images, stride, sample_bytes, max_bytes)
-        images, selection = select_passes(manifest, num_images, stride, folder.before(num_images=num_images))
+        chosen = chosen_steps(manifest, steps)
+        num_images, stride = choose_amount(manifest, num_images, stride, chosen, sample_bytes, max_bytes)
+        images, selection = select_passes(manifest, num_images, stride, folder.before(num_images=num_images), chosen)
         plan = plan_cache(selection, blocks, boundaries)
         places = places_of(plan)
         click.echo(

@@ -1,5 +1,6 @@
 """Passes of the model at latents that stage 1 stored: what stages 2W and 2A record from."""
 
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -12,9 +13,11 @@ from typing import Any, TypeVar
 import mlx.core as mx
 import numpy as np
 
+from calibration_store.errors import OptionError
 from calibration_store.layout import CalibrationPaths
 from calibration_store.manifest import run_identity, select_images, select_steps
 from calibration_store.samples import read_sample
+from w4a8.cli.words import few
 from w4a8.model.needs import config_of, needs_of, refuse_too_large, text_tokens
 from w4a8.model.parts import Pipeline
 from w4a8.model.replay import Replay, modulated, replaying
@@ -163,9 +166,16 @@ class StoredPasses:
 
 
 def select_passes(
-    manifest: Mapping[str, Any], num_images: int, stride: int, before: Mapping[str, Any] | None
+    manifest: Mapping[str, Any],
+    num_images: int,
+    stride: int,
+    before: Mapping[str, Any] | None,
+    steps: Sequence[int] | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The images that a stage uses, and what its plan says of the choice; before: the plan that --resume goes on with."""
+    """The images that a stage uses, and what its plan says of the choice; before: the plan that --resume goes on with.
+
+    steps: those to use, instead of every stride-th.
+    """
     images = select_images(manifest, num_images, before and before["selected_image_ids"])
     image_ids = [image["image_id"] for image in images]
     return images, {
@@ -173,27 +183,52 @@ def select_passes(
         "num_images": num_images,
         "stride": stride,
         "selected_image_ids": image_ids,
-        "key_timesteps": select_steps(manifest, stride),
+        "key_timesteps": list(steps) if steps is not None else select_steps(manifest, stride),
     }
+
+
+def chosen_steps(manifest: Mapping[str, Any], text: str | None) -> list[int] | None:
+    """`--steps 8,12,16-19` as step indices; None where none are given. Raises OptionError for those that were not saved."""
+    if text is None:
+        return None
+    saved, found = select_steps(manifest, 1), set()
+    for part in text.split(","):
+        ends = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?\s*", part)
+        if ends is None:
+            raise OptionError(f"--steps {text}: step indices such as 8,12,16-19")
+        found |= set(range(int(ends[1]), int(ends[2] or ends[1]) + 1))
+    lacking = sorted(found - set(saved))
+    if lacking or not found:
+        raise OptionError(
+            f"--steps {text}: step {lacking[0] if lacking else '?'} was not saved; there are {few(saved)}"
+        )
+    return sorted(found)
 
 
 FEWEST_STEPS = 4  # of an image, while a budget leaves images out
 
 
 def choose_amount(
-    manifest: Mapping[str, Any], num_images: int | None, stride: int | None, sample_bytes: int, budget: int | None
-) -> tuple[int, int]:
-    """(images, stride) as given, or as many as fit the budget: images first, then steps; without one 5 images, every 5th step."""
+    manifest: Mapping[str, Any], num_images: int | None, stride: int | None, steps: Sequence[int] | None, sample_bytes: int,
+    budget: int | None,
+) -> tuple[int, int]:  # fmt: skip
+    """(images, stride) as given, or as many as fit the budget: images first, then steps; without one 5 images, every 5th step.
+
+    With steps of their own the stride is 1.
+    """
+    if steps is not None:
+        fitting = 5 if budget is None else max(1, min(budget // sample_bytes // len(steps), len(manifest["images"])))
+        return num_images or fitting, 1
     if budget is None:
         return num_images or 5, stride or 5
     fitting = max(1, budget // sample_bytes)
     saved = len(select_steps(manifest, 1))
     steps_of = {each: len(select_steps(manifest, each)) for each in range(1, saved + 1)}
     if num_images is None:
-        steps = min(FEWEST_STEPS, saved) if stride is None else steps_of.get(stride, 1)
-        num_images = min(max(1, fitting // steps), len(manifest["images"]))
+        few_steps = min(FEWEST_STEPS, saved) if stride is None else steps_of.get(stride, 1)
+        num_images = min(max(1, fitting // few_steps), len(manifest["images"]))
     if stride is None:
-        stride = next((each for each, steps in steps_of.items() if num_images * steps <= fitting), saved)
+        stride = next((each for each, count in steps_of.items() if num_images * count <= fitting), saved)
     return num_images, stride
 
 

@@ -25,7 +25,7 @@ from w4a8.rounding.samples import TrainingSamples
 from w4a8.rounding.settings import EVALUATED, STATIC, Settings, spread_over
 from w4a8.rounding.substitution import Substitution
 from w4a8.rounding.training import NotFiniteError, Training, grid_slopes
-from w4a8.rounding.units import SMALLEST_ERROR, Arrays, Gradients
+from w4a8.rounding.units import SMALLEST_ERROR, Arrays, Gradients, weighted_mean_square
 
 KEPT_BEFORE = ("scale", "zero_point", "bias", "act_scale", "act_scales")  # as {field}_before: where the phase began
 
@@ -115,14 +115,13 @@ class WholeModel:
         stand_in.let_go()
         return given
 
-    def _square(self, tokens: mx.array, batch: list[mx.array]) -> mx.array:
-        """Mean squared error of the output; batch: as TrainingSamples.batch."""
+    def _square(self, tokens: mx.array, batch: list[mx.array], steps: mx.array) -> mx.array:
+        """Mean squared error of the output; batch: as TrainingSamples.batch; steps (rows,): which cached step each row is of."""
         target = batch[3] if self.samples.holds_velocity else run_final_layer(self.mmdit, batch[3], batch[2])
-        return mx.mean(mx.square(run_final_layer(self.mmdit, tokens, batch[2]) - target))
+        error = run_final_layer(self.mmdit, tokens, batch[2]) - target
+        return weighted_mean_square(error, self.settings.step_weights, steps)
 
-    def _rows(self, indices: Sequence[int], batch: list[mx.array]) -> mx.array | None:
-        if not self.settings.activation_bits:
-            return None
+    def _rows(self, indices: Sequence[int], batch: list[mx.array]) -> mx.array:
         return mx.array(np.repeat(self.samples.steps(indices), len(batch[0]) // len(indices)))
 
     def _mean_square(self, indices: Sequence[int], state: Mapping[str, Arrays] | None, with_inputs: bool) -> float:
@@ -139,7 +138,10 @@ class WholeModel:
                 rows = self._rows(part, tokens[index]) if with_inputs else None
                 tokens[index] = self._run(block, parameters, tokens[index], modulations[index], rows, None)
                 mx.eval(tokens[index])
-        squares = [self._square(given[0], self.samples.batch(part)) for given, part in zip(tokens, parts, strict=True)]
+        squares = []
+        for given, part in zip(tokens, parts, strict=True):
+            batch = self.samples.batch(part)
+            squares.append(self._square(given[0], batch, self._rows(part, batch)))
         return sum(square.item() * len(part) for square, part in zip(squares, parts, strict=True)) / len(indices)
 
     # gradients, a block at a time
@@ -155,7 +157,8 @@ class WholeModel:
         """(loss, slopes) of each of some micro-batches, which are run side by side; their shares of `count` samples."""
         settings, ways = self.settings, list(zip(range(len(parts)), streams, strict=False))
         batches = [self.samples.batch(part) for part in parts]
-        rows = [self._rows(part, batch) for part, batch in zip(parts, batches, strict=True)]
+        steps = [self._rows(part, batch) for part, batch in zip(parts, batches, strict=True)]
+        rows = steps if settings.activation_bits else [None] * len(parts)
 
         def key_of(index: int, block: Any) -> mx.array:
             return mx.random.key(hash((settings.seed, iteration, int(parts[index][0]), block.name)) % 2**32)
@@ -174,12 +177,10 @@ class WholeModel:
         losses, slopes_of = [], []
         for index, stream in ways:
             with mx.stream(stream):
+                square = partial(self._square, batch=batches[index], steps=steps[index])
+                loss, slope = mx.value_and_grad(square)(kept[index].pop()[0])
                 share = len(parts[index]) / count / self.norm
-
-                def loss_of(tokens: mx.array, batch: list[mx.array] = batches[index], share: float = share) -> mx.array:
-                    return share * self._square(tokens, batch)
-
-                loss, slope = mx.value_and_grad(loss_of)(kept[index].pop()[0])
+                loss, slope = share * loss, share * slope
                 losses.append(loss)
                 slopes_of.append([slope])
         mx.eval(losses, slopes_of)
