@@ -273,7 +273,7 @@ class Learned(ActivationRule):
         def layers(sigma: float) -> dict[str, Any]:
             return {name: exported_range(self.range_at(name, sigma), shifts.get(name)) for name in self.ranges}
 
-        if not self.sigmas:
+        if not any(np.ndim(value) for value in self.ranges.values()):
             return {"rule": STATIC, "bits": self.bits, "layers": layers(0.0)}
         levels_of = {str(index): sigma for index, sigma in enumerate(self.schedule or self.sigmas)}
         per_timestep = {key: layers(sigma) for key, sigma in levels_of.items()}

@@ -161,7 +161,7 @@ class WholeModel:
         rows = steps if settings.activation_bits else [None] * len(parts)
 
         def key_of(index: int, block: Any) -> mx.array:
-            return mx.random.key(hash((settings.seed, iteration, int(parts[index][0]), block.name)) % 2**32)
+            return mx.random.key(hash((settings.seed, iteration, int(parts[index][0]), block.index)) % 2**32)
 
         kept: list[list[list[mx.array]]] = [[batch[:2]] for batch in batches]  # what enters every block
         for block in self._blocks:

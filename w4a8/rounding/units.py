@@ -152,8 +152,8 @@ class Unit:
         return sum(errors) / len(errors)
 
     def loss_with_ranges(self, indices: Sequence[int], state: QuantizedUnit) -> float | None:
-        """`loss` of a state with quantized inputs; None where it is not known."""
-        return self.loss(indices, state)
+        """`loss` of a state with quantized inputs; None where it is not known, or they are not quantized."""
+        return None if state.rule is None else self.loss(indices, state)
 
     def _over_batches(self, parts, state: QuantizedUnit, indices: Sequence[int]) -> list[float]:
         totals, size, weights, biases = None, self.settings.chunk, state.weights, state.biases

@@ -139,7 +139,7 @@ class Walk:
         with (
             progress_bar(len(self.places), what, "sample", leave=False) as bar,
             BackgroundWriter(pending=2) as writer,
-            streams_for(len(left)) as streams,
+            streams_for(len(chunks)) as streams,  # as many as ever: threads decide the last bits
             substituted_layers(mmdit, Substitution(weights, biases).compute),
         ):
             bar.n += len(self.places) - sum(map(len, left))

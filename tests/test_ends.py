@@ -1,0 +1,423 @@
+"""The road from a cache of the ends: what 2W stores, 3W's walk and last phase, activation rules as trained, resumption."""
+
+import json
+import random
+import shutil
+import signal
+import time
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import folder_bytes, generate, invoke, start
+from finished_run import one_line
+
+from calibration_store.block_cache import read_cache_metadata, read_cached_block, read_cached_ends
+from calibration_store.errors import StoreError
+from calibration_store.layout import WeightPaths
+from calibration_store.manifest import read_manifest
+from calibration_store.weights import read_quantized_block
+from w4a8.boundaries import Recording
+from w4a8.model.parts import TEXT, TRANSFORMER
+from w4a8.model.runs import load_run_pipeline, run_schedule, run_transformer
+from w4a8.passes import StoredPasses, choose_amount
+from w4a8.quantized.activation_rules import DynamicPerToken, Learned
+from w4a8.quantized.differentiable import fake_quantize
+from w4a8.rounding.end_to_end import WholeModel
+from w4a8.rounding.jobs import trained_layers
+from w4a8.rounding.run import Rounding
+from w4a8.rounding.samples import patches
+from w4a8.rounding.settings import Settings, spread_over, weights_of_steps
+from w4a8.rounding.training import Training, grid_slopes
+from w4a8.rounding.units import weighted_mean_square
+from w4a8.rounding.walk import Walk
+
+BLOCKS = [f"mm{index}" for index in range(8)]
+CACHE = ("--num-images", 3, "--stride", 2)
+QUICK = ("--iters", 10, "--batch-size", 2)
+
+
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory):
+    """A calibration run of 3 images × 4 steps with the ends cached."""
+    folder = tmp_path_factory.mktemp("ends") / "run"
+    assert generate("--num-images", 3, "--num-steps", 4, "--no-images", "--calib-dir", folder).exit_code == 0
+    done = invoke("cache_adaround_data", "--calib-dir", folder, *CACHE)
+    assert done.exit_code == 0, done.output
+    return folder
+
+
+@pytest.fixture(scope="module")
+def everything(ends, tmp_path_factory):
+    """The same run with all boundaries."""
+    folder = tmp_path_factory.mktemp("all") / "run"
+    shutil.copytree(ends, folder, ignore=shutil.ignore_patterns("adaround_cache"))
+    done = invoke("cache_adaround_data", "--calib-dir", folder, *CACHE, "--boundaries", "all")
+    assert done.exit_code == 0, done.output
+    return folder
+
+
+@pytest.fixture
+def copy(ends, tmp_path):
+    shutil.copytree(ends, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def optimize(folder, *arguments):
+    return invoke("optimize_adaround", "--calib-dir", folder, *QUICK, *arguments)
+
+
+# --- the cache ----------------------------------------------------------------------------------------------
+
+
+def test_what_the_ends_hold(ends, everything):
+    metadata = json.loads((ends / "adaround_cache/metadata.json").read_bytes())
+    assert metadata["boundaries"] == "ends" and metadata["velocity_shape"] == [2, 16, 16, 16]
+    assert json.loads((everything / "adaround_cache/metadata.json").read_bytes())["boundaries"] == "all"
+    mmdit = run_transformer(read_manifest(ends))()
+    whole = list(read_cached_block(everything, "mm0", "mm7"))
+    for cached, other in zip(read_cached_ends(ends), whole, strict=True):
+        with np.load(ends / f"adaround_cache/samples/{cached.image_id:04d}_{cached.step_index:03d}.npz") as found:
+            keys = {"mm0__arg0", "mm0__arg1", "modulation_input", "velocity", "image_id", "step_index"}
+            assert set(found.files) == keys and all(found[key].dtype == np.float16 for key in keys if "_i" not in key)
+        assert (cached.image_id, cached.step_index) == (other.image_id, other.step_index)
+        for one, two in zip(
+            (*cached.inputs, cached.modulation_input), (*other.inputs, other.modulation_input), strict=True
+        ):
+            assert np.array_equal(one, two)
+        final = mmdit.final_layer  # of the last block's output: the model's own velocity
+        modulation = mx.array(np.array(other.modulation_input)).astype(mx.float32)
+        final["_modulation_params"] = {0.0: final.adaLN_modulation(modulation)}
+        velocity = np.array(final(mx.array(np.array(other.outputs[0])).astype(mx.float32), mx.zeros((1,))))
+        np.testing.assert_allclose(
+            patches(np.array(cached.velocity, np.float32), 2), velocity, atol=6e-3 * abs(velocity).max()
+        )
+    with pytest.raises(StoreError, match="only the ends .* --boundaries all --force"):
+        next(iter(read_cached_block(ends, "mm3")))
+    with pytest.raises(StoreError, match="read_cached_block"):
+        next(iter(read_cached_ends(everything)))
+
+
+def test_several_samples_in_a_pass_give_the_same(ends, monkeypatch):
+    """What a GPU does: rows of different prompts and steps in one pass; float noise is all that differs."""
+    manifest = read_manifest(ends)
+    pipeline = load_run_pipeline(manifest, {TRANSFORMER: "float32", TEXT: "float32"})
+    recording, passes = (
+        Recording(pipeline.mmdit, None, True),
+        StoredPasses(pipeline, ends, manifest, manifest["images"]),
+    )
+    places = [(image, step) for image in range(3) for step in (0, 1, 3)]
+    alone = {
+        place: {key: np.array(a) for key, a in arrays.items()} for place, arrays in recording.record_all(passes, places)
+    }
+    monkeypatch.setattr(StoredPasses, "samples_at_once", lambda self: 4)
+    together = dict(recording.record_all(passes, places))
+    assert together.keys() == alone.keys()
+    for place, arrays in alone.items():
+        for key, array in arrays.items():
+            found = np.array(together[place][key], np.float32)
+            assert found.shape == array.shape
+            np.testing.assert_allclose(found, array.astype(np.float32), atol=2e-3 * abs(array).max())
+
+
+def test_a_budget_picks_images_first(ends):
+    manifest = {"images": [{}] * 100, "num_steps": 20, "stride": 1}
+
+    def pick(samples, images=None, stride=None, steps=None):
+        return choose_amount(manifest, images, stride, steps, 1000, samples * 1000)
+
+    assert pick(40) == (10, 5) and pick(400) == (100, 5) and pick(2000) == (100, 1) and pick(10**6) == (100, 1)
+    assert pick(1) == (1, 20) and pick(40, images=20) == (20, 10) and pick(40, stride=10) == (20, 10)
+    assert pick(40, steps=[1, 2]) == (20, 1) and choose_amount(manifest, None, None, None, 1000, None) == (5, 5)
+    done = invoke("cache_adaround_data", "--calib-dir", ends, "--force", "--dry-run", "--max-bytes", "1MB")
+    assert done.exit_code == 0 and "images [0, 2], 4 steps each, 8 samples, ends" in done.stdout
+    needs = float(done.stdout.split("to do: 8 of 8 samples, ")[1].split(" kB")[0])
+    assert needs <= 1000
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--steps", "0,9"), "--steps 0,9: step 9 was not saved; there are [0, 1, 2, 3]"),
+        (("--steps", "a-b"), "--steps a-b: step indices such as 8,12,16-19"),
+        (("--steps", "3-1"), "--steps 3-1: step ? was not saved"),
+        (("--steps", "1", "--stride", "2"), "--steps and --stride exclude each other"),
+        (("--boundaries", "ends", "--blocks", "mm0"), "--boundaries ends is of all blocks"),
+        (("--boundaries", "some"), "'some' is not one of 'all', 'ends'"),
+    ],
+)
+def test_choices_that_cannot_be(ends, arguments, message):
+    before = folder_bytes(ends)
+    done = invoke("cache_adaround_data", "--calib-dir", ends, "--force", *arguments)
+    assert done.exit_code == 2 and message in done.stderr and folder_bytes(ends) == before
+
+
+def test_steps_are_chosen_and_kept(copy):
+    done = invoke("cache_adaround_data", "--calib-dir", copy, "--num-images", 2, "--steps", "1,3", "--force")
+    assert done.exit_code == 0, done.output
+    assert read_cache_metadata(copy)["key_timesteps"] == [1, 3]
+    done = invoke("cache_adaround_data", "--calib-dir", copy, "--num-images", 2, "--steps", "0,3", "--resume")
+    assert done.exit_code == 2 and "--steps [1, 3], not [0, 3]" in done.stderr
+    assert (
+        invoke("cache_adaround_data", "--calib-dir", copy, "--num-images", 2, "--steps", "1,3", "--resume").exit_code
+        == 0
+    )
+
+
+def test_a_cache_of_an_earlier_version_goes_on(everything, tmp_path):
+    """Without a word on boundaries: all."""
+    folder = shutil.copytree(everything, tmp_path / "run")
+    for name in ("plan.json", "metadata.json"):
+        path = folder / "adaround_cache" / name
+        content = json.loads(path.read_bytes())
+        del content["boundaries"]
+        path.write_text(json.dumps(content))
+    (folder / "adaround_cache/samples/0002_002.npz").unlink()
+    done = invoke("cache_adaround_data", "--calib-dir", folder, *CACHE, "--resume")
+    assert done.exit_code == 0, done.output
+    samples = "adaround_cache/samples/0002_002.npz"
+    assert (folder / samples).read_bytes() == (everything / samples).read_bytes()
+    done = invoke("cache_adaround_data", "--calib-dir", folder, *CACHE, "--resume", "--boundaries", "ends")
+    assert done.exit_code == 2 and "--boundaries all, not ends" in done.stderr
+
+
+# --- the walk -----------------------------------------------------------------------------------------------
+
+
+def rounding_of(folder, settings, unit="block"):
+    manifest = read_manifest(folder)
+    opened = run_transformer(manifest)
+    cache, schedule = read_cache_metadata(folder), run_schedule(manifest)[0]
+    return Rounding(opened, opened(), WeightPaths(folder), cache, schedule, settings, unit, BLOCKS)
+
+
+SETTINGS = Settings(
+    10, 2, 4, 8, 64, "ste", 0.5, 4e-3, 5e-3, 0.01, 0, micro_batch=1, activation_rule="token", end_to_end=10
+)
+
+
+def test_the_walk_makes_the_boundaries_that_all_holds(copy, everything):
+    rounding = rounding_of(copy, SETTINGS)
+    mmdit = rounding.open()
+    for block in ("mm0", "mm1", "mm5", "mm7"):
+        samples = rounding.walk.samples(mmdit, block)
+        for index, cached in enumerate(read_cached_block(everything, block)):
+            expected = [*cached.inputs, cached.modulation_input, *cached.outputs]
+            for got, wanted in zip(samples.batch([index]), expected, strict=True):
+                wanted = wanted.astype(np.float32)
+                np.testing.assert_allclose(np.array(got), wanted, atol=6e-3 * abs(wanted).max())
+        left = sorted(path.name for path in (copy / "adaround_weights/boundaries").iterdir())
+        assert left == sorted({block, BLOCKS[max(0, BLOCKS.index(block) - 1)]})  # never more than both sides
+    rounding.walk.finish()
+    assert not (copy / "adaround_weights/boundaries").exists()
+
+
+def test_a_damaged_boundary_is_made_anew(copy):
+    rounding = rounding_of(copy, SETTINGS)
+    rounding.walk.samples(rounding.open(), "mm1")
+    boundary = copy / "adaround_weights/boundaries/mm1"
+    before = folder_bytes(boundary)
+    (boundary / "0001_002.npz").write_bytes(b"no")
+    (boundary / "0002_000.npz").unlink()
+    again = Walk(rounding.cache, rounding.paths, rounding.plan, 1)
+    again.samples(rounding.open(), "mm1")
+    assert folder_bytes(boundary) == before
+
+
+def test_mixed_inputs_are_half_of_either(copy):
+    rounding = rounding_of(copy, replace(SETTINGS, block_inputs="mixed", end_to_end=0))
+    assert optimize(copy, "--unit", "block", "--blocks", "mm0", "--block-inputs", "mixed").exit_code == 0
+    mmdit = rounding.open()
+    samples = rounding.walk.samples(mmdit, "mm1")
+    plain, mixed = samples.batch([0]), samples.batch([0], mx.random.key(1))
+    assert len(plain) == len(mixed) == 5  # two inputs, modulation, two outputs
+    for one, other in zip(plain[2:], mixed[2:], strict=True):
+        assert mx.array_equal(one, other)
+    for one, other in zip(plain[:2], mixed[:2], strict=True):
+        changed = float((one != other).mean())
+        assert 0.4 < changed < 0.55 and not mx.array_equal(one, other)
+        assert float(mx.abs(one - other).max()) < float(mx.abs(one).max())
+
+
+def test_block_units_and_the_last_phase(copy):
+    done = optimize(copy, "--unit", "block", "--end-to-end", 12)
+    assert done.exit_code == 0, done.output
+    assert "then 12 end to end" in done.stdout and "\nend to end " in done.stdout
+    root = copy / "adaround_weights"
+    assert not (root / "boundaries").exists() and not (root / "checkpoint.npz").exists()
+    metadata = json.loads((root / "metadata.json").read_bytes())
+    last = metadata["end_to_end_losses"]["stages"][0]
+    assert last["end"] < last["start"] < last["nearest"] * 1.2 and metadata["end_to_end"] == 12
+    moved = 0
+    for block in BLOCKS:
+        for fields in read_quantized_block(WeightPaths(copy), block).values():
+            assert fields["scale_before"].shape == fields["scale"].shape
+            moved += not np.array_equal(fields["scale_before"], fields["scale"])
+            for key in ("scale", "zero_point"):  # as deployed
+                half = np.float32(np.float16(-fields["scale"] * fields["zero_point"]))
+                assert (
+                    np.array_equal(fields["scale"], np.float32(np.float16(fields["scale"])))
+                    and half.shape == fields[key].shape
+                )
+    assert moved > 80
+    before = folder_bytes(root)
+    done = optimize(copy, "--unit", "block", "--end-to-end", 12, "--resume")
+    assert done.exit_code == 0 and folder_bytes(root) == before
+    (root / "mm3.npz").unlink()  # its first phase again, then the last one: the others know where theirs began
+    done = optimize(copy, "--unit", "block", "--end-to-end", 12, "--resume")
+    assert done.exit_code == 0 and folder_bytes(root) == before
+
+
+@pytest.mark.parametrize("rule", ["token", "static"])
+def test_slopes_block_by_block_are_those_of_the_whole(copy, rule):
+    """Against the gradients of the whole-model unit, which autograd gives in one piece."""
+    settings = replace(SETTINGS, activation_rule=rule, qdrop=0.0, step_weights=[0.5, 1.5])
+    rounding = rounding_of(copy, settings, "model")
+    job = rounding.jobs[0]
+    mmdit = rounding.open()
+    samples = rounding.samples(mmdit, job)
+    training = Training(rounding.unit_class(mmdit, job, job.parts[0], samples, settings))
+    unit = training.unit
+    whole = WholeModel(mmdit, BLOCKS, samples, settings, trained_layers(training, False))
+    whole.start["range"] = dict(training.state["range"])  # to the last bit: a range decides which way a value rounds
+    indices = np.array(samples.training[:3])
+    codes = unit.codes(training.state, hard=True)
+    loss, gradients = unit.gradients(unit.quantized(training.state, codes, True), indices, 3)
+    expected = grid_slopes(codes, training.state["scale"], training.state["zero_point"], gradients["weights"])
+    expected |= {"bias": gradients["biases"], "ranges": gradients["ranges"]}
+    found_loss, found = whole.slopes(whole.start, indices, 3)
+    assert found_loss.item() == pytest.approx(loss.item(), rel=1e-5) and found.keys() == expected.keys()
+    assert bool(expected["ranges"]) == (rule == "static")
+    for kind, layers in expected.items():
+        largest = max((float(mx.abs(array).max()) for array in layers.values()), default=0)
+        assert found[kind].keys() == layers.keys()
+        for name, array in layers.items():
+            np.testing.assert_allclose(
+                np.array(found[kind][name]), np.array(array), atol=1e-4 * largest, err_msg=f"{kind} {name}"
+            )
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--unit", "block", "--end-to-end", 12, "--block-inputs", "mixed"), ("--unit", "sublayer")]
+)
+def test_kills_in_every_phase_leave_the_same_files(copy, arguments):
+    command = [*QUICK, *arguments, "--checkpoint-seconds", 0.3]
+    done = invoke("optimize_adaround", "--calib-dir", copy, *command)
+    assert done.exit_code == 0, done.output
+    expected = folder_bytes(copy / "adaround_weights")
+    shutil.rmtree(copy / "adaround_weights")
+    generator, kills = random.Random(3), 0
+    for attempt in range(40):
+        process = start("optimize_adaround", "--calib-dir", copy, *command, "--resume")
+        deadline = time.monotonic() + (generator.uniform(2.0, 6.5) if attempt < 30 else 600)
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+    assert process.returncode == 0, process.stderr.read()
+    assert kills >= 2
+    assert folder_bytes(copy / "adaround_weights") == expected
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--end-to-end", 5, "--unit", "model"), "--end-to-end follows units that are smaller than the model"),
+        (("--end-to-end", 5, "--blocks", "mm0"), "--end-to-end needs every block"),
+    ],
+)
+def test_phases_that_cannot_be(copy, arguments, message):
+    one_line(optimize(copy, *arguments), message)
+    assert not (copy / "adaround_weights").exists()
+
+
+# --- activations as they are trained ------------------------------------------------------------------------
+
+
+def test_ranges_follow_the_noise_level():
+    rule = Learned({"a": np.float32([4, 1]), "b": np.float32(2)}, {}, 8, [1.0, 0.25])
+    assert rule.range_at("a", 1.0) == 4 and rule.range_at("a", 0.0) == 1 and rule.range_at("b", 0.3) == 2
+    assert rule.range_at("a", 0.625) == pytest.approx(2)  # log-linear
+    x = mx.random.normal((4, 3, 1, 8), key=mx.random.key(0)) * 3
+    rows = Learned({"a": mx.array([4.0, 1.0])}, {}, 8).of_rows(mx.array([0, 0, 1, 1]))("a", x)
+    for row, sigma in ((0, 1.0), (1, 1.0), (2, 0.25), (3, 0.25)):
+        np.testing.assert_allclose(np.array(rows[row]), np.array(rule.at(sigma)("a", x)[row]), atol=1e-6)
+    exported = rule.exported()
+    assert exported["rule"] == "static by step" and exported["sigma_map"] == {"0": 1.0, "1": 0.25}
+    assert exported["per_timestep"]["1"]["a"]["clipping_range"] == 1
+    assert Learned({"b": np.float32(2)}, {}, 8, [1.0]).exported()["rule"] == "static"
+
+
+def test_each_step_gives_gradients_to_its_own_range():
+    x, ranges = mx.random.normal((4, 3, 1, 8), key=mx.random.key(0)) * 3, mx.array([2.0, 1.5, 9.0])
+
+    def total(ranges):
+        return mx.square(Learned({"a": ranges}, {}, 8).of_rows(mx.array([0, 0, 1, 1]))("a", x) - x).sum()
+
+    gradient = np.array(mx.grad(total)(ranges))
+    for step, rows in ((0, slice(0, 2)), (1, slice(2, 4))):
+        alone = mx.grad(lambda r, rows=rows: mx.square(fake_quantize(x[rows], r, 8) - x[rows]).sum())(ranges[step])
+        assert gradient[step] == pytest.approx(alone.item(), rel=1e-4)
+    assert gradient[2] == 0
+
+
+def test_tokens_are_quantized_as_deployed_and_gradients_pass():
+    x = np.random.default_rng(0).normal(0, 2, (2, 5, 1, 16)).astype(np.float32)
+    x[0, 0] = 0
+    x[0, 1] = np.abs(x[0, 1])
+    low, high = np.minimum(x.min(-1, keepdims=True), 0.0).astype(np.float64), np.maximum(x.max(-1, keepdims=True), 0.0)
+    step = np.maximum((high - low) / 255, 1e-10)
+    zero = np.rint(-low / step)
+    expected = (np.clip(np.rint(x / step) + zero, 0, 255) - zero) * step
+    rule = DynamicPerToken(8)
+    trained = rule.of_rows(mx.zeros(2, mx.int32))
+    np.testing.assert_allclose(np.array(trained("a", mx.array(x))), expected, atol=0.51 * step.max() * 1e-2)
+    weights = mx.random.normal(x.shape, key=mx.random.key(1))
+    slope = mx.grad(lambda values: (trained("a", values) * weights).sum())(mx.array(x))
+    assert np.array_equal(np.array(slope), np.array(weights))
+
+
+def test_inputs_are_quantized_late_and_as_asked(copy):
+    for arguments, scales in (((), False), (("--activation-rule", "static"), True), (("--activation-bits", 0), False)):
+        assert optimize(copy, "--force", *arguments).exit_code == 0
+        metadata = json.loads((copy / "adaround_weights/metadata.json").read_bytes())
+        losses = metadata["losses"]["mm0"]["stages"][0]
+        assert (losses["end_activations"] is None) == (arguments == ("--activation-bits", 0))
+        for fields in read_quantized_block(WeightPaths(copy), "mm2").values():
+            assert ("act_scales" in fields) == scales
+            if scales:
+                assert fields["act_scales"].shape == (2,) and fields["act_scale"] == fields["act_scales"].max()
+        if scales:
+            assert metadata["range_sigmas"] == [metadata["schedule"][step] for step in metadata["key_timesteps"]]
+            done = invoke(
+                "evaluate_quantization", "--calib-dir", copy, "--num-images", 1, "--num-steps", 2,
+                "--variants", "w4-adaround+a8-learned",
+            )  # fmt: skip
+            assert done.exit_code == 0, done.output
+    assert SETTINGS.inputs_from == 5 and replace(SETTINGS, activation_bits=0).inputs_from == 10
+
+
+def test_errors_count_as_they_reach_the_image():
+    sigmas = [3 * t / (1 + 2 * t) for t in np.linspace(1, 0, 21)]
+    weights = weights_of_steps(sigmas, range(20))
+    assert np.mean(weights) == pytest.approx(1) and (np.diff(weights) > 0).all() and weights[-1] > 100 * weights[5]
+    some = weights_of_steps(sigmas, [0, 10, 19])
+    assert np.mean(some) == pytest.approx(1) and some[2] == pytest.approx(3 * sum(weights[15:]) / 20, rel=1e-9)
+    error = mx.random.normal((4, 2, 1, 3), key=mx.random.key(0))
+    found = weighted_mean_square(error, [0.5, 1.5], mx.array([0, 1, 1, 0])).item()
+    reference = np.square(np.array(error, np.float64)).mean(axis=(1, 2, 3)) @ [0.5, 1.5, 1.5, 0.5] / 4
+    assert found == pytest.approx(reference, rel=1e-5)
+    assert weighted_mean_square(error, [], mx.zeros(4, mx.int32)).item() == mx.mean(mx.square(error)).item()
+
+
+def test_what_is_judged_on_passes_over_no_step():
+    indices = list(range(64 * 7 * 4))  # image by image, 7 steps each
+    chosen = spread_over(indices, 64)
+    assert chosen == spread_over(indices, 64) == sorted(set(chosen)) and {index % 7 for index in chosen} == set(
+        range(7)
+    )
+    assert spread_over(indices[:5], 64) == indices[:5]
