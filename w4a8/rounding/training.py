@@ -63,6 +63,11 @@ class Training:
         return self.settings.iters
 
     @property
+    def rounding_iters(self) -> int:
+        """Those that move the rounding; the others tune scales, zero points and biases."""
+        return self.settings.rounding_iters
+
+    @property
     def inputs_from(self) -> int:
         return self.settings.inputs_from
 
@@ -135,7 +140,7 @@ class Training:
         """
         unit, settings = self.unit, self.settings
         indices = self.drawn()
-        tuning = self.iteration >= settings.rounding_iters
+        tuning = self.iteration >= self.rounding_iters
         codes = unit.codes(self.state, hard=tuning)
         quantized = unit.quantized(self.state, codes, with_ranges=self.iteration >= settings.inputs_from)
         loss, gradients = unit.gradients(quantized, indices, self.iteration)
@@ -171,7 +176,7 @@ class Training:
     def round(self, weight_gradients: Arrays) -> None:
         """Move the rounding variables."""
         settings, alphas, method = self.settings, self.state["alpha"], self.unit.method
-        progress = self.iteration / settings.rounding_iters
+        progress = self.iteration / self.rounding_iters
         count = sum(alpha.size for alpha in alphas.values())
         gradients = {}
         for name, alpha in alphas.items():
@@ -185,9 +190,9 @@ class Training:
 
     def tune(self, codes: Arrays, gradients: Gradients) -> None:
         """Move scales, zero points and biases."""
-        state, settings = self.state, self.settings
+        state = self.state
         slopes = grid_slopes(codes, state["scale"], state["zero_point"], gradients["weights"])
-        progress = (self.iteration - settings.rounding_iters) / max(1, settings.iters - settings.rounding_iters)
+        progress = (self.iteration - self.rounding_iters) / max(1, self.iters - self.rounding_iters)
         self.move_grids(slopes | {"bias": gradients["biases"]}, progress)
 
     def move_grids(self, slopes: Gradients, progress: float) -> None:
