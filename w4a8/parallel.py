@@ -3,13 +3,17 @@
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from typing import TypeVar
 
 import click
 import mlx.core as mx
 
 from w4a8 import blas
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 def run_cpu_streams_side_by_side() -> None:
@@ -88,9 +92,15 @@ def announce_compilation(what: str) -> None:
         click.echo(f"compiling {what}, once …", err=True)
 
 
+def on_every_core(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """`function` of every item, in their order, on as many threads as there are cores: for NumPy, which lets go of the GIL."""
+    with ThreadPoolExecutor(blas.cores()) as pool:
+        yield from pool.map(function, items)
+
+
 def fused(function: Callable) -> Callable:
     """A function of MLX arrays, element by element, as one kernel on a GPU: many small ones are what an iteration waits for.
 
     As it is on a CPU, where compiling costs more, and where its gradients are taken.
     """
-    return function if mx.default_device() == mx.Device(mx.cpu) or os.environ.get("W_NOFUSE") else mx.compile(function)
+    return function if mx.default_device() == mx.Device(mx.cpu) else mx.compile(function)

@@ -18,7 +18,7 @@ from calibration_store.checkpoint import Layers
 from calibration_store.names import block_of
 from hooks import substituted_layers
 from w4a8.model.layers import model_blocks, model_layers, run_final_layer
-from w4a8.parallel import streams_for
+from w4a8.parallel import on_every_core, streams_for
 from w4a8.quantized.activation_rules import DynamicPerToken, Learned
 from w4a8.quantized.layer import QuantizedLayer, deployed_grid
 from w4a8.rounding.samples import TrainingSamples
@@ -82,7 +82,9 @@ class WholeModel:
         names, layers = self._of_block[block], model_layers(self.mmdit)
         if state is None:
             bits, group = self.settings.bits, self.settings.group_size
-            nearest = {n: QuantizedLayer.nearest(np.array(layers[n].weight), bits(n), group).as_mlx() for n in names}
+            dense = {name: np.array(layers[name].weight) for name in names}
+            found = on_every_core(lambda name: QuantizedLayer.nearest(dense[name], bits(name), group), names)
+            nearest = {name: layer.as_mlx() for name, layer in zip(names, found, strict=True)}
             biases = {name: layers[name].bias for name in names if layers[name].bias is not None}
             return {"weights": {name: layer.weight for name, layer in nearest.items()}, "biases": biases, "ranges": {}}
         quantized = {

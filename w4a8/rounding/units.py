@@ -12,7 +12,7 @@ from mlx.utils import tree_map
 
 from hooks import substituted_layers
 from w4a8.model.layers import Layer, model_blocks, model_layers
-from w4a8.parallel import fused, streams_for
+from w4a8.parallel import fused, on_every_core, streams_for
 from w4a8.quantized.activation_rules import DynamicPerToken, Learned
 from w4a8.quantized.arithmetic import grid_position, searched_grid
 from w4a8.quantized.layer import QuantizedLayer, deployed_grid
@@ -83,12 +83,17 @@ class Unit:
         self.nearest: dict[str, QuantizedLayer] = {}
         self._floor: Arrays = {}
         start: dict[str, Arrays] = {key: {} for key in FIELDS}
-        for name, weight in self.weights.items():
-            weight = np.array(weight, np.float32)
-            bits = settings.bits(name)
-            self.nearest[name] = QuantizedLayer.nearest(weight, bits, settings.group_size)
-            scale, zero_point = deployed_grid(*searched_grid(weight, bits, settings.group_size))
-            position = grid_position(weight, scale, zero_point)
+        dense = {name: np.array(weight, np.float32) for name, weight in self.weights.items()}
+
+        def grids(name: str) -> tuple[QuantizedLayer, np.ndarray, np.ndarray]:
+            bits, group = settings.bits(name), settings.group_size
+            return QuantizedLayer.nearest(dense[name], bits, group), *deployed_grid(
+                *searched_grid(dense[name], bits, group)
+            )
+
+        for name, (nearest, scale, zero_point) in zip(dense, on_every_core(grids, dense), strict=True):
+            self.nearest[name] = nearest
+            position = grid_position(dense[name], scale, zero_point)
             self._floor[name] = mx.array(np.floor(position))
             start["alpha"][name] = self.method.first_alpha(position - np.floor(position))
             start["scale"][name], start["zero_point"][name] = mx.array(scale), mx.array(zero_point)
