@@ -114,7 +114,7 @@ OPTIONS = (
     click.option(
         "--step-weights",
         type=click.Choice(["image", "none"]),
-        default="image",
+        default="none",
         help="How much an error counts at each step: image: as it reaches the finished image, late steps most; none: all the same.",
     ),
     click.option("--seed", type=click.IntRange(min=0), default=0, help="Decides the batches."),
