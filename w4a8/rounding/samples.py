@@ -1,6 +1,6 @@
 """The cached samples that units are trained on."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -8,18 +8,17 @@ import mlx.core as mx
 import numpy as np
 
 from calibration_store.block_cache import (
+    VELOCITY,
     block_keys,
     check_cached_sample,
     holds_ends,
-    read_cached_block,
-    read_cached_ends,
     stored_shapes,
 )
 from calibration_store.layout import BlockCachePaths
 from w4a8.memory import device_memory
 
 HELD_OUT, MOST_HELD_OUT = 0.1, 32  # share of the images, and how many at most: never trained on, they judge
-Found = tuple[int, int, list[np.ndarray]]  # image_id, step_index, arrays as in TrainingSamples.batch, float16
+Place = tuple[int, int]  # image_id, step_index
 
 
 class TrainingSamples(Protocol):
@@ -44,47 +43,53 @@ SAMPLES_SHARE = 0.25  # of the device's memory that samples may take; more stay 
 
 
 class Samples:
-    """Cached samples in float16: in memory (the GPU's, where there is one), or mapped when they are many."""
+    """Cached samples in float16: in memory (the GPU's, where there is one), or read from their files when they are many."""
 
-    def __init__(self, found: Iterable[Found], key_timesteps: Sequence[int], quantized: Iterable[Found] | None = None):
-        """quantized: the same samples as the quantized blocks before give the inputs; its arrays are the inputs alone."""
-        self.image_ids: list[int] = []
-        steps: list[int] = []
-        mapped: list[list[np.ndarray]] = []
-        others = iter(quantized) if quantized is not None else None
-        for image_id, step, arrays in found:
-            mapped.append([*arrays, *(next(others)[2] if others is not None else [])])
-            self.image_ids.append(image_id)
-            steps.append(list(key_timesteps).index(step))
-        self.holds_velocity = False
-        self._steps, self.all_steps = np.array(steps), range(len(key_timesteps))
-        self._count = len(arrays)  # of arrays before the quantized inputs
-        self.num_bytes = sum(member.nbytes for members in mapped for member in members)
-        self._mapped, self._arrays = mapped, []
+    def __init__(
+        self, places: Sequence[Place], read: Callable[[Place], list[np.ndarray]], key_timesteps: Sequence[int],
+        quantized: Callable[[Place], list[np.ndarray]] | None = None,
+    ):  # fmt: skip
+        """read: a sample's arrays, as in TrainingSamples.batch; quantized: its inputs as the quantized blocks before give them.
+
+        No file stays open: an operating system allows a few hundred.
+        """
+        self.places, self.holds_velocity = places, False
+        self._steps, self.all_steps = (
+            np.array([list(key_timesteps).index(step) for _, step in places]),
+            range(len(key_timesteps)),
+        )
+        self._read = read if quantized is None else lambda place: [*read(place), *quantized(place)]
+        self._count = len(read(places[0]))  # of arrays before the quantized inputs
+        first = self._read(places[0])
+        self.num_bytes = len(places) * sum(member.nbytes for member in first)
+        self._arrays: list = []
         if self.num_bytes <= SAMPLES_SHARE * device_memory():
-            on_gpu = mx.default_device() != mx.Device(mx.cpu)
-            self._arrays = [np.stack(members) for members in zip(*mapped, strict=True)]
-            self._arrays = [mx.array(array) for array in self._arrays] if on_gpu else self._arrays
-            self._mapped = []
-        self.training, self.held_out = split_samples(self.image_ids)
+            self._arrays = [np.empty((len(places), *member.shape), np.float16) for member in first]
+            for index, place in enumerate(places):
+                for array, member in zip(self._arrays, self._read(place), strict=True):
+                    array[index] = member
+            if mx.default_device() != mx.Device(mx.cpu):
+                self._arrays = [mx.array(array) for array in self._arrays]
+        self.training, self.held_out = split_samples([image_id for image_id, _ in places])
 
     @classmethod
     def of_stretch(cls, calib_dir: Path, cache: Mapping[str, Any], blocks: Sequence[str]) -> "Samples":
         """What a cache of all boundaries says of a stretch of blocks: what enters the first, what the last gives."""
-        found = (
-            (cached.image_id, cached.step_index, [*cached.inputs, cached.modulation_input, *cached.outputs])
-            for cached in read_cached_block(calib_dir, blocks[0], blocks[-1], cache)
-        )
-        return cls(found, cache["key_timesteps"])
+        inputs, outputs = block_keys(cache, blocks[0], blocks[-1])
+        read = reader(calib_dir, cache, [*inputs, "modulation_input", *outputs])
+        return cls(places_of(cache), read, cache["key_timesteps"])
 
     @classmethod
     def of_ends(cls, calib_dir: Path, cache: Mapping[str, Any], patch_size: int) -> "Samples":
         """What a cache of the ends says of the whole model; the output is its velocity, a patch a token."""
-        found = (
-            (cached.image_id, cached.step_index, [*cached.inputs, cached.modulation_input, patches(cached.velocity, patch_size)])
-            for cached in read_cached_ends(calib_dir, cache)
-        )  # fmt: skip
-        samples = cls(found, cache["key_timesteps"])
+        inputs, _ = block_keys(cache, cache["block_names"][0])
+        read = reader(calib_dir, cache, [*inputs, "modulation_input", VELOCITY])
+
+        def patched(place: Place) -> list[np.ndarray]:
+            *found, velocity = read(place)
+            return [*found, patches(velocity, patch_size)]
+
+        samples = cls(places_of(cache), patched, cache["key_timesteps"])
         samples.holds_velocity = True
         return samples
 
@@ -99,18 +104,35 @@ class Samples:
 
     def batch(self, indices: Sequence[int], key: mx.array | None = None) -> list[mx.array]:
         """As TrainingSamples.batch."""
-        if self._mapped:
-            chosen = zip(*[self._mapped[index] for index in indices], strict=True)
-            found = [mx.array(np.concatenate(members)).astype(mx.float32) for members in chosen]
-        else:
+        if self._arrays:
             picks = mx.array(indices) if isinstance(self._arrays[0], mx.array) else np.asarray(indices)
             picked = (array[picks] for array in self._arrays)
             found = [mx.array(array.reshape(-1, *array.shape[2:])).astype(mx.float32) for array in picked]
+        else:
+            members = zip(*[self._read(self.places[index]) for index in indices], strict=True)
+            found = [mx.array(np.concatenate(each)).astype(mx.float32) for each in members]
         arrays, quantized = found[: self._count], found[self._count :]
         for position, other in enumerate(quantized if key is not None else ()):
             key, drawn = mx.random.split(key)
             arrays[position] = mx.where(mx.random.bernoulli(0.5, other.shape, drawn), arrays[position], other)
         return arrays
+
+
+def places_of(cache: Mapping[str, Any]) -> list[Place]:
+    """(image_id, step_index) of every cached sample."""
+    return [(sample["image_id"], sample["step_index"]) for sample in cache["samples"]]
+
+
+def reader(calib_dir: Path, cache: Mapping[str, Any], keys: Sequence[str]) -> Callable[[Place], list[np.ndarray]]:
+    """(image_id, step_index) -> these arrays of a cached sample, mapped. Raises StoreError that names a missing or damaged file."""
+    paths, stored = BlockCachePaths(calib_dir), stored_shapes(cache)
+    shapes = {key: stored[key] for key in keys}
+
+    def read(place: Place) -> list[np.ndarray]:
+        arrays = check_cached_sample(paths.sample(*place), *place, shapes, checked=False)
+        return [arrays[key] for key in keys]
+
+    return read
 
 
 def patches(velocity: np.ndarray, size: int) -> np.ndarray:

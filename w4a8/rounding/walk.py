@@ -1,6 +1,6 @@
 """The boundaries between blocks, made block after block from a cache of the ends: one forward pass over the samples in all."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -15,7 +15,7 @@ from calibration_store.block_cache import (
 )
 from calibration_store.errors import StoreError
 from calibration_store.files import BackgroundWriter, remove_folder
-from calibration_store.layout import BlockCachePaths, BoundaryPaths, WeightPaths
+from calibration_store.layout import BoundaryPaths, WeightPaths
 from calibration_store.npz import npz_bytes, write_npz
 from calibration_store.weights import read_quantized_block
 from hooks import substituted_layers
@@ -23,10 +23,8 @@ from w4a8.cli.progress import progress_bar
 from w4a8.model.layers import model_blocks
 from w4a8.parallel import streams_for
 from w4a8.quantized.layer import QuantizedLayer
-from w4a8.rounding.samples import Found, Samples
+from w4a8.rounding.samples import Place, Samples, places_of, reader
 from w4a8.rounding.substitution import Substitution
-
-Place = tuple[int, int]  # image_id, step_index
 
 
 class Walk:
@@ -41,7 +39,7 @@ class Walk:
         self.mixed = plan["block_inputs"] == "mixed"
         self.blocks: list[str] = cache["block_names"]
         self.shapes = boundary_shapes(cache)
-        self.places: list[Place] = [(sample["image_id"], sample["step_index"]) for sample in cache["samples"]]
+        self.places = places_of(cache)
         self._whole: set[tuple[str, bool]] = set()  # boundaries that were seen whole, or made, by this process
 
     def samples(self, mmdit: nn.Module, block: str) -> Samples:
@@ -52,29 +50,23 @@ class Walk:
             self._make(mmdit, before, True)
         kept = {self.paths.boundary(name, way).root for name in (before, block) if name for way in (False, True)}
         self._remove([each for each in self.paths.boundaries if each.root not in kept])
-        modulations = self._read(None, ["modulation_input"], self.places)
-        found = (
-            (*place, [*inputs, *modulation, *outputs])
-            for place, inputs, modulation, outputs in zip(
-                self.places, self._inputs(block, False, self.places), modulations, self._outputs(block), strict=True
-            )
+        modulation = reader(self.paths.calib_dir, self.cache, ["modulation_input"])
+        inputs, outputs = self._inputs(block, False), self._outputs(block)
+        return Samples(
+            self.places,
+            lambda place: [*inputs(place), *modulation(place), *outputs(place)],
+            self.cache["key_timesteps"],
+            self._inputs(block, True) if self.mixed and before is not None else None,
         )
-        others = None
-        if self.mixed and before is not None:
-            quantized = self._inputs(block, True, self.places)
-            others: Iterator[Found] | None = ((*place, a) for place, a in zip(self.places, quantized, strict=True))
-        return Samples(found, self.cache["key_timesteps"], others)
 
     def few(self, mmdit: nn.Module, count: int) -> Samples:
         """Some of the first block's samples, for a trial; writes nothing."""
         block, places = self.blocks[0], self.places[: 2 * count]
-        found: list[Found] = []
-        for place in places:
-            (inputs,) = self._inputs(block, False, [place])
-            (modulation,) = self._read(None, ["modulation_input"], [place])
-            outputs = [np.array(tokens) for tokens in self._run(mmdit, block, [place], False)]
-            found.append((*place, [*inputs, *modulation, *outputs]))
-        return Samples(found, self.cache["key_timesteps"])
+        inputs, modulation = self._inputs(block, False), reader(self.paths.calib_dir, self.cache, ["modulation_input"])
+        outputs = {place: [np.array(tokens) for tokens in self._run(mmdit, block, [place], False)] for place in places}
+        return Samples(
+            places, lambda place: [*inputs(place), *modulation(place), *outputs[place]], self.cache["key_timesteps"]
+        )
 
     def finish(self) -> None:
         """Remove what is left of the walk."""
@@ -98,22 +90,24 @@ class Walk:
     def _keys(self, block: str) -> list[str]:
         return block_keys(self.cache, block)[1]
 
-    def _inputs(self, block: str, quantized: bool, places: Sequence[Place]) -> Iterator[list[np.ndarray]]:
+    def _inputs(self, block: str, quantized: bool) -> Callable[[Place], list[np.ndarray]]:
         before = self._before(block)
         if before is None:
-            return self._read(None, block_keys(self.cache, block)[0], places)
-        return self._read(self.paths.boundary(before, quantized), self._keys(before), places)
+            return reader(self.paths.calib_dir, self.cache, block_keys(self.cache, block)[0])
+        return self._boundary(before, quantized)
 
-    def _outputs(self, block: str) -> Iterator[list[np.ndarray]]:
-        return self._read(self.paths.boundary(block), self._keys(block), self.places)
+    def _outputs(self, block: str) -> Callable[[Place], list[np.ndarray]]:
+        return self._boundary(block, False)
 
-    def _read(self, boundary: BoundaryPaths | None, keys: Sequence[str], places: Sequence[Place]) -> Iterator[list]:
-        """Arrays of a boundary, None: of the cache, mapped."""
-        paths = boundary or BlockCachePaths(self.paths.calib_dir)
-        shapes = {key: self.shapes[key] for key in keys}
-        for place in places:
+    def _boundary(self, block: str, quantized: bool) -> Callable[[Place], list[np.ndarray]]:
+        """(image_id, step_index) -> the arrays of a boundary, mapped."""
+        paths, shapes = self.paths.boundary(block, quantized), {key: self.shapes[key] for key in self._keys(block)}
+
+        def read(place: Place) -> list[np.ndarray]:
             arrays = check_cached_sample(paths.sample(*place), *place, shapes, checked=False)
-            yield [arrays[key] for key in keys]
+            return [arrays[key] for key in shapes]
+
+        return read
 
     # making
 
@@ -159,12 +153,12 @@ class Walk:
     def _run(self, mmdit: nn.Module, block: str, chunk: Sequence[Place], quantized: bool) -> list[mx.array]:
         """The tokens that a block gives for some samples, float16, rows one below the other, unevaluated."""
 
-        def joined(found: Iterator[list[np.ndarray]]) -> list[mx.array]:
-            members = zip(*found, strict=True)
+        def joined(read: Callable[[Place], list[np.ndarray]]) -> list[mx.array]:
+            members = zip(*map(read, chunk), strict=True)
             return [mx.array(np.concatenate(each)).astype(mx.float32) for each in members]
 
-        (modulation,) = joined(self._read(None, ["modulation_input"], chunk))
-        tokens = joined(self._inputs(block, quantized, chunk))
+        (modulation,) = joined(reader(self.paths.calib_dir, self.cache, ["modulation_input"]))
+        tokens = joined(self._inputs(block, quantized))
         return [tokens.astype(mx.float16) for tokens in model_blocks(mmdit)[block].run(tokens, modulation)]
 
     def _write(
