@@ -23,7 +23,7 @@ OPTIONS = {
     "activation_bits": "--activation-bits", "group_size": "--group-size", "rounding": "--rounding", "qdrop": "--qdrop",
     "lr_alpha": "--lr-alpha", "lr_activation_scale": "--lr-activation-scale", "regularizer_weight": "--regularizer-weight",
     "block_inputs": "--block-inputs", "end_to_end": "--end-to-end", "activation_rule": "--activation-rule",
-    "average_bits": "--average-bits", "bit_choices": "--bit-choices", "layer_bits": "--bits", "excluded": "--exclude", "step_weights": "--step-weights", "seed": "--seed", "micro_batch": "--micro-batch", "selected_image_ids": "cached images", "key_timesteps": "cached steps",
+    "average_bits": "--average-bits", "bit_choices": "--bit-choices", "layer_bits": "--bits", "excluded": "--exclude", "seed": "--seed", "micro_batch": "--micro-batch", "selected_image_ids": "cached images", "key_timesteps": "cached steps",
 }  # fmt: skip
 
 
@@ -42,7 +42,7 @@ def main(**options) -> None:
 
 def run(
     calib_dir: Path, model: str | None, local_checkpoint: Path | None, blocks: str | None, unit: str | None,
-    end_to_end: int | None, micro_batch: int | None, lr_alpha: float | None, step_weights: str, checkpoint_seconds: float, alpha: bool,
+    end_to_end: int | None, micro_batch: int | None, lr_alpha: float | None, checkpoint_seconds: float, alpha: bool,
     average_bits: float | None, bit_choices: str, bits: tuple[str, ...], exclude: tuple[str, ...], sensitivity_only: bool,
     max_bytes: int | None, resume: bool, force: bool, dry_run: bool, **options,
 ) -> None:  # fmt: skip
@@ -64,14 +64,13 @@ def run(
     from w4a8.rounding.run import Rounding, choose_end_to_end, choose_unit
     from w4a8.rounding.samples import verified
     from w4a8.rounding.sensitivity import BitOptions, choose_bits, measure_sensitivity
-    from w4a8.rounding.settings import Settings, weights_of_steps
+    from w4a8.rounding.settings import Settings
 
     if lr_alpha is None:
         lr_alpha = METHODS[options["rounding"]].default_lr
     cache, manifest, paths = read_cache_metadata(calib_dir), read_manifest(calib_dir), WeightPaths(calib_dir)
     schedule, _ = run_schedule(manifest)
-    weights = weights_of_steps(schedule, cache["key_timesteps"]) if step_weights == "image" else []
-    settings = Settings(lr_alpha=lr_alpha, step_weights=weights, **options)
+    settings = Settings(lr_alpha=lr_alpha, **options)
     folder = StageFolder(paths, paths.plan, WEIGHTS_PLAN.read, OPTIONS, resume, force)
     run_cpu_streams_side_by_side()
     with folder.held(dry_run):

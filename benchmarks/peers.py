@@ -47,12 +47,11 @@ def compare(calib_dir: Path, settings, num_images: int) -> None:
     from w4a8.model.layers import model_blocks
     from w4a8.model.runs import run_schedule, run_transformer
     from w4a8.rounding.run import Rounding
-    from w4a8.rounding.settings import spread_over, weights_of_steps
+    from w4a8.rounding.settings import spread_over
 
     manifest, cache = read_manifest(calib_dir), read_cache_metadata(calib_dir)
     opened, (schedule, _) = run_transformer(manifest), run_schedule(manifest)
     mmdit = opened()
-    settings = with_weights(settings, weights_of_steps(schedule, cache["key_timesteps"]))
     rounding = Rounding(
         opened, mmdit, WeightPaths(calib_dir), cache, schedule, settings, "model", list(model_blocks(mmdit))
     )
@@ -80,13 +79,6 @@ def compare(calib_dir: Path, settings, num_images: int) -> None:
         click.echo(
             f"{name:18} {seconds[name]:8.1f} {row['psnr']['mean']:6.1f}dB {row['psnr']['worst']:7.1f} {shown:>7}"
         )
-
-
-def with_weights(settings, weights):
-    """Settings whose loss weighs steps as stage 3W's does."""
-    from dataclasses import replace
-
-    return replace(settings, step_weights=weights)
 
 
 # --- ways: a unit and XXᵀ of every input -> {layer: (dense weight, bias or None)} ----------------------------

@@ -61,7 +61,7 @@ def profile(training: Training) -> dict[str, float]:
     stand_in = quantized.substitution()
     timed("quantizing weights", lambda: stand_in.weights)
     batch = unit.samples.batch(indices)
-    timed("forward", lambda: unit.loss_parts(stand_in, batch, mx.zeros(len(batch[0]), mx.int32)))
+    timed("forward", lambda: unit.loss_parts(stand_in, batch))
     gradients = timed("forward and backward", lambda: unit.gradients(quantized, indices, 0))[1]
     timed("rounding variables (Adam)", lambda: (training.round(gradients["weights"]), training.state)[1])
     others = sum(marks[name] for name in ("reading the batch", "quantizing weights", "forward"))

@@ -78,8 +78,10 @@ def gigabytes(count: int) -> str:
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[io.BufferedWriter]:
+def atomic_file(path: Path, durable: bool = True) -> Iterator[io.BufferedWriter]:
     """Open a temporary file beside `path`; on success flush it to the disk and rename it, else remove it.
+
+    durable: wait for the disk; without it a power loss may leave a torn file, which its checksums must tell.
 
     Raises WriteError for what the operating system refuses (full disk, missing right).
     """
@@ -91,7 +93,8 @@ def atomic_file(path: Path) -> Iterator[io.BufferedWriter]:
         with open(temp, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.chmod(temp, 0o644)
         os.replace(temp, path)
     except OSError as error:

@@ -17,8 +17,8 @@ from calibration_store.errors import StoreError
 from calibration_store.files import atomic_file, read_bytes, why_unreadable
 
 
-def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write an uncompressed NPZ atomically; equal arrays give equal bytes.
+def write_npz(path: Path, arrays: Mapping[str, np.ndarray], durable: bool = True) -> None:
+    """Write an uncompressed NPZ atomically; equal arrays give equal bytes. durable: as `atomic_file`.
 
     np.savez computes the checksums between the writes, in one thread. Here threads compute them while the data
     goes to the disk, and data begin at multiples of 64 bytes so that they can be mapped aligned. The format
@@ -26,10 +26,10 @@ def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """
     members = [(f"{key}.npy", _npy_header(array), np.ascontiguousarray(array)) for key, array in arrays.items()]
     if sum(array.nbytes + 1024 for *_, array in members) >= 2**32:
-        with atomic_file(path) as file:
+        with atomic_file(path, durable) as file:
             np.savez(file, **arrays)  # ZIP64
         return
-    with atomic_file(path) as file, ThreadPoolExecutor(max_workers=min(4, len(members))) as pool:
+    with atomic_file(path, durable) as file, ThreadPoolExecutor(max_workers=min(4, len(members))) as pool:
         checksums = [pool.submit(_crc32, header, array) for _, header, array in members]
         offsets = []
         for name, header, array in members:

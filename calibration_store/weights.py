@@ -47,7 +47,6 @@ class _MadeFrom(TypedDict, total=False):
     weights_fingerprint: Digest | None
     micro_batch: Count  # samples whose gradients were made at once; older files have none
     activation_rule: Literal["token", "static"]  # older files have static ones, the same at every step
-    step_weights: list[NotNegative]  # of an error at each cached step; empty: all the same
     range_sigmas: list[NotNegative]  # noise levels of `act_scales`, the cached steps
     schedule: list[NotNegative]  # noise levels of the calibration run's steps
     block_inputs: Literal["original", "mixed"]

@@ -28,9 +28,8 @@ from w4a8.rounding.end_to_end import WholeModel
 from w4a8.rounding.jobs import trained_layers
 from w4a8.rounding.run import Rounding
 from w4a8.rounding.samples import patches
-from w4a8.rounding.settings import Settings, spread_over, weights_of_steps
+from w4a8.rounding.settings import Settings, spread_over
 from w4a8.rounding.training import Training, grid_slopes
-from w4a8.rounding.units import weighted_mean_square
 from w4a8.rounding.walk import Walk
 
 BLOCKS = [f"mm{index}" for index in range(8)]
@@ -272,7 +271,7 @@ def test_block_units_and_the_last_phase(copy):
 @pytest.mark.parametrize("rule", ["token", "static"])
 def test_slopes_block_by_block_are_those_of_the_whole(copy, rule):
     """Against the gradients of the whole-model unit, which autograd gives in one piece."""
-    settings = replace(SETTINGS, activation_rule=rule, qdrop=0.0, step_weights=[0.5, 1.5])
+    settings = replace(SETTINGS, activation_rule=rule, qdrop=0.0)
     rounding = rounding_of(copy, settings, "model")
     job = rounding.jobs[0]
     mmdit = rounding.open()
@@ -399,19 +398,6 @@ def test_inputs_are_quantized_late_and_as_asked(copy):
             )  # fmt: skip
             assert done.exit_code == 0, done.output
     assert SETTINGS.inputs_from == 5 and replace(SETTINGS, activation_bits=0).inputs_from == 10
-
-
-def test_errors_count_as_they_reach_the_image():
-    sigmas = [3 * t / (1 + 2 * t) for t in np.linspace(1, 0, 21)]
-    weights = weights_of_steps(sigmas, range(20))
-    assert np.mean(weights) == pytest.approx(1) and (np.diff(weights) > 0).all() and weights[-1] > 100 * weights[5]
-    some = weights_of_steps(sigmas, [0, 10, 19])
-    assert np.mean(some) == pytest.approx(1) and some[2] == pytest.approx(3 * sum(weights[15:]) / 20, rel=1e-9)
-    error = mx.random.normal((4, 2, 1, 3), key=mx.random.key(0))
-    found = weighted_mean_square(error, [0.5, 1.5], mx.array([0, 1, 1, 0])).item()
-    reference = np.square(np.array(error, np.float64)).mean(axis=(1, 2, 3)) @ [0.5, 1.5, 1.5, 0.5] / 4
-    assert found == pytest.approx(reference, rel=1e-5)
-    assert weighted_mean_square(error, [], mx.zeros(4, mx.int32)).item() == mx.mean(mx.square(error)).item()
 
 
 def test_what_is_judged_on_passes_over_no_step():

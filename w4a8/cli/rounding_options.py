@@ -111,12 +111,6 @@ OPTIONS = (
         default=0.01,
         help="sigmoid: weight of the pull to 0 or 1, beside a loss of 1 for round-to-nearest.",
     ),
-    click.option(
-        "--step-weights",
-        type=click.Choice(["image", "none"]),
-        default="none",
-        help="How much an error counts at each step: image: as it reaches the finished image, late steps most; none: all the same.",
-    ),
     click.option("--seed", type=click.IntRange(min=0), default=0, help="Decides the batches."),
     click.option(
         "--checkpoint-seconds",

@@ -25,7 +25,7 @@ from w4a8.rounding.samples import TrainingSamples
 from w4a8.rounding.settings import EVALUATED, STATIC, Settings, spread_over
 from w4a8.rounding.substitution import Substitution
 from w4a8.rounding.training import NotFiniteError, Training, grid_slopes
-from w4a8.rounding.units import SMALLEST_ERROR, Arrays, Gradients, weighted_mean_square
+from w4a8.rounding.units import SMALLEST_ERROR, Arrays, Gradients
 
 KEPT_BEFORE = ("scale", "zero_point", "bias", "act_scale", "act_scales")  # as {field}_before: where the phase began
 
@@ -117,11 +117,10 @@ class WholeModel:
         stand_in.let_go()
         return given
 
-    def _square(self, tokens: mx.array, batch: list[mx.array], steps: mx.array) -> mx.array:
-        """Mean squared error of the output; batch: as TrainingSamples.batch; steps (rows,): which cached step each row is of."""
+    def _square(self, tokens: mx.array, batch: list[mx.array]) -> mx.array:
+        """Mean squared error of the output; batch: as TrainingSamples.batch."""
         target = batch[3] if self.samples.holds_velocity else run_final_layer(self.mmdit, batch[3], batch[2])
-        error = run_final_layer(self.mmdit, tokens, batch[2]) - target
-        return weighted_mean_square(error, self.settings.step_weights, steps)
+        return mx.mean(mx.square(run_final_layer(self.mmdit, tokens, batch[2]) - target))
 
     def _rows(self, indices: Sequence[int], batch: list[mx.array]) -> mx.array:
         return mx.array(np.repeat(self.samples.steps(indices), len(batch[0]) // len(indices)))
@@ -140,10 +139,7 @@ class WholeModel:
                 rows = self._rows(part, tokens[index]) if with_inputs else None
                 tokens[index] = self._run(block, parameters, tokens[index], modulations[index], rows, None)
                 mx.eval(tokens[index])
-        squares = []
-        for given, part in zip(tokens, parts, strict=True):
-            batch = self.samples.batch(part)
-            squares.append(self._square(given[0], batch, self._rows(part, batch)))
+        squares = [self._square(given[0], self.samples.batch(part)) for given, part in zip(tokens, parts, strict=True)]
         return sum(square.item() * len(part) for square, part in zip(squares, parts, strict=True)) / len(indices)
 
     # gradients, a block at a time
@@ -159,8 +155,9 @@ class WholeModel:
         """(loss, slopes) of each of some micro-batches, which are run side by side; their shares of `count` samples."""
         settings, ways = self.settings, list(zip(range(len(parts)), streams, strict=False))
         batches = [self.samples.batch(part) for part in parts]
-        steps = [self._rows(part, batch) for part, batch in zip(parts, batches, strict=True)]
-        rows = steps if settings.activation_bits else [None] * len(parts)
+        rows = [None] * len(parts)
+        if settings.activation_bits:
+            rows = [self._rows(part, batch) for part, batch in zip(parts, batches, strict=True)]
 
         def key_of(index: int, block: Any) -> mx.array:
             return mx.random.key(hash((settings.seed, iteration, int(parts[index][0]), block.index)) % 2**32)
@@ -179,7 +176,7 @@ class WholeModel:
         losses, slopes_of = [], []
         for index, stream in ways:
             with mx.stream(stream):
-                square = partial(self._square, batch=batches[index], steps=steps[index])
+                square = partial(self._square, batch=batches[index])
                 loss, slope = mx.value_and_grad(square)(kept[index].pop()[0])
                 share = len(parts[index]) / count / self.norm
                 loss, slope = share * loss, share * slope

@@ -135,17 +135,14 @@ class Unit:
 
     # the loss
 
-    def square_parts(self, stand_in: Substitution, batch: list[mx.array], steps: mx.array) -> list[mx.array]:
-        """Mean squared error of each output, unevaluated. steps (rows,): which of the cached steps each row is of."""
+    def square_parts(self, stand_in: Substitution, batch: list[mx.array]) -> list[mx.array]:
+        """Mean squared error of each output, unevaluated."""
         targets, given = self.targets(batch), self.outputs(batch, stand_in)
-        return [
-            weighted_mean_square(a - b, self.settings.step_weights, steps) for a, b in zip(given, targets, strict=True)
-        ]
+        return [mx.mean(mx.square(a - b)) for a, b in zip(given, targets, strict=True)]
 
-    def loss_parts(self, stand_in: Substitution, batch: list[mx.array], steps: mx.array) -> list[mx.array]:
+    def loss_parts(self, stand_in: Substitution, batch: list[mx.array]) -> list[mx.array]:
         """The same, relative to round-to-nearest."""
-        squares = self.square_parts(stand_in, batch, steps)
-        return [square / norm for square, norm in zip(squares, self.norms, strict=True)]
+        return [square / norm for square, norm in zip(self.square_parts(stand_in, batch), self.norms, strict=True)]
 
     def mean_squares(self, state: QuantizedUnit, indices: Sequence[int]) -> list[float]:
         """Mean squared error of each output over these samples."""
@@ -165,9 +162,8 @@ class Unit:
         for begin in range(0, len(indices), size):
             chosen = indices[begin : begin + size]
             batch = self.samples.batch(chosen)
-            steps = self._step_rows(chosen, batch)
-            quantize = None if state.rule is None else state.rule.of_rows(steps)
-            found = parts(Substitution(weights, biases, quantize), batch, steps)
+            quantize = None if state.rule is None else state.rule.of_rows(self._step_rows(chosen, batch))
+            found = parts(Substitution(weights, biases, quantize), batch)
             mx.eval(found)
             share = len(indices[begin : begin + size]) / len(indices)
             totals = [a + share * b.item() for a, b in zip(totals or [0.0] * len(found), found, strict=True)]
@@ -184,7 +180,7 @@ class Unit:
         def loss_of(parameters: Gradients, batch: list[mx.array], rows: mx.array, key: mx.array) -> mx.array:
             quantize = self.rule(parameters["ranges"]).of_rows(rows) if with_inputs else None
             stand_in = Substitution(parameters["weights"], parameters["biases"], quantize, self.settings.qdrop, key)
-            parts = self.loss_parts(stand_in, batch, rows)
+            parts = self.loss_parts(stand_in, batch)
             return sum(parts) / len(parts)
 
         return mx.value_and_grad(loss_of)
@@ -302,9 +298,3 @@ class Unit:
             watching = Substitution({}, {}, watched=names)
             self.run(self.samples.batch(indices[begin : begin + size]), watching)
             yield watching.inputs
-
-
-def weighted_mean_square(error: mx.array, weights: Sequence[float], steps: mx.array) -> mx.array:
-    """Mean of the squares; weights: of each cached step (none: all the same), steps (rows,): which one each row is of."""
-    squares = mx.square(error)
-    return mx.mean(squares * mx.array(weights)[steps].reshape(-1, 1, 1, 1) if len(weights) else squares)

@@ -172,7 +172,9 @@ class Walk:
                 key: array[slice(*np.array([index, index + 1]) * (len(array) // len(chunk)))]
                 for key, array in tokens.items()
             }
-            write_npz(boundary.sample(*place), cached_sample_arrays(*place, rows))
+            write_npz(
+                boundary.sample(*place), cached_sample_arrays(*place, rows), durable=False
+            )  # checked when it is read again
 
     def _holds(self, boundary: BoundaryPaths, keys: Sequence[str], place: Place) -> bool:
         try:
