@@ -18,7 +18,7 @@ demo: setup
 	$(PY) analyze_activations_multitier.py --calib-dir $(DEMO) --plot
 	$(PY) optimize_adaround.py --calib-dir $(DEMO) --iters 80 --resume
 	$(PY) export_quantized_model.py --calib-dir $(DEMO) --force
-	$(PY) evaluate_quantization.py --calib-dir $(DEMO) --num-steps 20 --resume
+	$(PY) evaluate_quantization.py --calib-dir $(DEMO) --num-steps 20 --variants w4-rtn,w4-adaround,native,a8,a8-token,native+a8-token --resume
 	$(PY) draw_images.py "red heart" "police car" "mango" --model $(DEMO)/quantized_model --compare sd3-emoji --num-steps 20 --output $(DEMO)/drawn
 	@echo
 	@echo "Done. The quantized model is $(DEMO)/quantized_model; $(DEMO)/drawn/compare.png has images of it beside the original's."

@@ -99,7 +99,7 @@ def run(
         )
         folder.check(plan)
         passes = StoredPasses(pipeline, calib_dir, manifest, images, 1 if dry_run else text_group)
-        seconds, arrays = passes.probe(plan["key_timesteps"][0], recording.record)
+        seconds, arrays = recording.probe(passes, places)
         kept = {key: array.shape for key, array in arrays.items()}
         shapes = recording.shapes(arrays)
         size = npz_bytes(cached_sample_arrays(0, 0, arrays))

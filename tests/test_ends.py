@@ -113,6 +113,8 @@ def test_several_samples_in_a_pass_give_the_same(ends, monkeypatch):
     monkeypatch.setattr(StoredPasses, "samples_at_once", lambda self: 4)
     together = dict(recording.record_all(passes, places))
     assert together.keys() == alone.keys()
+    seconds, first = recording.probe(passes, places)
+    assert 0 < seconds < 10 and all(np.array_equal(first[key], together[places[0]][key]) for key in first)
     for place, arrays in alone.items():
         for key, array in arrays.items():
             found = np.array(together[place][key], np.float32)

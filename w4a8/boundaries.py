@@ -1,5 +1,6 @@
 """Stage 2W: catch the boundaries between blocks in one pass."""
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any
@@ -71,7 +72,7 @@ class Recording:
         self, passes: StoredPasses, places: Sequence[Place]
     ) -> Iterator[tuple[Place, dict[str, np.ndarray]]]:
         """The arrays of every place's sample file; several places in a pass where that costs nothing and ends are enough."""
-        size = passes.samples_at_once() if self._first is not None else 1
+        size = self._at_once(passes)
         if size == 1:
             with closing(passes.over(places)) as left:
                 for one in left:
@@ -81,6 +82,20 @@ class Recording:
             arrays = {key: np.array(array) for key, array in self.record(batch).items()}
             for index, place in enumerate(batch.places):
                 yield place, {key: array[index :: len(batch.places)] for key, array in arrays.items()}
+
+    def probe(self, passes: StoredPasses, places: Sequence[Place]) -> tuple[float, Mapping[str, Any]]:
+        """Seconds a sample takes (the second of two times), and the arrays of the first one's file."""
+        size = self._at_once(passes)
+        if size == 1:
+            return passes.probe(places[0][1], self.record)
+        for _ in range(2):
+            start = time.perf_counter()
+            found = list(self.record_all(passes, places[:size]))
+            seconds = time.perf_counter() - start
+        return seconds / len(found), found[0][1]
+
+    def _at_once(self, passes: StoredPasses) -> int:
+        return passes.samples_at_once() if self._first is not None else 1
 
     def record(self, one: Pass | Batch) -> dict[str, mx.array]:
         """Run a pass; float16 arrays, those of its sample file where it is of one sample."""
