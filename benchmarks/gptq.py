@@ -1,5 +1,6 @@
 """GPTQ (Frantar et al. 2022) on the block cache, for comparison with stage 3W.
 
+python cache_adaround_data.py --calib-dir calibration_data/demo --boundaries all --force
 python benchmarks/gptq.py --calib-dir calibration_data/demo --output /tmp/gptq
 python evaluate_quantization.py --calib-dir /tmp/gptq --variants w4-rtn,w4-adaround     # the second row is GPTQ
 

@@ -22,13 +22,11 @@ from w4a8.boundaries import Recording
 from w4a8.model.parts import TEXT, TRANSFORMER
 from w4a8.model.runs import load_run_pipeline, run_schedule, run_transformer
 from w4a8.passes import StoredPasses, choose_amount
-from w4a8.quantized.activation_rules import DynamicPerToken, Learned
-from w4a8.quantized.differentiable import fake_quantize
 from w4a8.rounding.end_to_end import WholeModel
 from w4a8.rounding.jobs import trained_layers
 from w4a8.rounding.run import Rounding
 from w4a8.rounding.samples import patches
-from w4a8.rounding.settings import Settings, spread_over
+from w4a8.rounding.settings import Settings
 from w4a8.rounding.training import Training, grid_slopes
 from w4a8.rounding.walk import Walk
 
@@ -334,78 +332,3 @@ def test_kills_in_every_phase_leave_the_same_files(copy, arguments):
 def test_phases_that_cannot_be(copy, arguments, message):
     one_line(optimize(copy, *arguments), message)
     assert not (copy / "adaround_weights").exists()
-
-
-# --- activations as they are trained ------------------------------------------------------------------------
-
-
-def test_ranges_follow_the_noise_level():
-    rule = Learned({"a": np.float32([4, 1]), "b": np.float32(2)}, {}, 8, [1.0, 0.25])
-    assert rule.range_at("a", 1.0) == 4 and rule.range_at("a", 0.0) == 1 and rule.range_at("b", 0.3) == 2
-    assert rule.range_at("a", 0.625) == pytest.approx(2)  # log-linear
-    x = mx.random.normal((4, 3, 1, 8), key=mx.random.key(0)) * 3
-    rows = Learned({"a": mx.array([4.0, 1.0])}, {}, 8).of_rows(mx.array([0, 0, 1, 1]))("a", x)
-    for row, sigma in ((0, 1.0), (1, 1.0), (2, 0.25), (3, 0.25)):
-        np.testing.assert_allclose(np.array(rows[row]), np.array(rule.at(sigma)("a", x)[row]), atol=1e-6)
-    exported = rule.exported()
-    assert exported["rule"] == "static by step" and exported["sigma_map"] == {"0": 1.0, "1": 0.25}
-    assert exported["per_timestep"]["1"]["a"]["clipping_range"] == 1
-    assert Learned({"b": np.float32(2)}, {}, 8, [1.0]).exported()["rule"] == "static"
-
-
-def test_each_step_gives_gradients_to_its_own_range():
-    x, ranges = mx.random.normal((4, 3, 1, 8), key=mx.random.key(0)) * 3, mx.array([2.0, 1.5, 9.0])
-
-    def total(ranges):
-        return mx.square(Learned({"a": ranges}, {}, 8).of_rows(mx.array([0, 0, 1, 1]))("a", x) - x).sum()
-
-    gradient = np.array(mx.grad(total)(ranges))
-    for step, rows in ((0, slice(0, 2)), (1, slice(2, 4))):
-        alone = mx.grad(lambda r, rows=rows: mx.square(fake_quantize(x[rows], r, 8) - x[rows]).sum())(ranges[step])
-        assert gradient[step] == pytest.approx(alone.item(), rel=1e-4)
-    assert gradient[2] == 0
-
-
-def test_tokens_are_quantized_as_deployed_and_gradients_pass():
-    x = np.random.default_rng(0).normal(0, 2, (2, 5, 1, 16)).astype(np.float32)
-    x[0, 0] = 0
-    x[0, 1] = np.abs(x[0, 1])
-    low, high = np.minimum(x.min(-1, keepdims=True), 0.0).astype(np.float64), np.maximum(x.max(-1, keepdims=True), 0.0)
-    step = np.maximum((high - low) / 255, 1e-10)
-    zero = np.rint(-low / step)
-    expected = (np.clip(np.rint(x / step) + zero, 0, 255) - zero) * step
-    rule = DynamicPerToken(8)
-    trained = rule.of_rows(mx.zeros(2, mx.int32))
-    np.testing.assert_allclose(np.array(trained("a", mx.array(x))), expected, atol=0.51 * step.max() * 1e-2)
-    weights = mx.random.normal(x.shape, key=mx.random.key(1))
-    slope = mx.grad(lambda values: (trained("a", values) * weights).sum())(mx.array(x))
-    assert np.array_equal(np.array(slope), np.array(weights))
-
-
-def test_inputs_are_quantized_late_and_as_asked(copy):
-    for arguments, scales in (((), False), (("--activation-rule", "static"), True), (("--activation-bits", 0), False)):
-        assert optimize(copy, "--force", *arguments).exit_code == 0
-        metadata = json.loads((copy / "adaround_weights/metadata.json").read_bytes())
-        losses = metadata["losses"]["mm0"]["stages"][0]
-        assert (losses["end_activations"] is None) == (arguments == ("--activation-bits", 0))
-        for fields in read_quantized_block(WeightPaths(copy), "mm2").values():
-            assert ("act_scales" in fields) == scales
-            if scales:
-                assert fields["act_scales"].shape == (2,) and fields["act_scale"] == fields["act_scales"].max()
-        if scales:
-            assert metadata["range_sigmas"] == [metadata["schedule"][step] for step in metadata["key_timesteps"]]
-            done = invoke(
-                "evaluate_quantization", "--calib-dir", copy, "--num-images", 1, "--num-steps", 2,
-                "--variants", "w4-adaround+a8-learned",
-            )  # fmt: skip
-            assert done.exit_code == 0, done.output
-    assert SETTINGS.inputs_from == 5 and replace(SETTINGS, activation_bits=0).inputs_from == 10
-
-
-def test_what_is_judged_on_passes_over_no_step():
-    indices = list(range(64 * 7 * 4))  # image by image, 7 steps each
-    chosen = spread_over(indices, 64)
-    assert chosen == spread_over(indices, 64) == sorted(set(chosen)) and {index % 7 for index in chosen} == set(
-        range(7)
-    )
-    assert spread_over(indices[:5], 64) == indices[:5]

@@ -14,6 +14,7 @@ from calibration_store.block_cache import (
     holds_ends,
     stored_shapes,
 )
+from calibration_store.errors import StoreError
 from calibration_store.layout import BlockCachePaths
 from w4a8.memory import device_memory
 
@@ -126,6 +127,11 @@ def places_of(cache: Mapping[str, Any]) -> list[Place]:
 def reader(calib_dir: Path, cache: Mapping[str, Any], keys: Sequence[str]) -> Callable[[Place], list[np.ndarray]]:
     """(image_id, step_index) -> these arrays of a cached sample, mapped. Raises StoreError that names a missing or damaged file."""
     paths, stored = BlockCachePaths(calib_dir), stored_shapes(cache)
+    missing = [key for key in keys if key not in stored]
+    if missing:
+        raise StoreError(
+            f"{paths.metadata}: has no {missing[0]}; run cache_adaround_data.py --boundaries all --force for it"
+        )
     shapes = {key: stored[key] for key in keys}
 
     def read(place: Place) -> list[np.ndarray]:
