@@ -82,11 +82,13 @@ def run(
         rounding = Rounding(opened, mmdit, paths, cache, schedule, settings, unit, blocks)
         rounding = choose_micro_batch(rounding, micro_batch, before)
         if sensitivity_only:
-            write_sensitivity(calib_dir, measure_sensitivity(rounding, [4, 8]))
+            with cli.interruptible(lambda: "the measurement begins anew"):
+                write_sensitivity(calib_dir, measure_sensitivity(rounding, [4, 8]))
             click.echo(f"wrote {BlockCachePaths(calib_dir).sensitivity}")
             return
-        bit_options = BitOptions(average_bits, bit_choices, bits, exclude)
-        rounding = choose_bits(rounding, bit_options, dry_run)
+        folder.refuse_used()
+        with cli.interruptible(lambda: "the measurement begins anew"):
+            rounding = choose_bits(rounding, BitOptions(average_bits, bit_choices, bits, exclude), dry_run)
         plan, jobs = rounding.plan, rounding.jobs
         click.echo(f"{manifest['model_version']}: {rounding}")
         diverged = "diverged" in (before or {})  # a run that met NaN may go on with other learning rates

@@ -82,19 +82,21 @@ class StageFolder:
         before = self.read(self.record)
         return before if all(before[key] == value for key, value in options.items()) else None
 
+    def refuse_used(self) -> None:
+        """Raise StoreError when the folder is used and neither --resume nor --force is given."""
+        if self._is_used() and not (self.resume or self.force):
+            raise StoreError(
+                f"{self.paths.root} holds a run already: --resume goes on with it, --force starts over, or use another --calib-dir"
+            )
+
     def check(self, plan: Mapping[str, Any], may_change: Sequence[str] = ()) -> dict[str, Any] | None:
         """Whether the run may begin, go on or start over here; writes nothing. Returns the plan that it goes on with.
 
         may_change: keys of the plan that need not be as they were. Raises StoreError when the folder is used and neither
         flag is given, or when --resume would mix two runs.
         """
-        if not self._is_used():
-            return None
-        if not (self.resume or self.force):
-            raise StoreError(
-                f"{self.paths.root} holds a run already: --resume goes on with it, --force starts over, or use another --calib-dir"
-            )
-        if self.force:
+        self.refuse_used()
+        if not self._is_used() or self.force:
             return None
         if not self.record.exists():
             raise StoreError(f"{self.paths.root}: {self.what} without {self.record.name}; use --force to start over")

@@ -15,6 +15,7 @@ from calibration_store.block_cache import read_cache_metadata
 from calibration_store.errors import OptionError
 from calibration_store.layout import WeightPaths
 from calibration_store.manifest import read_manifest
+from calibration_store.sensitivity import read_sensitivity, write_sensitivity
 from calibration_store.weights import read_quantized_block
 from w4a8.analysis.allocation import allocate
 from w4a8.evaluation.metrics import FLIP_INSTALLED, describe_variant, flip_map, image_metrics
@@ -40,10 +41,27 @@ def cached(tmp_path_factory):
     return folder
 
 
+def rounding_of(folder):
+    manifest = read_manifest(folder)
+    opened, schedule = run_transformer(manifest), run_schedule(manifest)[0]
+    settings = Settings(10, 2, 4, 8, 32, "ste", 0.0, 4e-3, 5e-3, 0.01, 0, micro_batch=2, activation_rule="token")
+    blocks = [f"mm{index}" for index in range(8)]
+    return Rounding(
+        opened, opened(), WeightPaths(folder), read_cache_metadata(folder), schedule, settings, "model", blocks
+    )
+
+
 @pytest.fixture(scope="module")
-def mixed(cached, tmp_path_factory):
+def measured(cached):
+    """The same, with its sensitivity at the widths that the tests ask for."""
+    write_sensitivity(cached, measure_sensitivity(rounding_of(cached), [3, 4, 5, 8]))
+    return cached
+
+
+@pytest.fixture(scope="module")
+def mixed(measured, tmp_path_factory):
     """Trained at 4.5 bits on average, with a layer set by hand and one left out, in groups of 32."""
-    folder = shutil.copytree(cached, tmp_path_factory.mktemp("mixed") / "run")
+    folder = shutil.copytree(measured, tmp_path_factory.mktemp("mixed") / "run")
     done = optimize(
         folder, "--average-bits", 4.5, "--bit-choices", "4,5,8", "--bits", "mm1.txt.*=5", "--bits", "mm1.txt.attn.k_proj=3",
         "--exclude", "mm6.img.mlp.fc?", "--group-size", 32,
@@ -87,23 +105,10 @@ def test_what_is_set_by_hand_counts_and_stays():
 # --- sensitivity --------------------------------------------------------------------------------------------
 
 
-def test_sensitivity_against_the_model_itself(cached):
-    """One layer rounded, the whole model run: the same error. And the gain of an input predicts what a finer noise does."""
-    manifest = read_manifest(cached)
-    opened, schedule = run_transformer(manifest), run_schedule(manifest)[0]
-    settings = Settings(10, 2, 4, 8, 64, "ste", 0.0, 4e-3, 5e-3, 0.01, 0, micro_batch=2, activation_rule="token")
-    mmdit = opened()
-    rounding = Rounding(
-        opened,
-        mmdit,
-        WeightPaths(cached),
-        read_cache_metadata(cached),
-        schedule,
-        settings,
-        "model",
-        [f"mm{i}" for i in range(8)],
-    )
-    found = measure_sensitivity(rounding, [3, 8])
+def test_sensitivity_against_the_model_itself(measured):
+    """One layer rounded, the whole model run: the same error."""
+    found, rounding = read_sensitivity(measured), rounding_of(measured)
+    mmdit, settings = rounding.open(), rounding.settings
     samples = rounding.whole_samples()
     unit = rounding.unit_class(mmdit, rounding.jobs[0], rounding.jobs[0].parts[0], samples, settings)
     layers = model_layers(mmdit)
@@ -111,7 +116,7 @@ def test_sensitivity_against_the_model_itself(cached):
     for name in ("mm0.img.attn.v_proj", "mm4.txt.mlp.fc2", "mm7.img.mlp.fc1"):
         weight = np.array(layers[name].weight)
         stand_in = {other: one.weight for other, one in layers.items()}
-        stand_in[name] = QuantizedLayer.nearest(weight, 3, 64).as_mlx().weight
+        stand_in[name] = QuantizedLayer.nearest(weight, 3, 32).as_mlx().weight
 
         def velocity(weights):
             from w4a8.rounding.substitution import Substitution
@@ -126,18 +131,17 @@ def test_sensitivity_against_the_model_itself(cached):
     assert all(gain > 0 for gains in found["inputs"].values() for gain in gains)
 
 
-def test_it_is_measured_once(cached, tmp_path):
-    folder = shutil.copytree(cached, tmp_path / "run")
-    done = optimize(folder, "--sensitivity-only")
-    assert done.exit_code == 0 and not (folder / "adaround_weights").exists()
-    path = folder / "adaround_cache/sensitivity.json"
+def test_it_is_measured_once(measured, tmp_path):
+    folder = shutil.copytree(measured, tmp_path / "run")
+    path, groups = folder / "adaround_cache/sensitivity.json", ("--group-size", 32)
     before = path.read_bytes()
-    assert optimize(folder, "--average-bits", 4.5, "--dry-run").exit_code == 0 and path.read_bytes() == before
-    done = optimize(folder, "--average-bits", 4.5)
+    assert optimize(folder, "--average-bits", 4.5, *groups, "--dry-run").exit_code == 0
+    done = optimize(folder, "--average-bits", 4.5, *groups)
     assert done.exit_code == 0 and path.read_bytes() == before
     assert re.search(r"\(\d\d at 4 bits, \d\d at 8 bits\)", done.stdout)
-    done = optimize(folder, "--average-bits", 4.6, "--resume")
+    done = optimize(folder, "--average-bits", 4.6, *groups, "--resume")
     assert done.exit_code == 2 and "--average-bits 4.5, not 4.6" in done.stderr
+    one_line(optimize(folder, "--average-bits", 4.6, *groups), "holds a run already")
     content = json.loads(before)
     content["sigmas"] = content["sigmas"][:1]
     path.write_text(json.dumps(content))

@@ -19,7 +19,7 @@ from w4a8.model.layers import Layer, model_blocks, run_final_layer
 from w4a8.parallel import streams_for
 from w4a8.quantized.layer import QuantizedLayer
 from w4a8.rounding.run import MODEL_UNIT_LIMIT, Rounding, num_weights
-from w4a8.rounding.samples import TrainingSamples
+from w4a8.rounding.samples import TrainingSamples, verified
 from w4a8.rounding.settings import spread_over
 from w4a8.rounding.substitution import Substitution
 
@@ -50,6 +50,8 @@ def described(rounding: Rounding) -> dict[str, Any]:
 def measure_sensitivity(rounding: Rounding, choices: Sequence[int]) -> dict[str, Any]:
     """The content of sensitivity.json: every layer's weight at each of these bits, and every input, one at a time."""
     mmdit, layers = rounding.open(), rounding.layers
+    for _ in verified(rounding.paths.calib_dir, rounding.cache, [rounding.blocks]):
+        pass
     samples = rounding.whole_samples()
     large = num_weights(layers.values()) > MODEL_UNIT_LIMIT
     chosen, chunk = spread_over(samples.training, MEASURED_ON[large]), AT_ONCE[large]
