@@ -1,6 +1,5 @@
 """What is trained together for its own output: one class a kind of unit, layer, sublayer, block or whole model."""
 
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -173,7 +172,6 @@ class Unit:
         """For each row of a batch, which of the cached steps it is of."""
         return mx.array(np.repeat(self.samples.steps(indices), len(batch[0]) // len(indices)))
 
-    @functools.cache  # noqa: B019  (a unit lives as long as its training)
     def _loss_and_gradients(self, with_inputs: bool) -> Callable:
         """(weights, biases and ranges; batch; step of each row; key) -> loss and gradients."""
 
