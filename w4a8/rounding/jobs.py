@@ -63,7 +63,7 @@ def run_job(
             write_quantized_block(paths, block, layers)
             write_losses(paths.losses(block), job.name, losses)
     remove_file(paths.checkpoint)
-    del mmdit, samples, training
+    del mmdit, samples, training, save
     gc.collect()  # what refers to itself would stay beside the next block
     mx.clear_cache()
 
