@@ -123,15 +123,7 @@ def run(
             if rounding.walk is not None:
                 rounding.walk.finish()
             losses = folder.finish(lambda: write_weights_metadata(paths, plan))
-    print_losses(
-        [
-            (part.name, found)
-            for job in jobs
-            for part, found in zip(
-                job.parts, losses.get(job.name, losses.get(rounding.trained(job)[0]))["stages"], strict=True
-            )
-        ]
-    )
+    print_losses(rounding.rows_of(losses))
     click.echo(f"wrote {paths.metadata} and a file per block")
 
 

@@ -172,13 +172,14 @@ def ends_of(arrays: Mapping[str, Any], first: Sequence[str]) -> dict[str, Any]:
 
 
 def check_cached_sample(
-    path: Path, image_id: int, step_index: int, shapes: Mapping[str, Sequence[int]], checked: bool
-) -> dict[str, np.ndarray]:
+    path: Path, image_id: int, step_index: int, shapes: Mapping[str, Sequence[int]], checked: bool,
+    remedy: str = CACHE_REMEDY,
+) -> dict[str, np.ndarray]:  # fmt: skip
     """The arrays of a sample of the cache, mapped. checked: verify checksums and that every value is finite.
 
     Raises StoreError when it is missing, damaged, or of another image, step or shape.
     """
-    arrays = map_npz(path, [*shapes, "image_id", "step_index"], CACHE_REMEDY, checked)
+    arrays = map_npz(path, [*shapes, "image_id", "step_index"], remedy, checked)
     record = cache_record(shapes)
     if not checked:  # finiteness would read the data
         record = Record({key: member._replace(rules=()) for key, member in record.members.items()})
@@ -186,9 +187,7 @@ def check_cached_sample(
     if not fault and (arrays["image_id"], arrays["step_index"]) != (image_id, step_index):
         fault = f"image {arrays['image_id']}, step {arrays['step_index']}"
     if fault:
-        raise StoreError(
-            f"{path}: not the cached sample of image {image_id}, step {step_index} ({fault}); {CACHE_REMEDY}"
-        )
+        raise StoreError(f"{path}: not the cached sample of image {image_id}, step {step_index} ({fault}); {remedy}")
     return arrays
 
 

@@ -27,6 +27,7 @@ from w4a8.report.evaluation_figures import grid_rows
 from w4a8.rounding.run import Rounding
 from w4a8.rounding.sensitivity import bit_choices, bits_by_hand, measure_sensitivity
 from w4a8.rounding.settings import Settings
+from w4a8.rounding.substitution import Substitution
 
 QUICK = ("--iters", 10, "--batch-size", 2)
 
@@ -119,8 +120,6 @@ def test_sensitivity_against_the_model_itself(measured):
         stand_in[name] = QuantizedLayer.nearest(weight, 3, 32).as_mlx().weight
 
         def velocity(weights):
-            from w4a8.rounding.substitution import Substitution
-
             given = unit.outputs(samples.batch(samples.training), Substitution(weights, unit.biases))
             return np.array(given[0], np.float64)
 

@@ -268,6 +268,17 @@ def test_block_units_and_the_last_phase(copy):
     assert done.exit_code == 0 and folder_bytes(root) == before
 
 
+def test_a_lost_block_of_a_mixed_walk_is_made_anew(copy):
+    """What the quantized blocks give is what they gave before the last phase."""
+    arguments = ("--unit", "block", "--end-to-end", 10, "--block-inputs", "mixed")
+    assert optimize(copy, *arguments).exit_code == 0
+    root = copy / "adaround_weights"
+    before = folder_bytes(root)
+    (root / "mm2.npz").unlink()
+    assert optimize(copy, *arguments, "--resume").exit_code == 0
+    assert folder_bytes(root) == before
+
+
 @pytest.mark.parametrize("rule", ["token", "static"])
 def test_slopes_block_by_block_are_those_of_the_whole(copy, rule):
     """Against the gradients of the whole-model unit, which autograd gives in one piece."""

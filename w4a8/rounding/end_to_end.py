@@ -19,13 +19,12 @@ from calibration_store.names import block_of
 from hooks import substituted_layers
 from w4a8.model.layers import model_blocks, model_layers, run_final_layer
 from w4a8.parallel import on_every_core, streams_for
-from w4a8.quantized.activation_rules import DynamicPerToken, Learned
 from w4a8.quantized.layer import QuantizedLayer, deployed_grid
 from w4a8.rounding.samples import TrainingSamples
 from w4a8.rounding.settings import EVALUATED, STATIC, Settings, spread_over
 from w4a8.rounding.substitution import Substitution
 from w4a8.rounding.training import NotFiniteError, Training, grid_slopes
-from w4a8.rounding.units import SMALLEST_ERROR, Arrays, Gradients
+from w4a8.rounding.units import SMALLEST_ERROR, Arrays, Gradients, input_rule, step_rows
 
 KEPT_BEFORE = ("scale", "zero_point", "bias", "act_scale", "act_scales")  # as {field}_before: where the phase began
 
@@ -106,10 +105,7 @@ class WholeModel:
         """A block's tokens. rows: which cached step each row is of, None: inputs as they are; key: of QDrop, None: no drop."""
         quantize = None
         if rows is not None:
-            bits = self.settings.activation_bits
-            static = self.settings.activation_rule == STATIC
-            rule = Learned(parameters["ranges"], self._shifts, bits) if static else DynamicPerToken(bits)
-            quantize = rule.of_rows(rows)
+            quantize = input_rule(self.settings, parameters["ranges"], self._shifts).of_rows(rows)
         drop = 0.0 if key is None else self.settings.qdrop
         stand_in = Substitution(parameters["weights"], parameters["biases"], quantize, drop, key)
         with substituted_layers(self.mmdit, stand_in.compute, self._of_block[block.name]):
@@ -122,9 +118,6 @@ class WholeModel:
         target = batch[3] if self.samples.holds_velocity else run_final_layer(self.mmdit, batch[3], batch[2])
         return mx.mean(mx.square(run_final_layer(self.mmdit, tokens, batch[2]) - target))
 
-    def _rows(self, indices: Sequence[int], batch: list[mx.array]) -> mx.array:
-        return mx.array(np.repeat(self.samples.steps(indices), len(batch[0]) // len(indices)))
-
     def _mean_square(self, indices: Sequence[int], state: Mapping[str, Arrays] | None, with_inputs: bool) -> float:
         """Over these samples; block by block over all of them, so that each is unpacked once."""
         size = self.settings.chunk
@@ -136,7 +129,7 @@ class WholeModel:
             parameters = self._block_parameters(block.name, state)
             mx.eval(parameters)
             for index, part in enumerate(parts):
-                rows = self._rows(part, tokens[index]) if with_inputs else None
+                rows = step_rows(self.samples, part, tokens[index]) if with_inputs else None
                 tokens[index] = self._run(block, parameters, tokens[index], modulations[index], rows, None)
                 mx.eval(tokens[index])
         squares = [self._square(given[0], self.samples.batch(part)) for given, part in zip(tokens, parts, strict=True)]
@@ -157,7 +150,7 @@ class WholeModel:
         batches = [self.samples.batch(part) for part in parts]
         rows = [None] * len(parts)
         if settings.activation_bits:
-            rows = [self._rows(part, batch) for part, batch in zip(parts, batches, strict=True)]
+            rows = [step_rows(self.samples, part, batch) for part, batch in zip(parts, batches, strict=True)]
 
         def key_of(index: int, block: Any) -> mx.array:
             return mx.random.key(hash((settings.seed, iteration, int(parts[index][0]), block.index)) % 2**32)

@@ -137,16 +137,20 @@ class Estimate:
     peak_bytes: int
 
 
+END_TO_END_COST = (
+    4 / 3
+)  # iterations of a block that one of the last phase takes for each block: it runs them twice forwards
+
+
 def estimate(rounding: Rounding, todo: Sequence[Job], started: Mapping[str, Any] | None) -> Estimate:
     """started: the position of the first job's checkpoint. Raises OptionError when nothing can be learned."""
     mx.reset_peak_memory()
-    job = rounding.jobs[0] if rounding.walk is not None else todo[0]
+    job = todo[0]
+    walks = rounding.walk is not None and job.name != END_TO_END
+    if walks:
+        job = rounding.jobs[0]  # whose inputs are cached
     mmdit = rounding.opened(job)
-    samples = (
-        rounding.samples(mmdit, job)
-        if rounding.walk is None
-        else rounding.walk.few(mmdit, rounding.settings.batch_size)
-    )
+    samples = rounding.walk.few(mmdit, rounding.settings.batch_size) if walks else rounding.samples(mmdit, job)
     training = rounding.training(mmdit, job, 0, samples)
     try:
         for _ in range(2):
@@ -161,8 +165,10 @@ def estimate(rounding: Rounding, todo: Sequence[Job], started: Mapping[str, Any]
     left = sum(rounding.iterations(job) for job in todo)
     if started is not None:
         left -= min(rounding.settings.iters * started["stage"] + started["iteration"], rounding.iterations(todo[0]))
+    last = rounding.settings.end_to_end if todo[-1].name == END_TO_END and job.name != END_TO_END else 0
+    costs = left + last * (len(rounding.blocks) * END_TO_END_COST - 1)
     peak = max(mx.get_peak_memory(), end_to_end_bytes(rounding))
-    return Estimate(left, seconds * left, peak + samples.held_bytes)
+    return Estimate(left, seconds * costs, peak + samples.held_bytes)
 
 
 class NothingLearned(OptionError):

@@ -116,6 +116,11 @@ class Rounding:
         walked = self.walk.num_bytes() if self.walk is not None and shapes else 0
         return BYTES_PER_WEIGHT * sum(out * width for out, width in shapes) + walked
 
+    def rows_of(self, losses: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+        """(part, its losses) of every job, from what metadata.json says by block, and of the last phase by its name."""
+        found = [(job, losses.get(job.name) or losses[self.trained(job)[0]]) for job in self.jobs]
+        return [(part.name, row) for job, each in found for part, row in zip(job.parts, each["stages"], strict=True)]
+
     def iterations(self, job: Job) -> int:
         """Of all its parts."""
         return self.settings.end_to_end if job.name == END_TO_END else self.settings.iters * len(job.parts)

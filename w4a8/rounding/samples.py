@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from calibration_store.block_cache import (
+    CACHE_REMEDY,
     VELOCITY,
     block_keys,
     check_cached_sample,
@@ -15,11 +16,11 @@ from calibration_store.block_cache import (
     stored_shapes,
 )
 from calibration_store.errors import StoreError
-from calibration_store.layout import BlockCachePaths
+from calibration_store.layout import BlockCachePaths, BoundaryPaths
 from w4a8.memory import device_memory
+from w4a8.passes import Place, places_of
 
 HELD_OUT, MOST_HELD_OUT = 0.1, 32  # share of the images, and how many at most: never trained on, they judge
-Place = tuple[int, int]  # image_id, step_index
 
 
 class TrainingSamples(Protocol):
@@ -77,14 +78,14 @@ class Samples:
     def of_stretch(cls, calib_dir: Path, cache: Mapping[str, Any], blocks: Sequence[str]) -> "Samples":
         """What a cache of all boundaries says of a stretch of blocks: what enters the first, what the last gives."""
         inputs, outputs = block_keys(cache, blocks[0], blocks[-1])
-        read = reader(calib_dir, cache, [*inputs, "modulation_input", *outputs])
+        read = cache_reader(calib_dir, cache, [*inputs, "modulation_input", *outputs])
         return cls(places_of(cache), read, cache["key_timesteps"])
 
     @classmethod
     def of_ends(cls, calib_dir: Path, cache: Mapping[str, Any], patch_size: int) -> "Samples":
         """What a cache of the ends says of the whole model; the output is its velocity, a patch a token."""
         inputs, _ = block_keys(cache, cache["block_names"][0])
-        read = reader(calib_dir, cache, [*inputs, "modulation_input", VELOCITY])
+        read = cache_reader(calib_dir, cache, [*inputs, "modulation_input", VELOCITY])
 
         def patched(place: Place) -> list[np.ndarray]:
             *found, velocity = read(place)
@@ -119,26 +120,27 @@ class Samples:
         return arrays
 
 
-def places_of(cache: Mapping[str, Any]) -> list[Place]:
-    """(image_id, step_index) of every cached sample."""
-    return [(sample["image_id"], sample["step_index"]) for sample in cache["samples"]]
+def reader(
+    paths: BlockCachePaths | BoundaryPaths, shapes: Mapping[str, Sequence[int]], remedy: str = CACHE_REMEDY
+) -> Callable[[Place], list[np.ndarray]]:
+    """(image_id, step_index) -> the arrays of these shapes of a sample, mapped. Raises StoreError that names a missing or damaged file."""
+
+    def read(place: Place) -> list[np.ndarray]:
+        arrays = check_cached_sample(paths.sample(*place), *place, shapes, False, remedy)
+        return [arrays[key] for key in shapes]
+
+    return read
 
 
-def reader(calib_dir: Path, cache: Mapping[str, Any], keys: Sequence[str]) -> Callable[[Place], list[np.ndarray]]:
-    """(image_id, step_index) -> these arrays of a cached sample, mapped. Raises StoreError that names a missing or damaged file."""
+def cache_reader(calib_dir: Path, cache: Mapping[str, Any], keys: Sequence[str]) -> Callable[[Place], list[np.ndarray]]:
+    """`reader` of these arrays of a block cache. Raises StoreError when it does not hold them."""
     paths, stored = BlockCachePaths(calib_dir), stored_shapes(cache)
     missing = [key for key in keys if key not in stored]
     if missing:
         raise StoreError(
             f"{paths.metadata}: has no {missing[0]}; run cache_adaround_data.py --boundaries all --force for it"
         )
-    shapes = {key: stored[key] for key in keys}
-
-    def read(place: Place) -> list[np.ndarray]:
-        arrays = check_cached_sample(paths.sample(*place), *place, shapes, checked=False)
-        return [arrays[key] for key in keys]
-
-    return read
+    return reader(paths, {key: stored[key] for key in keys})
 
 
 def patches(velocity: np.ndarray, size: int) -> np.ndarray:

@@ -1,10 +1,12 @@
 """How much the model's output minds the quantization of each layer: what bits are given by."""
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
+import click
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -30,9 +32,13 @@ INPUT_NOISE = 0.02  # of an input's root mean square: small enough for the outpu
 
 def known_sensitivity(rounding: Rounding, choices: Sequence[int]) -> dict[str, Any] | None:
     """What was measured before on this cache, of this model, at these bits; None where that is to be done."""
+    path = BlockCachePaths(rounding.paths.calib_dir).sensitivity
+    if not os.path.lexists(path):
+        return None
     try:
-        found = SENSITIVITY.read(BlockCachePaths(rounding.paths.calib_dir).sensitivity)
-    except StoreError:
+        found = SENSITIVITY.read(path)
+    except StoreError as error:
+        click.echo(f"{error.message}: it is measured anew.", err=True)
         return None
     same = all(found[key] == value for key, value in described(rounding).items())
     whole = all({str(bits) for bits in choices} <= one["weights"].keys() for one in found["layers"].values())

@@ -161,16 +161,12 @@ class Unit:
         for begin in range(0, len(indices), size):
             chosen = indices[begin : begin + size]
             batch = self.samples.batch(chosen)
-            quantize = None if state.rule is None else state.rule.of_rows(self._step_rows(chosen, batch))
+            quantize = None if state.rule is None else state.rule.of_rows(step_rows(self.samples, chosen, batch))
             found = parts(Substitution(weights, biases, quantize), batch)
             mx.eval(found)
             share = len(indices[begin : begin + size]) / len(indices)
             totals = [a + share * b.item() for a, b in zip(totals or [0.0] * len(found), found, strict=True)]
         return totals
-
-    def _step_rows(self, indices: Sequence[int], batch: list[mx.array]) -> mx.array:
-        """For each row of a batch, which of the cached steps it is of."""
-        return mx.array(np.repeat(self.samples.steps(indices), len(batch[0]) // len(indices)))
 
     def _loss_and_gradients(self, with_inputs: bool) -> Callable:
         """(weights, biases and ranges; batch; step of each row; key) -> loss and gradients."""
@@ -201,7 +197,7 @@ class Unit:
                     with mx.stream(stream):
                         batch = self.samples.batch(indices[part], key)
                         share = len(indices[part]) / len(indices)
-                        given = loss_of(parameters, batch, self._step_rows(indices[part], batch), key)
+                        given = loss_of(parameters, batch, step_rows(self.samples, indices[part], batch), key)
                         found.append(tree_map(partial(mx.multiply, share), given))
                 mx.eval(found)
                 for each in found:
@@ -241,8 +237,7 @@ class Unit:
 
     def rule(self, ranges: Arrays) -> Learned | DynamicPerToken:
         """How inputs are quantized while they are."""
-        bits = self.settings.activation_bits
-        return Learned(ranges, self.shifts, bits) if self.settings.activation_rule == STATIC else DynamicPerToken(bits)
+        return input_rule(self.settings, ranges, self.shifts)
 
     def _measure_inputs(self, indices: Sequence[int]) -> tuple[Arrays, Arrays]:
         """Shifts of the post-GELU layers, (min + max) / 2 per channel, and for every input the ranges to start from.
@@ -296,3 +291,14 @@ class Unit:
             watching = Substitution({}, {}, watched=names)
             self.run(self.samples.batch(indices[begin : begin + size]), watching)
             yield watching.inputs
+
+
+def step_rows(samples: TrainingSamples, indices: Sequence[int], batch: list[mx.array]) -> mx.array:
+    """For each row of a batch of these samples, which of the cached steps it is of."""
+    return mx.array(np.repeat(samples.steps(indices), len(batch[0]) // len(indices)))
+
+
+def input_rule(settings: Settings, ranges: Arrays, shifts: Arrays) -> Learned | DynamicPerToken:
+    """How inputs are quantized while a model is trained."""
+    bits = settings.activation_bits
+    return Learned(ranges, shifts, bits) if settings.activation_rule == STATIC else DynamicPerToken(bits)

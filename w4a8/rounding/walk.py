@@ -22,9 +22,13 @@ from hooks import substituted_layers
 from w4a8.cli.progress import progress_bar
 from w4a8.model.layers import model_blocks
 from w4a8.parallel import streams_for
+from w4a8.passes import Place, places_of
 from w4a8.quantized.layer import QuantizedLayer
-from w4a8.rounding.samples import Place, Samples, places_of, reader
+from w4a8.rounding.end_to_end import before_phase
+from w4a8.rounding.samples import Samples, cache_reader, reader
 from w4a8.rounding.substitution import Substitution
+
+REMEDY = "run optimize_adaround.py with --resume to make it anew"
 
 
 class Walk:
@@ -50,8 +54,8 @@ class Walk:
             self._make(mmdit, before, True)
         kept = {self.paths.boundary(name, way).root for name in (before, block) if name for way in (False, True)}
         self._remove([each for each in self.paths.boundaries if each.root not in kept])
-        modulation = reader(self.paths.calib_dir, self.cache, ["modulation_input"])
-        inputs, outputs = self._inputs(block, False), self._outputs(block)
+        modulation = cache_reader(self.paths.calib_dir, self.cache, ["modulation_input"])
+        inputs, outputs = self._inputs(block, False), self._boundary(block, False)
         return Samples(
             self.places,
             lambda place: [*inputs(place), *modulation(place), *outputs(place)],
@@ -62,7 +66,10 @@ class Walk:
     def few(self, mmdit: nn.Module, count: int) -> Samples:
         """Some of the first block's samples, for a trial; writes nothing."""
         block, places = self.blocks[0], self.places[: 2 * count]
-        inputs, modulation = self._inputs(block, False), reader(self.paths.calib_dir, self.cache, ["modulation_input"])
+        inputs, modulation = (
+            self._inputs(block, False),
+            cache_reader(self.paths.calib_dir, self.cache, ["modulation_input"]),
+        )
         outputs = {place: [np.array(tokens) for tokens in self._run(mmdit, block, [place], False)] for place in places}
         return Samples(
             places, lambda place: [*inputs(place), *modulation(place), *outputs[place]], self.cache["key_timesteps"]
@@ -93,21 +100,14 @@ class Walk:
     def _inputs(self, block: str, quantized: bool) -> Callable[[Place], list[np.ndarray]]:
         before = self._before(block)
         if before is None:
-            return reader(self.paths.calib_dir, self.cache, block_keys(self.cache, block)[0])
+            return cache_reader(self.paths.calib_dir, self.cache, block_keys(self.cache, block)[0])
         return self._boundary(before, quantized)
-
-    def _outputs(self, block: str) -> Callable[[Place], list[np.ndarray]]:
-        return self._boundary(block, False)
 
     def _boundary(self, block: str, quantized: bool) -> Callable[[Place], list[np.ndarray]]:
         """(image_id, step_index) -> the arrays of a boundary, mapped."""
-        paths, shapes = self.paths.boundary(block, quantized), {key: self.shapes[key] for key in self._keys(block)}
-
-        def read(place: Place) -> list[np.ndarray]:
-            arrays = check_cached_sample(paths.sample(*place), *place, shapes, checked=False)
-            return [arrays[key] for key in shapes]
-
-        return read
+        return reader(
+            self.paths.boundary(block, quantized), {key: self.shapes[key] for key in self._keys(block)}, REMEDY
+        )
 
     # making
 
@@ -122,7 +122,7 @@ class Walk:
         keys, weights, biases = self._keys(block), {}, {}
         if quantized and block in self.plan["block_names"]:
             layers = {
-                name: QuantizedLayer.of_fields(fields).as_mlx()
+                name: QuantizedLayer.of_fields(before_phase(fields)).as_mlx()
                 for name, fields in read_quantized_block(self.paths, block, self.plan).items()
             }
             weights = {name: layer.weight for name, layer in layers.items()}
@@ -157,7 +157,7 @@ class Walk:
             members = zip(*map(read, chunk), strict=True)
             return [mx.array(np.concatenate(each)).astype(mx.float32) for each in members]
 
-        (modulation,) = joined(reader(self.paths.calib_dir, self.cache, ["modulation_input"]))
+        (modulation,) = joined(cache_reader(self.paths.calib_dir, self.cache, ["modulation_input"]))
         tokens = joined(self._inputs(block, quantized))
         return [tokens.astype(mx.float16) for tokens in model_blocks(mmdit)[block].run(tokens, modulation)]
 
