@@ -66,13 +66,13 @@ def run(
     from w4a8.rounding.sensitivity import BitOptions, choose_bits, measure_sensitivity
     from w4a8.rounding.settings import Settings
 
+    run_cpu_streams_side_by_side()  # before the schedule is evaluated
     if lr_alpha is None:
         lr_alpha = METHODS[options["rounding"]].default_lr
     cache, manifest, paths = read_cache_metadata(calib_dir), read_manifest(calib_dir), WeightPaths(calib_dir)
     schedule, _ = run_schedule(manifest)
     settings = Settings(lr_alpha=lr_alpha, **options)
     folder = StageFolder(paths, paths.plan, WEIGHTS_PLAN.read, OPTIONS, resume, force)
-    run_cpu_streams_side_by_side()
     with folder.held(dry_run):
         opened = run_transformer(manifest, model, local_checkpoint)
         mmdit = opened()

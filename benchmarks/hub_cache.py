@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_flatten
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -91,6 +92,51 @@ def random_checkpoint(config: MMDiTConfig, seed: int = 0) -> dict:
     return weights
 
 
+def plant_outliers(weights: dict[str, mx.array], depth: int, seed: int = 0) -> None:
+    """Widen a few inputs of every layer of a random checkpoint as SD3-Medium's are, powers of two that the layers take out again.
+
+    Inputs of q, k, v and fc1: adaLN's shift and 1 + scale; of o_proj: the rows of v; of fc2: the rows of fc1 (GELU is linear
+    far from 0). Blocks of the real model, spread evenly, lend their ratios (widest to median channel).
+    """
+    table = json.loads((Path(__file__).parent.parent / "tools" / "sd3_medium_extremes.json").read_text())
+    column, rng = table["columns"].index("max_over_median_channel"), np.random.default_rng(seed)
+
+    def change(key: str, rows: slice, factors: np.ndarray, axis: int = 0, more: float = 0.0) -> None:
+        full = f"{CHECKPOINT_PREFIX}joint_blocks.{key}"
+        if full in weights:
+            array = np.array(weights[full], np.float32)
+            part = array[rows] if axis == 0 else array
+            part *= factors.reshape(-1, *[1] * (array.ndim - 1)) if axis == 0 else factors
+            part += more * (factors - 1) if more else 0
+            weights[full] = mx.array(array.astype(np.float16))
+
+    for block in range(depth):
+        real = round(block * 23 / max(1, depth - 1))
+        for stream, ours in (("x_block", "img"), ("context_block", "txt")):
+            def factors(kind: str, channels: int, real: int = real, ours: str = ours) -> np.ndarray:
+                ratio = table["layers"].get(f"mm{real}.{ours}.{kind}", [1.0] * len(table["columns"]))[column]
+                chosen, scales = rng.choice(channels, max(2, channels // 48), replace=False), np.ones(channels)
+                scales[chosen] = 2.0 ** np.round(np.log2(np.geomspace(max(1.0, ratio / 3), 1, len(chosen))))
+                return scales.astype(np.float32)
+
+            name = f"{block}.{stream}"
+            width = weights[f"{CHECKPOINT_PREFIX}joint_blocks.{name}.attn.qkv.weight"].shape[1]
+            for part, reader, (shift, scale) in (("attn.q_proj", "attn.qkv", (0, 1)), ("mlp.fc1", "mlp.fc1", (3, 4))):
+                wide = factors(part, width)
+                for row in (shift, scale):
+                    rows = slice(row * width, (row + 1) * width)
+                    change(f"{name}.adaLN_modulation.1.weight", rows, wide)
+                    change(f"{name}.adaLN_modulation.1.bias", rows, wide, more=float(row == scale))
+                change(f"{name}.{reader}.weight", slice(None), 1 / wide, axis=1)
+            hidden = factors("mlp.fc2", 4 * width)
+            change(f"{name}.mlp.fc1.weight", slice(None), hidden)
+            change(f"{name}.mlp.fc2.weight", slice(None), 1 / hidden, axis=1)
+        values = factors("attn.o_proj", width)
+        for stream in ("x_block", "context_block"):
+            change(f"{block}.{stream}.attn.qkv.weight", slice(2 * width, 3 * width), values)
+            change(f"{block}.{stream}.attn.proj.weight", slice(None), 1 / values, axis=1)
+
+
 def random_clip(width: int, heads: int, vocabulary: int, seed: int) -> tuple[dict, dict]:
     """Config and random float16 weights of a small CLIP text encoder, keyed as transformers keys it."""
     key = mx.random.key(seed)
@@ -140,18 +186,23 @@ def whole_vocabulary(vocabulary: dict[str, int]) -> dict[str, int]:
     return {token: index for index, token in enumerate([*tokens, "<|endoftext|>"])}
 
 
-def write_checkpoint(hf_home: Path, config: MMDiTConfig, repository: str) -> Path:
+def write_checkpoint(hf_home: Path, config: MMDiTConfig, repository: str, outliers: bool = False) -> Path:
     """Write a repository's transformer and VAE, with what DiffusionKit asks for beside them; returns the file's path."""
     snapshot = hub_folder(hf_home, repository)
     (snapshot / "config.json").write_text("{}")
     checkpoint = snapshot / HUB_MMDIT_FILES[repository][repository]
-    mx.save_safetensors(str(checkpoint), random_checkpoint(config))
+    weights = random_checkpoint(config)
+    if outliers:
+        plant_outliers(weights, config.depth_multimodal)
+    mx.save_safetensors(str(checkpoint), weights)
     return checkpoint
 
 
-def write_hub_cache(hf_home: Path, config: MMDiTConfig, clip_widths: tuple[int, int] = (768, 1280)) -> Path:
+def write_hub_cache(
+    hf_home: Path, config: MMDiTConfig, clip_widths: tuple[int, int] = (768, 1280), outliers: bool = False
+) -> Path:
     """Write everything that loading SD3-Medium without T5 asks the hub for; returns the checkpoint's path."""
-    checkpoint = write_checkpoint(hf_home, config, SD3_MEDIUM)
+    checkpoint = write_checkpoint(hf_home, config, SD3_MEDIUM, outliers)
     encoders = hub_folder(hf_home, TEXT_ENCODERS)
     vocabulary = whole_vocabulary(json.loads((BUNDLED_FOLDER / "vocab.json").read_text(encoding="utf-8")))
     for seed, (part, width) in enumerate(zip(("clip_l", "clip_g"), clip_widths, strict=True)):

@@ -25,12 +25,13 @@ from w4a8.cli import stage_command
     help="Folder to write; give it to HF_HOME afterwards.",
 )
 @click.option("--t5", is_flag=True, help="With a random T5-XXL, 9.5 GB more.")
-def main(hf_home: Path, t5: bool) -> None:
+@click.option("--outliers", is_flag=True, help="With channels as wide as the real model's.")
+def main(hf_home: Path, t5: bool, outliers: bool) -> None:
     """Write a random-weight SD3-Medium into a hub cache."""
     from benchmarks.hub_cache import SD3_MEDIUM, write_hub_cache, write_t5
     from w4a8.model.diffusionkit import HUB_MMDIT_CONFIGS
 
-    checkpoint = write_hub_cache(hf_home, HUB_MMDIT_CONFIGS[SD3_MEDIUM])
+    checkpoint = write_hub_cache(hf_home, HUB_MMDIT_CONFIGS[SD3_MEDIUM], outliers=outliers)
     if t5:
         write_t5(hf_home)
     click.echo(

@@ -41,7 +41,7 @@ class TrainingSamples(Protocol):
         """
 
 
-SAMPLES_SHARE = 0.25  # of the device's memory that samples may take; more stay in their files, mapped
+SAMPLES_SHARE, MOST_SAMPLES = 0.25, 4e9  # of the device's memory that samples may take, and in all; more stay in their files
 
 
 class Samples:
@@ -65,7 +65,7 @@ class Samples:
         first = self._read(places[0])
         self.num_bytes = len(places) * sum(member.nbytes for member in first)
         self._arrays: list = []
-        if self.num_bytes <= SAMPLES_SHARE * device_memory():
+        if self.num_bytes <= min(SAMPLES_SHARE * device_memory(), MOST_SAMPLES):
             self._arrays = [np.empty((len(places), *member.shape), np.float16) for member in first]
             for index, place in enumerate(places):
                 for array, member in zip(self._arrays, self._read(place), strict=True):

@@ -184,7 +184,7 @@ class Training:
             slope = (weight_gradients[name].reshape(*scale.shape, -1) * scale[..., None]).reshape(alpha.shape)
             gradients[name] = method.gradient(alpha, slope, self.fixed.get(name), progress, count)
         optimizer = self.optimizers["alpha"]
-        optimizer.learning_rate = settings.lr_alpha * (0.05 + 0.95 * cosine(progress))
+        optimizer.learning_rate = settings.lr_alpha * cosine(progress)
         moved = optimizer.apply_gradients(gradients, alphas)
         self.state["alpha"], self.fixed = method.settle(alphas, moved, self.fixed, progress, self.iteration)
 
