@@ -122,6 +122,8 @@ def plant_outliers(weights: dict[str, mx.array], depth: int, seed: int = 0) -> N
             name = f"{block}.{stream}"
             width = weights[f"{CHECKPOINT_PREFIX}joint_blocks.{name}.attn.qkv.weight"].shape[1]
             for part, reader, (shift, scale) in (("attn.q_proj", "attn.qkv", (0, 1)), ("mlp.fc1", "mlp.fc1", (3, 4))):
+                if f"{CHECKPOINT_PREFIX}joint_blocks.{name}.{reader}.weight" not in weights:
+                    continue  # the last block's text
                 wide = factors(part, width)
                 for row in (shift, scale):
                     rows = slice(row * width, (row + 1) * width)
