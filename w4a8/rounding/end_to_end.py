@@ -62,7 +62,7 @@ class WholeModel:
 
     def slopes(self, state: Mapping[str, Arrays], indices: np.ndarray, iteration: int) -> tuple[mx.array, Gradients]:
         """Loss and its slopes along what `Training.move_grids` moves, and along the ranges; micro-batches in their order."""
-        parts = [indices[start : start + self.settings.chunk] for start in range(0, len(indices), self.settings.chunk)]
+        parts = self.settings.micro_batches(indices)
         loss, total = mx.array(0.0), {}
         with streams_for(len(parts)) as streams:
             for start in range(0, len(parts), len(streams)):
@@ -120,8 +120,7 @@ class WholeModel:
 
     def _mean_square(self, indices: Sequence[int], state: Mapping[str, Arrays] | None, with_inputs: bool) -> float:
         """Over these samples; block by block over all of them, so that each is unpacked once."""
-        size = self.settings.chunk
-        parts = [indices[start : start + size] for start in range(0, len(indices), size)]
+        parts = self.settings.micro_batches(indices)
         tokens = [self.samples.batch(part)[:2] for part in parts]
         modulations = [self.samples.batch(part)[2] for part in parts]
         mx.eval(tokens, modulations)

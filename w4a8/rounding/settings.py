@@ -43,6 +43,10 @@ class Settings:
         """Samples in memory at once."""
         return self.micro_batch or self.batch_size
 
+    def micro_batches(self, indices: Sequence[int]) -> list[Sequence[int]]:
+        """Samples in the order in which their gradients are added, so many at once."""
+        return [indices[start : start + self.chunk] for start in range(0, len(indices), self.chunk)]
+
     @property
     def rounding_iters(self) -> int:
         return round(self.iters * (1 - TUNE_SHARE))

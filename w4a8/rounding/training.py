@@ -139,11 +139,10 @@ class Training:
         Raises NotFiniteError, back at the last state whose loss and gradients were finite.
         """
         unit, settings = self.unit, self.settings
-        indices = self.drawn()
         tuning = self.iteration >= self.rounding_iters
         codes = unit.codes(self.state, hard=tuning)
         quantized = unit.quantized(self.state, codes, with_ranges=self.iteration >= settings.inputs_from)
-        loss, gradients = unit.gradients(quantized, indices, self.iteration)
+        loss, gradients = unit.gradients(quantized, self.drawn(), self.iteration)
         self._check(loss, gradients)
         if tuning:
             self.tune(codes, gradients)
@@ -154,8 +153,14 @@ class Training:
         return self._finished(loss)
 
     def drawn(self) -> np.ndarray:
-        """The iteration's samples: seed and iteration decide."""
-        random, training = np.random.default_rng([self.settings.seed, self.iteration]), self.unit.samples.training
+        """The iteration's samples; the next one's are read meanwhile."""
+        following = self._drawn_at(self.iteration + 1) if self.iteration + 1 < self.iters else []
+        self.unit.samples.expect(self.settings.micro_batches(following))
+        return self._drawn_at(self.iteration)
+
+    def _drawn_at(self, iteration: int) -> np.ndarray:
+        """Seed and iteration decide."""
+        random, training = np.random.default_rng([self.settings.seed, iteration]), self.unit.samples.training
         return np.sort(random.choice(training, min(self.settings.batch_size, len(training)), replace=False))
 
     def _check(self, loss: mx.array, gradients: Any) -> None:

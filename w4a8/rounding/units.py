@@ -187,17 +187,17 @@ class Unit:
         settings, loss_of = self.settings, self._loss_and_gradients(state.rule is not None)
         parameters = {"weights": state.weights, "biases": state.biases, "ranges": state.ranges}
         mx.eval(parameters)
-        parts = [slice(start, start + settings.chunk) for start in range(0, len(indices), settings.chunk)]
-        total = None
+        parts, total = settings.micro_batches(indices), None
         with streams_for(len(parts)) as streams:
             for start in range(0, len(parts), len(streams)):
                 found = []
-                for part, stream in zip(parts[start:], streams, strict=False):
-                    key = mx.random.key(hash((settings.seed, iteration, part.start)) % 2**32)
+                for index, stream in enumerate(streams[: len(parts) - start], start):
+                    part = parts[index]
+                    key = mx.random.key(hash((settings.seed, iteration, index * settings.chunk)) % 2**32)
                     with mx.stream(stream):
-                        batch = self.samples.batch(indices[part], key)
-                        share = len(indices[part]) / len(indices)
-                        given = loss_of(parameters, batch, step_rows(self.samples, indices[part], batch), key)
+                        batch = self.samples.batch(part, key)
+                        share = len(part) / len(indices)
+                        given = loss_of(parameters, batch, step_rows(self.samples, part, batch), key)
                         found.append(tree_map(partial(mx.multiply, share), given))
                 mx.eval(found)
                 for each in found:
