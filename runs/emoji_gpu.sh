@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 PY=${PYTHON:-.venv/bin/python}
 DIR=${1:-calibration_data/emoji_gpu}
-ITERS=${ITERS:-2000}
+ITERS=${ITERS:-1500}
 
 $PY generate_calibration_data.py --model sd3-emoji --num-images 3200 --num-steps 20 --stride 2 --batch-size 100 --no-images --calib-dir "$DIR" --resume
 $PY cache_adaround_data.py --num-images 3200 --steps 8,12,14,16,18 --calib-dir "$DIR" --resume
