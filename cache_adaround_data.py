@@ -76,9 +76,11 @@ def run(
     from w4a8.model.parts import TEXT, TRANSFORMER
     from w4a8.model.runs import load_run_pipeline
     from w4a8.passes import StoredPasses, choose_amount, chosen_steps, places_of, select_passes
+    from w4a8.ranks import join, those_of
 
     manifest, paths = read_manifest(calib_dir), BlockCachePaths(calib_dir)
-    folder = StageFolder(paths, paths.plan, read_plan, OPTIONS, resume, force)
+    ranks = join(calib_dir)
+    folder = StageFolder(paths, paths.plan, read_plan, OPTIONS, resume, force, ranks)
     before = folder.before()
     boundaries = choose_boundaries(boundaries, blocks, before)
     with folder.held(dry_run):
@@ -106,22 +108,26 @@ def run(
         todo = folder.todo(places, lambda place: is_cached(paths, *place, kept))
         click.echo(
             f"to do: {len(todo)} of {len(places)} samples, {cli.format_bytes(size * len(todo))} in {paths.root} "
-            f"({cli.format_bytes(size)} a sample), about {cli.format_seconds(seconds * len(todo))}, "
+            f"({cli.format_bytes(size)} a sample), about {cli.format_seconds(seconds * len(todo) / ranks.size)}, "
             f"{cli.format_bytes(mx.get_peak_memory())} of memory at the peak"
         )
         require_space(paths.root, size * len(todo), budget=max_bytes)
         if dry_run:
+            ranks.say_shares([len(those_of(one, todo, places)) for one in ranks.each()], "samples")
             return
         folder.begin(plan)
         with cli.interruptible(lambda: f"finished samples are kept in {paths.samples}"):
             with (
                 cli.progress_bar(len(places), "samples", "sample", initial=len(places) - len(todo)) as bar,
                 BackgroundWriter(pending=0) as writer,  # one sample being written, one being made
-                closing(recording.record_all(passes, todo)) as left,
+                closing(recording.record_all(passes, those_of(ranks, todo, places))) as left,
             ):
+                counting = ranks.counting(bar)
                 for place, arrays in left:
                     writer.submit(write_cached_sample, paths, *place, arrays)
-                    bar.update()
+                    counting.update()
+                writer.drain()
+                ranks.complete(bar)
             folder.finish(lambda: write_cache_metadata(paths, manifest, plan, recording.blocks, recording.keys, shapes))
     click.echo(f"wrote {paths.metadata} and {paths.samples}/")
 

@@ -50,12 +50,14 @@ def run(
     from w4a8.model.parts import TEXT, TRANSFORMER
     from w4a8.model.runs import load_run_pipeline, run_schedule
     from w4a8.passes import StoredPasses, places_of, select_passes
+    from w4a8.ranks import join, those_of
     from w4a8.statistics.kernels import choose_statistics
     from w4a8.statistics.merge import write_merged_statistics
     from w4a8.statistics.recorders import collect_pass, partial_arrays, write_pass
 
     manifest, paths = read_manifest(calib_dir), ActivationPaths(calib_dir)
-    folder = StageFolder(paths, paths.collection, COLLECTION.read, OPTIONS, resume, force)
+    ranks = join(calib_dir)
+    folder = StageFolder(paths, paths.collection, COLLECTION.read, OPTIONS, resume, force, ranks)
     images, selection = select_passes(manifest, num_images, stride, folder.before(num_images=num_images))
     plan = {"format": PARTIAL_FORMAT, **selection}
     places, dtype = places_of(plan), manifest["activation_dtype"]
@@ -74,24 +76,29 @@ def run(
         todo = folder.todo(places, lambda place: is_partial_complete(paths, *place, widths))
         seconds, found = passes.probe(plan["key_timesteps"][0], lambda one: collect_pass(one, way))
         size = npz_bytes(partial_arrays(found, *places[0], dtype))
+        done, mine = len(places) - len(todo), those_of(ranks, todo, places)
         total = size * (len(todo) + STEP_FILE_SIZES * len(plan["key_timesteps"]))
         click.echo(
-            f"to do: {len(todo)} of {len(places)} passes, about {cli.format_seconds(seconds * len(todo))} on this machine, "
+            f"to do: {len(todo)} of {len(places)} passes, about {cli.format_seconds(seconds * len(todo) / ranks.size)} on this machine, "
             f"at most {cli.format_bytes(total)} in {paths.root}, {cli.format_bytes(mx.get_peak_memory())} of memory at the peak"
         )
         require_space(paths.root, total, budget=max_bytes)
         if dry_run:
+            ranks.say_shares([len(those_of(one, todo, places)) for one in ranks.each()], "passes")
             return
         folder.begin(plan)
         with cli.interruptible(lambda: f"finished passes are kept in {paths.partials}"):
             with (
-                cli.progress_bar(len(places), "passes", "pass", initial=len(places) - len(todo)) as bar,
+                cli.progress_bar(len(places), "passes", "pass", initial=done) as bar,
                 BackgroundWriter(pending=1) as writer,
-                closing(passes.over(todo)) as left,
+                closing(passes.over(mine)) as left,
             ):
+                counting = ranks.counting(bar)
                 for one in left:
                     writer.submit(write_pass, paths, collect_pass(one, way), one.image_id, one.step, dtype)
-                    bar.update()
+                    counting.update()
+                writer.drain()
+                ranks.complete(bar)
             folder.finish(lambda: write_merged_statistics(paths, manifest, plan, run_schedule(manifest)[0]))
     click.echo(f"wrote {paths.statistics} and {paths.timestep_stats}/")
 

@@ -93,8 +93,10 @@ def run(
     from w4a8.model.catalog import default_dtype, describe_model, model_fingerprint
     from w4a8.model.loading import load_pipeline, whole_model
     from w4a8.model.text import check_prompts
+    from w4a8.ranks import join
     from w4a8.report.plans import print_plan, say_how_many_prompts, warn_of_old_results
 
+    ranks = join(calib_dir)
     given_prompts = read_prompt_file(prompt_file) if prompt_file else None
     info = describe_model(model)
     prompts = given_prompts or draw_builtin_prompts(info.captions, seed)
@@ -107,7 +109,7 @@ def run(
     say_how_many_prompts(prompts, num_images, prompt_file)
     paths, complete = CalibrationPaths(calib_dir), {}
     folder = StageFolder(
-        paths, paths.manifest, lambda path: read_manifest(path.parent), RUN_OPTIONS, resume, force, what="samples"
+        paths, paths.manifest, lambda path: read_manifest(path.parent), RUN_OPTIONS, resume, force, ranks, "samples"
     )
     with folder.held(dry_run):
         manifest = folder.check(plan)
@@ -121,6 +123,7 @@ def run(
             click.echo(f"nothing to do: all {num_images} images are complete in {paths.root}")
             if not dry_run:
                 folder.begin(None)
+            if not dry_run and ranks.rank == 0:
                 write_manifest(paths, plan | {"weights_fingerprint": manifest["weights_fingerprint"]}, complete)
             return
         refuse_foreign_pictures(paths, plan, complete)
@@ -134,14 +137,16 @@ def run(
             click.echo(f"{cut} prompts are longer than the text encoder's positions: their ends are ignored.")
         if check_prompts(pipeline, [negative_prompt], "--negative-prompt"):
             click.echo("The negative prompt is longer than the text encoder's positions: its end is ignored.")
-        batches = batches_to_do(plan, complete)
-        texts, together = prepare(pipeline, plan, batches[: 1 if dry_run else None], text_group)
+        batches = batches_to_do(plan, complete, ranks)
+        some = batches or batches_to_do(plan, complete)[:1]
+        texts, together = prepare(pipeline, plan, some[: 1 if dry_run else None], text_group)
         if dry_run:
             seconds = probe_seconds(pipeline, texts, plan, batches, together)
             click.echo(
                 f"time: about {cli.format_seconds(seconds)} on this machine, "
                 f"{cli.format_bytes(mx.get_peak_memory())} of memory at the peak"
             )
+            ranks.say_shares([sum(map(len, batches_to_do(plan, complete, one))) for one in ranks.each()], "images")
             return
         folder.begin(None)  # the manifest is the record, and grows
         if force:
@@ -150,7 +155,7 @@ def run(
             cli.interruptible(lambda: f"{len(complete)} of {num_images} images are complete in {paths.root}"),
             cli.progress_bar(num_images, "images", "image", initial=len(complete)) as bar,
         ):
-            generate(pipeline, texts, paths, plan, complete, together, bar)
+            generate(pipeline, texts, paths, plan, complete, together, bar, ranks)
     click.echo(f"wrote {paths.manifest}, {paths.samples}/" + (f" and {paths.images}/" if save_images else ""))
 
 

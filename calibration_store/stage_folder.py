@@ -120,6 +120,7 @@ class StageFolder:
 
         anew: note the plan also where one is noted; without a plan the stage writes its record itself.
         """
+        self.ranks.barrier()  # every rank has looked at what was there
         if self.ranks.rank == 0:
             clear_files(self.paths.owned_files(), self.record, self.force)
             if plan is not None and (anew or not self.record.exists()):

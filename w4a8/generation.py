@@ -23,6 +23,7 @@ from w4a8.model.parts import DECODER, TRANSFORMER, Pipeline
 from w4a8.model.runs import run_schedule
 from w4a8.model.sampling import EulerStep, decode_latents, euler_steps, initial_noise
 from w4a8.model.text import Texts
+from w4a8.ranks import ALONE, Alone
 
 PNG_BYTES_PER_PIXEL = 3  # what an image takes at most
 MANIFEST_BYTES_PER_IMAGE = 400
@@ -166,22 +167,28 @@ def refuse_foreign_pictures(paths: CalibrationPaths, plan: dict[str, Any], compl
             raise StoreError(f"{path}: not written by this stage; move it, or use another --calib-dir")
 
 
-def batches_to_do(plan: dict[str, Any], complete: dict[int, dict]) -> list[list[dict]]:
-    """Batches at fixed places in the list, so that a resumed run samples an image beside the same neighbours."""
+def batches_to_do(plan: dict[str, Any], complete: dict[int, dict], ranks: Alone = ALONE) -> list[list[dict]]:
+    """This rank's batches at fixed places in the list: a resumed run samples an image beside the same neighbours."""
     size = plan["batch_size"]
     batches = [plan["images"][start : start + size] for start in range(0, plan["num_images"], size)]
-    return [batch for batch in batches if any(image["image_id"] not in complete for image in batch)]
+    mine = [batch for number, batch in enumerate(batches) if ranks.does(number)]
+    return [batch for batch in mine if any(image["image_id"] not in complete for image in batch)]
 
 
 def generate(
     pipeline: Pipeline, texts: Texts, paths: CalibrationPaths, plan: dict[str, Any], complete: dict[int, dict],
-    together: bool, bar: ProgressBar,
+    together: bool, bar: ProgressBar, ranks: Alone = ALONE,
 ) -> None:  # fmt: skip
-    """Sample every incomplete batch; the manifest lists an image, and `complete` has it, once its files are on the disk."""
+    """Sample every incomplete batch; the manifest lists an image, and `complete` has it, once its files are on the disk.
+
+    Each rank its own batches; rank 0 writes the manifest, and lists the others' images when all are done.
+    """
     kept = set(saved_steps(plan["num_steps"], plan["stride"]))
-    write_manifest(paths, plan, complete)
+    counting = ranks.counting(bar)
+    if ranks.rank == 0:
+        write_manifest(paths, plan, complete)
     with BackgroundWriter(pending=2 * plan["batch_size"]) as writer:
-        for batch in batches_to_do(plan, complete):
+        for batch in batches_to_do(plan, complete, ranks):
             steps_bar = progress_bar(plan["num_steps"], "steps", "step", leave=False)
             with steps_bar, closing(sample_batch(pipeline, texts, plan, batch, plan["num_steps"])) as steps:
                 for step in steps:
@@ -194,8 +201,13 @@ def generate(
             writer.drain()
             new = {image["image_id"]: image for image in batch if image["image_id"] not in complete}
             complete.update(new)
-            write_manifest(paths, plan, complete)
-            bar.update(len(new))
+            if ranks.rank == 0:
+                write_manifest(paths, plan, complete)
+            counting.update(len(new))
+    ranks.complete(bar)
+    complete.update({image["image_id"]: image for image in plan["images"]})
+    if ranks.rank == 0:
+        write_manifest(paths, plan, complete)
 
 
 def prepare(

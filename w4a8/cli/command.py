@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import click
 
 from calibration_store.errors import UserError
+from w4a8.ranks import ended, silenced, who
 
 
 class StageCommand(click.Command):
@@ -33,15 +34,17 @@ class StageCommand(click.Command):
 
     def _exit_code(self, *args, **kwargs) -> int:
         """Run the command, say its error, wait for MLX."""
+        said = None
         try:
-            code = super().main(*args, standalone_mode=False, **kwargs)
+            with silenced(Path(sys.argv[0]).name):
+                code = super().main(*args, standalone_mode=False, **kwargs)
         except (UserError, click.ClickException) as error:
             message = error.message if isinstance(error, UserError) else error.format_message()
-            click.echo(f"Error: {' '.join(message.split())}", err=True)
-            code = error.exit_code
+            said, code = f"Error: {' '.join(message.split())}", error.exit_code
         except click.Abort:
-            click.echo("Interrupted.", err=True)
-            code = 130
+            said, code = "Interrupted.", 130
+        if ended(said) and said is not None:
+            click.echo(who() + said, err=True)
         if "mlx.core" in sys.modules:
             sys.modules["mlx.core"].synchronize()  # what an interrupted pass left running ends before the process
         return code if isinstance(code, int) else 0

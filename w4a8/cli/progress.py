@@ -26,6 +26,7 @@ class ProgressBar(Protocol):
     """What stages use of tqdm."""
 
     n: int
+    total: int
 
     def update(self, count: int = 1) -> Any: ...
 

@@ -1,0 +1,90 @@
+"""Stages under MLX's own launcher, as a user starts them: the same bytes, a lost rank named."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LAUNCHER = Path(sys.executable).with_name("mlx.launch")
+STAGES = (
+    "generate_calibration_data.py --model sd3-emoji --num-images 3 --num-steps 3",
+    "cache_adaround_data.py --num-images 3 --stride 1",
+    "collect_layer_activations.py --num-images 3 --stride 1",
+)
+
+
+def command(stage, folder, ranks):
+    script, *options = stage.split()
+    launcher = [LAUNCHER, "-n", str(ranks), "--python", sys.executable] if ranks else [sys.executable]
+    return [*map(str, launcher), script, *options, "--calib-dir", str(folder)]
+
+
+def run(stage, folder, ranks=0):
+    return subprocess.run(
+        command(stage, folder, ranks), cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=180
+    )
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks") / "alone"
+    for stage in STAGES:
+        assert run(stage, folder).returncode == 0
+    return folder
+
+
+def test_two_ranks_leave_the_files_of_one(alone, tmp_path):
+    for stage in STAGES:
+        found = run(stage, tmp_path / "two", 2)
+        assert "wrote" in found.stdout and found.stdout.count("to do:") <= 1, found.stderr
+    assert contents(tmp_path / "two") == contents(alone)
+
+
+def test_a_dry_run_says_each_ones_share_and_writes_nothing(alone):
+    before = contents(alone)
+    found = run(f"{STAGES[2]} --force --dry-run", alone, 2)
+    assert "2 ranks: 4, 5 passes" in found.stdout
+    assert contents(alone) == before and not (alone / ".ranks").exists()
+
+
+@pytest.mark.parametrize("lost", [1])
+def test_a_lost_rank_ends_the_others_and_one_process_goes_on(alone, tmp_path, lost):
+    folder = tmp_path / "killed"
+    shutil.copytree(alone, folder, ignore=shutil.ignore_patterns("activations"))
+    process = subprocess.Popen(
+        command(STAGES[2], folder, 2), cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    sign = folder / ".ranks" / f"{lost}.json"
+    while not sign.exists() or not sign.read_bytes().endswith(b"}"):
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.kill(json.loads(sign.read_bytes())["pid"], signal.SIGKILL)
+    start = time.monotonic()
+    _, errors = process.communicate(timeout=90)
+    assert time.monotonic() - start < 60
+    assert errors.count("Error: ") == 1 and f"rank {lost} (" in errors and "has ended" in errors
+    assert run(f"{STAGES[2]} --resume", folder).returncode == 0
+    shutil.rmtree(folder / ".ranks", ignore_errors=True)
+    assert contents(folder) == contents(alone)
+
+
+def test_an_error_of_all_is_said_once(alone):
+    found = run(STAGES[2], alone, 2)
+    assert found.stderr.count("holds a run already") == 1
+
+
+def test_other_stages_are_for_one_process(alone):
+    found = run("analyze_activations.py", alone, 2)
+    assert "is for one process: run it without mlx.launch" in found.stderr

@@ -1,0 +1,405 @@
+"""The processes that `mlx.launch` started on one folder: who does what, and what happens when one of them is lost.
+
+Everything that is computed is exchanged through mx.distributed. Signs of life are not: a collective cannot carry them while a
+rank computes, and waits for ever where its peer is gone. They lie in the folder that all ranks share, one small file a rank.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import select
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from calibration_store.errors import OptionError, StoreError, WriteError
+from w4a8.cli.progress import ProgressBar
+from w4a8.cli.words import format_seconds
+
+Item = TypeVar("Item")
+BACKENDS = {  # what mlx.launch tells its processes -> the backend that it started
+    "MLX_HOSTFILE": "ring", "NCCL_HOST_IP": "nccl", "MLX_JACCL_COORDINATOR": "jaccl", "OMPI_COMM_WORLD_SIZE": "mpi",
+}  # fmt: skip
+RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")
+JOIN_SECONDS, LOST_SECONDS, STUCK_SECONDS, BEAT_SECONDS = 60.0, 30.0, 30.0, 1.0
+SHARED = ("generate_calibration_data.py", "cache_adaround_data.py", "collect_layer_activations.py")
+HELP = "TROUBLESHOOTING_GUIDE Issue 34"
+
+
+def launched_rank() -> int | None:
+    """This process's rank below `mlx.launch`; None without it."""
+    found = [os.environ[name] for name in RANKS if name in os.environ]
+    return int(found[0]) if found and any(name in os.environ for name in BACKENDS) else None
+
+
+class Alone:
+    """The only process: what ranks do, done by one. Also what another rank would do: `Alone(rank, size)`."""
+
+    def __init__(self, rank: int = 0, size: int = 1):
+        self.rank, self.size = rank, size
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+
+    def does(self, number: int) -> bool:
+        """Whether the item of this number is this rank's: its number decides, never its speed."""
+        return number % self.size == self.rank
+
+    def range_of(self, count: int) -> range:
+        """Numbers of this rank's items, one after the other, of so many."""
+        return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
+    def each(self) -> list["Alone"]:
+        """Who does what, rank by rank."""
+        return [Alone(rank, self.size) for rank in range(self.size)]
+
+    def say_shares(self, counts: Sequence[int], unit: str) -> None:
+        """The line of a dry run; none for one rank."""
+        if self.size > 1:
+            click.echo(f"{self.size} ranks: {', '.join(map(str, counts))} {unit}")
+
+    def counting(self, bar: ProgressBar) -> ProgressBar:
+        """A bar that counts what all ranks have done; the others' counts come with their signs of life."""
+        return bar
+
+    def complete(self, bar: ProgressBar) -> None:
+        """Wait for the others, and let the bar say so."""
+
+
+ALONE = Alone()
+
+
+class Ranks(Alone):
+    """One of several processes. `close` it when all is done; a rank that ends otherwise ends the others, too."""
+
+    def __init__(self, group: Any, folder: Path, on_device: bool):
+        self._group, self._folder, self._on_device = group, folder / ".ranks", on_device
+        self.rank, self.size, self.host = group.rank(), group.size(), socket.gethostname()
+        self._waiting = self._collectives = self.count = 0
+        self._failure: str | None = None
+        self._closed = threading.Event()
+        self._run = f"{self._first(secrets.randbits(30)):08x}"
+        self._peers = [_Peer(self._path(rank)) for rank in range(self.size) if rank != self.rank]
+        self._pipe = _wakeups()
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._beat()
+        except OSError as error:
+            raise WriteError(f"cannot write {self._folder}: {error.strerror}") from None
+        self._watch = threading.Thread(target=self._keep_watch, name="ranks", daemon=True)
+        self._watch.start()
+        self._meet()
+
+    # together
+
+    def barrier(self) -> None:
+        self._first(0)
+
+    def _first(self, value: int) -> int:
+        """Rank 0's value."""
+        import mlx.core as mx
+
+        given = mx.array([value if self.rank == 0 else 0], dtype=mx.int32)
+        return int(
+            self._collective(lambda stream: mx.distributed.all_sum(given, group=self._group, stream=stream)).item()
+        )
+
+    def _collective(self, start: Callable[[Any], Any]) -> Any:
+        import mlx.core as mx
+
+        self._collectives += 1
+        self._waiting = self._collectives
+        found = start(mx.gpu if self._on_device else mx.cpu)
+        mx.eval(found)
+        mx.synchronize()
+        self._waiting = 0
+        return found
+
+    def counting(self, bar: ProgressBar) -> ProgressBar:
+        return _SharedBar(self, bar)
+
+    def complete(self, bar: ProgressBar) -> None:
+        self.barrier()
+        bar.update(bar.total - bar.n)
+
+    def others_count(self) -> int:
+        """Items that the other ranks have done, as they said last."""
+        return sum(peer.beat.get("count", 0) for peer in self._peers)
+
+    # life and death
+
+    def close(self) -> None:
+        """Every rank is done: nobody waits for this one any more."""
+        self._closed.set()
+        self._watch.join()
+        self._path(self.rank).unlink(missing_ok=True)
+        if self.rank == 0:
+            for _ in range(50):
+                try:
+                    self._folder.rmdir()
+                except FileNotFoundError:
+                    break
+                except OSError:  # another rank's sign is still there
+                    time.sleep(0.1)
+                    continue
+                break
+
+    def fail(self, message: str) -> bool:
+        """Tell the others; whether the message is this rank's to print: not where rank 0 says the same."""
+        self._failure = message
+        self._beat()
+        deadline = time.monotonic() + (3 if self.rank else 0)
+        while self.rank and time.monotonic() < deadline:
+            said = next((peer.read().get("failed") for peer in self._peers if peer.rank == 0), None)
+            if said is not None:
+                return said != message
+            time.sleep(0.1)
+        return True
+
+    def _path(self, rank: int) -> Path:
+        return self._folder / f"{rank}.json"
+
+    def _beat(self) -> None:
+        content = {
+            "run": self._run, "rank": self.rank, "host": self.host, "pid": os.getpid(), "count": self.count,
+            "waiting": self._waiting, "time": time.time(), "failed": self._failure,
+        }  # fmt: skip
+        data = json.dumps(content).encode()
+        descriptor = os.open(self._path(self.rank), os.O_WRONLY | os.O_CREAT, 0o644)
+        try:  # in place: a renamed file is seen late over a network
+            os.pwrite(descriptor, data, 0)
+            os.ftruncate(descriptor, len(data))
+        finally:
+            os.close(descriptor)
+
+    def _meet(self) -> None:
+        """Wait until every rank's sign lies in this folder. Raises StoreError when it does not: the folder is not shared."""
+        deadline = time.monotonic() + LOST_SECONDS
+        while missing := [peer.rank for peer in self._peers if peer.read().get("run") != self._run]:
+            if time.monotonic() > deadline:
+                raise StoreError(
+                    f"{self._folder.parent} on {self.host}: rank {', '.join(map(str, missing))} does not see this folder; every "
+                    f"host needs the same one, on a network file system ({HELP})"
+                )
+            time.sleep(0.05)
+
+    def _keep_watch(self) -> None:
+        """Say that this rank lives, look whether the others do; where one does not, end the process with one line."""
+        ending = None
+        while not self._closed.is_set():
+            if ending is None and self._terminated(BEAT_SECONDS):
+                ending = time.monotonic()  # by the launcher, because of another rank: which one?
+            with contextlib.suppress(OSError):  # a full disk: the work says so itself
+                self._beat()
+            self._look(ending is not None)
+            if ending is not None:
+                time.sleep(0.2)
+                if time.monotonic() - ending > 5:
+                    os._exit(143)
+
+    def _terminated(self, seconds: float) -> bool:
+        ready, _, _ = select.select([self._pipe], [], [], seconds)
+        return bool(ready) and signal.SIGTERM in os.read(self._pipe, 64)
+
+    def _look(self, ending: bool) -> None:
+        for peer in self._peers:
+            peer.read()
+        for peer in self._peers:
+            if peer.left or peer.beat.get("run") != self._run:
+                continue
+            if peer.beat["failed"] is not None:
+                if time.monotonic() - peer.changed > (
+                    0 if ending else 10
+                ):  # it has said why; this one may say the same
+                    os._exit(1)
+            elif self._is_lost(peer):
+                self._end(
+                    f"rank {peer.rank} ({peer.beat['host']}) has ended: no sign of life; what is complete is kept, --resume goes on"
+                )
+        stuck = [peer for peer in self._peers if peer.waiting_since(self._waiting) is not None]
+        if self._waiting and len(stuck) == len(self._peers):
+            since = max(peer.waiting_since(self._waiting) for peer in stuck)
+            if time.monotonic() - since > STUCK_SECONDS:
+                hosts = ", ".join(f"rank {peer.rank} ({peer.beat['host']})" for peer in self._peers)
+                self._end(
+                    f"no answer from {hosts} for {format_seconds(STUCK_SECONDS)}, though alive: the network between the hosts is down "
+                    f"({HELP}); what is complete is kept, --resume goes on"
+                )
+
+    def _is_lost(self, peer: "_Peer") -> bool:
+        if peer.beat["host"] == self.host:
+            try:
+                os.kill(peer.beat["pid"], 0)
+            except ProcessLookupError:
+                return not peer.read_again().left
+            except PermissionError:
+                pass
+        return time.monotonic() - peer.changed > LOST_SECONDS
+
+    def _end(self, message: str) -> None:
+        """One rank speaks: the lowest that is left."""
+        alive = [peer.rank for peer in self._peers if not peer.left and not self._is_lost(peer)]
+        if self.rank < min([*alive, self.size]):
+            os.write(2, f"Error: {message}\n".encode())
+        os._exit(1)
+
+
+class _Peer:
+    """Another rank, as its file says."""
+
+    def __init__(self, path: Path):
+        self.path, self.rank = path, int(path.stem)
+        self.beat: dict[str, Any] = {}
+        self.changed, self.left = time.monotonic(), False
+        self._waits = (0, 0.0)
+
+    def read(self) -> dict[str, Any]:
+        try:
+            beat = json.loads(self.path.read_bytes())
+        except FileNotFoundError:
+            self.left = bool(self.beat)
+            return self.beat
+        except (OSError, ValueError):  # being written
+            return self.beat
+        if beat != self.beat:
+            self.beat, self.changed = beat, time.monotonic()
+        if beat["waiting"] != self._waits[0]:
+            self._waits = (beat["waiting"], time.monotonic())
+        return self.beat
+
+    def read_again(self) -> "_Peer":
+        """It may have left in good order a moment ago."""
+        self.read()
+        return self
+
+    def waiting_since(self, collective: int) -> float | None:
+        """When it was first seen in this collective; None where it is not."""
+        return self._waits[1] if collective and self._waits[0] == collective else None
+
+
+class _SharedBar:
+    """Rank 0's bar; the others only count."""
+
+    def __init__(self, ranks: Ranks, bar: ProgressBar):
+        self._ranks, self._bar, self._others = ranks, bar, 0
+
+    @property
+    def n(self) -> int:
+        return self._bar.n
+
+    @n.setter
+    def n(self, value: int) -> None:
+        self._bar.n = value
+
+    def update(self, count: int = 1) -> None:
+        self._ranks.count += count
+        others = self._ranks.others_count()
+        self._bar.update(count + max(0, others - self._others))
+        self._others = max(others, self._others)
+
+    def set_description(self, description: str) -> None:
+        self._bar.set_description(description)
+
+    def set_postfix(self, **values: Any) -> None:
+        self._bar.set_postfix(**values)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def _wakeups() -> int:
+    """A pipe that says which signals came, also while the main thread waits in a collective; SIGTERM ends nothing itself."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.signal(signal.SIGTERM, lambda signum, frame: None)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    return reading
+
+
+_JOINED: list[Ranks] = []
+
+
+def join(folder: Path) -> Alone:
+    """The ranks that share `folder`; ALONE without `mlx.launch`, and no group is made.
+
+    Raises UserError where the backend is missing, a rank does not answer, or the folder is not shared.
+    """
+    if launched_rank() is None:
+        return ALONE
+    import mlx.core as mx
+
+    backend = next(backend for name, backend in BACKENDS.items() if name in os.environ)
+    if backend == "ring" and not Path(os.environ["MLX_HOSTFILE"]).read_text().strip():
+        return ALONE  # mlx.launch -n 1
+    if not mx.distributed.is_available(backend):
+        raise StoreError(
+            f"mlx.launch started the backend {backend}, which this MLX has not; give --backend ring ({HELP})"
+        )
+    timer = threading.Timer(JOIN_SECONDS, _not_joined, [backend])
+    timer.daemon = True
+    timer.start()
+    try:
+        group = mx.distributed.init(strict=True, backend=backend)
+        if group.size() == 1:
+            return ALONE
+        ranks = Ranks(group, folder, on_device=backend == "nccl")
+    except (RuntimeError, ValueError) as error:
+        raise StoreError(f"the ranks do not reach each other ({' '.join(str(error).split())[:160]}; {HELP})") from None
+    finally:
+        timer.cancel()
+    _JOINED.append(ranks)
+    return ranks
+
+
+def _not_joined(backend: str) -> None:
+    if not launched_rank():
+        os.write(
+            2,
+            f"Error: not every rank came within {format_seconds(JOIN_SECONDS)} (backend {backend}; {HELP})\n".encode(),
+        )
+    os._exit(1)
+
+
+def ended(message: str | None) -> bool:
+    """A stage's end, with its error or None: tell the other ranks. Whether this process prints the error."""
+    if _JOINED:
+        ranks = _JOINED.pop()
+        if message is None:
+            ranks.close()
+            return True
+        return ranks.fail(message)
+    rank = launched_rank()
+    if rank and message is not None:
+        time.sleep(3)  # rank 0 says the same, and mlx.launch ends this one
+    return True
+
+
+@contextlib.contextmanager
+def silenced(script: str) -> Iterator[None]:
+    """Nobody but rank 0 prints in the block; errors come after it. Raises OptionError for a script that ranks cannot share."""
+    if launched_rank() is not None and script not in SHARED:
+        raise OptionError(f"{script} is for one process: run it without mlx.launch, which is for {', '.join(SHARED)}")
+    if not launched_rank():
+        yield
+        return
+    with open(os.devnull, "w") as nobody, contextlib.redirect_stdout(nobody), contextlib.redirect_stderr(nobody):
+        yield
+
+
+def who() -> str:
+    """What an error of another rank than the first begins with."""
+    rank = launched_rank()
+    return f"rank {rank} ({socket.gethostname()}): " if rank else ""
+
+
+def those_of(ranks: Alone, items: Iterable[Item], everything: Sequence[Item]) -> list[Item]:
+    """Of the items that are left, this rank's: their places among all decide, never anyone's speed."""
+    own = {everything[number] for number in ranks.range_of(len(everything))}
+    return [item for item in items if item in own]
