@@ -73,10 +73,11 @@ def run(
     from calibration_store.npz import npz_bytes
     from calibration_store.stage_folder import StageFolder
     from w4a8.boundaries import Recording
+    from w4a8.cli.ranks import those_of
     from w4a8.model.parts import TEXT, TRANSFORMER
     from w4a8.model.runs import load_run_pipeline
     from w4a8.passes import StoredPasses, choose_amount, chosen_steps, places_of, select_passes
-    from w4a8.ranks import join, those_of
+    from w4a8.ranks import join
 
     manifest, paths = read_manifest(calib_dir), BlockCachePaths(calib_dir)
     ranks = join(calib_dir)

@@ -46,11 +46,12 @@ def run(
     from calibration_store.npz import npz_bytes
     from calibration_store.partials import COLLECTION, PARTIAL_FORMAT, is_partial_complete
     from calibration_store.stage_folder import StageFolder
+    from w4a8.cli.ranks import those_of
     from w4a8.model.layers import model_layers
     from w4a8.model.parts import TEXT, TRANSFORMER
     from w4a8.model.runs import load_run_pipeline, run_schedule
     from w4a8.passes import StoredPasses, places_of, select_passes
-    from w4a8.ranks import join, those_of
+    from w4a8.ranks import join
     from w4a8.statistics.kernels import choose_statistics
     from w4a8.statistics.merge import write_merged_statistics
     from w4a8.statistics.recorders import collect_pass, partial_arrays, write_pass

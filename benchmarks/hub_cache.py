@@ -113,6 +113,7 @@ def plant_outliers(weights: dict[str, mx.array], depth: int, seed: int = 0) -> N
     for block in range(depth):
         real = round(block * 23 / max(1, depth - 1))
         for stream, ours in (("x_block", "img"), ("context_block", "txt")):
+
             def factors(kind: str, channels: int, real: int = real, ours: str = ours) -> np.ndarray:
                 ratio = table["layers"].get(f"mm{real}.{ours}.{kind}", [1.0] * len(table["columns"]))[column]
                 chosen, scales = rng.choice(channels, max(2, channels // 48), replace=False), np.ones(channels)

@@ -17,13 +17,13 @@ from calibration_store.manifest import MANIFEST_FORMAT, prompts_digest, saved_st
 from calibration_store.pictures import picture_chunks
 from calibration_store.samples import is_complete, sample_arrays, sample_bytes, write_sample
 from w4a8.cli.progress import ProgressBar, progress_bar
+from w4a8.cli.ranks import ALONE, Alone
 from w4a8.model.catalog import ModelInfo, package_versions
 from w4a8.model.needs import needs_of, refuse_too_large
 from w4a8.model.parts import DECODER, TRANSFORMER, Pipeline
 from w4a8.model.runs import run_schedule
 from w4a8.model.sampling import EulerStep, decode_latents, euler_steps, initial_noise
 from w4a8.model.text import Texts
-from w4a8.ranks import ALONE, Alone
 
 PNG_BYTES_PER_PIXEL = 3  # what an image takes at most
 MANIFEST_BYTES_PER_IMAGE = 400

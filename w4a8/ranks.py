@@ -13,67 +13,19 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import click
+import mlx.core as mx
 
-from calibration_store.errors import OptionError, StoreError, WriteError
+from calibration_store.errors import StoreError, WriteError
 from w4a8.cli.progress import ProgressBar
+from w4a8.cli.ranks import ALONE, BACKENDS, JOINED, Alone, launched_rank
 from w4a8.cli.words import format_seconds
 
-Item = TypeVar("Item")
-BACKENDS = {  # what mlx.launch tells its processes -> the backend that it started
-    "MLX_HOSTFILE": "ring", "NCCL_HOST_IP": "nccl", "MLX_JACCL_COORDINATOR": "jaccl", "OMPI_COMM_WORLD_SIZE": "mpi",
-}  # fmt: skip
-RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")
 JOIN_SECONDS, LOST_SECONDS, STUCK_SECONDS, BEAT_SECONDS = 60.0, 30.0, 30.0, 1.0
-SHARED = ("generate_calibration_data.py", "cache_adaround_data.py", "collect_layer_activations.py")
 HELP = "TROUBLESHOOTING_GUIDE Issue 34"
-
-
-def launched_rank() -> int | None:
-    """This process's rank below `mlx.launch`; None without it."""
-    found = [os.environ[name] for name in RANKS if name in os.environ]
-    return int(found[0]) if found and any(name in os.environ for name in BACKENDS) else None
-
-
-class Alone:
-    """The only process: what ranks do, done by one. Also what another rank would do: `Alone(rank, size)`."""
-
-    def __init__(self, rank: int = 0, size: int = 1):
-        self.rank, self.size = rank, size
-
-    def barrier(self) -> None:
-        """Wait until every rank is here."""
-
-    def does(self, number: int) -> bool:
-        """Whether the item of this number is this rank's: its number decides, never its speed."""
-        return number % self.size == self.rank
-
-    def range_of(self, count: int) -> range:
-        """Numbers of this rank's items, one after the other, of so many."""
-        return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
-
-    def each(self) -> list["Alone"]:
-        """Who does what, rank by rank."""
-        return [Alone(rank, self.size) for rank in range(self.size)]
-
-    def say_shares(self, counts: Sequence[int], unit: str) -> None:
-        """The line of a dry run; none for one rank."""
-        if self.size > 1:
-            click.echo(f"{self.size} ranks: {', '.join(map(str, counts))} {unit}")
-
-    def counting(self, bar: ProgressBar) -> ProgressBar:
-        """A bar that counts what all ranks have done; the others' counts come with their signs of life."""
-        return bar
-
-    def complete(self, bar: ProgressBar) -> None:
-        """Wait for the others, and let the bar say so."""
-
-
-ALONE = Alone()
 
 
 class Ranks(Alone):
@@ -104,16 +56,12 @@ class Ranks(Alone):
 
     def _first(self, value: int) -> int:
         """Rank 0's value."""
-        import mlx.core as mx
-
         given = mx.array([value if self.rank == 0 else 0], dtype=mx.int32)
         return int(
             self._collective(lambda stream: mx.distributed.all_sum(given, group=self._group, stream=stream)).item()
         )
 
     def _collective(self, start: Callable[[Any], Any]) -> Any:
-        import mlx.core as mx
-
         self._collectives += 1
         self._waiting = self._collectives
         found = start(mx.gpu if self._on_device else mx.cpu)
@@ -323,9 +271,6 @@ def _wakeups() -> int:
     return reading
 
 
-_JOINED: list[Ranks] = []
-
-
 def join(folder: Path) -> Alone:
     """The ranks that share `folder`; ALONE without `mlx.launch`, and no group is made.
 
@@ -333,8 +278,6 @@ def join(folder: Path) -> Alone:
     """
     if launched_rank() is None:
         return ALONE
-    import mlx.core as mx
-
     backend = next(backend for name, backend in BACKENDS.items() if name in os.environ)
     if backend == "ring" and not Path(os.environ["MLX_HOSTFILE"]).read_text().strip():
         return ALONE  # mlx.launch -n 1
@@ -354,7 +297,7 @@ def join(folder: Path) -> Alone:
         raise StoreError(f"the ranks do not reach each other ({' '.join(str(error).split())[:160]}; {HELP})") from None
     finally:
         timer.cancel()
-    _JOINED.append(ranks)
+    JOINED.append(ranks)
     return ranks
 
 
@@ -365,41 +308,3 @@ def _not_joined(backend: str) -> None:
             f"Error: not every rank came within {format_seconds(JOIN_SECONDS)} (backend {backend}; {HELP})\n".encode(),
         )
     os._exit(1)
-
-
-def ended(message: str | None) -> bool:
-    """A stage's end, with its error or None: tell the other ranks. Whether this process prints the error."""
-    if _JOINED:
-        ranks = _JOINED.pop()
-        if message is None:
-            ranks.close()
-            return True
-        return ranks.fail(message)
-    rank = launched_rank()
-    if rank and message is not None:
-        time.sleep(3)  # rank 0 says the same, and mlx.launch ends this one
-    return True
-
-
-@contextlib.contextmanager
-def silenced(script: str) -> Iterator[None]:
-    """Nobody but rank 0 prints in the block; errors come after it. Raises OptionError for a script that ranks cannot share."""
-    if launched_rank() is not None and script not in SHARED:
-        raise OptionError(f"{script} is for one process: run it without mlx.launch, which is for {', '.join(SHARED)}")
-    if not launched_rank():
-        yield
-        return
-    with open(os.devnull, "w") as nobody, contextlib.redirect_stdout(nobody), contextlib.redirect_stderr(nobody):
-        yield
-
-
-def who() -> str:
-    """What an error of another rank than the first begins with."""
-    rank = launched_rank()
-    return f"rank {rank} ({socket.gethostname()}): " if rank else ""
-
-
-def those_of(ranks: Alone, items: Iterable[Item], everything: Sequence[Item]) -> list[Item]:
-    """Of the items that are left, this rank's: their places among all decide, never anyone's speed."""
-    own = {everything[number] for number in ranks.range_of(len(everything))}
-    return [item for item in items if item in own]

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import click
 
 from calibration_store.errors import UserError
-from w4a8.ranks import ended, silenced, who
+from w4a8.cli.ranks import ended, silenced, who
 
 
 class StageCommand(click.Command):

@@ -45,7 +45,10 @@ class TrainingSamples(Protocol):
         """Read these batches' files while something else is computed; they are asked for next."""
 
 
-SAMPLES_SHARE, MOST_SAMPLES = 0.25, 4e9  # of the device's memory that samples may take, and in all; more stay in their files
+SAMPLES_SHARE, MOST_SAMPLES = (
+    0.25,
+    4e9,
+)  # of the device's memory that samples may take, and in all; more stay in their files
 
 
 class Samples:
