@@ -123,10 +123,9 @@ def run(
                 BackgroundWriter(pending=0) as writer,  # one sample being written, one being made
                 closing(recording.record_all(passes, those_of(ranks, todo, places))) as left,
             ):
-                counting = ranks.counting(bar)
                 for place, arrays in left:
                     writer.submit(write_cached_sample, paths, *place, arrays)
-                    counting.update()
+                    ranks.count(bar)
                 writer.drain()
                 ranks.complete(bar)
             folder.finish(lambda: write_cache_metadata(paths, manifest, plan, recording.blocks, recording.keys, shapes))

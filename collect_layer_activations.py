@@ -94,10 +94,9 @@ def run(
                 BackgroundWriter(pending=1) as writer,
                 closing(passes.over(mine)) as left,
             ):
-                counting = ranks.counting(bar)
                 for one in left:
                     writer.submit(write_pass, paths, collect_pass(one, way), one.image_id, one.step, dtype)
-                    counting.update()
+                    ranks.count(bar)
                 writer.drain()
                 ranks.complete(bar)
             folder.finish(lambda: write_merged_statistics(paths, manifest, plan, run_schedule(manifest)[0]))

@@ -184,7 +184,6 @@ def generate(
     Each rank its own batches; rank 0 writes the manifest, and lists the others' images when all are done.
     """
     kept = set(saved_steps(plan["num_steps"], plan["stride"]))
-    counting = ranks.counting(bar)
     if ranks.rank == 0:
         write_manifest(paths, plan, complete)
     with BackgroundWriter(pending=2 * plan["batch_size"]) as writer:
@@ -203,11 +202,12 @@ def generate(
             complete.update(new)
             if ranks.rank == 0:
                 write_manifest(paths, plan, complete)
-            counting.update(len(new))
-    ranks.complete(bar)
-    complete.update({image["image_id"]: image for image in plan["images"]})
-    if ranks.rank == 0:
-        write_manifest(paths, plan, complete)
+            ranks.count(bar, len(new))
+    if ranks.size > 1:
+        ranks.complete(bar)
+        complete.update({image["image_id"]: image for image in plan["images"]})
+        if ranks.rank == 0:
+            write_manifest(paths, plan, complete)
 
 
 def prepare(

@@ -24,7 +24,7 @@ from w4a8.cli.progress import ProgressBar
 from w4a8.cli.ranks import ALONE, BACKENDS, JOINED, Alone, launched_rank
 from w4a8.cli.words import format_seconds
 
-JOIN_SECONDS, LOST_SECONDS, STUCK_SECONDS, BEAT_SECONDS = 60.0, 30.0, 30.0, 1.0
+JOIN_SECONDS, LOST_SECONDS, STUCK_SECONDS, BEAT_SECONDS, STALE_SECONDS = 60.0, 30.0, 30.0, 1.0, 3600.0
 HELP = "TROUBLESHOOTING_GUIDE Issue 34"
 
 
@@ -34,17 +34,19 @@ class Ranks(Alone):
     def __init__(self, group: Any, folder: Path, on_device: bool):
         self._group, self._folder, self._on_device = group, folder / ".ranks", on_device
         self.rank, self.size, self.host = group.rank(), group.size(), socket.gethostname()
-        self._waiting = self._collectives = self.count = 0
+        self._waiting = self._collectives = self._done = self._seen = 0
         self._failure: str | None = None
         self._closed = threading.Event()
         self._run = f"{self._first(secrets.randbits(30)):08x}"
         self._peers = [_Peer(self._path(rank)) for rank in range(self.size) if rank != self.rank]
         self._pipe = _wakeups()
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
             self._beat()
         except OSError as error:
             raise WriteError(f"cannot write {self._folder}: {error.strerror}") from None
+        for path in self._folder.glob("*.json") if self.rank == 0 else ():  # of ranks that were killed
+            if time.time() - path.stat().st_mtime > STALE_SECONDS:
+                path.unlink(missing_ok=True)
         self._watch = threading.Thread(target=self._keep_watch, name="ranks", daemon=True)
         self._watch.start()
         self._meet()
@@ -70,16 +72,15 @@ class Ranks(Alone):
         self._waiting = 0
         return found
 
-    def counting(self, bar: ProgressBar) -> ProgressBar:
-        return _SharedBar(self, bar)
+    def count(self, bar: ProgressBar, done: int = 1) -> None:
+        self._done += done
+        others = sum(peer.beat.get("done", 0) for peer in self._peers)
+        bar.update(done + others - self._seen)
+        self._seen = others
 
     def complete(self, bar: ProgressBar) -> None:
         self.barrier()
         bar.update(bar.total - bar.n)
-
-    def others_count(self) -> int:
-        """Items that the other ranks have done, as they said last."""
-        return sum(peer.beat.get("count", 0) for peer in self._peers)
 
     # life and death
 
@@ -88,21 +89,13 @@ class Ranks(Alone):
         self._closed.set()
         self._watch.join()
         self._path(self.rank).unlink(missing_ok=True)
-        if self.rank == 0:
-            for _ in range(50):
-                try:
-                    self._folder.rmdir()
-                except FileNotFoundError:
-                    break
-                except OSError:  # another rank's sign is still there
-                    time.sleep(0.1)
-                    continue
-                break
+        with contextlib.suppress(OSError):  # another rank's sign, or another stage's, is still there
+            self._folder.rmdir()
 
     def fail(self, message: str) -> bool:
         """Tell the others; whether the message is this rank's to print: not where rank 0 says the same."""
         self._failure = message
-        self._beat()
+        self._say()
         deadline = time.monotonic() + (3 if self.rank else 0)
         while self.rank and time.monotonic() < deadline:
             said = next((peer.read().get("failed") for peer in self._peers if peer.rank == 0), None)
@@ -112,14 +105,20 @@ class Ranks(Alone):
         return True
 
     def _path(self, rank: int) -> Path:
-        return self._folder / f"{rank}.json"
+        return self._folder / f"{self._run}_{rank}.json"  # two stages may be at work below one folder
+
+    def _say(self) -> None:
+        """A sign of life; where the disk is full, the work says so itself."""
+        with contextlib.suppress(OSError):
+            self._beat()
 
     def _beat(self) -> None:
         content = {
-            "run": self._run, "rank": self.rank, "host": self.host, "pid": os.getpid(), "count": self.count,
-            "waiting": self._waiting, "time": time.time(), "failed": self._failure,
+            "host": self.host, "pid": os.getpid(), "time": time.time(), "done": self._done, "waiting": self._waiting,
+            "failed": self._failure,
         }  # fmt: skip
         data = json.dumps(content).encode()
+        self._folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self._path(self.rank), os.O_WRONLY | os.O_CREAT, 0o644)
         try:  # in place: a renamed file is seen late over a network
             os.pwrite(descriptor, data, 0)
@@ -130,7 +129,7 @@ class Ranks(Alone):
     def _meet(self) -> None:
         """Wait until every rank's sign lies in this folder. Raises StoreError when it does not: the folder is not shared."""
         deadline = time.monotonic() + LOST_SECONDS
-        while missing := [peer.rank for peer in self._peers if peer.read().get("run") != self._run]:
+        while missing := [peer.rank for peer in self._peers if not peer.read()]:
             if time.monotonic() > deadline:
                 raise StoreError(
                     f"{self._folder.parent} on {self.host}: rank {', '.join(map(str, missing))} does not see this folder; every "
@@ -144,8 +143,7 @@ class Ranks(Alone):
         while not self._closed.is_set():
             if ending is None and self._terminated(BEAT_SECONDS):
                 ending = time.monotonic()  # by the launcher, because of another rank: which one?
-            with contextlib.suppress(OSError):  # a full disk: the work says so itself
-                self._beat()
+            self._say()
             self._look(ending is not None)
             if ending is not None:
                 time.sleep(0.2)
@@ -160,12 +158,10 @@ class Ranks(Alone):
         for peer in self._peers:
             peer.read()
         for peer in self._peers:
-            if peer.left or peer.beat.get("run") != self._run:
+            if peer.left or not peer.beat:
                 continue
-            if peer.beat["failed"] is not None:
-                if time.monotonic() - peer.changed > (
-                    0 if ending else 10
-                ):  # it has said why; this one may say the same
+            if peer.beat["failed"] is not None:  # it has said why; this one may be about to say the same
+                if time.monotonic() - peer.changed > (0 if ending else 10):
                     os._exit(1)
             elif self._is_lost(peer):
                 self._end(
@@ -186,7 +182,8 @@ class Ranks(Alone):
             try:
                 os.kill(peer.beat["pid"], 0)
             except ProcessLookupError:
-                return not peer.read_again().left
+                peer.read()  # it may have left in good order a moment ago
+                return not peer.left
             except PermissionError:
                 pass
         return time.monotonic() - peer.changed > LOST_SECONDS
@@ -203,7 +200,7 @@ class _Peer:
     """Another rank, as its file says."""
 
     def __init__(self, path: Path):
-        self.path, self.rank = path, int(path.stem)
+        self.path, self.rank = path, int(path.stem.rpartition("_")[2])
         self.beat: dict[str, Any] = {}
         self.changed, self.left = time.monotonic(), False
         self._waits = (0, 0.0)
@@ -222,44 +219,9 @@ class _Peer:
             self._waits = (beat["waiting"], time.monotonic())
         return self.beat
 
-    def read_again(self) -> "_Peer":
-        """It may have left in good order a moment ago."""
-        self.read()
-        return self
-
     def waiting_since(self, collective: int) -> float | None:
         """When it was first seen in this collective; None where it is not."""
         return self._waits[1] if collective and self._waits[0] == collective else None
-
-
-class _SharedBar:
-    """Rank 0's bar; the others only count."""
-
-    def __init__(self, ranks: Ranks, bar: ProgressBar):
-        self._ranks, self._bar, self._others = ranks, bar, 0
-
-    @property
-    def n(self) -> int:
-        return self._bar.n
-
-    @n.setter
-    def n(self, value: int) -> None:
-        self._bar.n = value
-
-    def update(self, count: int = 1) -> None:
-        self._ranks.count += count
-        others = self._ranks.others_count()
-        self._bar.update(count + max(0, others - self._others))
-        self._others = max(others, self._others)
-
-    def set_description(self, description: str) -> None:
-        self._bar.set_description(description)
-
-    def set_postfix(self, **values: Any) -> None:
-        self._bar.set_postfix(**values)
-
-    def close(self) -> None:
-        self._bar.close()
 
 
 def _wakeups() -> int:

@@ -52,9 +52,9 @@ class Alone:
         if self.size > 1:
             click.echo(f"{self.size} ranks: {', '.join(map(str, counts))} {unit}")
 
-    def counting(self, bar: ProgressBar) -> ProgressBar:
-        """A bar that counts what all ranks have done; the others' counts come with their signs of life."""
-        return bar
+    def count(self, bar: ProgressBar, done: int = 1) -> None:
+        """So many items are done, and what the others have done meanwhile, which comes with their signs of life."""
+        bar.update(done)
 
     def complete(self, bar: ProgressBar) -> None:
         """Wait for the others, and let the bar say so."""

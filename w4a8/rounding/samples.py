@@ -1,7 +1,6 @@
 """The cached samples that units are trained on."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,9 +40,6 @@ class TrainingSamples(Protocol):
         key: where inputs were kept quantized, too, half of their elements are taken from there (QDrop), drawn from it.
         """
 
-    def expect(self, parts: Sequence[Sequence[int]]) -> None:
-        """Read these batches' files while something else is computed; they are asked for next."""
-
 
 SAMPLES_SHARE, MOST_SAMPLES = (
     0.25,
@@ -80,8 +76,6 @@ class Samples:
             if mx.default_device() != mx.Device(mx.cpu):
                 self._arrays = [mx.array(array) for array in self._arrays]
         self.training, self.held_out = split_samples([image_id for image_id, _ in places])
-        self._pool = None if self._arrays else ThreadPoolExecutor(2, "samples")
-        self._ahead: dict[tuple[int, ...], Future] = {}
 
     @classmethod
     def of_stretch(cls, calib_dir: Path, cache: Mapping[str, Any], blocks: Sequence[str]) -> "Samples":
@@ -120,23 +114,13 @@ class Samples:
             picked = (array[picks] for array in self._arrays)
             found = [mx.array(array.reshape(-1, *array.shape[2:])).astype(mx.float32) for array in picked]
         else:
-            ahead = self._ahead.pop(tuple(indices), None)
-            found = [mx.array(each).astype(mx.float32) for each in (ahead.result() if ahead else self._joined(indices))]
+            members = zip(*[self._read(self.places[index]) for index in indices], strict=True)
+            found = [mx.array(np.concatenate(each)).astype(mx.float32) for each in members]
         arrays, quantized = found[: self._count], found[self._count :]
         for position, other in enumerate(quantized if key is not None else ()):
             key, drawn = mx.random.split(key)
             arrays[position] = mx.where(mx.random.bernoulli(0.5, other.shape, drawn), arrays[position], other)
         return arrays
-
-    def expect(self, parts: Sequence[Sequence[int]]) -> None:
-        """As TrainingSamples.expect."""
-        if self._pool is not None:
-            self._ahead = {tuple(part): self._pool.submit(self._joined, part) for part in parts}
-
-    def _joined(self, indices: Sequence[int]) -> list[np.ndarray]:
-        """Arrays of these samples from their files, rows one below the other."""
-        members = zip(*[self._read(self.places[index]) for index in indices], strict=True)
-        return [np.concatenate(each) for each in members]
 
 
 def reader(

@@ -153,14 +153,8 @@ class Training:
         return self._finished(loss)
 
     def drawn(self) -> np.ndarray:
-        """The iteration's samples; the next one's are read meanwhile."""
-        following = self._drawn_at(self.iteration + 1) if self.iteration + 1 < self.iters else []
-        self.unit.samples.expect(self.settings.micro_batches(following))
-        return self._drawn_at(self.iteration)
-
-    def _drawn_at(self, iteration: int) -> np.ndarray:
-        """Seed and iteration decide."""
-        random, training = np.random.default_rng([self.settings.seed, iteration]), self.unit.samples.training
+        """The iteration's samples: seed and iteration decide."""
+        random, training = np.random.default_rng([self.settings.seed, self.iteration]), self.unit.samples.training
         return np.sort(random.choice(training, min(self.settings.batch_size, len(training)), replace=False))
 
     def _check(self, loss: mx.array, gradients: Any) -> None:

@@ -19,7 +19,6 @@ from calibration_store.layout import BoundaryPaths, WeightPaths
 from calibration_store.npz import npz_bytes, write_npz
 from calibration_store.weights import read_quantized_block
 from hooks import substituted_layers
-from w4a8 import blas
 from w4a8.cli.progress import progress_bar
 from w4a8.model.layers import model_blocks
 from w4a8.parallel import streams_for
@@ -133,7 +132,7 @@ class Walk:
         what = f"{'quantized ' if quantized else ''}{block} of every sample"
         with (
             progress_bar(len(self.places), what, "sample", leave=False) as bar,
-            BackgroundWriter(pending=2, threads=min(4, blas.cores())) as writer,
+            BackgroundWriter(pending=2) as writer,
             streams_for(len(chunks)) as streams,  # as many as ever: threads decide the last bits
             substituted_layers(mmdit, Substitution(weights, biases).compute),
         ):
