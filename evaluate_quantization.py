@@ -10,6 +10,7 @@ both with a plus: w4-adaround+a8. Quantized activations are simulated (quantized
 the figures are about quality, never about speed.
 """
 
+import contextlib
 from pathlib import Path
 
 import click
@@ -93,6 +94,7 @@ def run(
     from calibration_store.files import locked_folder
     from calibration_store.layout import EvaluationPaths
     from calibration_store.manifest import read_manifest
+    from calibration_store.stage_folder import clear_files
     from w4a8.cli.prompts import read_prompt_file
     from w4a8.evaluation.gate import check_gate
     from w4a8.evaluation.metrics import LOW_PSNR
@@ -102,11 +104,13 @@ def run(
     from w4a8.model.needs import needs_of, refuse_too_large
     from w4a8.model.text import Texts, check_prompts
     from w4a8.quantized.native import prefer
+    from w4a8.ranks import join
     from w4a8.report.evaluation_figures import draw_grid, plot_errors
     from w4a8.report.tables import print_variants
 
     prefer(native)
     manifest = read_manifest(calib_dir)
+    ranks = join(calib_dir)
     names = [name.strip() for name in variants.split(",")] if variants is not None else default_variants(calib_dir)
     chosen = [make_variant(name, calib_dir, scale_is) for name in dict.fromkeys(["fp", *names])]
     given_prompts = read_prompt_file(prompt_file) if prompt_file else None
@@ -131,13 +135,19 @@ def run(
     if dry_run:
         seconds, size = probe(pipeline, sampling, chosen)
         click.echo(
-            f"to do: {len(chosen)} variants, about {cli.format_seconds(seconds)} on this machine, at most "
+            f"to do: {len(chosen)} variants, about {cli.format_seconds(seconds / ranks.size)} on this machine, at most "
             f"{cli.format_bytes(size)} in {paths.root}, {cli.format_bytes(mx.get_peak_memory())} of memory at the peak"
         )
+        ranks.say_shares([sampling.images_of(one) for one in ranks.each()], "images of each variant")
         return
-    with locked_folder(paths.root):
+    with contextlib.nullcontext() if ranks.rank else locked_folder(paths.root):
+        if ranks.rank == 0:
+            clear_files(paths.owned_files(), paths.metrics, everything=False)  # of a run that was killed
         with cli.interruptible(lambda: f"finished variants are kept in {paths.root}"):
-            original, images, results = evaluate(pipeline, texts, sampling, paths, chosen, resume)
+            found = evaluate(pipeline, texts, sampling, paths, chosen, resume, ranks)
+        if found is None:
+            return  # rank 0 goes on
+        original, images, results = found
         if "fp" not in names:
             del images["fp"], results["fp"]
         draw_grid(paths.grid, prompts, original, images, results, grid_map == "flip")

@@ -51,39 +51,40 @@ def run(
     from calibration_store.files import require_space
     from calibration_store.layout import BlockCachePaths, WeightPaths
     from calibration_store.manifest import read_manifest
-    from calibration_store.sensitivity import write_sensitivity
     from calibration_store.stage_folder import StageFolder
     from calibration_store.weights import WEIGHTS_PLAN, write_weights_metadata
     from w4a8.model.runs import run_schedule, run_transformer
     from w4a8.parallel import run_cpu_streams_side_by_side
+    from w4a8.ranks import join
     from w4a8.report.tables import print_losses
     from w4a8.rounding.checkpoint import LEARNING_RATES, Checkpoint
-    from w4a8.rounding.jobs import estimate, kept_after_interrupt, run_job
+    from w4a8.rounding.jobs import estimate, kept_after_interrupt, run_jobs, say_shares
     from w4a8.rounding.memory import choose_micro_batch
     from w4a8.rounding.methods import METHODS
     from w4a8.rounding.run import Rounding, choose_end_to_end, choose_unit
     from w4a8.rounding.samples import verified
-    from w4a8.rounding.sensitivity import BitOptions, choose_bits, measure_sensitivity
+    from w4a8.rounding.sensitivity import BitOptions, choose_bits, note_sensitivity
     from w4a8.rounding.settings import Settings
 
     run_cpu_streams_side_by_side()  # before the schedule is evaluated
     if lr_alpha is None:
         lr_alpha = METHODS[options["rounding"]].default_lr
     cache, manifest, paths = read_cache_metadata(calib_dir), read_manifest(calib_dir), WeightPaths(calib_dir)
+    ranks = join(calib_dir)
     schedule, _ = run_schedule(manifest)
     settings = Settings(lr_alpha=lr_alpha, **options)
-    folder = StageFolder(paths, paths.plan, WEIGHTS_PLAN.read, OPTIONS, resume, force)
+    folder = StageFolder(paths, paths.plan, WEIGHTS_PLAN.read, OPTIONS, resume, force, ranks)
     with folder.held(dry_run):
         opened = run_transformer(manifest, model, local_checkpoint)
         mmdit = opened()
         unit, blocks = choose_unit(mmdit, cache["block_names"], blocks, unit, settings.group_size)
         before = folder.before()
         settings = replace(settings, end_to_end=choose_end_to_end(end_to_end, unit, blocks, mmdit, settings.iters))
-        rounding = Rounding(opened, mmdit, paths, cache, schedule, settings, unit, blocks)
+        rounding = Rounding(opened, mmdit, paths, cache, schedule, settings, unit, blocks, ranks)
         rounding = choose_micro_batch(rounding, micro_batch, before)
         if sensitivity_only:
             with cli.interruptible(lambda: "the measurement begins anew"):
-                write_sensitivity(calib_dir, measure_sensitivity(rounding, [4, 8]))
+                note_sensitivity(rounding, [4, 8])
             click.echo(f"wrote {BlockCachePaths(calib_dir).sensitivity}")
             return
         folder.refuse_used()
@@ -106,24 +107,22 @@ def run(
                 f"to do: {len(todo)} of {len(jobs)} units, {left.iterations} iterations: about {cli.format_seconds(left.seconds)}, "
                 f"{cli.format_bytes(left.peak_bytes)} of memory at the peak, at most {cli.format_bytes(size)} in {paths.root}"
             )
+            say_shares(rounding, todo)
             return
         require_space(paths.root, size, "give --no-alpha or fewer --blocks", max_bytes)
         folder.begin(plan, anew=diverged)
         with cli.interruptible(lambda: kept_after_interrupt(paths)):
             with cli.progress_bar(len(cache["samples"]), "checking the cache", "sample", leave=False) as bar:
-                for _ in verified(calib_dir, cache, [job.blocks for job in todo]):
-                    bar.update()
+                for _ in verified(calib_dir, cache, [job.blocks for job in todo], ranks):
+                    ranks.count(bar)
+                ranks.complete(bar)
             with cli.progress_bar(sum(map(rounding.iterations, jobs)), jobs[0].name, "it") as bar:
-                for job in jobs:
-                    bar.set_description(job.name)
-                    if job in todo:
-                        run_job(rounding, job, plan, bar, checkpoint_seconds, alpha)
-                    else:
-                        bar.n += rounding.iterations(job)
+                run_jobs(rounding, todo, bar, checkpoint_seconds, alpha)
             if rounding.walk is not None:
                 rounding.walk.finish()
             losses = folder.finish(lambda: write_weights_metadata(paths, plan))
-    print_losses(rounding.rows_of(losses))
+    if losses is not None:
+        print_losses(rounding.rows_of(losses))
     click.echo(f"wrote {paths.metadata} and a file per block")
 
 

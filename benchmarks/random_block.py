@@ -41,6 +41,9 @@ class RandomSamples:
         picked = (array[indices] for array in self.arrays)
         return [mx.array(array.reshape(-1, *array.shape[2:])).astype(mx.float32) for array in picked]
 
+    def expect(self, indices: Sequence[int]) -> None:
+        """As stage 3W's Samples: all are in memory."""
+
 
 def profile(training: Training) -> dict[str, float]:
     """Share of a rounding iteration that each part takes, each evaluated on its own."""

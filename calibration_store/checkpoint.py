@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypedDict
 
 import msgspec
@@ -9,7 +10,6 @@ import numpy as np
 import orjson
 
 from calibration_store.errors import StoreError
-from calibration_store.layout import WeightPaths
 from calibration_store.names import layer_key, split_key
 from calibration_store.npz import read_npz, write_npz
 from calibration_store.schema import Digest, Index, Name
@@ -29,24 +29,24 @@ class Position(TypedDict):
 
 
 def write_checkpoint(
-    paths: WeightPaths, position: Position, training: Mapping[str, np.ndarray], done: Mapping[str, Mapping]
+    path: Path, position: Position, training: Mapping[str, np.ndarray], done: Mapping[str, Mapping]
 ) -> None:
     """Write where a job stands: the arrays of its training, and the layers that its earlier stages finished."""
     arrays = {f"training.{name}": array for name, array in training.items()}
     for layer, fields in done.items():
         arrays |= {f"done.{layer_key(layer, field)}": array for field, array in fields.items()}
     encoded = np.frombuffer(orjson.dumps(position), np.uint8)
-    write_npz(paths.checkpoint, arrays | {"position": encoded})
+    write_npz(path, arrays | {"position": encoded})
 
 
-def read_checkpoint(paths: WeightPaths) -> tuple[Position, dict[str, np.ndarray], Layers] | None:
+def read_checkpoint(path: Path) -> tuple[Position, dict[str, np.ndarray], Layers] | None:
     """(position, arrays of the training, finished layers) of the last checkpoint; None where there is none.
 
     Raises StoreError or ValueError for one that cannot be.
     """
-    if not os.path.lexists(paths.checkpoint):
+    if not os.path.lexists(path):
         return None
-    arrays = read_npz(paths.checkpoint, "the unit begins anew")
+    arrays = read_npz(path, "the unit begins anew")
     encoded = arrays.pop("position", None)
     if encoded is None or encoded.dtype != np.uint8 or encoded.ndim != 1:
         raise ValueError("no position")
@@ -61,5 +61,5 @@ def read_checkpoint(paths: WeightPaths) -> tuple[Position, dict[str, np.ndarray]
             layer, field = split_key(name)
             done.setdefault(layer, {})[field] = array
         else:
-            raise StoreError(f"{paths.checkpoint}: {key} is no part of a checkpoint")
+            raise StoreError(f"{path}: {key} is no part of a checkpoint")
     return position, training, done

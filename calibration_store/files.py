@@ -172,14 +172,14 @@ def write_png(path: Path, image: Image.Image, chunks: Mapping[str, str] | None =
 
 
 class BackgroundWriter:
-    """Runs writes on one thread, in order, with at most `pending` waiting: memory stays bounded by them.
+    """Runs writes on one thread, in order, with at most `pending` waiting: memory stays bounded by them. On several, in any order.
 
     A failed write is raised by the next `submit` or by leaving the `with` block.
     """
 
-    def __init__(self, pending: int = 1):
-        self._slots = BoundedSemaphore(pending + 1)
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer")
+    def __init__(self, pending: int = 1, threads: int = 1):
+        self._slots = BoundedSemaphore(pending + threads)
+        self._pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="writer")
         self._futures: list[Future] = []
 
     def __enter__(self) -> "BackgroundWriter":

@@ -140,6 +140,10 @@ class WeightPaths:
     def block(self, block: str) -> Path:
         return self.root / f"{block}.npz"
 
+    def checkpoint_of(self, block: str) -> Path:
+        """Where blocks are trained at the same time by several processes."""
+        return self.root / f"checkpoint_{block}.npz"
+
     def losses(self, block: str) -> Path:
         return self.root / f"{block}_losses.json"
 
@@ -155,7 +159,7 @@ class WeightPaths:
         return [BoundaryPaths(folder / name) for name in names if re.fullmatch(rf"{BLOCK_PATTERN}(_quantized)?", name)]
 
     def owned_files(self) -> list[Path]:
-        names = rf"(metadata|plan|end_to_end_losses)\.json|checkpoint\.npz|{BLOCK_PATTERN}(\.npz|_losses\.json)"
+        names = rf"(metadata|plan|end_to_end_losses)\.json|checkpoint(_{BLOCK_PATTERN})?\.npz|{BLOCK_PATTERN}(\.npz|_losses\.json)"
         return matching(self.root, names) + [path for each in self.boundaries for path in each.owned_files()]
 
 
@@ -181,6 +185,9 @@ class EvaluationPaths:
         self.grid = root / "grid.png"
         self.error_plot = root / "error_over_steps.png"
         self.runs = root / "runs"
+
+    def owned_files(self) -> list[Path]:
+        return matching(self.root, r"metrics\.json|(grid|error_over_steps)\.png")
 
     def run(self, variant: str, identity: str) -> Path:
         """The images and latents of one variant; identity says what they follow from."""

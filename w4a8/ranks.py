@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_map
 
 from calibration_store.errors import StoreError, WriteError
 from w4a8.cli.progress import ProgressBar
-from w4a8.cli.ranks import ALONE, BACKENDS, JOINED, Alone, launched_rank
+from w4a8.cli.ranks import ALONE, BACKENDS, JOINED, Alone, Tree, launched_rank
 from w4a8.cli.words import format_seconds
 
 JOIN_SECONDS, LOST_SECONDS, STUCK_SECONDS, BEAT_SECONDS, STALE_SECONDS = 60.0, 30.0, 30.0, 1.0, 3600.0
@@ -37,7 +38,7 @@ class Ranks(Alone):
         self._waiting = self._collectives = self._done = self._seen = 0
         self._failure: str | None = None
         self._closed = threading.Event()
-        self._run = f"{self._first(secrets.randbits(30)):08x}"
+        self._run = f"{self.first(secrets.randbits(30)):08x}"
         self._peers = [_Peer(self._path(rank)) for rank in range(self.size) if rank != self.rank]
         self._pipe = _wakeups()
         try:
@@ -54,32 +55,59 @@ class Ranks(Alone):
     # together
 
     def barrier(self) -> None:
-        self._first(0)
+        self.total(0)
 
-    def _first(self, value: int) -> int:
-        """Rank 0's value."""
-        given = mx.array([value if self.rank == 0 else 0], dtype=mx.int32)
+    def first(self, value: int) -> int:
+        return self.total(value if self.rank == 0 else 0)
+
+    def total(self, value: int) -> int:
+        given = mx.array([value], dtype=mx.int32)
         return int(
             self._collective(lambda stream: mx.distributed.all_sum(given, group=self._group, stream=stream)).item()
         )
 
+    def gathered(self, found: Tree | None, like: Tree) -> list[Tree]:
+        leaves: list[mx.array] = []
+        if found is None:
+            found = tree_map(mx.zeros_like, like)
+        tree_map(lambda _, leaf: leaves.append(leaf.reshape(-1).astype(mx.float32)), like, found)
+        own = mx.concatenate(leaves)
+        mx.eval(own)
+        every = self._collective(lambda stream: mx.distributed.all_gather(own, group=self._group, stream=stream))
+        return [self._tree(row, like) for row in every.reshape(self.size, -1)]
+
+    def _tree(self, row: mx.array, like: Tree) -> Tree:
+        """A vector cut into arrays of these shapes."""
+        begin = 0
+
+        def cut(leaf: mx.array) -> mx.array:
+            nonlocal begin
+            begin += leaf.size
+            return row[begin - leaf.size : begin].reshape(leaf.shape)
+
+        return tree_map(cut, like)
+
     def _collective(self, start: Callable[[Any], Any]) -> Any:
         self._collectives += 1
         self._waiting = self._collectives
-        found = start(mx.gpu if self._on_device else mx.cpu)
-        mx.eval(found)
-        mx.synchronize()
+        try:
+            found = start(mx.gpu if self._on_device else mx.cpu)
+            mx.eval(found)
+            mx.synchronize()
+        except RuntimeError as error:  # a connection broke: the watch finds out whose, and ends this process
+            time.sleep(LOST_SECONDS + STUCK_SECONDS)
+            raise StoreError(f"the ranks no longer reach each other ({' '.join(str(error).split())[:160]})") from None
         self._waiting = 0
         return found
 
     def count(self, bar: ProgressBar, done: int = 1) -> None:
         self._done += done
-        others = sum(peer.beat.get("done", 0) for peer in self._peers)
+        others = max(self._seen, sum(peer.beat.get("done", 0) for peer in self._peers))
         bar.update(done + others - self._seen)
         self._seen = others
 
     def complete(self, bar: ProgressBar) -> None:
-        self.barrier()
+        self._seen = self.total(self._done) - self._done
         bar.update(bar.total - bar.n)
 
     # life and death

@@ -5,7 +5,7 @@ import os
 import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import click
 
@@ -13,11 +13,15 @@ from calibration_store.errors import OptionError
 from w4a8.cli.progress import ProgressBar
 
 Item = TypeVar("Item")
+Tree = Any  # MLX arrays in lists and dictionaries
 BACKENDS = {  # what mlx.launch tells its processes -> the backend that it started
     "MLX_HOSTFILE": "ring", "NCCL_HOST_IP": "nccl", "MLX_JACCL_COORDINATOR": "jaccl", "OMPI_COMM_WORLD_SIZE": "mpi",
 }  # fmt: skip
 RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")
-SHARED = ("generate_calibration_data.py", "cache_adaround_data.py", "collect_layer_activations.py")
+SHARED = (
+    "generate_calibration_data.py", "cache_adaround_data.py", "collect_layer_activations.py", "optimize_adaround.py",
+    "evaluate_quantization.py",
+)  # fmt: skip
 
 
 def launched_rank() -> int | None:
@@ -35,9 +39,25 @@ class Alone:
     def barrier(self) -> None:
         """Wait until every rank is here."""
 
+    def first(self, value: int) -> int:
+        """Rank 0's value: what all have to go by."""
+        return value
+
+    def total(self, value: int) -> int:
+        """The sum of all ranks' values."""
+        return value
+
+    def gathered(self, found: Tree | None, like: Tree) -> list[Tree]:
+        """What every rank found, in their order, in arrays of the shapes of `like`, float32; of one with None there is no use."""
+        return [found]
+
     def does(self, number: int) -> bool:
         """Whether the item of this number is this rank's: its number decides, never its speed."""
         return number % self.size == self.rank
+
+    def mine(self, count: int) -> list[int]:
+        """Numbers of this rank's items, in turn, of so many."""
+        return [number for number in range(count) if self.does(number)]
 
     def range_of(self, count: int) -> range:
         """Numbers of this rank's items, one after the other, of so many."""

@@ -20,6 +20,7 @@ from calibration_store.files import remove_file
 from calibration_store.layout import EvaluationPaths
 from w4a8.cli.progress import ProgressBar, progress_bar
 from w4a8.cli.prompts import draw_builtin_prompts
+from w4a8.cli.ranks import ALONE, Alone
 from w4a8.evaluation.metrics import describe_variant
 from w4a8.evaluation.variants import Variant
 from w4a8.model.catalog import ModelInfo, model_fingerprint, package_versions
@@ -53,6 +54,15 @@ class Run:
             f"{len(self.prompts)} images, {self.num_steps} steps, guidance {self.cfg_weight:g}{negative}, "
             f"seeds from {self.seed}"
         )
+
+    @property
+    def batches(self) -> list[list[str]]:
+        """Prompts that are sampled together; ranks share them by their numbers."""
+        return [self.prompts[begin : begin + self.batch_size] for begin in range(0, len(self.prompts), self.batch_size)]
+
+    def images_of(self, rank: Alone) -> int:
+        """How many images of a variant are this rank's."""
+        return sum(len(self.batches[number]) for number in rank.mine(len(self.batches)))
 
     def identity(self, variant: Variant) -> str:
         """SHA-256 over everything that a variant's images follow from, the content of its files included."""
@@ -118,76 +128,108 @@ def plan_run(
 
 
 def evaluate(
-    pipeline: Pipeline, texts: Texts, run: Run, paths: EvaluationPaths, variants: Sequence[Variant], resume: bool
-) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, dict]]:
-    """Run every variant, the original first: (original images, images and metrics of each variant).
+    pipeline: Pipeline, texts: Texts, run: Run, paths: EvaluationPaths, variants: Sequence[Variant], resume: bool,
+    ranks: Alone = ALONE,
+) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, dict]] | None:  # fmt: skip
+    """Run every variant, the original first: (original images, images and metrics of each variant); None on ranks that only help.
 
     The original, and with `resume` the others, are taken from an earlier run's file where there is one. Latents are
     in memory for two variants at a time.
     """
     images, results, original = {}, {}, None
-    total = len(variants) * run.num_steps * -(-len(run.prompts) // run.batch_size)
+    total = len(variants) * run.num_steps * len(run.batches)
     with progress_bar(total, "sampling", "step") as bar:
         for variant in variants:
             bar.set_description(variant.name)
-            found = stored_or_sampled(pipeline, texts, run, paths, variant, resume or variant.name == "fp", bar)
+            found = stored_or_sampled(pipeline, texts, run, paths, variant, resume or variant.name == "fp", bar, ranks)
+            if found is None:
+                continue
             original = found if original is None else original
             images[variant.name] = found["images"]
             results[variant.name] = describe_variant(run.prompts, run.seed, original, found)
             bar.n = total * len(results) // len(variants)
-    return original["images"], images, results
+    return None if original is None else (original["images"], images, results)
 
 
 def stored_or_sampled(
-    pipeline: Pipeline, texts: Texts, run: Run, paths: EvaluationPaths, variant: Variant, stored: bool, bar: ProgressBar
-) -> dict[str, np.ndarray]:
-    """A variant's images and latents, from its file if that may be used, else sampled and written."""
-    identity = run.identity(variant)
+    pipeline: Pipeline, texts: Texts, run: Run, paths: EvaluationPaths, variant: Variant, stored: bool, bar: ProgressBar,
+    ranks: Alone,
+) -> dict[str, np.ndarray] | None:  # fmt: skip
+    """A variant's images and latents, from its file if that may be used, else sampled and written; None on ranks that only help."""
+    identity, arrays = run.identity(variant), None
     path = paths.run(variant.name, identity)
-    for old in paths.runs_of(variant.name):
-        if old != path:
-            remove_file(old)  # of other parameters or files, or half-written
-    if stored and os.path.lexists(path):
-        arrays = read_variant(path, identity, len(run.prompts), run.num_steps + 1, run.latent_size)
-        if arrays is not None:
-            return arrays
-    arrays = sample(pipeline, texts, run, variant, bar)
+    if ranks.rank == 0:
+        for old in paths.runs_of(variant.name):
+            if old != path:
+                remove_file(old)  # of other parameters or files, or half-written
+        if stored and os.path.lexists(path):
+            arrays = read_variant(path, identity, len(run.prompts), run.num_steps + 1, run.latent_size)
+    if ranks.first(arrays is not None):
+        return arrays
+    arrays = sample(pipeline, texts, run, variant, bar, ranks)
+    if ranks.rank:
+        return None
     write_variant(path, identity, arrays)
     return arrays
 
 
 def sample(
-    pipeline: Pipeline, texts: Texts, run: Run, variant: Variant, bar: ProgressBar, marks: list[float] | None = None
-) -> dict[str, np.ndarray]:
+    pipeline: Pipeline, texts: Texts, run: Run, variant: Variant, bar: ProgressBar, ranks: Alone = ALONE,
+    marks: list[float] | None = None,
+) -> dict[str, np.ndarray]:  # fmt: skip
     """Images (N, H, W, 3) uint8 and the latents of every step (N, steps + 1, h, w, 16) float32 of all prompts.
 
-    Transformer and decoder are never in memory together. marks: gets the times when sampling begins, when decoding
-    begins, when it ends.
+    Ranks share the batches: an image is of the same batch whoever draws it. Transformer and decoder are never in memory
+    together. marks: gets the times when sampling begins, when decoding begins, when it ends.
     """
     marks = [] if marks is None else marks
-    finished, latents = [], []
-    batches = [run.prompts[begin : begin + run.batch_size] for begin in range(0, len(run.prompts), run.batch_size)]
+    batches, size = run.batches, run.batch_size
     texts.of(batches[0])
     pipeline.drop(DECODER)
+    finished, latents = {}, {}
     with variant.in_place(pipeline):
         marks.append(time.perf_counter())
-        for batch, prompts in enumerate(batches):
-            begin, text = batch * run.batch_size, texts.of(prompts)
+        for number in ranks.mine(len(batches)):
+            begin, prompts = number * size, batches[number]
+            text = texts.of(prompts)
             noise = mx.concatenate([initial_noise(run.seed + begin + i, run.latent_size) for i in range(len(prompts))])
             noise = noise.astype(pipeline.activation_dtype)
             trajectory = []
             with contextlib.closing(euler_steps(pipeline, text, noise, run.num_steps, run.cfg_weight)) as states:
                 for state in quantized_steps(pipeline, states, variant.rule, 2 if run.cfg_weight > 0 else 1):
                     trajectory.append(np.array(state.x.astype(mx.float32)))
-                    bar.update(0 if state.is_final else 1)
-            latents.append(np.stack(trajectory, axis=1))
-            refuse_not_finite(variant.name, latents[-1], range(begin, begin + len(prompts)))
-            finished.append(state.x)
+                    ranks.count(bar, 0 if state.is_final else 1)
+            latents[number] = np.stack(trajectory, axis=1)
+            refuse_not_finite(variant.name, latents[number], range(begin, begin + len(prompts)))
+            finished[number] = state.x
     marks.append(time.perf_counter())
     pipeline.drop(TRANSFORMER)
-    images = decode_latents(pipeline, mx.concatenate(finished))
+    images = {}
+    for number, x in finished.items():
+        drawn = decode_latents(pipeline, x, range(number * size, number * size + len(x)))
+        images[number] = np.stack([np.asarray(image) for image in drawn])
     marks.append(time.perf_counter())
-    return {"images": np.stack([np.asarray(image) for image in images]), "latents": np.concatenate(latents)}
+    lengths = list(map(len, batches))
+    height, width = (ranks.first(images[0].shape[axis] if 0 in images else 0) for axis in (1, 2))
+    return {
+        "images": joined(ranks, images, lengths, (height, width, 3)).astype(np.uint8),
+        "latents": joined(ranks, latents, lengths, (run.num_steps + 1, *run.latent_size, 16)),
+    }
+
+
+def joined(ranks: Alone, own: Mapping[int, np.ndarray], lengths: Sequence[int], row: tuple[int, ...]) -> np.ndarray:
+    """The rows of all batches in their order, from the batches that each rank has. lengths: of the batches; row: a row's shape."""
+    if ranks.size == 1:
+        return np.concatenate(list(own.values()))
+    like, found = mx.zeros((max(lengths), *row)), []
+    for turn in range(0, len(lengths), ranks.size):
+        mine = own.get(turn + ranks.rank)
+        if mine is not None:
+            padding = [(0, len(like) - len(mine))] + [(0, 0)] * len(row)
+            mine = mx.array(np.pad(mine, padding))
+        for length, rows in zip(lengths[turn:], ranks.gathered(mine, like), strict=False):
+            found.append(np.array(rows[:length]))
+    return np.concatenate(found)
 
 
 def probe(pipeline: Pipeline, run: Run, variants: Sequence[Variant]) -> tuple[float, int]:
@@ -196,9 +238,9 @@ def probe(pipeline: Pipeline, run: Run, variants: Sequence[Variant]) -> tuple[fl
     texts = Texts(pipeline, few.prompts, few.cfg_weight, few.negative_prompt, None)
     marks: list[float] = []
     with progress_bar(few.num_steps, "timing", "step", leave=False) as bar:
-        arrays = sample(pipeline, texts, few, variants[-1], bar, marks)
+        arrays = sample(pipeline, texts, few, variants[-1], bar, marks=marks)
     begin, sampled, end = marks
-    batches = -(-len(run.prompts) // run.batch_size)
+    batches = len(run.batches)
     seconds = (sampled - begin) / few.num_steps * run.num_steps * batches + (end - sampled) * batches
     latents = arrays["latents"][0, 0].nbytes * (run.num_steps + 1)
     return seconds * len(variants), (arrays["images"][0].nbytes + latents) * len(run.prompts) * len(variants)

@@ -5,24 +5,25 @@ block is run again where its gradients are made, and its weights are unpacked th
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_map
 
 from calibration_store.checkpoint import Layers
 from calibration_store.names import block_of
 from hooks import substituted_layers
+from w4a8.cli.ranks import ALONE, Alone
 from w4a8.model.layers import model_blocks, model_layers, run_final_layer
 from w4a8.parallel import on_every_core, streams_for
 from w4a8.quantized.layer import QuantizedLayer, deployed_grid
 from w4a8.rounding.samples import TrainingSamples
 from w4a8.rounding.settings import EVALUATED, STATIC, Settings, spread_over
 from w4a8.rounding.substitution import Substitution
+from w4a8.rounding.sums import summed
 from w4a8.rounding.training import NotFiniteError, Training, grid_slopes
 from w4a8.rounding.units import SMALLEST_ERROR, Arrays, Gradients, input_rule, step_rows
 
@@ -35,10 +36,11 @@ class WholeModel:
     name = "end to end"
 
     def __init__(
-        self, mmdit: nn.Module, blocks: Sequence[str], samples: TrainingSamples, settings: Settings, layers: Layers
-    ):
-        """layers: what the files of all blocks say of their layers, before this phase."""
-        self.mmdit, self.samples, self.settings = mmdit, samples, settings
+        self, mmdit: nn.Module, blocks: Sequence[str], samples: TrainingSamples, settings: Settings, layers: Layers,
+        ranks: Alone = ALONE,
+    ):  # fmt: skip
+        """layers: what the files of all blocks say of their layers, before this phase; ranks: those that share the work."""
+        self.mmdit, self.samples, self.settings, self.ranks = mmdit, samples, settings, ranks
         self.layers = list(layers)
         found = model_layers(mmdit)
         self.input_of = {name: found[name].input_owner for name in layers}
@@ -63,16 +65,16 @@ class WholeModel:
     def slopes(self, state: Mapping[str, Arrays], indices: np.ndarray, iteration: int) -> tuple[mx.array, Gradients]:
         """Loss and its slopes along what `Training.move_grids` moves, and along the ranges; micro-batches in their order."""
         parts = self.settings.micro_batches(indices)
-        loss, total = mx.array(0.0), {}
+        moved = {key: state[key] for key in ("scale", "zero_point", "bias")}
+        ranges = self._ranges(state, self.layers) if self.settings.activation_rule == STATIC else {}
         with streams_for(len(parts)) as streams:
-            for start in range(0, len(parts), len(streams)):
-                for found, slopes in self._of_parts(
-                    state, parts[start : start + len(streams)], streams, len(indices), iteration
-                ):
-                    loss = loss + found
-                    total = slopes if not total else tree_map(mx.add, total, slopes)
-                    mx.eval(loss, total)
-        return loss, total
+            return summed(
+                self.ranks,
+                len(parts),
+                len(streams),
+                lambda numbers: self._of_parts(state, [parts[i] for i in numbers], streams, len(indices), iteration),
+                (mx.array(0.0), moved | {"ranges": ranges}),
+            )
 
     # what a block is at a point of the training
 
@@ -95,8 +97,11 @@ class WholeModel:
         return {
             "weights": {name: layer.weight for name, layer in quantized.items()},
             "biases": {name: layer.deployed_bias for name, layer in quantized.items() if layer.bias is not None},
-            "ranges": {name: mx.exp(state["range"][self.input_of[name]]) for name in names if state["range"]},
+            "ranges": self._ranges(state, names),
         }
+
+    def _ranges(self, state: Mapping[str, Arrays], names: Sequence[str]) -> Arrays:
+        return {name: mx.exp(state["range"][self.input_of[name]]) for name in names if state["range"]}
 
     def _run(
         self, block: Any, parameters: dict[str, Arrays], tokens: Sequence[mx.array], modulation: mx.array,
@@ -120,7 +125,8 @@ class WholeModel:
 
     def _mean_square(self, indices: Sequence[int], state: Mapping[str, Arrays] | None, with_inputs: bool) -> float:
         """Over these samples; block by block over all of them, so that each is unpacked once."""
-        parts = self.settings.micro_batches(indices)
+        every = self.settings.micro_batches(indices)
+        parts = [every[number] for number in self.ranks.mine(len(every))]
         tokens = [self.samples.batch(part)[:2] for part in parts]
         modulations = [self.samples.batch(part)[2] for part in parts]
         mx.eval(tokens, modulations)
@@ -132,7 +138,9 @@ class WholeModel:
                 tokens[index] = self._run(block, parameters, tokens[index], modulations[index], rows, None)
                 mx.eval(tokens[index])
         squares = [self._square(given[0], self.samples.batch(part)) for given, part in zip(tokens, parts, strict=True)]
-        return sum(square.item() * len(part) for square, part in zip(squares, parts, strict=True)) / len(indices)
+        own = mx.array([square.item() for square in squares] + [0.0] * (-(-len(every) // self.ranks.size) - len(parts)))
+        found = mx.stack(self.ranks.gathered(own, own), axis=1).reshape(-1).tolist()  # in their order
+        return sum(square * len(part) for square, part in zip(found, every, strict=False)) / len(indices)
 
     # gradients, a block at a time
 
@@ -143,7 +151,7 @@ class WholeModel:
         streams: Sequence[mx.Stream],
         count: int,
         iteration: int,
-    ) -> Iterator[tuple[mx.array, Gradients]]:
+    ) -> list[tuple[mx.array, Gradients]]:
         """(loss, slopes) of each of some micro-batches, which are run side by side; their shares of `count` samples."""
         settings, ways = self.settings, list(zip(range(len(parts)), streams, strict=False))
         batches = [self.samples.batch(part) for part in parts]
@@ -187,7 +195,7 @@ class WholeModel:
                     given, slopes_of[index] = mx.grad(run, argnums=(0, 1))(parameters, kept[index].pop())
                     totals[index] = merged(totals[index], self._reduced(block.name, state, given))
             mx.eval(slopes_of, totals)
-        yield from zip(losses, totals, strict=True)
+        return list(zip(losses, totals, strict=True))
 
     def _weighted(
         self, block: Any, modulation: mx.array, rows: mx.array | None, key: mx.array, slopes: Sequence[mx.array],
@@ -228,7 +236,7 @@ class EndToEnd(Training):
 
     def step(self) -> float:
         """As Training.step."""
-        loss, slopes = self.unit.slopes(self.state, self.drawn(), self.iteration)
+        loss, slopes = self.unit.slopes(self.state, self.drawn(self.iteration), self.iteration)
         self._check(loss, slopes)
         ranges = slopes.pop("ranges")
         self.move_grids(slopes, self.iteration / self.iters)

@@ -26,14 +26,40 @@ from w4a8.rounding.training import NotFiniteError, Training, train
 from w4a8.rounding.units import Job
 
 
-def run_job(
-    rounding: Rounding, job: Job, plan: Mapping[str, Any], bar: ProgressBar, checkpoint_seconds: float, keep_alpha: bool
+def run_jobs(
+    rounding: Rounding, todo: Sequence[Job], bar: ProgressBar, checkpoint_seconds: float, keep_alpha: bool
 ) -> None:
-    """Train a job's parts, from its checkpoint if there is one, and write its blocks' files."""
-    paths, settings = rounding.paths, rounding.settings
-    mmdit, checkpoint = rounding.opened(job), Checkpoint(paths, job, plan)
+    """Train what is left, job by job. Ranks share every job, or, where blocks need nothing of each other, the jobs."""
+    jobs, ranks, own = rounding.jobs, rounding.ranks, [job for job in rounding.jobs if rounding.is_one_ranks(job)]
+    bar.n = sum(rounding.iterations(job) for job in own if job not in todo)
+    for number, job in enumerate(own):
+        if job in todo and ranks.does(number):
+            bar.set_description(job.name)
+            run_job(rounding.alone, job, bar, partial(ranks.count, bar), checkpoint_seconds, keep_alpha, own=True)
+    ranks.barrier()
+    for number, job in list(enumerate(jobs))[len(own) :]:
+        bar.n = sum(map(rounding.iterations, jobs[:number]))
+        bar.set_description(job.name)
+        if job in todo:
+            run_job(rounding, job, bar, bar.update, checkpoint_seconds, keep_alpha)
+    bar.n = sum(map(rounding.iterations, jobs))
+    if ranks.rank == 0:
+        remove_file(rounding.paths.checkpoint)  # of a job that ranks of their own have finished
+
+
+def run_job(
+    rounding: Rounding, job: Job, bar: ProgressBar, count: Callable[[], None], checkpoint_seconds: float, keep_alpha: bool,
+    own: bool = False,
+) -> None:  # fmt: skip
+    """Train a job's parts, from its checkpoint if there is one, and write its blocks' files; rank 0 does.
+
+    count: after every iteration; own: the ranks have a job each.
+    """
+    paths, settings, ranks, plan = rounding.paths, rounding.settings, rounding.ranks, rounding.plan
+    mmdit, checkpoint = rounding.opened(job), Checkpoint(paths, job, plan, own)
     samples = rounding.samples(mmdit, job)
     position, saved, done = checkpoint.load(settings) or ({"stage": 0, "losses": []}, {}, {})
+    ranks.barrier()  # every rank has read it
     losses = position["losses"]
     bar.n += settings.iters * position["stage"]
     for index in range(position["stage"], len(job.parts)):
@@ -45,25 +71,29 @@ def run_job(
             except ValueError as error:
                 checkpoint.discard(error)
             saved = {}
-        save = partial(checkpoint.save, index, training, done, losses)
-        found = train_part(training, plan, paths, bar, save, checkpoint_seconds)
+        writes = partial(checkpoint.save, index, training, done, losses)
+        save = writes if ranks.rank == 0 else lambda: None
+        found = train_part(rounding, training, bar, save, checkpoint_seconds, count)
         if job.name == END_TO_END:
             save()  # its files are written one after the other
             found["kept_nearest"] = False
-            write_end_to_end(rounding, job, training, found)
+            if ranks.rank == 0:
+                write_end_to_end(rounding, job, training, found)
             break
         found["kept_nearest"] = not found["end"] < found["nearest"]
         done |= trained_layers(training, found["kept_nearest"])
         losses.append(found | {"layers": len(training.unit.layers)})
     else:
-        for block in rounding.trained(job):
+        for block in rounding.trained(job) if ranks.rank == 0 else ():
             layers = {name: dict(fields) for name, fields in done.items() if block_of(name) == block}
             for fields in () if keep_alpha else layers.values():
                 del fields["alpha"]
             write_quantized_block(paths, block, layers)
             write_losses(paths.losses(block), job.name, losses)
-    remove_file(paths.checkpoint)
-    del mmdit, samples, training, save
+    if ranks.rank == 0:
+        checkpoint.remove()
+    ranks.barrier()  # its files are there
+    del mmdit, samples, training, writes, save
     gc.collect()  # what refers to itself would stay beside the next block
     mx.clear_cache()
 
@@ -78,15 +108,17 @@ def write_end_to_end(rounding: Rounding, job: Job, training: Training, found: Ma
 
 
 def train_part(
-    training: Training, plan: Mapping[str, Any], paths: WeightPaths, bar: ProgressBar, save: Callable[[], None],
-    checkpoint_seconds: float,
+    rounding: Rounding, training: Training, bar: ProgressBar, save: Callable[[], None], checkpoint_seconds: float,
+    count: Callable[[], None],
 ) -> dict[str, Any]:  # fmt: skip
     """`train`; a loss that is not finite leaves the last good state on the disk and ends the stage in a line."""
     try:
-        return train(training, bar, save, checkpoint_seconds)
+        return train(training, bar, save, checkpoint_seconds, count)
     except NotFiniteError as error:
         save()
-        write_json(paths.plan, {**plan, "diverged": training.unit.name})
+        if rounding.ranks.rank == 0:
+            write_json(rounding.paths.plan, {**rounding.plan, "diverged": training.unit.name})
+        rounding.ranks.barrier()
         raise StoreError(
             f"{training.unit.name}: {error}; the last good state, iteration {training.iteration}, is kept: --resume goes "
             "on from it, also with a lower --lr-alpha or --lr-activation-scale (TROUBLESHOOTING_GUIDE Issue 25)"
@@ -145,7 +177,9 @@ END_TO_END_COST = (
 def estimate(rounding: Rounding, todo: Sequence[Job], started: Mapping[str, Any] | None) -> Estimate:
     """started: the position of the first job's checkpoint. Raises OptionError when nothing can be learned."""
     mx.reset_peak_memory()
-    job = todo[0]
+    job, at_once = todo[0], 1
+    if rounding.is_one_ranks(job):
+        rounding, at_once = rounding.alone, rounding.ranks.size
     walks = rounding.walk is not None and job.name != END_TO_END
     if walks:
         job = rounding.jobs[0]  # whose inputs are cached
@@ -168,7 +202,17 @@ def estimate(rounding: Rounding, todo: Sequence[Job], started: Mapping[str, Any]
     last = rounding.settings.end_to_end if todo[-1].name == END_TO_END and job.name != END_TO_END else 0
     costs = left + last * (len(rounding.blocks) * END_TO_END_COST - 1)
     peak = max(mx.get_peak_memory(), end_to_end_bytes(rounding))
-    return Estimate(left, seconds * costs, peak + samples.held_bytes)
+    return Estimate(left, seconds * costs / at_once, peak + samples.held_bytes)
+
+
+def say_shares(rounding: Rounding, todo: Sequence[Job]) -> None:
+    """Of a dry run: who does what."""
+    ranks, own = rounding.ranks, [job for job in rounding.jobs if rounding.is_one_ranks(job)]
+    if own:
+        ranks.say_shares([sum(own[number] in todo for number in one.mine(len(own))) for one in ranks.each()], "blocks")
+    else:
+        parts = rounding.settings.micro_batches(range(rounding.settings.batch_size))
+        ranks.say_shares([len(one.mine(len(parts))) for one in ranks.each()], "micro-batches of an iteration")
 
 
 class NothingLearned(OptionError):
@@ -179,10 +223,10 @@ class NothingLearned(OptionError):
 
 def kept_after_interrupt(paths: WeightPaths) -> str:
     """What is on the disk."""
-    files = [path for path in paths.owned_files() if path.parent == paths.root and path != paths.checkpoint]
-    blocks = [path.stem for path in files if path.suffix == ".npz"]
+    names = [path.stem for path in paths.owned_files() if path.parent == paths.root and path.suffix == ".npz"]
+    blocks = [name for name in names if not name.startswith("checkpoint")]
     kept = [f"finished blocks ({', '.join(blocks)})"] if blocks else []
-    kept += ["a checkpoint"] if paths.checkpoint.exists() else []
+    kept += ["a checkpoint"] if len(blocks) < len(names) else []
     return (
         f"{' and '.join(kept)} kept in {paths.root}" if kept else "nothing was finished, and no checkpoint written, yet"
     )

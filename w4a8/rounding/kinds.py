@@ -8,6 +8,7 @@ import mlx.nn as nn
 import numpy as np
 
 from calibration_store.names import layer_role
+from w4a8.cli.ranks import ALONE, Alone
 from w4a8.model.layers import Layer, run_final_layer
 from w4a8.rounding.samples import TrainingSamples
 from w4a8.rounding.settings import Settings
@@ -61,9 +62,11 @@ class SublayerUnit(Unit):
 class LayerUnit(Unit):
     """Layers of a block that are each trained for their own output: ‖(Ŵ − W)·X‖² = tr(E·XXᵀ·Eᵀ) needs only XXᵀ."""
 
-    def __init__(self, mmdit: nn.Module, job: Job, part: Part, samples: TrainingSamples, settings: Settings):
+    def __init__(
+        self, mmdit: nn.Module, job: Job, part: Part, samples: TrainingSamples, settings: Settings, ranks: Alone = ALONE
+    ):
         self._grams: dict[tuple[int, ...], Arrays] = {}
-        super().__init__(mmdit, job, part, samples, settings)
+        super().__init__(mmdit, job, part, samples, settings, ranks)
 
     def mean_squares(self, state: QuantizedUnit, indices: Sequence[int]) -> list[float]:
         return [square.item() for square in self.gram_squares(state.weights, self.grams(indices))]
@@ -93,7 +96,9 @@ class LayerUnit(Unit):
             self._grams[key] = totals
         return self._grams[key]
 
-    def gradients(self, state: QuantizedUnit, indices: np.ndarray, iteration: int) -> tuple[mx.array, Gradients]:
+    def gradients(
+        self, state: QuantizedUnit, indices: np.ndarray, iteration: int, after: Sequence[int] = ()
+    ) -> tuple[mx.array, Gradients]:
         """Over all training samples; biases and ranges are left alone."""
         grams, quantized = self.grams(self.samples.training), state.weights
         squares = self.gram_squares(quantized, grams)

@@ -81,7 +81,7 @@ def choose_micro_batch(rounding: Rounding, given: int | None, before: Mapping[st
     """
     need, memory, size = iteration_bytes(rounding), device_memory(), rounding.settings.batch_size
     fits = need.micro_batch(size, memory)
-    micro_batch = min(given or (before or {}).get("micro_batch") or fits, size)
+    micro_batch = rounding.ranks.first(min(given or (before or {}).get("micro_batch") or fits, size))
     peak = need.peak(min(micro_batch * cores(), size))
     if peak > memory:
         way = f"--micro-batch {fits}" if micro_batch > fits else SMALLER[rounding.unit]

@@ -14,6 +14,7 @@ from calibration_store.errors import OptionError, StoreError
 from calibration_store.layout import WeightPaths
 from calibration_store.stage_folder import shown
 from calibration_store.weights import LOSSES, WEIGHTS_FORMAT, read_quantized_block
+from w4a8.cli.ranks import ALONE, Alone
 from w4a8.model.layers import Layer, model_blocks, model_layers
 from w4a8.model.parts import check_finite
 from w4a8.rounding.end_to_end import EndToEnd, WholeModel, before_phase
@@ -41,6 +42,7 @@ class Rounding:
     settings: Settings
     unit: str  # a name of units.UNITS
     blocks: list[str]
+    ranks: Alone = ALONE
 
     @property
     def unit_class(self) -> type[Unit]:
@@ -71,7 +73,7 @@ class Rounding:
         """How the boundaries between blocks are made, where they are needed and not cached."""
         if self.unit == MODEL or not holds_ends(self.cache):
             return None
-        return Walk(self.cache, self.paths, self.plan, self.settings.chunk)
+        return Walk(self.cache, self.paths, self.plan, self.settings.chunk, self.ranks)
 
     @cached_property
     def plan(self) -> dict[str, Any]:
@@ -147,9 +149,20 @@ class Rounding:
     def training(self, mmdit: nn.Module, job: Job, index: int, samples: Samples) -> Training:
         if job.name == END_TO_END:
             return EndToEnd(
-                WholeModel(mmdit, job.blocks, samples, self.settings, self.finished_layers(self.trained(job)))
+                WholeModel(
+                    mmdit, job.blocks, samples, self.settings, self.finished_layers(self.trained(job)), self.ranks
+                )
             )
-        return Training(self.unit_class(mmdit, job, job.parts[index], samples, self.settings))
+        return Training(self.unit_class(mmdit, job, job.parts[index], samples, self.settings, self.ranks))
+
+    def is_one_ranks(self, job: Job) -> bool:
+        """Whether a rank does the whole job: where all boundaries are cached, blocks need nothing of each other."""
+        return self.ranks.size > 1 and not holds_ends(self.cache) and self.unit != MODEL and job.name != END_TO_END
+
+    @cached_property
+    def alone(self) -> "Rounding":
+        """The run without other ranks."""
+        return replace(self, ranks=ALONE)
 
     def finished_layers(self, blocks: Sequence[str]) -> Layers:
         """What the files of these blocks say, as it was before the last phase."""

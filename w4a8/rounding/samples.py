@@ -17,7 +17,9 @@ from calibration_store.block_cache import (
 )
 from calibration_store.errors import StoreError
 from calibration_store.layout import BlockCachePaths, BoundaryPaths
+from w4a8.cli.ranks import ALONE, Alone
 from w4a8.memory import device_memory
+from w4a8.parallel import on_every_core
 from w4a8.passes import Place, places_of
 
 HELD_OUT, MOST_HELD_OUT = 0.1, 32  # share of the images, and how many at most: never trained on, they judge
@@ -40,11 +42,12 @@ class TrainingSamples(Protocol):
         key: where inputs were kept quantized, too, half of their elements are taken from there (QDrop), drawn from it.
         """
 
+    def expect(self, indices: Sequence[int]) -> None:
+        """Bring these samples, which are asked for next, to a GPU while it computes."""
 
-SAMPLES_SHARE, MOST_SAMPLES = (
-    0.25,
-    4e9,
-)  # of the device's memory that samples may take, and in all; more stay in their files
+
+# Of the device's memory that samples may take, and in all; more stay in their files.
+SAMPLES_SHARE, MOST_SAMPLES = 0.25, 4e9
 
 
 class Samples:
@@ -68,6 +71,7 @@ class Samples:
         first = self._read(places[0])
         self.num_bytes = len(places) * sum(member.nbytes for member in first)
         self._arrays: list = []
+        self._expected: dict[tuple[int, ...], list[mx.array]] = {}
         if self.num_bytes <= min(SAMPLES_SHARE * device_memory(), MOST_SAMPLES):
             self._arrays = [np.empty((len(places), *member.shape), np.float16) for member in first]
             for index, place in enumerate(places):
@@ -114,13 +118,34 @@ class Samples:
             picked = (array[picks] for array in self._arrays)
             found = [mx.array(array.reshape(-1, *array.shape[2:])).astype(mx.float32) for array in picked]
         else:
-            members = zip(*[self._read(self.places[index]) for index in indices], strict=True)
-            found = [mx.array(np.concatenate(each)).astype(mx.float32) for each in members]
+            rows = self._expected.pop(tuple(indices), None) or self._rows(indices)
+            found = [array.astype(mx.float32) for array in rows]
         arrays, quantized = found[: self._count], found[self._count :]
         for position, other in enumerate(quantized if key is not None else ()):
             key, drawn = mx.random.split(key)
             arrays[position] = mx.where(mx.random.bernoulli(0.5, other.shape, drawn), arrays[position], other)
         return arrays
+
+    def expect(self, indices: Sequence[int]) -> None:
+        """As TrainingSamples.expect."""
+        if not self._arrays and mx.default_device() != mx.Device(mx.cpu):
+            self._expected = {tuple(indices): self._rows(indices)}
+
+    def _rows(self, indices: Sequence[int]) -> list[mx.array]:
+        return [mx.array(rows) for rows in stacked(self._read, [self.places[index] for index in indices])]
+
+
+def stacked(read: Callable[[Place], list[np.ndarray]], places: Sequence[Place]) -> list[np.ndarray]:
+    """The arrays of some samples, rows one below the other; read on every core, since mapped pages come one by one."""
+    arrays = [np.empty((len(places), *member.shape), member.dtype) for member in read(places[0])]
+
+    def copy(at: int) -> None:
+        for array, member in zip(arrays, read(places[at]), strict=True):
+            array[at] = member
+
+    for _ in on_every_core(copy, range(len(places))):
+        pass
+    return [array.reshape(-1, *array.shape[2:]) for array in arrays]
 
 
 def reader(
@@ -153,17 +178,20 @@ def patches(velocity: np.ndarray, size: int) -> np.ndarray:
     return split.reshape(rows, -1, 1, size * size * channels)
 
 
-def verified(calib_dir: Path, cache: Mapping[str, Any], stretches: Iterable[Sequence[str]]) -> Iterator[None]:
+def verified(
+    calib_dir: Path, cache: Mapping[str, Any], stretches: Iterable[Sequence[str]], ranks: Alone = ALONE
+) -> Iterator[None]:
     """Check what will be trained on, checksums and every value, a sample at a time. Raises StoreError that names the file.
 
     stretches: blocks whose first inputs and last outputs are used. Once a run, before any work: later the data are
-    mapped, and a flipped bit would be trained on.
+    mapped, and a flipped bit would be trained on. Every rank checks its own share.
     """
     root, shapes = BlockCachePaths(calib_dir).root, stored_shapes(cache)
     if not holds_ends(cache):
         keys = {key for blocks in stretches for part in block_keys(cache, blocks[0], blocks[-1]) for key in part}
         shapes = {key: shape for key, shape in shapes.items() if key in keys or key == "modulation_input"}
-    for sample in cache["samples"]:
+    for number in ranks.mine(len(cache["samples"])):
+        sample = cache["samples"][number]
         check_cached_sample(root / sample["file"], sample["image_id"], sample["step_index"], shapes, checked=True)
         yield
 

@@ -53,6 +53,13 @@ def described(rounding: Rounding) -> dict[str, Any]:
     return made_from | {"group_size": rounding.settings.group_size}
 
 
+def note_sensitivity(rounding: Rounding, choices: Sequence[int]) -> None:
+    """Measure it and write it down; rank 0 does, the others wait."""
+    if rounding.ranks.rank == 0:
+        write_sensitivity(rounding.paths.calib_dir, measure_sensitivity(rounding, choices))
+    rounding.ranks.barrier()
+
+
 def measure_sensitivity(rounding: Rounding, choices: Sequence[int]) -> dict[str, Any]:
     """The content of sensitivity.json: every layer's weight at each of these bits, and every input, one at a time."""
     mmdit, layers = rounding.open(), rounding.layers
@@ -231,9 +238,9 @@ def choose_bits(rounding: Rounding, options: BitOptions, dry_run: bool) -> Round
             raise OptionError("--average-bits is of the whole model: leave --blocks out")
         settings = replace(settings, average_bits=options.average_bits, bit_choices=choices)
         sensitivity = known_sensitivity(rounding, choices)
-        if sensitivity is None and not dry_run:
-            sensitivity = measure_sensitivity(rounding, choices)
-            write_sensitivity(rounding.paths.calib_dir, sensitivity)
+        if not rounding.ranks.first(sensitivity is not None) and not dry_run:
+            note_sensitivity(rounding, choices)
+            sensitivity = known_sensitivity(rounding, choices)
         if sensitivity is not None:
             chosen = allocate_bits(sensitivity, layers, chosen, choices, options.average_bits)
     other = {name: bits for name, bits in chosen.items() if bits != settings.weight_bits}

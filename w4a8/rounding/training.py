@@ -142,7 +142,8 @@ class Training:
         tuning = self.iteration >= self.rounding_iters
         codes = unit.codes(self.state, hard=tuning)
         quantized = unit.quantized(self.state, codes, with_ranges=self.iteration >= settings.inputs_from)
-        loss, gradients = unit.gradients(quantized, self.drawn(), self.iteration)
+        following = self.drawn(self.iteration + 1) if self.iteration + 1 < self.iters else ()
+        loss, gradients = unit.gradients(quantized, self.drawn(self.iteration), self.iteration, following)
         self._check(loss, gradients)
         if tuning:
             self.tune(codes, gradients)
@@ -152,9 +153,9 @@ class Training:
             self.move_ranges(gradients["ranges"])
         return self._finished(loss)
 
-    def drawn(self) -> np.ndarray:
-        """The iteration's samples: seed and iteration decide."""
-        random, training = np.random.default_rng([self.settings.seed, self.iteration]), self.unit.samples.training
+    def drawn(self, iteration: int) -> np.ndarray:
+        """An iteration's samples: seed and iteration decide."""
+        random, training = np.random.default_rng([self.settings.seed, iteration]), self.unit.samples.training
         return np.sort(random.choice(training, min(self.settings.batch_size, len(training)), replace=False))
 
     def _check(self, loss: mx.array, gradients: Any) -> None:
@@ -252,13 +253,15 @@ def unflatten(arrays: Mapping[str, mx.array]) -> dict[str, Any]:
     return tree
 
 
-def train(training: Training, bar: ProgressBar, save: Callable[[], None], checkpoint_seconds: float) -> dict[str, Any]:
-    """Run the training to its end, with a checkpoint now and then; returns the unit's losses."""
+def train(
+    training: Training, bar: ProgressBar, save: Callable[[], None], checkpoint_seconds: float, count: Callable[[], None]
+) -> dict[str, Any]:
+    """Run the training to its end, with a checkpoint now and then; returns the unit's losses. count: after an iteration."""
     last_saved, average, changed = time.monotonic(), None, "0.0%"
     while training.iteration < training.iters:
         loss = training.step()
         average = loss if average is None else 0.9 * average + 0.1 * loss
-        bar.update()
+        count()
         if training.iteration % 10 == 0 and "alpha" in training.unit.start:
             changed = f"{changed_share(training):.1%}"
         bar.set_postfix(loss=f"{average:.3f}", changed=changed, refresh=False)

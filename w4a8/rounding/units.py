@@ -10,6 +10,7 @@ import numpy as np
 from mlx.utils import tree_map
 
 from hooks import substituted_layers
+from w4a8.cli.ranks import ALONE, Alone
 from w4a8.model.layers import Layer, model_blocks, model_layers
 from w4a8.parallel import fused, on_every_core, streams_for
 from w4a8.quantized.activation_rules import DynamicPerToken, Learned
@@ -20,6 +21,7 @@ from w4a8.rounding.methods import METHODS
 from w4a8.rounding.samples import TrainingSamples
 from w4a8.rounding.settings import EVALUATED, STATIC, Settings, spread_over
 from w4a8.rounding.substitution import Substitution
+from w4a8.rounding.sums import summed
 
 Arrays = dict[str, mx.array]  # by layer
 FIELDS = ("alpha", "scale", "zero_point", "bias", "range")
@@ -67,8 +69,11 @@ class QuantizedUnit:
 class Unit:
     """Layers, the loss of what they give, and the pieces that their training starts from. Subclasses say what they give."""
 
-    def __init__(self, mmdit: nn.Module, job: Job, part: Part, samples: TrainingSamples, settings: Settings):
-        self.mmdit, self.samples, self.settings = mmdit, samples, settings
+    def __init__(
+        self, mmdit: nn.Module, job: Job, part: Part, samples: TrainingSamples, settings: Settings, ranks: Alone = ALONE
+    ):
+        """ranks: those that share the work on this unit."""
+        self.mmdit, self.samples, self.settings, self.ranks = mmdit, samples, settings, ranks
         self.name, self.layers = part.name, part.layers
         self.method = METHODS[settings.rounding](settings)
         self._decided = fused(lambda floor, alpha, top: mx.clip(floor + (alpha >= 0).astype(mx.float32), 0, top))
@@ -157,15 +162,17 @@ class Unit:
         return None if state.rule is None else self.loss(indices, state)
 
     def _over_batches(self, parts, state: QuantizedUnit, indices: Sequence[int]) -> list[float]:
-        totals, size, weights, biases = None, self.settings.chunk, state.weights, state.biases
-        for begin in range(0, len(indices), size):
-            chosen = indices[begin : begin + size]
+        weights, biases, chunks = state.weights, state.biases, self.settings.micro_batches(indices)
+        totals, ranks = None, self.ranks
+        for start in range(0, len(chunks), ranks.size):
+            chosen = chunks[min(start + ranks.rank, len(chunks) - 1)]  # a rank without one does the last again
             batch = self.samples.batch(chosen)
             quantize = None if state.rule is None else state.rule.of_rows(step_rows(self.samples, chosen, batch))
             found = parts(Substitution(weights, biases, quantize), batch)
             mx.eval(found)
-            share = len(indices[begin : begin + size]) / len(indices)
-            totals = [a + share * b.item() for a, b in zip(totals or [0.0] * len(found), found, strict=True)]
+            for chunk, each in zip(chunks[start:], ranks.gathered(found, found), strict=False):
+                share = len(chunk) / len(indices)
+                totals = [a + share * b.item() for a, b in zip(totals or [0.0] * len(each), each, strict=True)]
         return totals
 
     def _loss_and_gradients(self, with_inputs: bool) -> Callable:
@@ -179,31 +186,37 @@ class Unit:
 
         return mx.value_and_grad(loss_of)
 
-    def gradients(self, state: QuantizedUnit, indices: np.ndarray, iteration: int) -> tuple[mx.array, Gradients]:
-        """Loss and its gradients with respect to weights, biases and ranges.
+    def gradients(
+        self, state: QuantizedUnit, indices: np.ndarray, iteration: int, after: Sequence[int] = ()
+    ) -> tuple[mx.array, Gradients]:
+        """Loss and its gradients with respect to weights, biases and ranges; after: the samples of the next iteration.
 
-        Of a micro-batch at a time, on a CPU one a core, and summed in their order: what works side by side changes nothing.
+        Of a micro-batch at a time, on a CPU one a core, and summed in their order: who works side by side changes nothing.
         """
         settings, loss_of = self.settings, self._loss_and_gradients(state.rule is not None)
         parameters = {"weights": state.weights, "biases": state.biases, "ranges": state.ranges}
         mx.eval(parameters)
-        parts, total = settings.micro_batches(indices), None
-        with streams_for(len(parts)) as streams:
-            for start in range(0, len(parts), len(streams)):
-                found = []
-                for index, stream in enumerate(streams[: len(parts) - start], start):
-                    part = parts[index]
-                    key = mx.random.key(hash((settings.seed, iteration, index * settings.chunk)) % 2**32)
-                    with mx.stream(stream):
-                        batch = self.samples.batch(part, key)
-                        share = len(part) / len(indices)
-                        given = loss_of(parameters, batch, step_rows(self.samples, part, batch), key)
-                        found.append(tree_map(partial(mx.multiply, share), given))
-                mx.eval(found)
-                for each in found:
-                    total = each if total is None else tree_map(mx.add, total, each)
-                mx.eval(total)
-        return total
+        parts, size = settings.micro_batches(indices), self.ranks.size
+        expected = [*parts[self.ranks.rank :: size], *settings.micro_batches(after)[self.ranks.rank :][:1]]
+
+        def found_of(numbers: Sequence[int]) -> list[tuple[mx.array, Gradients]]:
+            found = []
+            for number, stream in zip(numbers, streams, strict=False):
+                part = parts[number]
+                key = mx.random.key(hash((settings.seed, iteration, number * settings.chunk)) % 2**32)
+                with mx.stream(stream):
+                    batch = self.samples.batch(part, key)
+                    share = len(part) / len(indices)
+                    given = loss_of(parameters, batch, step_rows(self.samples, part, batch), key)
+                    found.append(tree_map(partial(mx.multiply, share), given))
+            mx.async_eval(found)
+            for following in expected[numbers[-1] // size + 1 :][:1] if numbers else ():
+                self.samples.expect(following)
+            mx.eval(found)
+            return found
+
+        with streams_for(len(parts)) as streams:  # as many as there are parts: threads decide the last bits
+            return summed(self.ranks, len(parts), len(streams), found_of, (mx.array(0.0), parameters))
 
     # what the unit looks like at a point of its training
 

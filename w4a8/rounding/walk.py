@@ -19,13 +19,15 @@ from calibration_store.layout import BoundaryPaths, WeightPaths
 from calibration_store.npz import npz_bytes, write_npz
 from calibration_store.weights import read_quantized_block
 from hooks import substituted_layers
+from w4a8 import blas
 from w4a8.cli.progress import progress_bar
+from w4a8.cli.ranks import ALONE, Alone
 from w4a8.model.layers import model_blocks
 from w4a8.parallel import streams_for
 from w4a8.passes import Place, places_of
 from w4a8.quantized.layer import QuantizedLayer
 from w4a8.rounding.end_to_end import before_phase
-from w4a8.rounding.samples import Samples, cache_reader, reader
+from w4a8.rounding.samples import Samples, cache_reader, reader, stacked
 from w4a8.rounding.substitution import Substitution
 
 REMEDY = "run optimize_adaround.py with --resume to make it anew"
@@ -37,9 +39,11 @@ class Walk:
     With `mixed` the quantized blocks are walked, too: what they give is half of the elements of the next one's inputs.
     """
 
-    def __init__(self, cache: Mapping[str, Any], paths: WeightPaths, plan: Mapping[str, Any], chunk: int):
-        """chunk: samples that are run at once; it decides the last bits of what they give."""
-        self.cache, self.paths, self.plan, self.chunk = cache, paths, plan, chunk
+    def __init__(
+        self, cache: Mapping[str, Any], paths: WeightPaths, plan: Mapping[str, Any], chunk: int, ranks: Alone = ALONE
+    ):
+        """chunk: samples that are run at once; it decides the last bits of what they give. ranks: share them."""
+        self.cache, self.paths, self.plan, self.chunk, self.ranks = cache, paths, plan, chunk, ranks
         self.mixed = plan["block_inputs"] == "mixed"
         self.blocks: list[str] = cache["block_names"]
         self.shapes = boundary_shapes(cache)
@@ -70,7 +74,10 @@ class Walk:
             self._inputs(block, False),
             cache_reader(self.paths.calib_dir, self.cache, ["modulation_input"]),
         )
-        outputs = {place: [np.array(tokens) for tokens in self._run(mmdit, block, [place], False)] for place in places}
+        outputs = {
+            place: [np.array(tokens) for tokens in self._run(mmdit, block, self._given(block, [place], False))]
+            for place in places
+        }
         return Samples(
             places, lambda place: [*inputs(place), *modulation(place), *outputs[place]], self.cache["key_timesteps"]
         )
@@ -113,13 +120,19 @@ class Walk:
 
     def _make(self, mmdit: nn.Module, block: str, quantized: bool) -> None:
         """What a block gives for every sample, from what the one before it gives."""
-        if self._is_whole(block, quantized):
+        if (block, quantized) in self._whole:
+            return
+        boundary, keys, ranks = self.paths.boundary(block, quantized), self._keys(block), self.ranks
+        chunks = [self.places[start : start + self.chunk] for start in range(0, len(self.places), self.chunk)]
+        own = [chunks[number] for number in ranks.mine(len(chunks))]
+        left = [chunk for chunk in own if not all(self._holds(boundary, keys, place) for place in chunk)]
+        if not ranks.total(len(left)):
+            self._whole.add((block, quantized))
             return
         before = self._before(block)
         if before is not None:
             self._make(mmdit, before, quantized)
-        boundary, size = self.paths.boundary(block, quantized), self.chunk
-        keys, weights, biases = self._keys(block), {}, {}
+        weights, biases = {}, {}
         if quantized and block in self.plan["block_names"]:
             layers = {
                 name: QuantizedLayer.of_fields(before_phase(fields)).as_mlx()
@@ -127,38 +140,41 @@ class Walk:
             }
             weights = {name: layer.weight for name, layer in layers.items()}
             biases = {name: layer.deployed_bias for name, layer in layers.items() if layer.bias is not None}
-        chunks = [self.places[start : start + size] for start in range(0, len(self.places), size)]
-        left = [chunk for chunk in chunks if not all(self._holds(boundary, keys, place) for place in chunk)]
         what = f"{'quantized ' if quantized else ''}{block} of every sample"
         with (
             progress_bar(len(self.places), what, "sample", leave=False) as bar,
-            BackgroundWriter(pending=2) as writer,
+            BackgroundWriter(pending=2, threads=min(4, blas.cores())) as writer,
             streams_for(len(chunks)) as streams,  # as many as ever: threads decide the last bits
             substituted_layers(mmdit, Substitution(weights, biases).compute),
         ):
-            bar.n += len(self.places) - sum(map(len, left))
-            for start in range(0, len(left), len(streams)):
-                given = []
-                for chunk, stream in zip(left[start:], streams, strict=False):
+            ranks.count(bar, sum(map(len, own)) - sum(map(len, left)))
+            turns = [left[start : start + len(streams)] for start in range(0, len(left), len(streams))]
+            given = [self._given(block, chunk, quantized) for chunk in turns[0]] if turns else []
+            for turn, following in zip(turns, [*turns[1:], []], strict=True):
+                made = []
+                for arrays, stream in zip(given, streams, strict=False):
                     with mx.stream(stream):
-                        given.append((chunk, self._run(mmdit, block, chunk, quantized)))
-                mx.eval([tokens for _, tokens in given])
-                for chunk, tokens in given:
-                    writer.submit(
-                        self._write, boundary, block, chunk, dict(zip(keys, map(np.array, tokens), strict=True))
-                    )
-                    bar.update(len(chunk))
+                        made.append(self._run(mmdit, block, arrays))
+                mx.async_eval(made)
+                given = [self._given(block, chunk, quantized) for chunk in following]  # while it computes
+                for chunk, tokens in zip(turn, made, strict=True):
+                    arrays = dict(zip(keys, map(np.array, tokens), strict=True))
+                    writer.submit(self._write, boundary, block, chunk, arrays)
+                    ranks.count(bar, len(chunk))
+            writer.drain()
+            ranks.complete(bar)
         self._whole.add((block, quantized))
 
-    def _run(self, mmdit: nn.Module, block: str, chunk: Sequence[Place], quantized: bool) -> list[mx.array]:
-        """The tokens that a block gives for some samples, float16, rows one below the other, unevaluated."""
+    def _given(self, block: str, chunk: Sequence[Place], quantized: bool) -> list[mx.array]:
+        """What enters a block for some samples, float16, rows one below the other: its tokens, and the modulation input."""
+        modulation = cache_reader(self.paths.calib_dir, self.cache, ["modulation_input"])
+        return [
+            mx.array(rows) for read in (self._inputs(block, quantized), modulation) for rows in stacked(read, chunk)
+        ]
 
-        def joined(read: Callable[[Place], list[np.ndarray]]) -> list[mx.array]:
-            members = zip(*map(read, chunk), strict=True)
-            return [mx.array(np.concatenate(each)).astype(mx.float32) for each in members]
-
-        (modulation,) = joined(cache_reader(self.paths.calib_dir, self.cache, ["modulation_input"]))
-        tokens = joined(self._inputs(block, quantized))
+    def _run(self, mmdit: nn.Module, block: str, given: Sequence[mx.array]) -> list[mx.array]:
+        """The tokens that a block gives, float16, unevaluated."""
+        *tokens, modulation = [array.astype(mx.float32) for array in given]
         return [tokens.astype(mx.float16) for tokens in model_blocks(mmdit)[block].run(tokens, modulation)]
 
     def _write(
@@ -183,16 +199,9 @@ class Walk:
             return False
         return True
 
-    def _is_whole(self, block: str, quantized: bool) -> bool:
-        if (block, quantized) not in self._whole:
-            boundary, keys = self.paths.boundary(block, quantized), self._keys(block)
-            if not boundary.root.is_dir() or not all(self._holds(boundary, keys, place) for place in self.places):
-                return False
-            self._whole.add((block, quantized))
-        return True
-
     def _remove(self, boundaries: Sequence[BoundaryPaths]) -> None:
         for boundary in boundaries:
-            remove_folder(boundary.root, boundary.owned_files())
-            remove_folder(boundary.root.parent, [])
+            if self.ranks.rank == 0:
+                remove_folder(boundary.root, boundary.owned_files())
+                remove_folder(boundary.root.parent, [])
             self._whole = {each for each in self._whole if self.paths.boundary(*each).root != boundary.root}

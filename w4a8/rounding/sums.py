@@ -1,0 +1,27 @@
+"""Sums over micro-batches whose last bits do not depend on who computes what."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_map
+
+from w4a8.cli.ranks import Alone
+
+Tree = Any  # MLX arrays in lists and dictionaries
+
+
+def summed(ranks: Alone, count: int, at_once: int, made: Callable[[Sequence[int]], list[Tree]], like: Tree) -> Tree:
+    """Σ of what `made` gives for the numbers 0 … count - 1, added in their order whatever the number of ranks.
+
+    made: at most `at_once` numbers, all of this rank -> a tree of each, evaluated. like: arrays of the same shapes.
+    """
+    total, own, rounds = None, ranks.mine(count), -(-count // ranks.size)
+    for start in range(0, rounds, at_once):
+        found = made(own[start : start + at_once])
+        for turn in range(start, min(start + at_once, rounds)):
+            mine = found[turn - start] if turn < len(own) else None
+            for each in ranks.gathered(mine, like)[: count - turn * ranks.size]:
+                total = each if total is None else tree_map(mx.add, total, each)
+        mx.eval(total)
+    return total
