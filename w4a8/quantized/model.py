@@ -4,6 +4,7 @@ Stage 3W trains it, stages 4 and 5 measure and export it: the same objects.
 """
 
 import contextlib
+import itertools
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from calibration_store.names import block_of
 from calibration_store.weights import WEIGHTS_METADATA, read_quantized_block
 from w4a8.model.layers import Layer, model_layers
 from w4a8.model.parts import TRANSFORMER, Pipeline
+from w4a8.parallel import on_every_core
 from w4a8.quantized.layer import QuantizedLayer
 
 GROUPS_OF_THE_REST = 64
@@ -106,9 +108,12 @@ class NearestWeights(Codes):
                 raise OptionError(f"{variant}: groups of {self.group_size} do not divide the {width} inputs of {name}")
 
     def quantized(self, layers: Mapping[str, Layer]) -> Iterator[tuple[str, QuantizedLayer]]:
-        for name, layer in layers.items():
-            weight = np.array(layer.weight.astype(mx.float32))
-            yield name, QuantizedLayer.nearest(weight, self.bits, self.group_size)
+        for _, names in itertools.groupby(layers, lambda name: layers[name].block):  # a block in memory at a time
+            dense = {name: np.array(layers[name].weight.astype(mx.float32)) for name in names}
+            nearest = on_every_core(
+                lambda weight: QuantizedLayer.nearest(weight, self.bits, self.group_size), dense.values()
+            )
+            yield from zip(dense, nearest, strict=True)
 
 
 class StoredWeights(Codes):
