@@ -41,7 +41,7 @@ class RandomSamples:
         picked = (array[indices] for array in self.arrays)
         return [mx.array(array.reshape(-1, *array.shape[2:])).astype(mx.float32) for array in picked]
 
-    def expect(self, indices: Sequence[int]) -> None:
+    def keep(self, indices: Sequence[int]) -> None:
         """As stage 3W's Samples: all are in memory."""
 
 

@@ -46,6 +46,7 @@ class _MadeFrom(TypedDict, total=False):
     calibration_run: Digest | None
     weights_fingerprint: Digest | None
     micro_batch: Count  # samples whose gradients were made at once; older files have none
+    window: Index  # samples that an iteration drew from; 0, and in older files: all
     activation_rule: Literal["token", "static"]  # older files have static ones, the same at every step
     range_sigmas: list[NotNegative]  # noise levels of `act_scales`, the cached steps
     schedule: list[NotNegative]  # noise levels of the calibration run's steps

@@ -240,7 +240,8 @@ def test_mixed_inputs_are_half_of_either(copy):
 
 
 def test_block_units_and_the_last_phase(copy):
-    done = optimize(copy, "--unit", "block", "--end-to-end", 12)
+    arguments = ("--unit", "block", "--end-to-end", 12, "--exclude", "mm[456].*")
+    done = optimize(copy, *arguments)
     assert done.exit_code == 0, done.output
     assert "then 12 end to end" in done.stdout and "\nend to end " in done.stdout
     root = copy / "adaround_weights"
@@ -249,7 +250,7 @@ def test_block_units_and_the_last_phase(copy):
     last = metadata["end_to_end_losses"]["stages"][0]
     assert last["end"] < last["start"] < last["nearest"] * 1.2 and metadata["end_to_end"] == 12
     moved = 0
-    for block in BLOCKS:
+    for block in metadata["block_names"]:
         for fields in read_quantized_block(WeightPaths(copy), block).values():
             assert fields["scale_before"].shape == fields["scale"].shape
             moved += not np.array_equal(fields["scale_before"], fields["scale"])
@@ -259,18 +260,18 @@ def test_block_units_and_the_last_phase(copy):
                     np.array_equal(fields["scale"], np.float32(np.float16(fields["scale"])))
                     and half.shape == fields[key].shape
                 )
-    assert moved > 80
+    assert moved > 50
     before = folder_bytes(root)
-    done = optimize(copy, "--unit", "block", "--end-to-end", 12, "--resume")
+    done = optimize(copy, *arguments, "--resume")
     assert done.exit_code == 0 and folder_bytes(root) == before
     (root / "mm3.npz").unlink()  # its first phase again, then the last one: the others know where theirs began
-    done = optimize(copy, "--unit", "block", "--end-to-end", 12, "--resume")
+    done = optimize(copy, *arguments, "--resume")
     assert done.exit_code == 0 and folder_bytes(root) == before
 
 
 def test_a_lost_block_of_a_mixed_walk_is_made_anew(copy):
     """What the quantized blocks give is what they gave before the last phase."""
-    arguments = ("--unit", "block", "--end-to-end", 10, "--block-inputs", "mixed")
+    arguments = ("--unit", "block", "--end-to-end", 10, "--block-inputs", "mixed", "--exclude", "mm[4567].*")
     assert optimize(copy, *arguments).exit_code == 0
     root = copy / "adaround_weights"
     before = folder_bytes(root)
@@ -310,6 +311,7 @@ def test_slopes_block_by_block_are_those_of_the_whole(copy, rule):
 
 def test_kills_in_every_phase_leave_the_same_files(copy):
     command = [*QUICK, "--unit", "block", "--end-to-end", 12, "--block-inputs", "mixed", "--checkpoint-seconds", 0.3]
+    command += ["--exclude", "mm[3456].*"]
     done = invoke("optimize_adaround", "--calib-dir", copy, *command)
     assert done.exit_code == 0, done.output
     expected = folder_bytes(copy / "adaround_weights")

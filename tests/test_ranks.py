@@ -1,5 +1,6 @@
 """Stages under MLX's own launcher, as a user starts them: the same bytes, a lost rank named."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -17,6 +18,8 @@ STAGES = (
     "generate_calibration_data.py --model sd3-emoji --num-images 3 --num-steps 3",
     "cache_adaround_data.py --num-images 3 --stride 1",
     "collect_layer_activations.py --num-images 3 --stride 1",
+    "optimize_adaround.py --iters 10 --batch-size 3 --micro-batch 1 --unit block --blocks mm0,mm1 --block-inputs mixed",
+    "evaluate_quantization.py --num-images 3 --batch-size 2 --num-steps 2 --variants w4-rtn",
 )
 
 
@@ -82,6 +85,30 @@ def test_a_lost_rank_ends_the_others_and_one_process_goes_on(alone, tmp_path, lo
 def test_an_error_of_all_is_said_once(alone):
     found = run(STAGES[2], alone, 2)
     assert found.stderr.count("holds a run already") == 1
+
+
+def test_blocks_are_shared_out_where_all_boundaries_are_cached(alone, tmp_path):
+    """Killed when each rank is at a block of its own, gone on with by one process."""
+    folder, stage = tmp_path / "one", f"{STAGES[3].split(' --unit')[0]} --unit block --blocks mm0,mm1,mm2"
+    shutil.copytree(alone, folder, ignore=shutil.ignore_patterns("activations", "adaround_*", "evaluation"))
+    assert run(f"{STAGES[1]} --boundaries all", folder).returncode == 0
+    killed = shutil.copytree(folder, tmp_path / "killed")
+    assert run(stage, folder).returncode == 0
+    assert "2 ranks: 2, 1 blocks" in run(f"{stage} --dry-run", killed, 2).stdout
+    process = subprocess.Popen(
+        command(f"{stage} --checkpoint-seconds 0.05", killed, 2), cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
+    while not (killed / "adaround_weights/checkpoint_mm1.npz").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    for path in killed.glob(".ranks/*.json"):
+        with contextlib.suppress(ProcessLookupError):  # the launcher ends the second one itself
+            os.kill(json.loads(path.read_bytes())["pid"], signal.SIGKILL)
+    process.communicate(timeout=90)
+    shutil.rmtree(killed / ".ranks")
+    assert run(f"{stage} --resume", killed).returncode == 0
+    assert contents(killed) == contents(folder)
 
 
 def test_other_stages_are_for_one_process(alone):

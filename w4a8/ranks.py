@@ -13,7 +13,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from w4a8.cli.progress import ProgressBar
 from w4a8.cli.ranks import ALONE, BACKENDS, JOINED, Alone, Tree, launched_rank
 from w4a8.cli.words import format_seconds
 
-JOIN_SECONDS, LOST_SECONDS, STUCK_SECONDS, BEAT_SECONDS, STALE_SECONDS = 60.0, 30.0, 30.0, 1.0, 3600.0
+JOIN_SECONDS, LOST_SECONDS, STUCK_SECONDS, BEAT_SECONDS, STALE_SECONDS = 60.0, 30.0, 30.0, 1.0, 120.0
 HELP = "TROUBLESHOOTING_GUIDE Issue 34"
 
 
@@ -45,9 +45,6 @@ class Ranks(Alone):
             self._beat()
         except OSError as error:
             raise WriteError(f"cannot write {self._folder}: {error.strerror}") from None
-        for path in self._folder.glob("*.json") if self.rank == 0 else ():  # of ranks that were killed
-            if time.time() - path.stat().st_mtime > STALE_SECONDS:
-                path.unlink(missing_ok=True)
         self._watch = threading.Thread(target=self._keep_watch, name="ranks", daemon=True)
         self._watch.start()
         self._meet()
@@ -116,9 +113,7 @@ class Ranks(Alone):
         """Every rank is done: nobody waits for this one any more."""
         self._closed.set()
         self._watch.join()
-        self._path(self.rank).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # another rank's sign, or another stage's, is still there
-            self._folder.rmdir()
+        remove_signs(self._folder, [self._path(self.rank)])
 
     def fail(self, message: str) -> bool:
         """Tell the others; whether the message is this rank's to print: not where rank 0 says the same."""
@@ -224,6 +219,20 @@ class Ranks(Alone):
         os._exit(1)
 
 
+def remove_signs(folder: Path, paths: Iterable[Path]) -> None:
+    """Remove signs of life, and their folder with the last one."""
+    for path in paths:
+        path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # another rank's sign, or another stage's, is still there
+        folder.rmdir()
+
+
+def silent_signs(folder: Path) -> list[Path]:
+    """Those of ranks that were killed."""
+    oldest = time.time() - STALE_SECONDS
+    return [path for path in folder.glob("*.json") if path.stat().st_mtime < oldest]
+
+
 class _Peer:
     """Another rank, as its file says."""
 
@@ -266,6 +275,8 @@ def join(folder: Path) -> Alone:
 
     Raises UserError where the backend is missing, a rank does not answer, or the folder is not shared.
     """
+    if not launched_rank() and os.access(folder / ".ranks", os.W_OK):
+        remove_signs(folder / ".ranks", silent_signs(folder / ".ranks"))
     if launched_rank() is None:
         return ALONE
     backend = next(backend for name, backend in BACKENDS.items() if name in os.environ)

@@ -79,7 +79,7 @@ OPTIONS = (
         "--end-to-end",
         type=click.IntRange(min=0),
         help="Iterations of a last phase: scales, zero points, biases and ranges of all blocks against the model's output.  "
-        "[default: as many as --iters for a model above 100 M weights, else 0]",
+        "[default: half of --iters for a model above 100 M weights, else 0]",
     ),
     click.option(
         "--rounding",

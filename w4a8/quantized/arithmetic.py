@@ -2,6 +2,8 @@
 
 import numpy as np
 
+CACHED = 2**17  # weights of a core's cache
+
 
 def min_max_grid(weight: np.ndarray, bits: int, group_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Asymmetric grid over each group's range: scale and zero point (out, groups) float32, Ŵ = scale·(code − zero point).
@@ -14,11 +16,18 @@ def min_max_grid(weight: np.ndarray, bits: int, group_size: int) -> tuple[np.nda
 
 def searched_grid(weight: np.ndarray, bits: int, group_size: int) -> tuple[np.ndarray, np.ndarray]:
     """As `min_max_grid`, but of 21 ranges between 0.6 and 1 × the group's, the one with the least squared error."""
+    rows = max(1, CACHED // weight.shape[1])
+    parts = [_searched(weight[begin : begin + rows], bits, group_size) for begin in range(0, len(weight), rows)]
+    scale, zero_point = map(np.concatenate, zip(*parts, strict=True))
+    return scale, zero_point
+
+
+def _searched(weight: np.ndarray, bits: int, group_size: int) -> tuple[np.ndarray, np.ndarray]:
     grouped = _grouped(weight, group_size).astype(np.float32)
     best_error = best = None
     for shrink in np.linspace(1, 0.6, 21):
         scale, zero_point = _grid(grouped, bits, shrink)
-        error = grouped / scale[..., None]  # everything else in place: the layers of a large model are 9 M weights
+        error = grouped / scale[..., None]  # everything else in place
         error += zero_point[..., None]
         np.subtract(np.clip(np.rint(error), 0, 2**bits - 1), error, out=error)
         error = np.einsum("ogi,ogi->og", error, error) * np.square(scale)

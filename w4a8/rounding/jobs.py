@@ -20,7 +20,7 @@ from w4a8.cli.progress import ProgressBar
 from w4a8.quantized.arithmetic import grid_position
 from w4a8.rounding.checkpoint import Checkpoint
 from w4a8.rounding.end_to_end import after_phase
-from w4a8.rounding.memory import end_to_end_bytes
+from w4a8.rounding.memory import end_to_end_bytes, samples_bytes
 from w4a8.rounding.run import END_TO_END, Rounding
 from w4a8.rounding.training import NotFiniteError, Training, train
 from w4a8.rounding.units import Job
@@ -202,6 +202,7 @@ def estimate(rounding: Rounding, todo: Sequence[Job], started: Mapping[str, Any]
     last = rounding.settings.end_to_end if todo[-1].name == END_TO_END and job.name != END_TO_END else 0
     costs = left + last * (len(rounding.blocks) * END_TO_END_COST - 1)
     peak = max(mx.get_peak_memory(), end_to_end_bytes(rounding))
+    peak += rounding.settings.window * samples_bytes(rounding) // len(rounding.cache["samples"])
     return Estimate(left, seconds * costs / at_once, peak + samples.held_bytes)
 
 

@@ -97,7 +97,7 @@ class LayerUnit(Unit):
         return self._grams[key]
 
     def gradients(
-        self, state: QuantizedUnit, indices: np.ndarray, iteration: int, after: Sequence[int] = ()
+        self, state: QuantizedUnit, indices: np.ndarray, iteration: int, near: Sequence[int] = ()
     ) -> tuple[mx.array, Gradients]:
         """Over all training samples; biases and ranges are left alone."""
         grams, quantized = self.grams(self.samples.training), state.weights

@@ -5,13 +5,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from calibration_store.block_cache import block_keys, boundary_shapes
+from calibration_store.block_cache import VELOCITY, block_keys, boundary_shapes, holds_ends, stored_shapes
 from calibration_store.errors import OptionError
 from w4a8.cli.words import format_bytes
 from w4a8.memory import device_memory
 from w4a8.parallel import cores
-from w4a8.rounding.kinds import UNITS
+from w4a8.rounding.kinds import MODEL, UNITS
 from w4a8.rounding.run import END_TO_END, Rounding, job_layers, num_weights
+from w4a8.rounding.samples import fit_in_memory
 
 # What the peak of an iteration was measured to be on a CPU (benchmarks/memory.py --fit), that of the first one of
 # tuning: arrays of the unit's weights in float32 (the weights, floors, α, moments, codes, gradients, the state before);
@@ -19,6 +20,7 @@ from w4a8.rounding.run import END_TO_END, Rounding, job_layers, num_weights
 # there once, and for each block.
 WEIGHT_ARRAYS, TOKEN_ARRAYS, SCORE_ARRAYS = 10, 86, 1.95
 ONCE, EACH_BLOCK = 0.37, 0.61
+WINDOW = 4  # batches that are kept in memory where all samples are too many
 MEMORY_SHARE, MOST_MEMORY = 0.75, 20e9  # of the device's memory that an iteration may take, and in all
 
 
@@ -75,7 +77,7 @@ SMALLER = dict.fromkeys(UNITS, "a smaller --latent-size in stage 1") | {"model":
 
 
 def choose_micro_batch(rounding: Rounding, given: int | None, before: Mapping[str, Any] | None) -> Rounding:
-    """The run with its micro-batch: as given, as an earlier run of this folder had it, or as large as fits.
+    """The run with its micro-batch and window: as given, as an earlier run of this folder had them, or as large as fits.
 
     Raises OptionError when not even one sample fits.
     """
@@ -89,5 +91,22 @@ def choose_micro_batch(rounding: Rounding, given: int | None, before: Mapping[st
             f"iterations with {micro_batch} samples at once take about {format_bytes(peak)} of memory, and "
             f"{format_bytes(memory)} are there: {way} takes less"
         )
-    settings = replace(rounding.settings, micro_batch=micro_batch)
+    window = (before or {}).get("window", 0)
+    if before is None and not fit_in_memory(samples_bytes(rounding)):
+        window = WINDOW * size
+    settings = replace(rounding.settings, micro_batch=micro_batch, window=rounding.ranks.first(window))
     return replace(rounding, settings=settings)
+
+
+def samples_bytes(rounding: Rounding) -> int:
+    """What all samples of a unit take in float16, of the largest unit."""
+    cache, found = rounding.cache, []
+    shapes = stored_shapes(cache) | boundary_shapes(cache)
+    for job in rounding.jobs:
+        if job.name != END_TO_END:
+            inputs, outputs = block_keys(cache, job.blocks[0], job.blocks[-1])
+            outputs = [VELOCITY] if holds_ends(cache) and rounding.unit == MODEL else outputs
+            keys = [*inputs, "modulation_input", *outputs]
+            keys += inputs if rounding.settings.block_inputs == "mixed" else []
+            found.append(sum(2 * math.prod(shapes[key]) for key in keys))
+    return max(found) * len(cache["samples"])

@@ -225,7 +225,7 @@ def choose_end_to_end(given: int | None, unit: str, blocks: Sequence[str], mmdit
         raise OptionError(
             "--end-to-end follows units that are smaller than the model, which --unit model trains at once"
         )
-    return iters if given is None and whole and large and unit != MODEL else given or 0
+    return iters // 2 if given is None and whole and large and unit != MODEL else given or 0
 
 
 def num_weights(layers: Iterable[Layer]) -> int:

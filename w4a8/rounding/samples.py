@@ -42,12 +42,17 @@ class TrainingSamples(Protocol):
         key: where inputs were kept quantized, too, half of their elements are taken from there (QDrop), drawn from it.
         """
 
-    def expect(self, indices: Sequence[int]) -> None:
-        """Bring these samples, which are asked for next, to a GPU while it computes."""
+    def keep(self, indices: Sequence[int]) -> None:
+        """Have these samples, which are drawn from next, in memory, and no others; called while a GPU computes."""
 
 
 # Of the device's memory that samples may take, and in all; more stay in their files.
 SAMPLES_SHARE, MOST_SAMPLES = 0.25, 4e9
+
+
+def fit_in_memory(num_bytes: int) -> bool:
+    """Whether samples of so many bytes are all held there."""
+    return num_bytes <= min(SAMPLES_SHARE * device_memory(), MOST_SAMPLES)
 
 
 class Samples:
@@ -71,8 +76,8 @@ class Samples:
         first = self._read(places[0])
         self.num_bytes = len(places) * sum(member.nbytes for member in first)
         self._arrays: list = []
-        self._expected: dict[tuple[int, ...], list[mx.array]] = {}
-        if self.num_bytes <= min(SAMPLES_SHARE * device_memory(), MOST_SAMPLES):
+        self._near: dict[int, list[mx.array]] = {}  # the few that are kept
+        if fit_in_memory(self.num_bytes):
             self._arrays = [np.empty((len(places), *member.shape), np.float16) for member in first]
             for index, place in enumerate(places):
                 for array, member in zip(self._arrays, self._read(place), strict=True):
@@ -118,7 +123,10 @@ class Samples:
             picked = (array[picks] for array in self._arrays)
             found = [mx.array(array.reshape(-1, *array.shape[2:])).astype(mx.float32) for array in picked]
         else:
-            rows = self._expected.pop(tuple(indices), None) or self._rows(indices)
+            if all(index in self._near for index in indices):
+                rows = map(mx.concatenate, zip(*(self._near[index] for index in indices), strict=True))
+            else:
+                rows = map(mx.array, self._stacked(indices))
             found = [array.astype(mx.float32) for array in rows]
         arrays, quantized = found[: self._count], found[self._count :]
         for position, other in enumerate(quantized if key is not None else ()):
@@ -126,13 +134,19 @@ class Samples:
             arrays[position] = mx.where(mx.random.bernoulli(0.5, other.shape, drawn), arrays[position], other)
         return arrays
 
-    def expect(self, indices: Sequence[int]) -> None:
-        """As TrainingSamples.expect."""
-        if not self._arrays and mx.default_device() != mx.Device(mx.cpu):
-            self._expected = {tuple(indices): self._rows(indices)}
+    def keep(self, indices: Sequence[int]) -> None:
+        """As TrainingSamples.keep."""
+        if self._arrays or not len(indices):
+            return
+        kept = {index: self._near.get(index) for index in indices}
+        new = [index for index, arrays in kept.items() if arrays is None]
+        if new:
+            parts = [np.split(rows, len(new)) for rows in self._stacked(new)]
+            kept |= {index: list(map(mx.array, arrays)) for index, *arrays in zip(new, *parts, strict=True)}
+        self._near = kept
 
-    def _rows(self, indices: Sequence[int]) -> list[mx.array]:
-        return [mx.array(rows) for rows in stacked(self._read, [self.places[index] for index in indices])]
+    def _stacked(self, indices: Sequence[int]) -> list[np.ndarray]:
+        return stacked(self._read, [self.places[index] for index in indices])
 
 
 def stacked(read: Callable[[Place], list[np.ndarray]], places: Sequence[Place]) -> list[np.ndarray]:

@@ -30,6 +30,7 @@ class Settings:
     regularizer_weight: float
     seed: int
     micro_batch: int = 0  # samples whose gradients are made at once; 0: the whole batch
+    window: int = 0  # samples that an iteration draws from, a window that moves over them all; 0: all of them
     activation_rule: str = STATIC
     block_inputs: str = "original"  # or "mixed": half of the elements as the quantized blocks before give them
     end_to_end: int = 0  # iterations of the last phase, all blocks' grids against the model's output

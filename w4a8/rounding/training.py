@@ -3,7 +3,7 @@
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -17,7 +17,6 @@ from w4a8.rounding.settings import EVALUATED, LR_SCALES, cosine, spread_over
 from w4a8.rounding.units import Arrays, Gradients, Unit
 
 OPTIMIZERS = ("alpha", "scale", "range")  # what each of them moves; `scale` also zero points and biases
-CODES_PER_UNIT = 10  # zero points move in tenths of a code
 
 
 class NotFiniteError(ArithmeticError):
@@ -50,6 +49,8 @@ class Adam(optimizers.Adam):
 
 class Training:
     """A unit's state, optimizers and iteration; `step` takes one."""
+
+    codes_per_step = 10.0  # a zero point moves so many codes where a scale moves by a factor of e
 
     def __init__(self, unit: Unit):
         self.unit, self.settings, self.iteration = unit, unit.settings, 0
@@ -142,8 +143,8 @@ class Training:
         tuning = self.iteration >= self.rounding_iters
         codes = unit.codes(self.state, hard=tuning)
         quantized = unit.quantized(self.state, codes, with_ranges=self.iteration >= settings.inputs_from)
-        following = self.drawn(self.iteration + 1) if self.iteration + 1 < self.iters else ()
-        loss, gradients = unit.gradients(quantized, self.drawn(self.iteration), self.iteration, following)
+        near = self.near(min(self.iteration + 1, self.iters - 1)) if settings.window else ()
+        loss, gradients = unit.gradients(quantized, self.drawn(self.iteration), self.iteration, near)
         self._check(loss, gradients)
         if tuning:
             self.tune(codes, gradients)
@@ -155,8 +156,17 @@ class Training:
 
     def drawn(self, iteration: int) -> np.ndarray:
         """An iteration's samples: seed and iteration decide."""
-        random, training = np.random.default_rng([self.settings.seed, iteration]), self.unit.samples.training
-        return np.sort(random.choice(training, min(self.settings.batch_size, len(training)), replace=False))
+        random, near = np.random.default_rng([self.settings.seed, iteration]), self.near(iteration)
+        return np.sort(random.choice(near, min(self.settings.batch_size, len(near)), replace=False))
+
+    def near(self, iteration: int) -> Sequence[int]:
+        """What an iteration draws from: all training samples, or a window that has passed over them all at the end."""
+        training, window = self.unit.samples.training, self.settings.window
+        if not 0 < window < len(training):
+            return training
+        order = np.random.default_rng(self.settings.seed).permutation(training)
+        begin = iteration * (len(training) - window) // max(1, self.iters - 1)
+        return order[begin : begin + window]
 
     def _check(self, loss: mx.array, gradients: Any) -> None:
         """Note the state as good, or go back to the last good one and raise NotFiniteError."""
@@ -197,16 +207,17 @@ class Training:
 
     def move_grids(self, slopes: Gradients, progress: float) -> None:
         """Move scales (on a log scale), zero points and biases along their slopes. progress: 0 to 1, slows down."""
-        state = self.state
+        state, codes = self.state, self.codes_per_step
         parameters = {
             "scale": {name: mx.log(scale) for name, scale in state["scale"].items()},
-            "zero_point": {name: zero_point / CODES_PER_UNIT for name, zero_point in state["zero_point"].items()},
+            "zero_point": {name: zero_point / codes for name, zero_point in state["zero_point"].items()},
             "bias": state["bias"],
         }
+        slopes = {**slopes, "zero_point": {name: slope * codes for name, slope in slopes["zero_point"].items()}}
         self.optimizers["scale"].learning_rate = LR_SCALES * cosine(progress)
         moved = self.optimizers["scale"].apply_gradients(slopes, parameters)
         state["scale"] = {name: mx.exp(value) for name, value in moved["scale"].items()}
-        state["zero_point"] = {name: value * CODES_PER_UNIT for name, value in moved["zero_point"].items()}
+        state["zero_point"] = {name: value * codes for name, value in moved["zero_point"].items()}
         state["bias"] = moved["bias"]
 
     def move_ranges(self, gradients: Arrays) -> None:
@@ -221,14 +232,14 @@ class Training:
 
 
 def grid_slopes(codes: Arrays, scales: Arrays, zero_points: Arrays, gradients: Arrays) -> Gradients:
-    """d loss / d log scale and d loss / d (zero point / 10), from d loss / dŴ of each layer: Ŵ = scale·(code − zero point)."""
+    """d loss / d log scale and d loss / d zero point, from d loss / dŴ of each layer: Ŵ = scale·(code − zero point)."""
     slopes: Gradients = {"scale": {}, "zero_point": {}}
     for name, code in codes.items():
         scale, zero_point = scales[name], zero_points[name]
         grouped = gradients[name].reshape(*scale.shape, -1)
         distance = code.reshape(grouped.shape) - zero_point[..., None]
         slopes["scale"][name] = (grouped * distance).sum(axis=-1) * scale
-        slopes["zero_point"][name] = -grouped.sum(axis=-1) * scale * CODES_PER_UNIT
+        slopes["zero_point"][name] = -grouped.sum(axis=-1) * scale
     return slopes
 
 

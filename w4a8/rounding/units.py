@@ -187,17 +187,16 @@ class Unit:
         return mx.value_and_grad(loss_of)
 
     def gradients(
-        self, state: QuantizedUnit, indices: np.ndarray, iteration: int, after: Sequence[int] = ()
+        self, state: QuantizedUnit, indices: np.ndarray, iteration: int, near: Sequence[int] = ()
     ) -> tuple[mx.array, Gradients]:
-        """Loss and its gradients with respect to weights, biases and ranges; after: the samples of the next iteration.
+        """Loss and its gradients with respect to weights, biases and ranges; near: what the next iteration draws from.
 
         Of a micro-batch at a time, on a CPU one a core, and summed in their order: who works side by side changes nothing.
         """
         settings, loss_of = self.settings, self._loss_and_gradients(state.rule is not None)
         parameters = {"weights": state.weights, "biases": state.biases, "ranges": state.ranges}
         mx.eval(parameters)
-        parts, size = settings.micro_batches(indices), self.ranks.size
-        expected = [*parts[self.ranks.rank :: size], *settings.micro_batches(after)[self.ranks.rank :][:1]]
+        parts = settings.micro_batches(indices)
 
         def found_of(numbers: Sequence[int]) -> list[tuple[mx.array, Gradients]]:
             found = []
@@ -210,8 +209,7 @@ class Unit:
                     given = loss_of(parameters, batch, step_rows(self.samples, part, batch), key)
                     found.append(tree_map(partial(mx.multiply, share), given))
             mx.async_eval(found)
-            for following in expected[numbers[-1] // size + 1 :][:1] if numbers else ():
-                self.samples.expect(following)
+            self.samples.keep(near)
             mx.eval(found)
             return found
 
