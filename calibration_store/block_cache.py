@@ -38,6 +38,7 @@ Shape = tuple[Annotated[int, Meta(ge=1, le=2)], Side, Literal[1], Side]  # rows,
 
 
 ALL, ENDS = "all", "ends"  # every boundary between blocks; only those of the whole stack, and what the model gives
+PATCH = 4  # elements of a latent that make a token
 VELOCITY = "velocity"
 Boundaries = Literal["all", "ends"]
 
@@ -102,6 +103,10 @@ def cache_fault(metadata: CacheMetadata) -> str | None:
     if holds_ends(metadata):
         if "velocity_shape" not in metadata or metadata["velocity_shape"][0] != rows:
             return f"velocity_shape: {metadata.get('velocity_shape')}, with {rows} rows in block_shapes"
+        _, height, width, channels = metadata["velocity_shape"]
+        tokens = [shape[1] for shape in shapes[names[0]]["input_shapes"]]
+        if channels != 16 or height * width not in [PATCH * count for count in tokens]:
+            return f"velocity_shape: {metadata['velocity_shape']}, with {' and '.join(map(str, tokens))} tokens in block_shapes"
         if block_kind(names[0])[1] or metadata.get("blocks") is not None:
             return "boundaries 'ends' of a part of the blocks"
     pairs = [(sample["image_id"], sample["step_index"]) for sample in metadata["samples"]]

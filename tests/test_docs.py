@@ -104,7 +104,13 @@ def test_flags_in_the_option_lists_exist():
         for path in (ROOT / folder).glob("*.py")
         if "def main(" in path.read_text()
     ]
-    known = set().union(*(options_of(script) for script in scripts)) | {"--no-deps", "--shifted-…", "--hosts", "--hostfile", "--python"}
+    known = set().union(*(options_of(script) for script in scripts)) | {
+        "--no-deps",
+        "--shifted-…",
+        "--hosts",
+        "--hostfile",
+        "--python",
+    }
     text = (ROOT / "README.md").read_text()
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text)) - known <= {"--shifted-"}
 

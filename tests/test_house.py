@@ -185,3 +185,19 @@ def test_matrix_products_are_fast_whichever_module_is_imported_first():
     slow = {module: found for module, found in ratios.items() if found <= 0.3}
     again = {module: ratio(module) for module in slow}  # alone on the machine
     assert not {module: found for module, found in again.items() if found <= 0.3}
+
+
+def test_streams_are_set_up_before_anything_is_evaluated():
+    """MLX reads how wide it walks a graph once, at its first evaluation: later one core would do all the work of 3W."""
+    (run,) = [
+        node
+        for node in ast.parse((ROOT / "optimize_adaround.py").read_text()).body
+        if getattr(node, "name", "") == "run"
+    ]
+    first = next(
+        node
+        for node in run.body
+        if not isinstance(node, (ast.ImportFrom, ast.Expr))
+        or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call))
+    )
+    assert ast.unparse(first) == "run_cpu_streams_side_by_side()"

@@ -90,7 +90,7 @@ def test_an_error_of_all_is_said_once(alone):
 def test_blocks_are_shared_out_where_all_boundaries_are_cached(alone, tmp_path):
     """Killed when each rank is at a block of its own, gone on with by one process."""
     folder, stage = tmp_path / "one", f"{STAGES[3].split(' --unit')[0]} --unit block --blocks mm0,mm1,mm2"
-    shutil.copytree(alone, folder, ignore=shutil.ignore_patterns("activations", "adaround_*", "evaluation"))
+    shutil.copytree(alone, folder, ignore=shutil.ignore_patterns(".ranks", "activations", "adaround_*", "evaluation"))
     assert run(f"{STAGES[1]} --boundaries all", folder).returncode == 0
     killed = shutil.copytree(folder, tmp_path / "killed")
     assert run(stage, folder).returncode == 0

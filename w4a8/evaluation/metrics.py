@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from w4a8.parallel import on_every_core
+
 LOW_PSNR, HIGH_PSNR = 30.0, 40.0  # dB: images below, and from here on, are counted
 FLIP_INSTALLED = importlib.util.find_spec("flip_evaluator") is not None  # no wheel for Linux on ARM
 flip_evaluator = importlib.import_module("flip_evaluator") if FLIP_INSTALLED else None
@@ -16,13 +18,17 @@ BOOTSTRAP = 2000
 
 def image_metrics(reference: np.ndarray, images: np.ndarray) -> dict[str, np.ndarray]:
     """PSNR in dB (infinite for equal images), SSIM and mean FLIP (NaN where it is not installed) of each pair, (N,) float64."""
-    psnr, ssim, flip = [], [], []
-    for original, image in zip(reference, images, strict=True):
-        equal = np.array_equal(original, image)
-        psnr.append(np.inf if equal else peak_signal_noise_ratio(original, image, data_range=255))
-        ssim.append(structural_similarity(original, image, channel_axis=2, data_range=255))
-        flip.append(flip_map(original, image).mean(dtype=np.float64) if FLIP_INSTALLED else np.nan)
-    return {"psnr": np.array(psnr), "ssim": np.array(ssim), "flip": np.array(flip)}
+
+    def of_pair(pair: tuple[np.ndarray, np.ndarray]) -> tuple[float, float, float]:
+        original, image = pair
+        if np.array_equal(original, image):
+            return np.inf, 1.0, 0.0 if FLIP_INSTALLED else np.nan
+        psnr = peak_signal_noise_ratio(original, image, data_range=255)
+        ssim = structural_similarity(original, image, channel_axis=2, data_range=255)
+        return psnr, ssim, flip_map(original, image).mean(dtype=np.float64) if FLIP_INSTALLED else np.nan
+
+    found = on_every_core(of_pair, zip(reference, images, strict=True))
+    return dict(zip(("psnr", "ssim", "flip"), np.array(list(found), np.float64).T, strict=True))
 
 
 def flip_map(reference: np.ndarray, image: np.ndarray) -> np.ndarray:

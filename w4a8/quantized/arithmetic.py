@@ -74,8 +74,10 @@ def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
     be a multiple of 32.
     """
     if 8 % bits == 0:
-        whole = codes.reshape(len(codes), -1, 8 // bits) << np.arange(0, 8, bits, dtype=np.uint8)
-        return np.bitwise_or.reduce(whole, axis=-1).view("<u4")
+        packed, count = codes[:, :: 8 // bits].copy(), 8 // bits
+        for place in range(1, count):
+            packed |= codes[:, place::count] << np.uint8(place * bits)
+        return packed.view("<u4")
     ones_and_zeros = (codes[..., None] >> np.arange(bits, dtype=np.uint8)) & 1
     packed = np.packbits(ones_and_zeros.reshape(len(codes), -1), axis=1, bitorder="little")
     return packed.view("<u4")

@@ -1,0 +1,77 @@
+"""More samples than memory: a window of them moves on."""
+
+import json
+from dataclasses import replace
+
+import mlx.core as mx
+import pytest
+from conftest import folder_bytes, generate, invoke
+
+import w4a8.rounding.samples as samples_module
+from calibration_store.block_cache import read_cache_metadata
+from calibration_store.layout import WeightPaths
+from calibration_store.manifest import read_manifest
+from w4a8.model.layers import model_blocks, model_layers
+from w4a8.model.parts import TRANSFORMER
+from w4a8.model.runs import load_run_pipeline
+from w4a8.rounding.kinds import BlockUnit
+from w4a8.rounding.samples import Samples
+from w4a8.rounding.settings import Settings
+from w4a8.rounding.training import Training
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory):
+    """A calibration run of 2 images × 4 steps with every boundary cached."""
+    folder = tmp_path_factory.mktemp("window") / "run"
+    assert generate("--num-images", 2, "--num-steps", 4, "--no-images", "--calib-dir", folder).exit_code == 0
+    done = invoke("cache_adaround_data", "--calib-dir", folder, "--num-images", 2, "--stride", 1, "--boundaries", "all")
+    assert done.exit_code == 0, done.output
+    return folder
+
+
+def test_many_samples_are_drawn_from_a_window(cached, monkeypatch):
+    """All pass by; batches are of those that are kept, and the same as from the files."""
+    monkeypatch.setattr(samples_module, "MOST_SAMPLES", 0)
+    mmdit = load_run_pipeline(read_manifest(cached), {TRANSFORMER: "float32"}).mmdit
+    job = BlockUnit.jobs(model_layers(mmdit), list(model_blocks(mmdit)))[2]
+    samples = Samples.of_stretch(cached, read_cache_metadata(cached), job.blocks)
+    settings = Settings(20, 2, 4, 0, 64, "ste", 0.5, 4e-3, 1e-3, 0.01, 3)
+    unit = BlockUnit(mmdit, job, job.parts[0], samples, settings)
+    unit.settings = replace(settings, window=3)
+    unit.samples.training = list(range(6))
+    training, seen = Training(unit), set()
+    for iteration in range(training.iters):
+        near = training.near(iteration).tolist()
+        assert len(near) == len(set(near)) == 3 and set(training.drawn(iteration).tolist()) <= set(near)
+        seen |= set(near)
+    assert seen == set(range(6))
+    from_files = unit.samples.batch(near[:2])
+    unit.samples.keep(near)
+    monkeypatch.setattr(unit.samples, "_read", None)  # what is kept is not read again
+    assert all(map(mx.array_equal, unit.samples.batch(near[:2]), from_files))
+
+
+def test_a_window_is_kept_by_the_run(cached, monkeypatch):
+    arguments = (
+        "optimize_adaround",
+        "--calib-dir",
+        cached,
+        "--iters",
+        10,
+        "--unit",
+        "block",
+        "--blocks",
+        "mm0",
+        "--batch-size",
+        1,
+    )
+    monkeypatch.setattr(samples_module, "MOST_SAMPLES", 0)
+    done = invoke(*arguments)
+    assert done.exit_code == 0, done.output
+    metadata, before = WeightPaths(cached).metadata, folder_bytes(cached)
+    assert json.loads(metadata.read_bytes())["window"] == 4
+    monkeypatch.undo()  # another machine, where all would fit
+    metadata.with_name("mm0.npz").unlink()
+    assert invoke(*arguments, "--resume").exit_code == 0
+    assert folder_bytes(cached) == before
