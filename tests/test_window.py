@@ -1,11 +1,13 @@
 """More samples than memory: a window of them moves on."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import mlx.core as mx
 import pytest
-from conftest import folder_bytes, generate, invoke
+from conftest import folder_bytes, invoke
+from finished_run import finished_run
 
 import w4a8.rounding.samples as samples_module
 from calibration_store.block_cache import read_cache_metadata
@@ -20,32 +22,27 @@ from w4a8.rounding.settings import Settings
 from w4a8.rounding.training import Training
 
 
-@pytest.fixture(scope="module")
-def cached(tmp_path_factory):
-    """A calibration run of 2 images × 4 steps with every boundary cached."""
-    folder = tmp_path_factory.mktemp("window") / "run"
-    assert generate("--num-images", 2, "--num-steps", 4, "--no-images", "--calib-dir", folder).exit_code == 0
-    done = invoke("cache_adaround_data", "--calib-dir", folder, "--num-images", 2, "--stride", 1, "--boundaries", "all")
-    assert done.exit_code == 0, done.output
-    return folder
+@pytest.fixture
+def cached(tmp_path_factory, tmp_path):
+    return shutil.copytree(finished_run(tmp_path_factory.getbasetemp()), tmp_path / "run")
 
 
 def test_many_samples_are_drawn_from_a_window(cached, monkeypatch):
     """All pass by; batches are of those that are kept, and the same as from the files."""
     monkeypatch.setattr(samples_module, "MOST_SAMPLES", 0)
     mmdit = load_run_pipeline(read_manifest(cached), {TRANSFORMER: "float32"}).mmdit
-    job = BlockUnit.jobs(model_layers(mmdit), list(model_blocks(mmdit)))[2]
+    job = BlockUnit.jobs(model_layers(mmdit), list(model_blocks(mmdit)))[1]
     samples = Samples.of_stretch(cached, read_cache_metadata(cached), job.blocks)
     settings = Settings(20, 2, 4, 0, 64, "ste", 0.5, 4e-3, 1e-3, 0.01, 3)
     unit = BlockUnit(mmdit, job, job.parts[0], samples, settings)
-    unit.settings = replace(settings, window=3)
-    unit.samples.training = list(range(6))
+    unit.settings = replace(settings, window=2)
+    unit.samples.training = list(range(4))
     training, seen = Training(unit), set()
     for iteration in range(training.iters):
         near = training.near(iteration).tolist()
-        assert len(near) == len(set(near)) == 3 and set(training.drawn(iteration).tolist()) <= set(near)
+        assert len(near) == len(set(near)) == 2 and set(training.drawn(iteration).tolist()) <= set(near)
         seen |= set(near)
-    assert seen == set(range(6))
+    assert seen == set(range(4))
     from_files = unit.samples.batch(near[:2])
     unit.samples.keep(near)
     monkeypatch.setattr(unit.samples, "_read", None)  # what is kept is not read again
@@ -53,21 +50,10 @@ def test_many_samples_are_drawn_from_a_window(cached, monkeypatch):
 
 
 def test_a_window_is_kept_by_the_run(cached, monkeypatch):
-    arguments = (
-        "optimize_adaround",
-        "--calib-dir",
-        cached,
-        "--iters",
-        10,
-        "--unit",
-        "block",
-        "--blocks",
-        "mm0",
-        "--batch-size",
-        1,
-    )
+    arguments = ("optimize_adaround", "--calib-dir", cached, "--iters", 10, "--unit", "block", "--blocks", "mm0")
+    arguments += ("--batch-size", 1)
     monkeypatch.setattr(samples_module, "MOST_SAMPLES", 0)
-    done = invoke(*arguments)
+    done = invoke(*arguments, "--force")
     assert done.exit_code == 0, done.output
     metadata, before = WeightPaths(cached).metadata, folder_bytes(cached)
     assert json.loads(metadata.read_bytes())["window"] == 4

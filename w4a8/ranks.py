@@ -116,14 +116,14 @@ class Ranks(Alone):
         remove_signs(self._folder, [self._path(self.rank)])
 
     def fail(self, message: str) -> bool:
-        """Tell the others; whether the message is this rank's to print: not where rank 0 says the same."""
+        """Tell the others; whether the message is this rank's to print: not where a lower one has failed, too, and speaks."""
         self._failure = message
         self._say()
-        deadline = time.monotonic() + (3 if self.rank else 0)
-        while self.rank and time.monotonic() < deadline:
-            said = next((peer.read().get("failed") for peer in self._peers if peer.rank == 0), None)
-            if said is not None:
-                return said != message
+        lower = [peer for peer in self._peers if peer.rank < self.rank]
+        deadline = time.monotonic() + 3
+        while lower and time.monotonic() < deadline:
+            if any(peer.read().get("failed") is not None for peer in lower):
+                return False
             time.sleep(0.1)
         return True
 
@@ -150,15 +150,20 @@ class Ranks(Alone):
             os.close(descriptor)
 
     def _meet(self) -> None:
-        """Wait until every rank's sign lies in this folder. Raises StoreError when it does not: the folder is not shared."""
+        """Wait until every rank's sign lies in this folder. Raises StoreError on rank 0 when one does not: it is not shared."""
         deadline = time.monotonic() + LOST_SECONDS
-        while missing := [peer.rank for peer in self._peers if not peer.read()]:
-            if time.monotonic() > deadline:
-                raise StoreError(
-                    f"{self._folder.parent} on {self.host}: rank {', '.join(map(str, missing))} does not see this folder; every "
-                    f"host needs the same one, on a network file system ({HELP})"
-                )
+        while (missing := [peer.rank for peer in self._peers if not peer.read()]) and time.monotonic() < deadline:
             time.sleep(0.05)
+        if not self.total(len(missing)):
+            return
+        remove_signs(self._folder, [self._path(self.rank)])
+        if self.rank:
+            os._exit(1)  # rank 0 says it
+        unseen = f"rank {', '.join(map(str, missing))} does" if missing else "another rank does"
+        raise StoreError(
+            f"{self._folder.parent} on {self.host}: {unseen} not see this folder; every host needs the same one, on a "
+            f"network file system ({HELP})"
+        )
 
     def _keep_watch(self) -> None:
         """Say that this rank lives, look whether the others do; where one does not, end the process with one line."""

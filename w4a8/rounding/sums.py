@@ -1,14 +1,11 @@
 """Sums over micro-batches whose last bits do not depend on who computes what."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_map
 
-from w4a8.cli.ranks import Alone
-
-Tree = Any  # MLX arrays in lists and dictionaries
+from w4a8.cli.ranks import Alone, Tree
 
 
 def summed(ranks: Alone, count: int, at_once: int, made: Callable[[Sequence[int]], list[Tree]], like: Tree) -> Tree:
