@@ -53,7 +53,7 @@ def main(**options) -> None:
 
 
 def run(
-    calib_dir: Path, model: str | None, local_checkpoint: Path | None, num_images: int | None, stride: int | None, steps: str | None,
+    calib_dir: Path, place: cli.ModelPlace, num_images: int | None, stride: int | None, steps: str | None,
     blocks: str | None, boundaries: str | None, text_group: int | None, max_bytes: int | None, resume: bool, force: bool, dry_run: bool,
 ) -> None:  # fmt: skip
     """Plan, load, probe, record what is left, describe the cache."""
@@ -86,7 +86,7 @@ def run(
     boundaries = choose_boundaries(boundaries, blocks, before)
     with folder.held(dry_run):
         dtype = manifest["activation_dtype"]
-        pipeline = load_run_pipeline(manifest, {TRANSFORMER: dtype, TEXT: dtype}, model, local_checkpoint)
+        pipeline = load_run_pipeline(manifest, {TRANSFORMER: dtype, TEXT: dtype}, place)
         recording = Recording(pipeline.mmdit, blocks, boundaries == ENDS)
         if before is not None and max_bytes is not None:  # chosen already
             num_images, stride = num_images or before["num_images"], stride or before["stride"]

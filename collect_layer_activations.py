@@ -34,7 +34,7 @@ def main(**options) -> None:
 
 
 def run(
-    calib_dir: Path, model: str | None, local_checkpoint: Path | None, num_images: int, stride: int,
+    calib_dir: Path, place: cli.ModelPlace, num_images: int, stride: int,
     text_group: int | None, max_bytes: int | None, resume: bool, force: bool, dry_run: bool,
 ) -> None:  # fmt: skip
     """Plan, load, probe, collect what is left, merge it step by step."""
@@ -68,7 +68,7 @@ def run(
     )
     with folder.held(dry_run):
         folder.check(plan)
-        pipeline = load_run_pipeline(manifest, {TRANSFORMER: dtype, TEXT: dtype}, model, local_checkpoint)
+        pipeline = load_run_pipeline(manifest, {TRANSFORMER: dtype, TEXT: dtype}, place)
         passes, way = (
             StoredPasses(pipeline, calib_dir, manifest, images, 1 if dry_run else text_group),
             choose_statistics(),

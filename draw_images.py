@@ -29,6 +29,7 @@ from w4a8 import cli
     help="sd3-emoji, a folder (an exported one, too), or a hub id that DiffusionKit knows.",
 )
 @click.option("--compare", help="Another model to draw the same prompts and seeds with; PSNR and SSIM under each pair.")
+@cli.lora_option
 @click.option("--seed", type=click.IntRange(min=0, max=2**31), default=0, help="Image i is drawn with seed + i.")
 @click.option("--num-steps", type=click.IntRange(min=1), default=50, help="Euler steps per image.")
 @click.option("--cfg-weight", type=click.FloatRange(min=0), help="Guidance; 0 turns it off.  [default: the model's]")
@@ -40,8 +41,8 @@ from w4a8 import cli
 @click.option("--t5/--no-t5", "use_t5", default=None, help="Use the T5 text encoder.  [default: the model's]")
 @click.option(
     "--dtype",
-    type=click.Choice(["float16", "float32"]),
-    help="Weights and activations.  [default: float16 on Metal and CUDA, float32 on a CPU]",
+    type=click.Choice(["float16", "bfloat16", "float32"]),
+    help="Weights and activations.  [default: the model's 16 bits on Metal and CUDA (FLUX: bfloat16), float32 on a CPU]",
 )
 @click.option("--activations", is_flag=True, help="Simulate the quantized activations that the export has ranges for.")
 @cli.native_option
@@ -54,7 +55,7 @@ def main(**options) -> None:
 
 
 def run(
-    prompts: tuple[str, ...], prompt_file: Path | None, model: str, compare: str | None, seed: int, num_steps: int,
+    prompts: tuple[str, ...], prompt_file: Path | None, model: str, loras: tuple, compare: str | None, seed: int, num_steps: int,
     cfg_weight: float | None, negative_prompt: str, latent_size: tuple[int, int] | None, batch_size: int,
     use_t5: bool | None, dtype: str | None, activations: bool, native: str, output: Path,
 ) -> None:  # fmt: skip
@@ -72,7 +73,7 @@ def run(
     if not wanted:
         raise click.UsageError("no prompt: give some, or --prompts FILE")
     prefer(native)
-    infos = [describe_model(name) for name in (model, compare) if name is not None]
+    infos = [describe_model(model, loras), *([describe_model(compare)] if compare is not None else [])]
     plan = plan_drawing(
         infos, wanted, seed, num_steps, cfg_weight, negative_prompt, latent_size, batch_size, use_t5, dtype
     )

@@ -11,6 +11,7 @@ the figures are about quality, never about speed.
 """
 
 import contextlib
+import functools
 from pathlib import Path
 
 import click
@@ -20,12 +21,7 @@ from w4a8 import cli
 
 @cli.stage_command
 @cli.calib_dir_option
-@click.option("--model", help="Model to evaluate, or where the calibration's is now.  [default: the calibration's]")
-@click.option(
-    "--local-checkpoint",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="Where the calibration's checkpoint file is now.  [default: where it was]",
-)
+@functools.partial(cli.model_place_options, another=True)
 @click.option(
     "--scale-is",
     type=click.Choice(["range", "step"]),
@@ -82,7 +78,7 @@ def main(**options) -> None:
 
 
 def run(
-    calib_dir: Path, model: str | None, local_checkpoint: Path | None, scale_is: str | None, prompt_file: Path | None,
+    calib_dir: Path, place: cli.ModelPlace, scale_is: str | None, prompt_file: Path | None,
     num_images: int, num_steps: int | None, cfg_weight: float | None, seed: int, batch_size: int, variants: str | None,
     min_psnr: float | None, max_step_error: float | None, output: Path | None, grid_map: str, native: str,
     text_group: int | None, dry_run: bool, resume: bool,
@@ -114,7 +110,7 @@ def run(
     names = [name.strip() for name in variants.split(",")] if variants is not None else default_variants(calib_dir)
     chosen = [make_variant(name, calib_dir, scale_is) for name in dict.fromkeys(["fp", *names])]
     given_prompts = read_prompt_file(prompt_file) if prompt_file else None
-    pipeline, info, fingerprint = load_evaluated(manifest, model, local_checkpoint)
+    pipeline, info, fingerprint = load_evaluated(manifest, place)
     prompts, overlap = choose_prompts(manifest, info.captions, given_prompts, num_images, seed)
     if given_prompts is not None and len(given_prompts) < num_images:
         click.echo(f"{len(prompts)} prompts in the file: {len(prompts)} images instead of {num_images}.")

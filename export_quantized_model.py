@@ -56,19 +56,18 @@ def main(**options) -> None:
 
 
 def run(
-    calib_dir: Path, model: str | None, local_checkpoint: Path | None, weights_name: str | None, activations: str | None,
+    calib_dir: Path, place: cli.ModelPlace, weights_name: str | None, activations: str | None,
     layout: str, rest_bits: str, all_linears: bool, complete: bool, output: Path | None, force: bool, dry_run: bool,
 ) -> None:  # fmt: skip
     """Find what is exported, check it, pack the transformer a layer at a time, write the folder."""
     from calibration_store.files import locked_folder, require_space
-    from calibration_store.layout import QuantizedModelPaths
+    from calibration_store.layout import HUB_4BIT_FILES, QuantizedModelPaths
     from calibration_store.manifest import read_manifest
     from w4a8.evaluation.variants import export_variant
     from w4a8.model.layers import model_layers
-    from w4a8.model.original import open_transformer
     from w4a8.model.runs import check_fingerprint, describe_run_model
+    from w4a8.model.transformer import open_transformer
     from w4a8.quantized.export import (
-        HUB_4BIT_MODEL,
         Export,
         check_output,
         estimated_seconds,
@@ -85,7 +84,7 @@ def run(
     if layout == "gguf" and activations is None:
         activations = "none"
     variant, activations = export_variant(calib_dir, weights_name, activations, int(rest_bits), all_linears)
-    info, checkpoint = describe_run_model(manifest, model, local_checkpoint)
+    info, checkpoint = describe_run_model(manifest, place)
     check_fingerprint(manifest, info, checkpoint)
     export = Export(info, checkpoint, manifest, variant.name, variant.weights, activations, variant.rule)
     refuse_options(export, layout, complete)
@@ -113,7 +112,7 @@ def run(
         else:
             quantization = pack_transformer(mmdit, variant.weights, bar)
             written = write_folder(paths, export, mmdit, quantization, complete)
-            if all_linears and info.version == HUB_4BIT_MODEL:
+            if all_linears and info.version in HUB_4BIT_FILES:
                 write_hub_file(paths, export, mmdit)
     click.echo(f"wrote {written}")
     if layout == "mlx":

@@ -22,8 +22,9 @@ DEFAULT_MODEL = "argmaxinc/mlx-stable-diffusion-3-medium"
 @click.option(
     "--local-checkpoint",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="Safetensors file with a hub model's transformer and VAE.",
+    help="Safetensors file with a hub model's transformer, in the original keys (SD3: and its VAE).",
 )
+@cli.lora_option
 @click.option(
     "--prompts",
     "prompt_file",
@@ -50,8 +51,8 @@ DEFAULT_MODEL = "argmaxinc/mlx-stable-diffusion-3-medium"
 @click.option("--t5/--no-t5", "use_t5", default=None, help="Use the T5 text encoder.  [default: the model's]")
 @click.option(
     "--dtype",
-    type=click.Choice(["float16", "float32"]),
-    help="Weights and activations.  [default: float16 on Metal and CUDA, float32 on a CPU]",
+    type=click.Choice(["float16", "bfloat16", "float32"]),
+    help="Weights and activations.  [default: the model's 16 bits on Metal and CUDA (FLUX: bfloat16), float32 on a CPU]",
 )
 @cli.text_group_option
 @click.option("--images/--no-images", "save_images", default=True, help="Decode the finished latents to PNG.")
@@ -64,7 +65,7 @@ def main(**options) -> None:
 
 
 def run(
-    model: str, local_checkpoint: Path | None, prompt_file: Path | None, num_images: int, num_steps: int,
+    model: str, local_checkpoint: Path | None, loras: tuple, prompt_file: Path | None, num_images: int, num_steps: int,
     cfg_weight: float | None, negative_prompt: str, seed: int, latent_size: tuple[int, int] | None, stride: int,
     batch_size: int, use_t5: bool | None, dtype: str | None, save_images: bool, calib_dir: Path,
     text_group: int | None, max_bytes: int | None, resume: bool, force: bool, dry_run: bool,
@@ -90,7 +91,7 @@ def run(
         refuse_foreign_pictures,
         refuse_hub_options,
     )
-    from w4a8.model.catalog import default_dtype, describe_model, model_fingerprint
+    from w4a8.model.catalog import describe_model, model_fingerprint
     from w4a8.model.loading import load_pipeline, whole_model
     from w4a8.model.text import check_prompts
     from w4a8.ranks import join
@@ -98,11 +99,11 @@ def run(
 
     ranks = join(calib_dir)
     given_prompts = read_prompt_file(prompt_file) if prompt_file else None
-    info = describe_model(model)
+    info = describe_model(model, loras)
     prompts = given_prompts or draw_builtin_prompts(info.captions, seed)
     plan = plan_run(
         info, prompts, num_images, num_steps, cfg_weight, negative_prompt, seed, latent_size, stride, batch_size,
-        use_t5, dtype or default_dtype(), local_checkpoint, save_images,
+        use_t5, dtype, local_checkpoint, save_images,
     )  # fmt: skip
     refuse_hub_options(info, plan)
     plan["weights_fingerprint"] = model_fingerprint(info, plan["use_t5"], local_checkpoint)

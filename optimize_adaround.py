@@ -41,7 +41,7 @@ def main(**options) -> None:
 
 
 def run(
-    calib_dir: Path, model: str | None, local_checkpoint: Path | None, blocks: str | None, unit: str | None,
+    calib_dir: Path, place: cli.ModelPlace, blocks: str | None, unit: str | None,
     end_to_end: int | None, micro_batch: int | None, lr_alpha: float | None, checkpoint_seconds: float, alpha: bool,
     average_bits: float | None, bit_choices: str, bits: tuple[str, ...], exclude: tuple[str, ...], sensitivity_only: bool,
     max_bytes: int | None, resume: bool, force: bool, dry_run: bool, **options,
@@ -75,7 +75,7 @@ def run(
     settings = Settings(lr_alpha=lr_alpha, **options)
     folder = StageFolder(paths, paths.plan, WEIGHTS_PLAN.read, OPTIONS, resume, force, ranks)
     with folder.held(dry_run):
-        opened = run_transformer(manifest, model, local_checkpoint)
+        opened = run_transformer(manifest, place)
         mmdit = opened()
         unit, blocks = choose_unit(mmdit, cache["block_names"], blocks, unit, settings.group_size)
         before = folder.before()

@@ -1,10 +1,12 @@
-"""A hub cache that holds a random-weight SD3: what random_sd3_medium.py writes."""
+"""A hub cache that holds models of random weights: what random_model.py writes."""
 
 from w4a8 import blas  # noqa: F401  (before MLX)
 
 # isort: split
 import json
+import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -13,8 +15,9 @@ from mlx.utils import tree_flatten
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from w4a8.model.catalog import BUNDLED_FOLDER
-from w4a8.model.diffusionkit import HUB_MMDIT_FILES, MMDiT, MMDiTConfig, VAEDecoder, VAEEncoder
-from w4a8.model.original import CHECKPOINT_PREFIX, checkpoint_key
+from w4a8.model.checkpoints import original_place
+from w4a8.model.diffusionkit import HUB_MMDIT_CONFIGS, HUB_MMDIT_FILES, MMDiT, MMDiTConfig, VAEDecoder, VAEEncoder
+from w4a8.model.families import SD3, Family, family_of
 
 SD3_MEDIUM = "argmaxinc/mlx-stable-diffusion-3-medium"
 TEXT_ENCODERS = "argmaxinc/stable-diffusion"
@@ -32,8 +35,8 @@ def hub_folder(hf_home: Path, repository: str) -> Path:
     return snapshot
 
 
-def vae_key(name: str, part: str) -> str:
-    """DiffusionKit's VAE parameter name -> the key of SD3's checkpoint."""
+def vae_key(name: str, prefix: str) -> str:
+    """DiffusionKit's VAE parameter name -> its key in the checkpoint, below `prefix`."""
     for ours, theirs in (
         ("up_blocks", "up"),
         ("down_blocks", "down"),
@@ -52,35 +55,49 @@ def vae_key(name: str, part: str) -> str:
         ("downsample", "downsample.conv"),
     ):
         name = name.replace(ours, theirs)
-    return f"first_stage_model.{part}.{name}"
+    return prefix + name
 
 
-def random_checkpoint(config: MMDiTConfig, seed: int = 0) -> dict:
-    """Random float16 weights of a transformer of `config` and SD3's VAE, keyed and shaped as SD3's checkpoint."""
-    key = mx.random.key(seed)
+class Random:
+    """Random weights of one precision, always the same."""
 
-    def draw(name: str, shape: tuple[int, ...]) -> mx.array:
-        nonlocal key
-        key, now = mx.random.split(key)
+    def __init__(self, dtype: mx.Dtype, seed: int = 0):
+        self._dtype, self._key = dtype, mx.random.key(seed)
+
+    def draw(self, name: str, shape: Sequence[int]) -> mx.array:
+        """Normal values of a layer's usual size; biases 0, norms 1. Unevaluated."""
+        self._key, now = mx.random.split(self._key)
         if name.endswith("bias"):
-            return mx.zeros(shape, dtype=mx.float16)
-        if "norm" in name:
-            return mx.ones(shape, dtype=mx.float16)
-        fan_in = shape[-1] if len(shape) == 2 else shape[1] * shape[2] * shape[3] if len(shape) == 4 else shape[-1]
-        return (mx.random.normal(shape, key=now) * fan_in**-0.5).astype(mx.float16)
+            return mx.zeros(shape, dtype=self._dtype)
+        if "norm" in name and len(shape) == 1:
+            return mx.ones(shape, dtype=self._dtype)
+        fan_in = math.prod(shape[1:]) or shape[-1]
+        return (mx.random.normal(shape, self._dtype, key=now) * fan_in**-0.5).astype(self._dtype)
 
-    weights = {}
+
+def random_transformer_weights(config: MMDiTConfig, family: Family) -> dict[str, mx.array]:
+    """Random 16-bit weights of a transformer of `config`, keyed and shaped as the original checkpoint has them."""
+    ends: dict[str, list[int]] = {}
     for name, array in tree_flatten(MMDiT(config).parameters()):
-        shape = array.shape
-        if "k_proj" in name or "v_proj" in name:
-            continue
-        if "q_proj" in name:
-            shape = (3 * shape[0], *shape[1:])
+        place, shape = original_place(family, name, config.hidden_size), list(array.shape)
         if name == "x_embedder.proj.weight":
-            shape = (shape[0], shape[3], shape[1], shape[2])
+            shape = [shape[0], shape[3], *shape[1:3]] if family is SD3 else [shape[0], shape[3]]
         if "pos_embed" in name:
-            shape = (1, *shape)
-        weights[CHECKPOINT_PREFIX + checkpoint_key(name)] = draw(name, shape)
+            shape = [1, *shape]
+        corner = [place.row + shape[0], *(place.column + side for side in shape[1:2]), *shape[2:]]
+        known = ends.get(place.key, corner)
+        ends[place.key] = [max(a, b) for a, b in zip(known, corner, strict=True)]
+    if family is not SD3:  # which has a guidance embedding and biases of k, too, in the real file
+        ends |= {
+            name.replace(".weight", ".bias"): side[:1] for name, side in ends.items() if name.endswith("qkv.weight")
+        }
+    random = Random(getattr(mx, family.half))
+    return {family.prefix + key: random.draw(key, shape) for key, shape in ends.items()}
+
+
+def random_vae(family: Family) -> dict[str, mx.array]:
+    """Random weights of the VAE that all models share in size, keyed as the original checkpoint has them."""
+    random, weights = Random(getattr(mx, family.half), seed=1), {}
     for part, model in (("decoder", VAEDecoder()), ("encoder", VAEEncoder())):
         for name, array in tree_flatten(model.parameters()):
             shape = array.shape
@@ -88,7 +105,7 @@ def random_checkpoint(config: MMDiTConfig, seed: int = 0) -> dict:
                 shape = (shape[0], shape[3], shape[1], shape[2])
             elif len(shape) == 2:
                 shape = (*shape, 1, 1)
-            weights[vae_key(name, part)] = draw(name, shape)
+            weights[vae_key(name, f"{family.vae_prefix}{part}.")] = random.draw(name, shape)
     return weights
 
 
@@ -102,7 +119,7 @@ def plant_outliers(weights: dict[str, mx.array], depth: int, seed: int = 0) -> N
     column, rng = table["columns"].index("max_over_median_channel"), np.random.default_rng(seed)
 
     def change(key: str, rows: slice, factors: np.ndarray, axis: int = 0, more: float = 0.0) -> None:
-        full = f"{CHECKPOINT_PREFIX}joint_blocks.{key}"
+        full = f"{SD3.prefix}joint_blocks.{key}"
         if full in weights:
             array = np.array(weights[full], np.float32)
             part = array[rows] if axis == 0 else array
@@ -121,9 +138,9 @@ def plant_outliers(weights: dict[str, mx.array], depth: int, seed: int = 0) -> N
                 return scales.astype(np.float32)
 
             name = f"{block}.{stream}"
-            width = weights[f"{CHECKPOINT_PREFIX}joint_blocks.{name}.attn.qkv.weight"].shape[1]
+            width = weights[f"{SD3.prefix}joint_blocks.{name}.attn.qkv.weight"].shape[1]
             for part, reader, (shift, scale) in (("attn.q_proj", "attn.qkv", (0, 1)), ("mlp.fc1", "mlp.fc1", (3, 4))):
-                if f"{CHECKPOINT_PREFIX}joint_blocks.{name}.{reader}.weight" not in weights:
+                if f"{SD3.prefix}joint_blocks.{name}.{reader}.weight" not in weights:
                     continue  # the last block's text
                 wide = factors(part, width)
                 for row in (shift, scale):
@@ -189,23 +206,24 @@ def whole_vocabulary(vocabulary: dict[str, int]) -> dict[str, int]:
     return {token: index for index, token in enumerate([*tokens, "<|endoftext|>"])}
 
 
-def write_checkpoint(hf_home: Path, config: MMDiTConfig, repository: str, outliers: bool = False) -> Path:
-    """Write a repository's transformer and VAE, with what DiffusionKit asks for beside them; returns the file's path."""
-    snapshot = hub_folder(hf_home, repository)
+def write_checkpoint(hf_home: Path, repository: str, outliers: bool = False) -> Path:
+    """Write a repository's transformer and VAE, with what DiffusionKit asks for beside them; returns the transformer's file."""
+    snapshot, family, config = hub_folder(hf_home, repository), family_of(repository), HUB_MMDIT_CONFIGS[repository]
     (snapshot / "config.json").write_text("{}")
-    checkpoint = snapshot / HUB_MMDIT_FILES[repository][repository]
-    weights = random_checkpoint(config)
+    files = HUB_MMDIT_FILES[repository]
+    weights = random_transformer_weights(config, family)
     if outliers:
         plant_outliers(weights, config.depth_multimodal)
-    mx.save_safetensors(str(checkpoint), weights)
-    return checkpoint
+    if family.vae_inside:
+        weights |= random_vae(family)
+    else:
+        mx.save_safetensors(str(snapshot / files["vae"]), random_vae(family))
+    mx.save_safetensors(str(snapshot / files[repository]), weights)
+    return snapshot / files[repository]
 
 
-def write_hub_cache(
-    hf_home: Path, config: MMDiTConfig, clip_widths: tuple[int, int] = (768, 1280), outliers: bool = False
-) -> Path:
-    """Write everything that loading SD3-Medium without T5 asks the hub for; returns the checkpoint's path."""
-    checkpoint = write_checkpoint(hf_home, config, SD3_MEDIUM, outliers)
+def write_text_encoders(hf_home: Path, clip_widths: tuple[int, int] = (768, 1280)) -> None:
+    """Write both CLIP encoders and their tokenizers, which all models share."""
     encoders = hub_folder(hf_home, TEXT_ENCODERS)
     vocabulary = whole_vocabulary(json.loads((BUNDLED_FOLDER / "vocab.json").read_text(encoding="utf-8")))
     for seed, (part, width) in enumerate(zip(("clip_l", "clip_g"), clip_widths, strict=True)):
@@ -217,11 +235,27 @@ def write_hub_cache(
         tokenizer.mkdir(exist_ok=True)
         (tokenizer / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
         shutil.copy(BUNDLED_FOLDER / "merges.txt", tokenizer / "merges.txt")
-    return checkpoint
+
+
+def write_hub_cache(hf_home: Path, repository: str = SD3_MEDIUM, outliers: bool = False) -> Path:
+    """Write everything that loading a model without T5 asks the hub for; returns the transformer's file."""
+    write_text_encoders(hf_home)
+    return write_checkpoint(hf_home, repository, outliers)
+
+
+TINY = {"num_heads": 2, "depth_multimodal": 2, "hidden_size_override": 128}
+TINY_PARTS = {"sd3": {"max_latent_resolution": 64}, "flux": {"depth_unified": 2, "rope_axes_dim": (8, 28, 28)}}
+
+
+def make_tiny() -> None:
+    """In this process: DiffusionKit's configs of all hub models at two blocks a kind of 128 channels, in place, as its loaders keep them."""
+    for key, config in HUB_MMDIT_CONFIGS.items():
+        vars(config).update(TINY | TINY_PARTS[family_of(key).name])
 
 
 T5_XXL = {"d_kv": 64, "num_heads": 64, "d_ff": 10240, "num_layers": 24, "vocab_size": 32128}
 T5_WIDTH = 4096
+T5_TINY = {"d_kv": 8, "num_heads": 2, "d_ff": 24, "num_layers": 1, "vocab_size": 40}
 
 
 def write_t5(hf_home: Path, size: dict[str, int] = T5_XXL) -> None:

@@ -144,7 +144,7 @@ class Dressed:
 def drawn(manifest: Mapping[str, Any], ways: Mapping[str, Dense], num_images: int) -> dict[str, dict]:
     """Each way's metrics against the original."""
 
-    pipeline, info, fingerprint = load_evaluated(manifest, None, None)
+    pipeline, info, fingerprint = load_evaluated(manifest)
     prompts, _ = choose_prompts(manifest, info.captions, None, num_images, 10_000)
     run = plan_run(manifest, info, fingerprint, pipeline.use_t5, prompts, 20, None, 10_000, min(num_images, 64))
     texts = Texts(pipeline, prompts, run.cfg_weight, run.negative_prompt, None)

@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from w4a8.model.layers import Block
+from w4a8.rounding.samples import Batch
 from w4a8.rounding.training import Training
 
 
@@ -21,8 +22,8 @@ class RandomSamples:
         self.training, self.held_out = list(range(count // 8, count)), list(range(count // 8))
         outputs = []
         for index in range(count):
-            *inputs, modulation_input = self.batch([index])
-            found = block.run(inputs, modulation_input)
+            batch = self.batch([index])
+            found = block.run(batch.tokens, batch.modulation)
             outputs.append([np.array(array.astype(mx.float16)) for array in found])
         self.arrays += [np.stack(part) for part in zip(*outputs, strict=True)]
 
@@ -36,10 +37,11 @@ class RandomSamples:
         """As stage 3W's Samples: all are of one step."""
         return np.zeros(len(indices), np.int64)
 
-    def batch(self, indices: Sequence[int], key: mx.array | None = None) -> list[mx.array]:
+    def batch(self, indices: Sequence[int], key: mx.array | None = None) -> Batch:
         """As stage 3W's Samples."""
         picked = (array[indices] for array in self.arrays)
-        return [mx.array(array.reshape(-1, *array.shape[2:])).astype(mx.float32) for array in picked]
+        found = [mx.array(array.reshape(-1, *array.shape[2:])).astype(mx.float32) for array in picked]
+        return Batch(found[:2], found[2], found[3:])
 
     def keep(self, indices: Sequence[int]) -> None:
         """As stage 3W's Samples: all are in memory."""

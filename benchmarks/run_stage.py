@@ -16,10 +16,15 @@ sys.path.insert(0, str(ROOT))
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
+@click.option("--tiny", is_flag=True, help="Hub models are at the size of random_model.py --size tiny.")
 @click.argument("stage")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def main(stage: str, arguments: tuple[str, ...]) -> None:
+def main(tiny: bool, stage: str, arguments: tuple[str, ...]) -> None:
     """Run STAGE, a script of this toolkit, with its ARGUMENTS; print seconds, MLX's peak and the process's."""
+    if tiny:
+        from benchmarks.hub_cache import make_tiny
+
+        make_tiny()
     started, code = time.perf_counter(), 0
     try:
         importlib.import_module(Path(stage).stem).main(list(arguments))

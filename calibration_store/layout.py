@@ -198,6 +198,13 @@ class EvaluationPaths:
         return matching(self.runs, rf"{re.escape(variant)}_[0-9a-f]{{16}}\.npz")
 
 
+# hub models of which DiffusionKit has a 4-bit file, and its name
+HUB_4BIT_FILES = {
+    "argmaxinc/mlx-stable-diffusion-3.5-large": "sd3.5_large_4bit_quantized.safetensors",
+    "argmaxinc/mlx-FLUX.1-schnell": "flux-schnell-4bit-quantized.safetensors",
+}
+
+
 class QuantizedModelPaths:
     """Stage 5; `root` is quantized_model/ below the folder that all stages share, or --output."""
 
@@ -213,14 +220,14 @@ class QuantizedModelPaths:
     def gguf(self, name: str) -> Path:
         return self.root / f"{name}-q4_1.gguf"
 
-    def hub_file(self) -> Path:
-        """Every linear layer packed, in the layout of DiffusionKit's 4-bit hub file."""
-        return self.root / "sd3.5_large_4bit_quantized.safetensors"
+    def hub_file(self, model: str) -> Path:
+        """Every linear layer packed, in the layout of DiffusionKit's 4-bit hub file of sd3.5_large or flux-schnell."""
+        return self.root / HUB_4BIT_FILES[model]
 
     def owned_files(self) -> list[Path]:
         """Of an exported model folder; another model's folder has no such files, or a config.json of its own."""
         names = r"config\.json|activations\.json|(mmdit|clip_l|clip_g|decoder)\.safetensors|vocab\.json|merges\.txt|captions\.txt"
-        return matching(self.root, rf"{names}|sd3\.5_large_4bit_quantized\.safetensors")
+        return matching(self.root, rf"{names}|{'|'.join(map(re.escape, HUB_4BIT_FILES.values()))}")
 
     def gguf_files(self) -> list[Path]:
         return matching(self.root, r".+-q4_1\.gguf")

@@ -50,7 +50,7 @@ class _Manifest(TypedDict):
     use_t5: bool
     sampler_shift: Positive
     seed_base: Annotated[int, Meta(ge=0, le=2**31)]
-    activation_dtype: Literal["float16", "float32"]
+    activation_dtype: Literal["float16", "bfloat16", "float32"]
     stride: Steps
     batch_size: Count
     save_images: bool
@@ -61,10 +61,17 @@ class _Manifest(TypedDict):
     images: list[ImageEntry]
 
 
+class LoraEntry(TypedDict):
+    file: Name
+    scale: Annotated[float, Meta(ge=-1e3, le=1e3)]
+
+
 class Manifest(_Manifest, total=False):
     """manifest.json; `weights_fingerprint` is not in files of version 0.2.0 and older."""
 
     local_checkpoint: Name | None
+    architecture: Literal["sd3", "flux"]  # absent: sd3
+    loras: list[LoraEntry]  # fused into the transformer's weights; absent: none
     weights_fingerprint: Digest
     batch_option: Count  # what was asked for; a run of fewer images has fewer rows in a pass
 
@@ -98,6 +105,11 @@ def manifest_fault(manifest: Manifest) -> str | None:
 
 
 MANIFEST = JsonFormat(MANIFEST_FORMAT, Manifest, GENERATE, manifest_fault)
+
+
+def stored_dtype(activation_dtype: str) -> str:
+    """How latents of a run's precision are kept: NumPy has no bfloat16, whose values float32 holds exactly."""
+    return "float32" if activation_dtype == "bfloat16" else activation_dtype
 
 
 def prompts_digest(prompts: Sequence[str]) -> str:

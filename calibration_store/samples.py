@@ -7,7 +7,7 @@ import numpy as np
 
 from calibration_store.errors import StoreError
 from calibration_store.layout import CalibrationPaths
-from calibration_store.manifest import GENERATE, saved_steps
+from calibration_store.manifest import GENERATE, saved_steps, stored_dtype
 from calibration_store.npz import npz_bytes, read_npz, write_npz
 from calibration_store.pictures import is_picture
 from calibration_store.schema import FINITE, FLOATS, NOT_NEGATIVE, Member, Record
@@ -16,7 +16,7 @@ from calibration_store.schema import FINITE, FLOATS, NOT_NEGATIVE, Member, Recor
 def sample_arrays(
     x: np.ndarray, timestep: np.ndarray, sigma: float, step_index: int, image_id: int, is_final: bool
 ) -> dict[str, np.ndarray]:
-    """The arrays of one sample file. x (1, h, w, 16) and timestep () share the activation dtype."""
+    """The arrays of one sample file. x (1, h, w, 16) and timestep () share a dtype, `stored_dtype`."""
     return {
         "x": x,
         "timestep": np.asarray(timestep, dtype=x.dtype),
@@ -46,7 +46,7 @@ def write_sample(paths: CalibrationPaths, arrays: Mapping[str, np.ndarray]) -> N
 
 def sample_bytes(plan: Mapping[str, Any]) -> int:
     """Bytes on disk of one image's samples: exact, from one sample's real layout."""
-    x = np.zeros((1, *plan["latent_size"], 16), plan["activation_dtype"])
+    x = np.zeros((1, *plan["latent_size"], 16), stored_dtype(plan["activation_dtype"]))
     steps = saved_steps(plan["num_steps"], plan["stride"])
     return npz_bytes(sample_arrays(x, np.zeros(()), 0.0, 0, 0, False)) * len(steps)
 
@@ -72,7 +72,7 @@ def read_sample(
     found = {name: arrays[name].item() for name in ("image_id", "step_index", "is_final")}
     found |= {"shape of x": arrays["x"].shape, "dtype of x": arrays["x"].dtype.name}
     found |= {"dtype of timestep": arrays["timestep"].dtype.name}
-    dtype, shape = manifest["activation_dtype"], (1, *manifest["latent_size"], 16)
+    dtype, shape = stored_dtype(manifest["activation_dtype"]), (1, *manifest["latent_size"], 16)
     expected = {"image_id": image_id, "step_index": step_index, "is_final": step_index == manifest["num_steps"]}
     expected |= {"shape of x": shape, "dtype of x": dtype, "dtype of timestep": dtype}
     for name, values in zip(("sigma", "timestep"), schedule or (), strict=False):

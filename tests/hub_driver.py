@@ -7,7 +7,6 @@ hub_driver.py SCRIPT [ARGUMENT]... [then SCRIPT [ARGUMENT]...]...    a command l
 import w4a8  # noqa: F401  (before MLX)
 
 # isort: split
-import dataclasses
 import importlib
 import itertools
 import sys
@@ -17,17 +16,24 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from benchmarks.hub_cache import SD3_MEDIUM, hub_folder, write_checkpoint, write_hub_cache, write_t5
-from w4a8.model.diffusionkit import HUB_MMDIT_CONFIGS, model_io
+from benchmarks.hub_cache import (
+    SD3_MEDIUM,
+    T5_TINY,
+    hub_folder,
+    make_tiny,
+    write_checkpoint,
+    write_t5,
+    write_text_encoders,
+)
+from w4a8.model.diffusionkit import model_io
 from w4a8.model.layers import model_layers
 from w4a8.model.loading import diffusionkit_pipeline
 from w4a8.quantized.native import NativeLinear
 
 LARGE = "argmaxinc/mlx-stable-diffusion-3.5-large"
+SCHNELL = "argmaxinc/mlx-FLUX.1-schnell"
 LARGE_4BIT = f"{LARGE}-4bit-quantized"
-SIZE = {"depth_multimodal": 2, "num_heads": 2, "max_latent_resolution": 64}
-for key in (SD3_MEDIUM, LARGE, LARGE_4BIT):
-    HUB_MMDIT_CONFIGS[key] = dataclasses.replace(HUB_MMDIT_CONFIGS[key], **SIZE)
+make_tiny()
 
 
 def denoise(folder, prompt, seed, output):
@@ -74,10 +80,11 @@ def run(script, *arguments):
 
 if __name__ == "__main__":
     if sys.argv[1] == "write":
-        write_hub_cache(Path(sys.argv[2]), HUB_MMDIT_CONFIGS[SD3_MEDIUM])
-        write_checkpoint(Path(sys.argv[2]), HUB_MMDIT_CONFIGS[LARGE], LARGE)
+        write_text_encoders(Path(sys.argv[2]))
+        for repository in (SD3_MEDIUM, LARGE, SCHNELL):
+            write_checkpoint(Path(sys.argv[2]), repository)
         (hub_folder(Path(sys.argv[2]), LARGE_4BIT) / "config.json").write_text("{}")
-        write_t5(Path(sys.argv[2]), {"d_kv": 8, "num_heads": 2, "d_ff": 24, "num_layers": 1, "vocab_size": 40})
+        write_t5(Path(sys.argv[2]), T5_TINY)
     else:
         for is_then, words in itertools.groupby(sys.argv[1:], lambda word: word == "then"):
             if not is_then:

@@ -15,7 +15,7 @@ from test_hooks import tiny_flux
 from calibration_store.errors import OptionError, StoreError
 from calibration_store.names import block_of, input_owner, is_post_gelu, layer_key, layer_kind, split_key
 from w4a8.model.catalog import BUNDLED_FOLDER, describe_model
-from w4a8.model.layers import MultimodalBlock, UnifiedBlock, model_blocks, model_layers
+from w4a8.model.layers import MultimodalBlock, UnifiedBlock, model_blocks, model_layers, note_latent_size
 from w4a8.model.loading import DECODER, TEXT, TRANSFORMER, load_pipeline, whole_model
 from w4a8.quantized.model import NearestWeights, put_in_place
 
@@ -46,7 +46,8 @@ def test_unified_blocks_run_on_their_own():
     assert [layer.name for layer in block.layers][:2] == ["uni1.attn.q_proj", "uni1.attn.k_proj"]
     tokens, modulation = mx.random.normal((1, 12, 1, 256)), mx.random.normal((1, 1, 1, 256))
     rope = flux.pre_sdpa_rope(text_sequence_length=4, latent_image_resolution=(2, 4))
-    alone = block.run([tokens], modulation, positional_encodings=rope)
+    note_latent_size(flux, (4, 8))
+    alone = block.run([tokens], modulation)
     stream = block.module.transformer_block
     stream["_modulation_params"] = {7.0: stream.adaLN_modulation(modulation)}
     inside = block.module(tokens, mx.array([7.0]), positional_encodings=rope)

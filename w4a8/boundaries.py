@@ -14,8 +14,9 @@ from calibration_store.errors import OptionError, StoreError
 from calibration_store.names import MULTIMODAL, block_kind, split_key
 from hooks import hooked_blocks
 from w4a8.model.layers import model_blocks
-from w4a8.model.needs import config_of, text_tokens
+from w4a8.model.needs import config_of
 from w4a8.model.parts import Pipeline
+from w4a8.model.text import text_tokens
 from w4a8.passes import Batch, Pass, Place, StoredPasses
 
 

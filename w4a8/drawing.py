@@ -18,8 +18,8 @@ from calibration_store.quantized_model import EXPORT, read_activations
 from w4a8.cli.progress import ProgressBar
 from w4a8.evaluation.metrics import image_metrics
 from w4a8.evaluation.sampling import quantized_steps
-from w4a8.generation import check_latent_size, decoding
-from w4a8.model.catalog import ModelInfo, default_dtype, model_files
+from w4a8.generation import check_guidance, check_latent_size, decoding
+from w4a8.model.catalog import ModelInfo, choose_dtype, model_files
 from w4a8.model.layers import model_layers
 from w4a8.model.loading import check_folder, load_pipeline
 from w4a8.model.needs import needs_of, refuse_too_large
@@ -66,6 +66,7 @@ def plan_drawing(
     latent_size = latent_size or first.latent_size
     for info in infos:
         check_latent_size(info, latent_size)
+        check_guidance(info, cfg_weight)
         check_folder(info, bool(use_t5), None)
         if info.vae_downscale != first.vae_downscale:
             raise OptionError(f"--compare {info.version}: its images have another size")
@@ -75,7 +76,15 @@ def plan_drawing(
         raise OptionError(f"--seed {seed}: seed + image must stay below 2^32")
     batch_size = min(batch_size, len(prompts))
     return Plan(
-        prompts, seed, num_steps, cfg_weight, negative_prompt, latent_size, batch_size, use_t5, dtype or default_dtype()
+        prompts,
+        seed,
+        num_steps,
+        cfg_weight,
+        negative_prompt,
+        latent_size,
+        batch_size,
+        use_t5,
+        choose_dtype(first, dtype),
     )
 
 
@@ -91,7 +100,7 @@ def load_model(info: ModelInfo, plan: Plan, activations: bool) -> tuple[Pipeline
             )
         rule = rule_of_export(read_activations(info.folder), ranges)
     use_t5 = info.use_t5 if plan.use_t5 is None else plan.use_t5
-    pipeline = load_pipeline(info, whole_model(plan.dtype), use_t5, lazy=True)
+    pipeline = load_pipeline(info, whole_model(choose_dtype(info, plan.dtype)), use_t5, lazy=True)
     if rule is not None:
         rule.check("--activations", model_layers(pipeline.mmdit))
     check_prompts(pipeline, plan.prompts)

@@ -18,9 +18,9 @@ from calibration_store.pictures import picture_chunks
 from calibration_store.samples import is_complete, sample_arrays, sample_bytes, write_sample
 from w4a8.cli.progress import ProgressBar, progress_bar
 from w4a8.cli.ranks import ALONE, Alone
-from w4a8.model.catalog import ModelInfo, package_versions
+from w4a8.model.catalog import ModelInfo, choose_dtype, package_versions
 from w4a8.model.needs import needs_of, refuse_too_large
-from w4a8.model.parts import DECODER, TRANSFORMER, Pipeline
+from w4a8.model.parts import DECODER, TRANSFORMER, Pipeline, to_numpy
 from w4a8.model.runs import run_schedule
 from w4a8.model.sampling import EulerStep, decode_latents, euler_steps, initial_noise
 from w4a8.model.text import Texts
@@ -47,12 +47,13 @@ RUN_OPTIONS = {
 def plan_run(
     info: ModelInfo, prompts: Sequence[str], num_images: int, num_steps: int, cfg_weight: float | None,
     negative_prompt: str, seed: int, latent_size: tuple[int, int] | None, stride: int, batch_size: int,
-    use_t5: bool | None, dtype: str, local_checkpoint: Path | None, save_images: bool,
+    use_t5: bool | None, dtype: str | None, local_checkpoint: Path | None, save_images: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """The manifest of a run before its first image. A list shorter than num_images starts again with new seeds."""
     cfg_weight = info.cfg_weight if cfg_weight is None else cfg_weight
     latent_size = info.latent_size if latent_size is None else latent_size
     check_latent_size(info, latent_size)
+    check_guidance(info, cfg_weight)
     if negative_prompt and cfg_weight <= 1:
         raise OptionError("--negative-prompt needs --cfg-weight above 1: DiffusionKit ignores it otherwise")
     if seed + num_images > 2**32:
@@ -61,7 +62,9 @@ def plan_run(
     return {
         "format": MANIFEST_FORMAT,
         "model_version": info.version,
+        "architecture": info.family.name,
         "local_checkpoint": str(local_checkpoint.resolve()) if local_checkpoint else None,
+        **({"loras": [{"file": str(lora.file), "scale": lora.scale} for lora in info.loras]} if info.loras else {}),
         "num_steps": num_steps,
         "cfg_scale": cfg_weight,
         "negative_prompt": negative_prompt,
@@ -70,7 +73,7 @@ def plan_run(
         "use_t5": info.use_t5 if use_t5 is None else use_t5,
         "sampler_shift": info.sampler_shift,
         "seed_base": seed,
-        "activation_dtype": dtype,
+        "activation_dtype": choose_dtype(info, dtype),
         "stride": stride,
         "batch_option": batch_size,
         "batch_size": min(batch_size, num_images),
@@ -92,6 +95,14 @@ def plan_run(
             for image_id, prompt in enumerate(chosen)
         ],
     }
+
+
+def check_guidance(info: ModelInfo, cfg_weight: float) -> None:
+    """Raise OptionError for guidance where DiffusionKit runs no rows of a negative prompt."""
+    if cfg_weight > 0 and not info.family.guided:
+        raise OptionError(
+            f"--cfg-weight {cfg_weight:g}: {info.version} is run without guidance; leave it out, or give 0"
+        )
 
 
 def check_latent_size(info: ModelInfo, latent_size: tuple[int, int]) -> None:
@@ -119,8 +130,8 @@ def continue_run(plan: dict[str, Any], manifest: dict[str, Any]) -> str | None:
         raise OptionError(f"--resume: the run has --num-images {started_with}; it can grow, not shrink")
     if prompts_digest([image["prompt"] for image in plan["images"][:started_with]]) != manifest["prompts_sha256"]:
         raise OptionError("--resume: the run was started with other --prompts; give the same list or use --force")
-    where = ("model_version", "local_checkpoint")
-    if plan["weights_fingerprint"] is not None or any(plan[key] != manifest.get(key) for key in where):
+    where = ("model_version", "local_checkpoint", "loras")
+    if plan["weights_fingerprint"] is not None or any(plan.get(key) != manifest.get(key) for key in where):
         check_same_model(plan, manifest)
     versions = plan["package_versions"]
     plan |= {key: manifest[key] for key in ("batch_option", "batch_size", "package_versions")}
@@ -149,6 +160,8 @@ def refuse_hub_options(info: ModelInfo, plan: dict[str, Any]) -> None:
         raise OptionError("--local-checkpoint goes with a hub model; a model folder brings its own weights")
     if info.hub_id is None and plan["use_t5"]:
         raise OptionError(f"--t5: {info.version} has no T5 text encoder; use --no-t5")
+    if info.family.needs_t5 and not plan["use_t5"]:
+        raise OptionError(f"--no-t5: {info.version} reads its prompts with T5; leave it out")
 
 
 def complete_images(paths: CalibrationPaths, plan: dict[str, Any], info: ModelInfo) -> dict[int, dict]:
@@ -277,7 +290,7 @@ def write_step(
     dtype: str,
 ) -> None:
     """Hand the samples of one step to the writer, in the dtype that the model is given."""
-    x = np.array(step.x.astype(getattr(mx, dtype)))
+    x = to_numpy(step.x.astype(getattr(mx, dtype)))
     finite = np.isfinite(x).all(axis=(1, 2, 3))
     if not finite[: len(batch)].all():
         image = batch[int(np.argmin(finite))]["image_id"]
@@ -287,7 +300,7 @@ def write_step(
             else "--dtype float32 or a smaller --cfg-weight"
         )
         raise StoreError(f"step {step.step_index} of image {image} holds NaN or infinity; try {way}")
-    timestep, sigma = np.array(step.timestep), float(step.sigma)
+    timestep, sigma = to_numpy(step.timestep), float(step.sigma)
     for row, image in enumerate(batch):
         if image["image_id"] not in complete:
             arrays = sample_arrays(x[row : row + 1], timestep, sigma, step.step_index, image["image_id"], step.is_final)

@@ -18,11 +18,11 @@ from calibration_store.layout import CalibrationPaths
 from calibration_store.manifest import run_identity, select_images, select_steps
 from calibration_store.samples import read_sample
 from w4a8.cli.words import few
-from w4a8.model.needs import config_of, needs_of, refuse_too_large, text_tokens
+from w4a8.model.needs import config_of, needs_of, refuse_too_large
 from w4a8.model.parts import Pipeline
 from w4a8.model.replay import Replay, modulated, replaying
 from w4a8.model.runs import run_schedule
-from w4a8.model.text import TextConditioning, Texts
+from w4a8.model.text import TextConditioning, Texts, text_tokens
 from w4a8.parallel import threads_for
 
 Result = TypeVar("Result")
@@ -78,16 +78,18 @@ class Batch:
         latents = np.concatenate([sample["x"] for sample in self.samples] * self._rows)
         with modulated(self.pipeline.mmdit, self.modulation_input()):
             return self.pipeline.mmdit(
-                latent_image_embeddings=mx.array(latents),
+                latent_image_embeddings=mx.array(latents, self.text.tokens.dtype),
                 token_level_text_embeddings=mx.expand_dims(self.text.tokens, 2),
                 timestep=mx.zeros((1,)),
             )
 
     def modulation_input(self) -> mx.array:
         """What feeds every adaLN layer, (R·samples, 1, 1, hidden), unevaluated."""
-        timesteps = mx.array(np.concatenate([sample["timestep"][None] for sample in self.samples] * self._rows))
+        timesteps = np.concatenate([sample["timestep"][None] for sample in self.samples] * self._rows)
         mmdit = self.pipeline.mmdit
-        return mmdit.y_embedder(self.text.pooled)[:, None, None, :] + mmdit.t_embedder(timesteps)
+        return mmdit.y_embedder(self.text.pooled)[:, None, None, :] + mmdit.t_embedder(
+            mx.array(timesteps, self.text.pooled.dtype)
+        )
 
 
 LAUNCH_BOUND, MOST_AT_ONCE = (

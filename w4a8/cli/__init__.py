@@ -2,8 +2,10 @@
 
 from w4a8.cli.command import Interrupted, StageCommand, interruptible, stage_command
 from w4a8.cli.options import (
+    ModelPlace,
     analysis_options,
     calib_dir_option,
+    lora_option,
     max_bytes_option,
     model_place_options,
     native_option,
@@ -16,6 +18,7 @@ from w4a8.cli.words import few, format_bytes, format_seconds
 
 __all__ = [
     "Interrupted",
+    "ModelPlace",
     "StageCommand",
     "analysis_options",
     "calib_dir_option",
@@ -23,6 +26,7 @@ __all__ = [
     "format_bytes",
     "format_seconds",
     "interruptible",
+    "lora_option",
     "max_bytes_option",
     "model_place_options",
     "native_option",

@@ -1,8 +1,10 @@
 """Options that several stages share."""
 
 import functools
+import math
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,20 +21,81 @@ def calib_dir_option(function: Callable) -> Callable:
     )(function)
 
 
-def model_place_options(function: Callable) -> Callable:
-    """`--model` and `--local-checkpoint`: where the calibration run's model is now."""
+@dataclass(frozen=True)
+class Lora:
+    """`--lora FILE[:scale]`."""
+
+    file: Path
+    scale: float = 1.0
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.scale:g}"
+
+
+class LoraFile(click.ParamType):
+    """FILE, or FILE:scale."""
+
+    name = "FILE[:scale]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Lora:
+        if isinstance(value, Lora):
+            return value
+        file, scale = Path(value), 1.0
+        if not file.exists() and ":" in value:
+            before, _, after = value.rpartition(":")
+            try:
+                file, scale = Path(before), float(after)
+            except ValueError:
+                self.fail(f"{value!r}: no such file, and {after!r} is no scale such as 0.8", param, ctx)
+            if not (math.isfinite(scale) and abs(scale) <= 1000):
+                self.fail(f"{value!r}: the scale must be a number from -1000 to 1000", param, ctx)
+        if not file.is_file():
+            self.fail(f"{str(file)!r}: no such file", param, ctx)
+        return Lora(file.resolve(), scale)
+
+
+def lora_option(function: Callable, now: bool = False) -> Callable:
+    """`--lora`, repeatable; now: of a calibration run, whose files may have moved."""
+    where = "Where the run's LoRA files are now, all of them.  [default: where they were]"
+    what = "LoRA to fuse into the transformer's weights, in the keys of diffusers, PEFT or kohya. Repeatable."
+    return click.option("--lora", "loras", type=LoraFile(), multiple=True, help=where if now else what)(function)
+
+
+@dataclass(frozen=True)
+class ModelPlace:
+    """Where a calibration run's model is now; what is not given is where it was."""
+
+    model: str | None = None
+    local_checkpoint: Path | None = None
+    loras: tuple[Lora, ...] = ()
+
+
+WHERE_IT_WAS = ModelPlace()
+
+
+def model_place_options(function: Callable, another: bool = False) -> Callable:
+    """`--model`, `--local-checkpoint` and `--lora`, given on as `place`: where the calibration run's model is now.
+
+    another: --model may name another one.
+    """
+    same = "Where the run's model is now; its weights must be the same.  [default: where it was]"
+    other = "Model to evaluate, or where the calibration's is now.  [default: the calibration's]"
+
+    @functools.wraps(function)
+    def placed(*args, model: str | None, local_checkpoint: Path | None, loras: tuple[Lora, ...], **kwargs):
+        return function(*args, place=ModelPlace(model, local_checkpoint, loras), **kwargs)
+
+    placed = lora_option(placed, now=True)
     for decorator in (
         click.option(
             "--local-checkpoint",
             type=click.Path(path_type=Path, exists=True, dir_okay=False),
             help="Where the run's checkpoint file is now.  [default: where it was]",
         ),
-        click.option(
-            "--model", help="Where the run's model is now; its weights must be the same.  [default: where it was]"
-        ),
+        click.option("--model", help=other if another else same),
     ):
-        function = decorator(function)
-    return function
+        placed = decorator(placed)
+    return placed
 
 
 def text_group_option(function: Callable) -> Callable:

@@ -18,12 +18,13 @@ from calibration_store.errors import OptionError, StoreError
 from calibration_store.evaluation import read_variant, write_variant
 from calibration_store.files import remove_file
 from calibration_store.layout import EvaluationPaths
+from w4a8.cli.options import WHERE_IT_WAS, ModelPlace
 from w4a8.cli.progress import ProgressBar, progress_bar
 from w4a8.cli.prompts import draw_builtin_prompts
 from w4a8.cli.ranks import ALONE, Alone
 from w4a8.evaluation.metrics import describe_variant
 from w4a8.evaluation.variants import Variant
-from w4a8.model.catalog import ModelInfo, model_fingerprint, package_versions
+from w4a8.model.catalog import ModelInfo, choose_dtype, model_fingerprint, package_versions
 from w4a8.model.loading import load_pipeline
 from w4a8.model.parts import DECODER, TRANSFORMER, Pipeline, whole_model
 from w4a8.model.runs import check_fingerprint, describe_run_model
@@ -89,15 +90,18 @@ def choose_prompts(
 
 
 def load_evaluated(
-    manifest: Mapping[str, Any], model: str | None, local_checkpoint: Path | None
+    manifest: Mapping[str, Any], place: ModelPlace = WHERE_IT_WAS
 ) -> tuple[Pipeline, ModelInfo, str | None]:
     """The model to evaluate (by default the calibration's), what is known of it, and its weights' fingerprint."""
-    info, checkpoint = describe_run_model(manifest, model, local_checkpoint)
+    info, checkpoint = describe_run_model(manifest, place)
     checkpoint = checkpoint if info.folder is None else None
+    model = place.model
     use_t5 = manifest["use_t5"] if model in (None, manifest["model_version"]) else info.use_t5 and manifest["use_t5"]
     if model is None and info.hub_id is None:
         check_fingerprint(manifest, info, checkpoint)
-    pipeline = load_pipeline(info, whole_model(manifest["activation_dtype"]), use_t5, checkpoint, lazy=True)
+    pipeline = load_pipeline(
+        info, whole_model(choose_dtype(info, manifest["activation_dtype"])), use_t5, checkpoint, lazy=True
+    )
     if model is None and info.hub_id is not None:
         check_fingerprint(manifest, info, checkpoint)  # now that its files are in the cache
     return pipeline, info, model_fingerprint(info, use_t5, checkpoint)

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from calibration_store.model_folder import (
     read_model_config,
     weights_fingerprint,
 )
+from w4a8.cli.options import Lora
 from w4a8.model.diffusionkit import (
     HEIGHT,
     HUB_MMDIT_CONFIGS,
@@ -29,10 +31,10 @@ from w4a8.model.diffusionkit import (
     LocalEntryNotFoundError,
     hf_hub_download,
 )
+from w4a8.model.families import Family, family_of
 
 BUNDLED_FOLDER = Path(__file__).resolve().parents[2] / "models" / BUNDLED_MODEL
-HUB_MODELS = tuple(key for key in MMDIT_CKPT if "FLUX" not in key and "4bit" not in key)
-HUB_CFG_WEIGHT = 5.0  # the default of DiffusionKit's own command line
+HUB_MODELS = tuple(key for key in MMDIT_CKPT if "4bit" not in key)
 HUB_VAE_DOWNSCALE = 8
 
 
@@ -55,6 +57,12 @@ class ModelInfo:
     sampler_shift: float
     captions: Path | None  # prompts that the model was made for, if it brings any
     base: str | None = None  # hub id of what an exported folder does not hold: text encoders, VAE
+    loras: tuple[Lora, ...] = ()  # fused into the transformer's weights when they are read
+
+    @property
+    def family(self) -> Family:
+        """Its architecture."""
+        return family_of(self.hub_id)
 
     @property
     def hub_id(self) -> str | None:
@@ -62,21 +70,25 @@ class ModelInfo:
         return self.base if self.folder is not None else self.version
 
 
-def describe_model(name: str) -> ModelInfo:
+def describe_model(name: str, loras: Sequence[Lora] = ()) -> ModelInfo:
     """Look a `--model` value up: `sd3-emoji`, a folder in its layout, or a hub id that DiffusionKit knows.
 
     Raises ModelError for anything else. Reads no weights and needs no network.
     """
+    if loras:
+        return dataclasses.replace(describe_model(name), loras=tuple(loras))
+    if name in MMDIT_CKPT and name not in HUB_MODELS:
+        raise ModelError(f"--model {name}: its weights are packed already; quantize the original model's")
     if name in HUB_MODELS:
         config = HUB_MMDIT_CONFIGS[name]
         return ModelInfo(
             version=name,
             folder=None,
             latent_size=(HEIGHT[name] // HUB_VAE_DOWNSCALE, WIDTH[name] // HUB_VAE_DOWNSCALE),
-            max_latent_size=config.max_latent_resolution,
+            max_latent_size=family_of(name).max_latent_size or config.max_latent_resolution,
             patch_size=config.patch_size,
             vae_downscale=HUB_VAE_DOWNSCALE,
-            cfg_weight=HUB_CFG_WEIGHT,
+            cfg_weight=family_of(name).cfg_weight,
             use_t5=True,
             sampler_shift=SHIFT[name],
             captions=None,
@@ -122,9 +134,11 @@ def model_files(
         return own
     repository = MMDIT_CKPT[info.hub_id]
     transformer, text = HUB_MMDIT_FILES[repository], HUB_TEXT_FILES[HUB_TEXT_ENCODERS]
-    wanted = {part: (HUB_TEXT_ENCODERS, text[part]) for part in ("clip_l", "clip_g", *(["t5"] if use_t5 else []))}
+    wanted = {part: (HUB_TEXT_ENCODERS, text[part]) for part in (*info.family.clip, *(["t5"] if use_t5 else []))}
     if local_checkpoint is None:
-        wanted |= {"mmdit": (repository, transformer[info.hub_id]), "vae": (repository, transformer["vae"])}
+        wanted["mmdit"] = (repository, transformer[info.hub_id])
+    if local_checkpoint is None or not info.family.vae_inside:
+        wanted["vae"] = (repository, transformer["vae"])
     elsewhere = {"vae" if part == "decoder" else part for part in own}
     wanted = {role: where for role, where in wanted.items() if role not in elsewhere}
     try:
@@ -142,12 +156,23 @@ def model_fingerprint(info: ModelInfo, use_t5: bool, local_checkpoint: Path | No
     Raises StoreError when a file cannot be read. The names are roles: a folder, or a checkpoint, may lie anywhere.
     """
     files = model_files(info, use_t5, local_checkpoint)
-    return None if files is None else weights_fingerprint(files)
+    if files is None:
+        return None
+    fused = {f"lora {number} x {lora.scale!r}": lora.file for number, lora in enumerate(info.loras)}
+    return weights_fingerprint(files | fused)
 
 
-def default_dtype() -> str:
-    """float16 on Metal and CUDA; float32 on a CPU, where only float32 products have a fast BLAS."""
-    return "float32" if mx.default_device() == mx.Device(mx.cpu) else "float16"
+def default_dtype(half: str = "float16") -> str:
+    """The 16 bits of a model on Metal and CUDA; float32 on a CPU, where only float32 products have a fast BLAS."""
+    return "float32" if mx.default_device() == mx.Device(mx.cpu) else half
+
+
+def choose_dtype(info: ModelInfo, given: str | None) -> str:
+    """`--dtype`. Raises ModelError for 16 bits that DiffusionKit does not run this model in."""
+    half = info.family.half
+    if given not in (None, "float32", half):
+        raise ModelError(f"--dtype {given}: {info.version} is run in {half} or float32")
+    return given or default_dtype(half)
 
 
 def package_versions() -> dict[str, str]:

@@ -11,20 +11,24 @@ from w4a8.model.deferred import deferred
 with deferred("coremltools", "torch", "transformers"):
     from diffusionkit.mlx import (
         MMDIT_CKPT,
+        T5_MAX_LENGTH,
         CFGDenoiser,
         DiffusionPipeline,
+        FluxLatentFormat,
+        FluxPipeline,
+        LatentFormat,
         SD3LatentFormat,
         append_dims,
         model_io,
     )
     from diffusionkit.mlx.clip import CLIPTextModel
-    from diffusionkit.mlx.config import CLIPTextModelConfig, MMDiTConfig, VAEDecoderConfig
+    from diffusionkit.mlx.config import CLIPTextModelConfig, MMDiTConfig, PositionalEncoding, VAEDecoderConfig
     from diffusionkit.mlx.mmdit import MMDiT
     from diffusionkit.mlx.model_io import _CONFIG as HUB_MMDIT_CONFIGS
     from diffusionkit.mlx.model_io import _DEFAULT_MODEL as HUB_TEXT_ENCODERS
     from diffusionkit.mlx.model_io import _MMDIT as HUB_MMDIT_FILES
     from diffusionkit.mlx.model_io import _MODELS as HUB_TEXT_FILES
-    from diffusionkit.mlx.sampler import ModelSamplingDiscreteFlow
+    from diffusionkit.mlx.sampler import FluxSampler, ModelSamplingDiscreteFlow
     from diffusionkit.mlx.scripts.generate_images import HEIGHT, SHIFT, WIDTH
     from diffusionkit.mlx.t5 import SD3T5Encoder
     from diffusionkit.mlx.tokenizer import T5Tokenizer, Tokenizer
@@ -39,7 +43,8 @@ for _name in logging.root.manager.loggerDict:
 
 __all__ = [  # noqa: RUF022
     "MMDIT_CKPT", "HUB_MMDIT_CONFIGS", "HUB_MMDIT_FILES", "HUB_TEXT_ENCODERS", "HUB_TEXT_FILES", "HEIGHT", "WIDTH", "SHIFT",
-    "DiffusionPipeline", "CFGDenoiser", "ModelSamplingDiscreteFlow", "SD3LatentFormat", "append_dims", "model_io",
-    "MMDiT", "MMDiTConfig", "CLIPTextModel", "CLIPTextModelConfig", "SD3T5Encoder", "Tokenizer", "T5Tokenizer",
+    "T5_MAX_LENGTH", "DiffusionPipeline", "FluxPipeline", "CFGDenoiser", "ModelSamplingDiscreteFlow", "FluxSampler",
+    "LatentFormat", "SD3LatentFormat", "FluxLatentFormat", "append_dims", "model_io",
+    "MMDiT", "MMDiTConfig", "PositionalEncoding", "CLIPTextModel", "CLIPTextModelConfig", "SD3T5Encoder", "Tokenizer", "T5Tokenizer",
     "VAEDecoder", "VAEDecoderConfig", "VAEEncoder", "hub_constants", "hf_hub_download", "HfHubHTTPError", "LocalEntryNotFoundError",
 ]  # fmt: skip

@@ -1,7 +1,7 @@
 """Models in a folder: sd3-emoji's layout, and the exported transformer of a hub model."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from calibration_store.model_folder import (
     read_tokenizer_files,
     weight_file,
 )
+from w4a8.cli.options import Lora
 from w4a8.model.catalog import ModelError, ModelInfo
 from w4a8.model.diffusionkit import (
     HUB_MMDIT_CONFIGS,
@@ -71,7 +72,7 @@ class FolderPipeline(Pipeline):
         """Load the transformer; with `only_modulation_dict` return its adaLN weights, as DiffusionKit's does."""
         if only_modulation_dict:
             return folder_modulation_weights(self.folder, self.dtype)
-        self.mmdit = load_folder_transformer(self.folder, self.dtype)
+        self.mmdit = load_folder_transformer(self.folder, self.dtype, self.info.loras)
         return None
 
     def _load_tokenizer(self, encoder: str, default: bool) -> Tokenizer:
@@ -87,18 +88,20 @@ class FolderPipeline(Pipeline):
 def transformer_config(folder: Path, config: Mapping[str, Any], dtype: mx.Dtype) -> MMDiTConfig:
     """DiffusionKit's config of a model folder's transformer, config: its config.json."""
     if "base_model" in config:
-        return dataclasses.replace(HUB_MMDIT_CONFIGS[config["base_model"]], low_memory_mode=False, dtype=dtype)
+        return dataclasses.replace(HUB_MMDIT_CONFIGS[config["base_model"]], low_memory_mode=False)  # its own dtype
     own = dict(config["mmdit"])
     own["hidden_size_override"] = own.pop("hidden_size")
     return MMDiTConfig(**own, low_memory_mode=False, dtype=dtype)
 
 
-def load_folder_transformer(folder: Path, dtype: mx.Dtype) -> MMDiT:
+def load_folder_transformer(folder: Path, dtype: mx.Dtype, loras: Sequence[Lora] = ()) -> MMDiT:
     """The transformer of a model folder; packed layers stay packed and compute natively. Raises a UserError."""
     config = read_model_config(folder)
     check_exported(folder, config)
     model = MMDiT(transformer_config(folder, config, dtype))
-    load_weights(model, weight_file(folder, "mmdit"), dtype, config.get("quantization"))
+    if loras and "quantization" in config:
+        raise ModelError(f"--lora: the weights of {folder} are packed already; fuse it before they are quantized")
+    load_weights(model, weight_file(folder, "mmdit"), dtype, config.get("quantization"), loras)
     get_ready(model)
     return model
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
+from mlx.utils import tree_flatten, tree_map
 
 from calibration_store.model_folder import weight_file
 from w4a8.model.catalog import ModelError, ModelInfo, model_files
@@ -24,6 +25,7 @@ from w4a8.model.diffusionkit import (
 )
 from w4a8.model.folder import FolderPipeline
 from w4a8.model.parts import DECODER, TEXT, TRANSFORMER, Parts, Pipeline, check_finite, load_weights
+from w4a8.model.transformer import open_transformer
 
 
 class HubPipeline(Pipeline):
@@ -37,23 +39,24 @@ class HubPipeline(Pipeline):
         with self.explained():
             model_files(info, use_t5, local_checkpoint, download=True)
             if TEXT in parts:
-                for encoder, padded in (("l", True), ("g", False)):
+                for encoder in (name[-1] for name in self.family.clip):
                     tokenizer = model_io.load_tokenizer(
                         self.model, merges_key=f"tokenizer_{encoder}_merges", vocab_key=f"tokenizer_{encoder}_vocab",
-                        pad_with_eos=padded,
+                        pad_with_eos=encoder == "l",
                     )  # fmt: skip
                     setattr(self, f"tokenizer_{encoder}", tokenizer)
 
     def read(self, part: str) -> None:
-        model_io.LOCAl_SD3_CKPT = str(self.local_checkpoint) if self.local_checkpoint else None
+        whole = self.local_checkpoint is not None and self.family.vae_inside
+        model_io.LOCAl_SD3_CKPT = str(self.local_checkpoint) if whole else None
         model_io._FLOAT16 = self.float16_dtype
-        half, source = self.parts[part] == "float16", self.local_checkpoint
+        half, source = self.parts[part] != "float32", self.local_checkpoint
         if part == TRANSFORMER:
             self.load_mmdit()
             check_finite(self.mmdit, source or f"{self.info.version}, transformer")
         elif part == DECODER:
             self.decoder = self.load_decoder(half)
-            check_finite(self.decoder, source or f"{self.info.version}, VAE decoder")
+            check_finite(self.decoder, (whole and source) or f"{self.info.version}, VAE decoder")
         else:
             self._load_text(half)
 
@@ -71,12 +74,21 @@ class HubPipeline(Pipeline):
             source = self.local_checkpoint or self.info.version
             raise ModelError(f"cannot load {source}: {' '.join(str(error).split())[:200]}") from None
 
+    def load_mmdit(self, only_modulation_dict: bool = False) -> list[tuple[str, mx.array]] | None:
+        """The transformer, as DiffusionKit's loader makes it, with LoRAs fused."""
+        mmdit = open_transformer(self.info, self.local_checkpoint)
+        mmdit.update(tree_map(lambda array: array.astype(self.dtype), mmdit.parameters()))
+        if only_modulation_dict:
+            return [pair for pair in tree_flatten(mmdit.parameters()) if "adaLN" in pair[0]]
+        self.mmdit = mmdit
+        return None
+
     def load_decoder(self, half: bool) -> VAEDecoder:
         return model_io.load_vae_decoder(float16=half, key=self.mmdit_ckpt)
 
     def _load_text(self, half: bool) -> None:
         version, encoders = self.info.version, {}
-        for name in ("clip_l", "clip_g"):
+        for name in self.family.clip:
             encoders[name] = model_io.load_text_encoder(self.model, float16=half, model_key=name)
             check_finite(encoders[name], f"{version}, CLIP-{name[-1].upper()}")
         if self.use_t5:
@@ -94,19 +106,13 @@ class ExportedPipeline(HubPipeline):
     def __init__(self, info: ModelInfo, parts: Parts, use_t5: bool, local_checkpoint: None, instead: str):
         self.folder = info.folder
         super().__init__(info, parts, use_t5, local_checkpoint, instead)
-        self.model_version = info.version
 
     load_mmdit = FolderPipeline.load_mmdit
-
-    def set_up_t5(self) -> None:
-        self.model_version, own = self.info.hub_id, self.model_version  # what DiffusionKit looks T5's length up by
-        super().set_up_t5()
-        self.model_version = own
 
     def load_decoder(self, half: bool) -> VAEDecoder:
         path = weight_file(self.folder, "decoder")
         if path.exists():
-            return load_weights(VAEDecoder(), path, mx.float16 if half else mx.float32)
+            return load_weights(VAEDecoder(), path, self.float16_dtype if half else mx.float32)
         return super().load_decoder(half)
 
 

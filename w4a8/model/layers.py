@@ -6,12 +6,13 @@ A kind of block is a class: the multimodal blocks of SD3 and FLUX, and FLUX's un
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from calibration_store.names import MULTIMODAL, UNIFIED, block_of, input_owner, is_post_gelu, layer_role
+from calibration_store.names import MULTIMODAL, UNIFIED, block_kind, block_of, input_owner, is_post_gelu, layer_role
+from w4a8.model.diffusionkit import PositionalEncoding
 
 ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_LINEARS = ("fc1", "fc2")
@@ -67,7 +68,9 @@ class Layer:
 
     @property
     def bias(self) -> mx.array | None:
-        return self.module.get("bias")
+        """None where there is none, or where DiffusionKit sets it to 0 in every call: fc2 of FLUX's unified blocks."""
+        unified = block_kind(self.block)[0] == UNIFIED
+        return None if unified and self.role == "mlp.fc2" else self.module.get("bias")
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ class Block(ABC):
     prefix: ClassVar[str]
     attribute: ClassVar[str]  # of the model: the list of these blocks
 
+    mmdit: nn.Module
     blocks: list
     index: int
 
@@ -107,16 +111,21 @@ class Block(ABC):
             if key in getattr(stream, part, {}) and not isinstance(getattr(stream, part)[key], nn.Identity)
         ]
 
-    def run(self, tokens: Sequence[mx.array], modulation_input: mx.array, **position: Any) -> list[mx.array]:
+    def run(self, tokens: Sequence[mx.array], modulation_input: mx.array) -> list[mx.array]:
         """The block on its own: token arrays (R, tokens, 1, hidden) -> the same, as many as it gives.
 
         modulation_input (R, 1, 1, hidden), pooled text plus timestep embedding, feeds the block's adaLN; every row may
-        be of another prompt and step. position: FLUX's positional_encodings.
+        be of another prompt and step. Where positions are rotations, `note_latent_size` was called before.
         """
         for stream in self.streams.values():
             stream["_modulation_params"] = {0.0: stream.adaLN_modulation(modulation_input)}
-        given = self.module(*tokens, mx.zeros((1,)), **position)
+        tokens = self.joined(tokens)
+        given = self.module(*tokens, mx.zeros((1,)), positional_encodings=positions(self.mmdit, tokens))
         return [output for output in (given if isinstance(given, tuple) else (given,)) if output is not None]
+
+    def joined(self, tokens: Sequence[mx.array]) -> Sequence[mx.array]:
+        """What the block before gives, as this one takes it."""
+        return tokens
 
 
 class MultimodalBlock(Block):
@@ -141,6 +150,10 @@ class UnifiedBlock(Block):
     def streams(self) -> dict[str, nn.Module]:
         return {self.name: self.module.transformer_block}
 
+    def joined(self, tokens: Sequence[mx.array]) -> Sequence[mx.array]:
+        """Text tokens first, after the last multimodal block."""
+        return [mx.concatenate([tokens[1], tokens[0]], axis=1)] if len(tokens) == 2 else tokens
+
 
 BLOCK_KINDS: tuple[type[Block], ...] = (MultimodalBlock, UnifiedBlock)
 
@@ -148,7 +161,7 @@ BLOCK_KINDS: tuple[type[Block], ...] = (MultimodalBlock, UnifiedBlock)
 def model_blocks(mmdit: nn.Module) -> dict[str, Block]:
     """Every block by its name, in the order of the forward pass."""
     blocks = (
-        kind(blocks, index)
+        kind(mmdit, blocks, index)
         for kind in BLOCK_KINDS
         for blocks in [mmdit.get(kind.attribute, [])]
         for index in range(len(blocks))
@@ -161,7 +174,24 @@ def model_layers(mmdit: nn.Module) -> dict[str, Layer]:
     return {layer.name: layer for block in model_blocks(mmdit).values() for layer in block.layers}
 
 
+def note_latent_size(mmdit: nn.Module, latent_size: Sequence[int]) -> None:
+    """Say of which latent size (height, width) the tokens are that blocks are run with: FLUX's positions are rotations."""
+    mmdit["_latent_size"] = tuple(latent_size)
+
+
+def positions(mmdit: nn.Module, tokens: Sequence[mx.array]) -> mx.array | None:
+    """FLUX's positional_encodings for a block's tokens; None where the positions are in the first tokens."""
+    if mmdit.config.pos_embed_type != PositionalEncoding.PreSDPARope:
+        return None
+    height, width = (side // mmdit.config.patch_size for side in mmdit["_latent_size"])
+    text = sum(array.shape[1] for array in tokens) - height * width
+    return mmdit.pre_sdpa_rope(text_sequence_length=text, latent_image_resolution=(height, width))
+
+
 def run_final_layer(mmdit: nn.Module, tokens: mx.array, modulation_input: mx.array) -> mx.array:
-    """Image tokens of the last block -> the velocity, one patch a token (R, tokens, 1, patch² · 16)."""
+    """Tokens of the last block -> the velocity, one patch an image token (R, tokens, 1, patch² · 16)."""
+    if mmdit.config.depth_unified:
+        height, width = (side // mmdit.config.patch_size for side in mmdit["_latent_size"])
+        tokens = tokens[:, -height * width :]
     mmdit.final_layer["_modulation_params"] = {0.0: mmdit.final_layer.adaLN_modulation(modulation_input)}
     return mmdit.final_layer(tokens, mx.zeros((1,)))

@@ -80,6 +80,7 @@ def diffusionkit_pipeline(folder: str | Path, **options: Any) -> DiffusionPipeli
     class Exported(DiffusionPipeline):
         folder, load_mmdit = info.folder, FolderPipeline.load_mmdit
 
+    Exported.info = info
     pipeline = Exported(model_version=info.base, **options)
     decoder = weight_file(info.folder, "decoder")
     if decoder.exists():

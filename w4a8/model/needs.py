@@ -13,11 +13,9 @@ from w4a8.memory import device_memory
 from w4a8.model.catalog import model_files
 from w4a8.model.diffusionkit import HUB_MMDIT_CONFIGS, MMDiTConfig, VAEDecoderConfig
 from w4a8.model.folder import transformer_config
-from w4a8.model.original import CHECKPOINT_PREFIX
 from w4a8.model.parts import DECODER, TEXT, TRANSFORMER, Pipeline
-from w4a8.model.text import T5_TOKENS
+from w4a8.model.text import text_tokens
 
-DECODER_PREFIX = "first_stage_model.decoder."
 # Arrays that a pass, and an image's decoding, hold at their peak; measured on a CPU with benchmarks/memory.py --fit:
 # (rows, tokens, hidden), attention scores (a GPU never holds them), and pixels of the decoder's last channels.
 TOKEN_ARRAYS, SCORE_ARRAYS, PIXEL_ARRAYS = 16.2, 1.31, 58.4
@@ -53,8 +51,8 @@ def needs_of(pipeline: Pipeline, latent_size: tuple[int, int], images: int, guid
     weights = dict.fromkeys((TEXT, TRANSFORMER, DECODER), 0)
     for part, roles, prefix in (
         (TEXT, ("clip_l", "clip_g", "t5"), ""),
-        (TRANSFORMER, ("mmdit",), CHECKPOINT_PREFIX if from_hub else ""),
-        (DECODER, ("vae", "decoder"), DECODER_PREFIX if "decoder" not in files else ""),
+        (TRANSFORMER, ("mmdit",), info.family.prefix if from_hub else ""),
+        (DECODER, ("vae", "decoder"), f"{info.family.vae_prefix}decoder." if "decoder" not in files else ""),
     ):
         paths = [files[role] for role in roles if role in files] or ([whole] if whole and part != TEXT else [])
         if part in parts:
@@ -80,12 +78,6 @@ def config_of(pipeline: Pipeline) -> MMDiTConfig:
     return transformer_config(pipeline.info.folder, read_model_config(pipeline.info.folder), pipeline.activation_dtype)
 
 
-def text_tokens(pipeline: Pipeline) -> int:
-    """Tokens of a prompt: of both CLIP encoders side by side, and of T5 (zeros without it, as many as CLIP's)."""
-    length = pipeline.tokenizer_l.max_length
-    return length + (T5_TOKENS if pipeline.use_t5 else length)
-
-
 def pass_bytes(
     config: MMDiTConfig, latent_size: tuple[int, int], rows: int, timesteps: int, itemsize: int, text: int
 ) -> int:
@@ -94,7 +86,7 @@ def pass_bytes(
     arrays = TOKEN_ARRAYS * rows * tokens * config.hidden_size
     if mx.default_device() == mx.Device(mx.cpu):
         arrays += SCORE_ARRAYS * rows * config.num_heads * tokens**2
-    modulation = (12 * config.depth_multimodal + 2) * config.hidden_size * rows * timesteps
+    modulation = (12 * config.depth_multimodal + 3 * config.depth_unified + 2) * config.hidden_size * rows * timesteps
     return int((arrays + modulation) * itemsize)
 
 
@@ -123,6 +115,6 @@ def refuse_too_large(pipeline: Pipeline, needs: Needs, images: int, options: Seq
     found = [option for option in found if option.split()[0] in options]
     way = " or ".join(found) or "a run of stage 1 with --no-t5, --dtype float16 or a smaller --latent-size"
     raise OptionError(
-        f"{pipeline.model_version} takes about {format_bytes(needs.apart)} of memory, and {format_bytes(memory)} are there: "
+        f"{pipeline.info.version} takes about {format_bytes(needs.apart)} of memory, and {format_bytes(memory)} are there: "
         f"{way} takes less"
     )

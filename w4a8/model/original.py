@@ -1,4 +1,4 @@
-"""The original model's files, read lazily in their own precision, and the keys of its checkpoint: for export."""
+"""What a hub model brings beside its transformer: for export."""
 
 import dataclasses
 from pathlib import Path
@@ -9,80 +9,30 @@ import mlx.nn as nn
 import orjson
 from mlx.utils import tree_flatten
 
-from calibration_store.model_folder import check_weight_file, read_model_config, weight_file
-from w4a8.model.catalog import ModelError, ModelInfo, model_files
+from w4a8.model.catalog import ModelError, ModelInfo
 from w4a8.model.diffusionkit import (
     HUB_MMDIT_CONFIGS,
     HUB_TEXT_ENCODERS,
     HUB_TEXT_FILES,
     MMDIT_CKPT,
     LocalEntryNotFoundError,
-    MMDiT,
     MMDiTConfig,
-    SD3LatentFormat,
     VAEDecoderConfig,
     hf_hub_download,
     model_io,
 )
-from w4a8.model.folder import transformer_config
 from w4a8.model.loading import load_pipeline
 from w4a8.model.parts import DECODER, TEXT
 
-CHECKPOINT_PREFIX = "model.diffusion_model."
-# the parts of DiffusionKit's names -> those of the original checkpoint, which holds q, k and v in one
-CHECKPOINT_PARTS = (
-    ("multimodal_transformer_blocks", "joint_blocks"),
-    ("image_transformer_block", "x_block"),
-    ("text_transformer_block", "context_block"),
-    ("x_pos_embedder.pos_embed.weight", "pos_embed"),
-    ("qk_norm.q_norm", "attn.ln_q"),
-    ("qk_norm.k_norm", "attn.ln_k"),
-    ("attn.o_proj", "attn.proj"),
-    ("attn.q_proj", "attn.qkv"),
-    (".layers.", "."),
-)
-
-
-def checkpoint_key(name: str) -> str:
-    """A transformer parameter's name in DiffusionKit -> its key in SD3's checkpoint, without CHECKPOINT_PREFIX."""
-    for ours, theirs in CHECKPOINT_PARTS:
-        name = name.replace(ours, theirs)
-    return name
-
-
-def open_transformer(info: ModelInfo, local_checkpoint: Path | None) -> MMDiT:
-    """The transformer with weights that are read when they are asked for, in the precision of their file.
-
-    A hub model is in the local cache: its fingerprint was checked. Raises ModelError when the file is not there, is not of this model, or packed already.
-    """
-    if info.folder is not None:
-        config = read_model_config(info.folder)
-        if "quantization" in config:
-            raise ModelError(f"{info.version}: its weights are packed already; quantize the original model's")
-        path = weight_file(info.folder, "mmdit")
-        model = MMDiT(transformer_config(info.folder, config, mx.float16))
-    else:
-        path = local_checkpoint or model_files(info, use_t5=False)["mmdit"]
-        model = MMDiT(dataclasses.replace(HUB_MMDIT_CONFIGS[info.version], low_memory_mode=False))
-    check_weight_file(path)
-    try:
-        weights = mx.load(str(path))
-        if info.folder is None:
-            weights = model_io.mmdit_state_dict_adjustments(weights, prefix=CHECKPOINT_PREFIX)
-        model.load_weights(list(weights.items()))
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot load {path}: {' '.join(str(error).split())[:200]}") from None
-    return model
-
 
 def hub_decoder(info: ModelInfo, local_checkpoint: Path | None) -> dict[str, mx.array]:
-    """Parameters of a hub model's VAE decoder, float16."""
-    pipeline = load_pipeline(info, {DECODER: "float16"}, local_checkpoint=local_checkpoint)
+    """Parameters of a hub model's VAE decoder, in its 16 bits."""
+    pipeline = load_pipeline(info, {DECODER: info.family.half}, local_checkpoint=local_checkpoint)
     return dict(tree_flatten(pipeline.decoder.parameters()))
 
 
 def hub_encoder(info: ModelInfo, local_checkpoint: Path | None) -> dict[str, mx.array]:
-    """Parameters of a hub model's VAE encoder, float16; after `hub_decoder`, which says where the checkpoint is."""
+    """Parameters of a hub model's VAE encoder, in its 16 bits; after `hub_decoder`, which says where the checkpoint is."""
     try:
         encoder = model_io.load_vae_encoder(float16=True, key=MMDIT_CKPT[info.version])
     except (OSError, RuntimeError, ValueError, KeyError) as error:
@@ -92,7 +42,7 @@ def hub_encoder(info: ModelInfo, local_checkpoint: Path | None) -> dict[str, mx.
 
 def hub_text_encoders(info: ModelInfo) -> dict[str, nn.Module]:
     """Both CLIP encoders of a hub model, float16, by their names in a model folder."""
-    pipeline = load_pipeline(info, {TEXT: "float16"}, use_t5=False)
+    pipeline = load_pipeline(info, {TEXT: info.family.half}, use_t5=False)
     return {"clip_l": pipeline.clip_l, "clip_g": pipeline.clip_g}
 
 
@@ -129,7 +79,7 @@ def complete_hub_config(info: ModelInfo) -> dict[str, Any]:
             "hidden_act": found.get("hidden_act", "quick_gelu"),
         }
         config[part.replace("clip", "tokenizer")] = {"pad_with_eos": padded}
-    decoder, latents = VAEDecoderConfig(), SD3LatentFormat()
+    decoder, latents = VAEDecoderConfig(), info.family.latent_format()
     config["vae"] = {
         "block_out_channels": list(decoder.block_out_channels),
         "resnet_groups": decoder.resnet_groups,

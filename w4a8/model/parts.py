@@ -2,34 +2,39 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 
 from calibration_store.model_folder import check_weight_file
+from w4a8.cli.options import Lora
 from w4a8.model.catalog import ModelError, ModelInfo
 from w4a8.model.diffusionkit import (
     CLIPTextModel,
     DiffusionPipeline,
+    FluxSampler,
+    LatentFormat,
     MMDiT,
     ModelSamplingDiscreteFlow,
-    SD3LatentFormat,
     T5Tokenizer,
     Tokenizer,
     VAEDecoder,
 )
+from w4a8.model.families import SD3
+from w4a8.model.lora import fused
 from w4a8.quantized.native import adopt
 
 if TYPE_CHECKING:
     from w4a8.model.hub import T5Encoder
 
 TRANSFORMER, TEXT, DECODER = "transformer", "text encoders", "VAE decoder"
-Parts = Mapping[str, str]  # part -> "float16" or "float32"
+Parts = Mapping[str, str]  # part -> "float16" ("bfloat16" where that is the model's) or "float32"
 
 
 def whole_model(dtype: str) -> Parts:
@@ -50,8 +55,8 @@ class Pipeline(DiffusionPipeline, ABC):
     model_version: str
     activation_dtype: mx.Dtype
     use_t5: bool
-    sampler: ModelSamplingDiscreteFlow
-    latent_format: SD3LatentFormat
+    sampler: ModelSamplingDiscreteFlow | FluxSampler
+    latent_format: LatentFormat
     mmdit: MMDiT
     tokenizer_l: Tokenizer
     tokenizer_g: Tokenizer
@@ -64,11 +69,21 @@ class Pipeline(DiffusionPipeline, ABC):
     def __init__(self, info: ModelInfo, parts: Parts, use_t5: bool):
         self.info, self.parts = info, dict(parts)
         self.model_version = info.version
-        self.float16_dtype = mx.float16
+        self.family = family = info.family
+        self.float16_dtype = getattr(mx, family.half)
         self.dtype = self.activation_dtype = getattr(mx, parts.get(TRANSFORMER) or next(iter(parts.values())))
-        self.use_t5, self.use_clip_g, self.low_memory_mode = use_t5, True, False
-        self.sampler = ModelSamplingDiscreteFlow(shift=info.sampler_shift)
-        self.latent_format = SD3LatentFormat()
+        self.use_t5, self.use_clip_g, self.low_memory_mode = use_t5, "clip_g" in family.clip, False
+        self.sampler = family.sampler(shift=info.sampler_shift)
+        self.latent_format = family.latent_format()
+
+    def encode_text(self, *arguments: Any) -> tuple[mx.array, mx.array]:
+        """As the pipeline of its architecture does."""
+        return self.family.pipeline.encode_text(self, *arguments)
+
+    @property
+    def tokenizers(self) -> list[Tokenizer]:
+        """Of its CLIP encoders."""
+        return [getattr(self, name.replace("clip", "tokenizer")) for name in self.family.clip]
 
     def __getattr__(self, name: str) -> Any:
         """A part's attribute that is not there yet."""
@@ -108,9 +123,15 @@ def cast(value: mx.array, dtype: mx.Dtype) -> mx.array:
     return value if value.dtype == mx.uint32 else value.astype(dtype)  # packed codes
 
 
+def to_numpy(array: mx.array) -> np.ndarray:
+    """An MLX array in NumPy, which has no bfloat16: that as float32."""
+    return np.array(array.astype(mx.float32) if array.dtype == mx.bfloat16 else array)
+
+
 def load_weights(
-    model: nn.Module, path: Path, dtype: mx.Dtype, quantization: Mapping[str, Any] | None = None
-) -> nn.Module:
+    model: nn.Module, path: Path, dtype: mx.Dtype, quantization: Mapping[str, Any] | None = None,
+    loras: Sequence[Lora] = (),
+) -> nn.Module:  # fmt: skip
     """quantization: as MLX's own tools write it to config.json (bits, group_size, exceptions by layer path)."""
     check_weight_file(path)
     try:
@@ -122,6 +143,7 @@ def load_weights(
                 class_predicate=lambda name, module: quantization.get(name, f"{name}.scales" in scales),
             )  # fmt: skip
             adopt(model)
+        weights = fused(weights, SD3, loras)
         model.load_weights([(key, cast(weights.pop(key), dtype)) for key in list(weights)])
     except (RuntimeError, ValueError) as error:
         raise ModelError(f"cannot load {path}: {' '.join(str(error).split())[:200]}") from None

@@ -18,7 +18,7 @@ class Replay:
     """Runs the model as it ran for one image of a calibration run; `replaying` makes it."""
 
     def __init__(self, pipeline: Pipeline, text: TextConditioning):
-        self._mmdit = pipeline.mmdit
+        self._mmdit, self._dtype = pipeline.mmdit, text.tokens.dtype
         self._pooled = text.pooled
         self._tokens = mx.expand_dims(text.tokens, 2)
         self._rows = text.pooled.shape[0]
@@ -32,14 +32,14 @@ class Replay:
     def forward(self, x: np.ndarray, timestep: np.ndarray) -> mx.array:
         """x (1, h, w, 16) and timestep () as stored -> the transformer's output (R, h, w, 16), unevaluated."""
         return self._mmdit(
-            latent_image_embeddings=mx.concatenate([mx.array(x)] * self._rows),
+            latent_image_embeddings=mx.concatenate([mx.array(x, self._dtype)] * self._rows),
             token_level_text_embeddings=self._tokens,
-            timestep=mx.broadcast_to(mx.array(timestep), [self._rows]),
+            timestep=mx.broadcast_to(mx.array(timestep, self._dtype), [self._rows]),
         )
 
     def modulation_input(self, timestep: np.ndarray) -> mx.array:
         """What feeds every adaLN layer: pooled text plus timestep embedding, (R, 1, 1, hidden), unevaluated."""
-        embedded = self._mmdit.t_embedder(mx.repeat(mx.array(timestep)[None], self._rows, axis=0))
+        embedded = self._mmdit.t_embedder(mx.repeat(mx.array(timestep, self._dtype)[None], self._rows, axis=0))
         return self._mmdit.y_embedder(self._pooled)[:, None, None, :] + embedded
 
 
@@ -57,7 +57,7 @@ def replaying(
         text = encode_prompts(pipeline, [image["prompt"]], image["cfg_weight"], image["negative_prompt"])
     else:
         text = texts.of([image["prompt"]])
-    with modulation_cache(pipeline, [text.pooled], mx.array(np.array(timesteps))):
+    with modulation_cache(pipeline, [text.pooled], mx.array(np.array(timesteps), text.pooled.dtype)):
         yield Replay(pipeline, text)
 
 

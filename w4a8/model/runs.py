@@ -8,26 +8,30 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_map
 
+from w4a8.cli.options import WHERE_IT_WAS, Lora, ModelPlace
 from w4a8.model.catalog import ModelError, ModelInfo, describe_model, model_fingerprint
-from w4a8.model.diffusionkit import DiffusionPipeline, MMDiT, ModelSamplingDiscreteFlow
+from w4a8.model.diffusionkit import DiffusionPipeline, MMDiT
+from w4a8.model.families import FAMILIES, SD3
+from w4a8.model.layers import note_latent_size
 from w4a8.model.loading import check_folder, load_pipeline
-from w4a8.model.original import open_transformer
 from w4a8.model.parts import TEXT, TRANSFORMER, Parts, Pipeline
 from w4a8.model.text import check_prompts
+from w4a8.model.transformer import open_transformer
 
 
-def describe_run_model(
-    manifest: dict[str, Any], model: str | None = None, local_checkpoint: Path | None = None
-) -> tuple[ModelInfo, Path | None]:
-    """Where a calibration run's model is: as the manifest says, or where `--model`, `--local-checkpoint` say it is now."""
-    noted = manifest.get("local_checkpoint") if model in (None, manifest["model_version"]) else None
+def describe_run_model(manifest: dict[str, Any], place: ModelPlace = WHERE_IT_WAS) -> tuple[ModelInfo, Path | None]:
+    """Where a calibration run's model is: as the manifest says, or where the options say it is now."""
+    model, local_checkpoint = place.model, place.local_checkpoint
+    same = model in (None, manifest["model_version"])
+    loras = place.loras or (noted_loras(manifest) if same else ())
+    noted = manifest.get("local_checkpoint") if same else None
     checkpoint = local_checkpoint or (Path(noted) if noted else None)
     if checkpoint is not None and not os.path.isfile(checkpoint):
         raise ModelError(
             f"{checkpoint}: the calibration run's local checkpoint is not there; --local-checkpoint FILE says where it is now"
         )
     try:
-        return describe_model(model or manifest["model_version"]), checkpoint
+        return describe_model(model or manifest["model_version"], loras), checkpoint
     except ModelError as error:
         if model is not None:
             raise
@@ -37,15 +41,24 @@ def describe_run_model(
         ) from None
 
 
-def load_run_pipeline(
-    manifest: dict[str, Any], parts: Parts, model: str | None = None, local_checkpoint: Path | None = None
-) -> Pipeline:
+def noted_loras(manifest: dict[str, Any]) -> tuple[Lora, ...]:
+    """The LoRAs of a calibration run. Raises ModelError for one that is not where it was."""
+    loras = tuple(Lora(Path(entry["file"]), entry["scale"]) for entry in manifest.get("loras", []))
+    for lora in loras:
+        if not os.path.isfile(lora.file):
+            raise ModelError(
+                f"{lora.file}: the calibration run's LoRA is not there; --lora FILE:{lora.scale:g} says where it is now"
+            )
+    return loras
+
+
+def load_run_pipeline(manifest: dict[str, Any], parts: Parts, place: ModelPlace = WHERE_IT_WAS) -> Pipeline:
     """The asked parts of a calibration run's model, {TRANSFORMER: manifest["activation_dtype"], …}, each read when it is used.
 
     Raises ModelError when it is not there, when its weights are not those that the run was made with, or when the manifest
     holds a prompt that it cannot read.
     """
-    info, checkpoint = describe_run_model(manifest, model, local_checkpoint)
+    info, checkpoint = describe_run_model(manifest, place)
     check_shift(manifest, info)
     if info.hub_id is None:
         check_fingerprint(manifest, info, checkpoint)
@@ -60,14 +73,12 @@ def load_run_pipeline(
     return pipeline
 
 
-def run_transformer(
-    manifest: dict[str, Any], model: str | None = None, local_checkpoint: Path | None = None
-) -> Callable[[], MMDiT]:
+def run_transformer(manifest: dict[str, Any], place: ModelPlace = WHERE_IT_WAS) -> Callable[[], MMDiT]:
     """A function that opens a calibration run's transformer, float32, its weights read when they are used.
 
     Raises ModelError as `load_run_pipeline` does, and for weights that are packed.
     """
-    info, checkpoint = describe_run_model(manifest, model, local_checkpoint)
+    info, checkpoint = describe_run_model(manifest, place)
     check_shift(manifest, info)
     check_folder(info, manifest["use_t5"], checkpoint)
     if info.hub_id is not None:
@@ -77,6 +88,7 @@ def run_transformer(
     def open_float32() -> MMDiT:
         mmdit = open_transformer(info, checkpoint)
         mmdit.update(tree_map(lambda array: array.astype(mx.float32), mmdit.parameters()))
+        note_latent_size(mmdit, manifest["latent_size"])
         return mmdit
 
     return open_float32
@@ -107,7 +119,7 @@ def check_fingerprint(manifest: dict[str, Any], info: ModelInfo, checkpoint: Pat
 
 def run_schedule(manifest: dict[str, Any]) -> tuple[list[float], list[float]]:
     """A run's sigmas and timesteps (num_steps + 1 each), as its samples note them; needs no weights."""
-    sampler = ModelSamplingDiscreteFlow(shift=manifest["sampler_shift"])
+    sampler = FAMILIES[manifest.get("architecture", SD3.name)].sampler(shift=manifest["sampler_shift"])
     sigmas = DiffusionPipeline.get_sigmas(None, sampler, manifest["num_steps"])
     timesteps = sampler.timestep(sigmas).astype(getattr(mx, manifest["activation_dtype"]))
     return sigmas.tolist(), timesteps.tolist()

@@ -10,17 +10,18 @@ import mlx.core as mx
 from w4a8.cli.progress import progress_bar
 from w4a8.memory import device_memory
 from w4a8.model.catalog import ModelError
+from w4a8.model.diffusionkit import T5_MAX_LENGTH
 from w4a8.model.parts import TEXT, TRANSFORMER, Pipeline
 
 
 def check_prompts(pipeline: Pipeline, prompts: Sequence[str], what: str = "prompt") -> int:
-    """Tokenize every prompt with both CLIP tokenizers before any work is done.
+    """Tokenize every prompt with the CLIP tokenizers before any work is done.
 
     Returns how many prompts are longer than the tokenizer's positions and will be cut. Raises ModelError
     that names the prompt and the character when one is outside the vocabulary.
     """
     cut = set()
-    for tokenizer in (pipeline.tokenizer_l, pipeline.tokenizer_g):
+    for tokenizer in pipeline.tokenizers:
         unlimited = copy.copy(tokenizer)
         unlimited.max_length = sys.maxsize
         for index, prompt in enumerate(prompts):
@@ -62,7 +63,15 @@ def encode_prompts(
 
 
 FEATURES_SHARE = 1 / 16  # of the device's memory that a group's features may take
-FEATURE_WIDTH, CLIP_TOKENS, T5_TOKENS = 4096, 77, 512
+FEATURE_WIDTH = 4096
+
+
+def text_tokens(pipeline: Pipeline) -> int:
+    """Tokens of a prompt: CLIP's and T5's one after the other (zeros without it, as many as CLIP's); FLUX: T5's alone."""
+    length, t5 = pipeline.tokenizers[0].max_length, T5_MAX_LENGTH.get(pipeline.info.hub_id, 0)
+    if pipeline.family.needs_t5:
+        return t5
+    return length + (t5 if pipeline.use_t5 else length)
 
 
 class Texts:
@@ -101,7 +110,7 @@ class Texts:
 
 def default_group(pipeline: Pipeline, cfg_weight: float) -> int:
     """As many prompts as have room in a sixteenth of the memory."""
-    tokens = CLIP_TOKENS + (T5_TOKENS if pipeline.use_t5 else CLIP_TOKENS)
+    tokens = text_tokens(pipeline)
     rows = 2 if cfg_weight > 0 else 1
     each = rows * tokens * FEATURE_WIDTH * pipeline.activation_dtype.size
     return max(1, int(FEATURES_SHARE * device_memory() / each))

@@ -28,7 +28,6 @@ from w4a8.model.catalog import ModelInfo
 from w4a8.model.diffusionkit import MMDiT
 from w4a8.model.layers import model_layers
 from w4a8.model.original import (
-    CHECKPOINT_PREFIX,
     complete_hub_config,
     hub_decoder,
     hub_encoder,
@@ -41,7 +40,9 @@ from w4a8.quantized.layer import packed_group
 from w4a8.quantized.model import GROUPS_OF_THE_REST, Codes, StoredWeights, quantized_places
 from w4a8.quantized.native import native_module
 
-HUB_4BIT_MODEL = "argmaxinc/mlx-stable-diffusion-3.5-large"  # of which DiffusionKit has a 4-bit file
+NO_GGUF = {
+    "argmaxinc/mlx-FLUX.1-dev": "DiffusionKit leaves FLUX.1-dev's guidance embedding out, which other programs need"
+}
 GGUF_BITS = 5  # codes of more have no exact form there: those layers are float16
 Arrays = dict[str, mx.array]
 
@@ -183,9 +184,12 @@ def write_folder(
     """Write an exported model folder, config.json last; an older export is removed first. Returns the folder."""
     parts, copied, config = rest_of_model(export, complete)
     parts = {"mmdit": dict(tree_flatten(mmdit.parameters())), **parts}
+    half = getattr(mx, export.info.family.half)
     for arrays in parts.values():
         for name, array in arrays.items():
             finite(name, array)
+            if export.info.loras and array.dtype == mx.float32:
+                arrays[name] = array.astype(half)  # what is not packed, and has a LoRA in it
     remove_file(paths.config)  # first: there is none without its files
     for old in paths.owned_files():
         remove_file(old)
@@ -206,13 +210,14 @@ def write_folder(
 
 
 def write_hub_file(paths: QuantizedModelPaths, export: Export, mmdit: MMDiT) -> None:
-    """The same in the layout of DiffusionKit's 4-bit SD3.5-large: every linear layer packed, VAE in the same file."""
-    arrays = {CHECKPOINT_PREFIX + name: array for name, array in tree_flatten(mmdit.parameters())}
-    vae = {"decoder": hub_decoder(export.info, export.local_checkpoint)}
-    vae["encoder"] = hub_encoder(export.info, export.local_checkpoint)
-    for part, weights in vae.items():
-        arrays |= {f"first_stage_model.{part}.{name}": array for name, array in weights.items()}
-    write_arrays(paths.hub_file(), arrays)
+    """The same in the layout of DiffusionKit's 4-bit file: every linear layer packed; SD3's VAE is in the same file."""
+    info, checkpoint = export.info, export.local_checkpoint
+    arrays = {info.family.prefix + name: array for name, array in tree_flatten(mmdit.parameters())}
+    if info.family.vae_inside:
+        vae = {"decoder": hub_decoder(info, checkpoint), "encoder": hub_encoder(info, checkpoint)}
+        for part, weights in vae.items():
+            arrays |= {f"{info.family.vae_prefix}{part}.{name}": array for name, array in weights.items()}
+    write_arrays(paths.hub_file(info.version), arrays)
 
 
 def copy_file(source: Path, target: Path) -> None:
@@ -261,6 +266,10 @@ def refuse_options(export: Export, layout: str, complete: bool) -> None:
         )
     if layout == "gguf" and export.activations is not None:
         raise OptionError("--format gguf: holds no ranges of activations; leave --activations out")
+    if complete and export.info.family.needs_t5:
+        raise OptionError("--complete: a folder with everything is in SD3's layout, without T5; leave it out")
+    if layout == "gguf" and export.info.version in NO_GGUF:
+        raise OptionError(f"--format gguf: {NO_GGUF[export.info.version]}")
     if complete and (layout == "gguf" or export.info.folder is not None):
         raise OptionError("--complete goes with a hub model and --format mlx; the export of a model folder is complete")
     if export.info.folder is not None and export.local_checkpoint is not None:

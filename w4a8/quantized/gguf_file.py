@@ -1,7 +1,7 @@
 """The same weights as one GGUF file: Q4_1 and Q5_1 hold codes of 4 and 5 bits in groups of 32 with a float16 scale and minimum,
 as they are. Layers of more bits are written as MLX unpacks them, in float16.
 
-Names are those of SD3's original checkpoint without its prefix, q, k and v in one, as image programs read them.
+Names are those of the original checkpoint without its prefix, q, k and v in one, as image programs read them.
 """
 
 from collections.abc import Mapping
@@ -16,15 +16,15 @@ from mlx.utils import tree_flatten
 from calibration_store.files import atomic_path, remove_file
 from calibration_store.layout import QuantizedModelPaths
 from w4a8.cli.progress import ProgressBar
-from w4a8.model.layers import model_layers
-from w4a8.model.original import checkpoint_key
+from w4a8.model.checkpoints import Place, original_place
+from w4a8.model.families import SD3, Family
+from w4a8.model.layers import UnifiedBlock, model_layers
 from w4a8.quantized.export import GGUF_BITS, Export, finite
 from w4a8.quantized.layer import QuantizedLayer, deployed
 from w4a8.quantized.model import Codes, quantized_places
 
-ARCHITECTURE = "sd3"
+UNIFIED_BLOCKS = UnifiedBlock.attribute
 KINDS = {4: gguf.GGMLQuantizationType.Q4_1, 5: gguf.GGMLQuantizationType.Q5_1}
-JOINED = ("q_proj", "k_proj", "v_proj")  # in one tensor, in this order
 
 
 def packed_blocks(layer: QuantizedLayer, bits: int) -> np.ndarray:
@@ -45,41 +45,40 @@ def packed_blocks(layer: QuantizedLayer, bits: int) -> np.ndarray:
 
 def write_gguf(paths: QuantizedModelPaths, export: Export, mmdit: nn.Module, bar: ProgressBar) -> Path:
     """Write the transformer; everything but the blocks' layers is float16, what has one dimension float32."""
-    info = export.info
+    info, family, hidden = export.info, export.info.family, mmdit.config.hidden_size
     path = paths.gguf(info.folder.name if info.folder is not None else info.version.rpartition("/")[2])
-    tensors: dict[str, dict[str, np.ndarray]] = {}  # by key: the parts that are joined, by their name in the model
-    width_of = joined_widths(mmdit, export.weights)  # q, k and v in one tensor have one width
-    for place in quantized_places(mmdit, export.weights):
-        name = f"{place.path}.weight"
-        width = width_of[joined_key(name)]
+    tensors: dict[str, dict[Place, np.ndarray]] = {}  # by key: the parts that are joined, by where they are
+    width_of = joined_widths(mmdit, export.weights, family)  # what is joined has one width
+    for module in quantized_places(mmdit, export.weights):
+        place = original_place(family, f"{module.path}.weight", hidden)
+        width = width_of[place.key]
         if width is None:
-            place.module["weight"] = place.quantized.packed(place.bits).dense(mx.float16)
+            module.module["weight"] = module.quantized.packed(module.bits).dense(mx.float16)
         else:
-            tensors.setdefault(joined_key(name), {})[name] = packed_blocks(place.quantized, width)
-            place.module.pop("weight")
-        if place.quantized.bias is not None:
-            place.module["bias"] = mx.array(place.quantized.bias)
+            tensors.setdefault(place.key, {})[place] = packed_blocks(module.quantized, width)
+            module.module.pop("weight")
+        if module.quantized.bias is not None:
+            module.module["bias"] = mx.array(module.quantized.bias)
         bar.update()
     packed = set(tensors)
     parameters = dict(tree_flatten(mmdit.parameters()))
     mmdit.clear()
-    names = set(parameters)
-    for name in names:
-        array = parameters.pop(name)
+    for name in list(parameters):
+        array, place = parameters.pop(name), original_place(family, name, hidden)
         values = np.array(finite(name, array.astype(mx.float32 if array.ndim == 1 else mx.float16)))
         if name == "x_embedder.proj.weight":
-            values = values.transpose(0, 3, 1, 2)
+            values = values.transpose(0, 3, 1, 2) if family is SD3 else values[:, 0, 0]
         elif name == "x_pos_embedder.pos_embed.weight":
             values = values[None]
-        parts = tensors.setdefault(joined_key(name), {})
-        parts[name] = values
-        without = name.replace("q_proj", "k_proj")
-        if name.endswith("q_proj.bias") and without not in names:
-            parts[without] = np.zeros_like(values)  # DiffusionKit's k has no bias: softmax does not see it
+        if name.startswith(UNIFIED_BLOCKS) and name.endswith("mlp.fc2.bias"):
+            continue  # one bias in the file, and DiffusionKit uses that of o_proj
+        tensors.setdefault(place.key, {})[place] = values
+        if name.endswith("q_proj.bias"):  # DiffusionKit's k has none
+            tensors[place.key][original_place(family, name.replace("q_proj", "k_proj"), hidden)] = np.zeros_like(values)
     for old in paths.gguf_files():
         remove_file(old)
     with atomic_path(path) as temporary:
-        writer = gguf.GGUFWriter(temporary, ARCHITECTURE)
+        writer = gguf.GGUFWriter(temporary, family.name)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_1)
         for key in sorted(tensors):
@@ -92,25 +91,18 @@ def write_gguf(paths: QuantizedModelPaths, export: Export, mmdit: nn.Module, bar
     return path
 
 
-def joined_widths(mmdit: nn.Module, weights: Codes) -> dict[str, int | None]:
+def joined_widths(mmdit: nn.Module, weights: Codes, family: Family) -> dict[str, int | None]:
     """By key: 4 or 5 bits, or None where a part has more, or stays as it is."""
     path_of = {id(module): path for path, module in mmdit.named_modules()}
     found: dict[str, set[int]] = {}
     for name, layer in model_layers(mmdit).items():
         bits = weights.bits_of(name) if name not in weights.excluded else 16
-        found.setdefault(joined_key(f"{path_of[id(layer.module)]}.weight"), set()).add(bits)
+        key = original_place(family, f"{path_of[id(layer.module)]}.weight", mmdit.config.hidden_size).key
+        found.setdefault(key, set()).add(bits)
     return {key: None if max(bits) > GGUF_BITS else max(4, max(bits)) for key, bits in found.items()}
 
 
-def joined(parts: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The rows of q, k and v in this order, or the one part that there is."""
-    if len(parts) == 1:
-        return next(iter(parts.values()))
-    return np.concatenate([array for role in JOINED for name, array in parts.items() if role in name])
-
-
-def joined_key(name: str) -> str:
-    """A parameter's key in the file; q, k and v of a stream share one."""
-    for part in JOINED[1:]:
-        name = name.replace(f"attn.{part}", f"attn.{JOINED[0]}")
-    return checkpoint_key(name)
+def joined(parts: Mapping[Place, np.ndarray]) -> np.ndarray:
+    """The parts of a tensor, in the order of their rows, or of their columns."""
+    places = sorted(parts)
+    return np.concatenate([parts[place] for place in places], axis=1 if places[-1].column else 0)

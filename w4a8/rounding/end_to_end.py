@@ -20,7 +20,7 @@ from w4a8.cli.ranks import ALONE, Alone
 from w4a8.model.layers import model_blocks, model_layers, run_final_layer
 from w4a8.parallel import on_every_core, streams_for
 from w4a8.quantized.layer import QuantizedLayer, deployed_grid
-from w4a8.rounding.samples import TrainingSamples
+from w4a8.rounding.samples import Batch, TrainingSamples
 from w4a8.rounding.settings import EVALUATED, STATIC, Settings, spread_over
 from w4a8.rounding.substitution import Substitution
 from w4a8.rounding.sums import summed
@@ -118,23 +118,25 @@ class WholeModel:
         stand_in.let_go()
         return given
 
-    def _square(self, tokens: mx.array, batch: list[mx.array]) -> mx.array:
+    def _square(self, tokens: mx.array, batch: Batch) -> mx.array:
         """Mean squared error of the output; batch: as TrainingSamples.batch."""
-        target = batch[3] if self.samples.holds_velocity else run_final_layer(self.mmdit, batch[3], batch[2])
-        return mx.mean(mx.square(run_final_layer(self.mmdit, tokens, batch[2]) - target))
+        target = batch.outputs[0]
+        if not self.samples.holds_velocity:
+            target = run_final_layer(self.mmdit, target, batch.modulation)
+        return mx.mean(mx.square(run_final_layer(self.mmdit, tokens, batch.modulation) - target))
 
     def _mean_square(self, indices: Sequence[int], state: Mapping[str, Arrays] | None, with_inputs: bool) -> float:
         """Over these samples; block by block over all of them, so that each is unpacked once."""
         every = self.settings.micro_batches(indices)
         parts = [every[number] for number in self.ranks.mine(len(every))]
-        tokens = [self.samples.batch(part)[:2] for part in parts]
-        modulations = [self.samples.batch(part)[2] for part in parts]
+        tokens = [self.samples.batch(part).tokens for part in parts]
+        modulations = [self.samples.batch(part).modulation for part in parts]
         mx.eval(tokens, modulations)
         for block in self._blocks:
             parameters = self._block_parameters(block.name, state)
             mx.eval(parameters)
             for index, part in enumerate(parts):
-                rows = step_rows(self.samples, part, tokens[index]) if with_inputs else None
+                rows = step_rows(self.samples, part, modulations[index]) if with_inputs else None
                 tokens[index] = self._run(block, parameters, tokens[index], modulations[index], rows, None)
                 mx.eval(tokens[index])
         squares = [self._square(given[0], self.samples.batch(part)) for given, part in zip(tokens, parts, strict=True)]
@@ -157,12 +159,12 @@ class WholeModel:
         batches = [self.samples.batch(part) for part in parts]
         rows = [None] * len(parts)
         if settings.activation_bits:
-            rows = [step_rows(self.samples, part, batch) for part, batch in zip(parts, batches, strict=True)]
+            rows = [step_rows(self.samples, part, batch.modulation) for part, batch in zip(parts, batches, strict=True)]
 
         def key_of(index: int, block: Any) -> mx.array:
             return mx.random.key(hash((settings.seed, iteration, int(parts[index][0]), block.index)) % 2**32)
 
-        kept: list[list[list[mx.array]]] = [[batch[:2]] for batch in batches]  # what enters every block
+        kept: list[list[list[mx.array]]] = [[batch.tokens] for batch in batches]  # what enters every block
         for block in self._blocks:
             parameters = self._block_parameters(block.name, state)
             mx.eval(parameters)
@@ -170,7 +172,7 @@ class WholeModel:
                 with mx.stream(stream):
                     key = key_of(index, block)
                     kept[index].append(
-                        self._run(block, parameters, kept[index][-1], batches[index][2], rows[index], key)
+                        self._run(block, parameters, kept[index][-1], batches[index].modulation, rows[index], key)
                     )
             mx.eval([each[-1] for each in kept])
         losses, slopes_of = [], []
@@ -190,7 +192,12 @@ class WholeModel:
             for index, stream in ways:
                 with mx.stream(stream):
                     run = partial(
-                        self._weighted, block, batches[index][2], rows[index], key_of(index, block), slopes_of[index]
+                        self._weighted,
+                        block,
+                        batches[index].modulation,
+                        rows[index],
+                        key_of(index, block),
+                        slopes_of[index],
                     )
                     given, slopes_of[index] = mx.grad(run, argnums=(0, 1))(parameters, kept[index].pop())
                     totals[index] = merged(totals[index], self._reduced(block.name, state, given))

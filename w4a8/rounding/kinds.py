@@ -10,7 +10,7 @@ import numpy as np
 from calibration_store.names import layer_role
 from w4a8.cli.ranks import ALONE, Alone
 from w4a8.model.layers import Layer, run_final_layer
-from w4a8.rounding.samples import TrainingSamples
+from w4a8.rounding.samples import Batch, TrainingSamples
 from w4a8.rounding.settings import Settings
 from w4a8.rounding.substitution import Substitution
 from w4a8.rounding.units import Arrays, Gradients, Job, Part, QuantizedUnit, Unit
@@ -27,11 +27,12 @@ class ModelUnit(Unit):
     def jobs(cls, layers: Mapping[str, Layer], blocks: Sequence[str]) -> list[Job]:
         return [Job("model", list(blocks), [Part("model", list(layers))])]
 
-    def outputs(self, batch: list[mx.array], stand_in: Substitution) -> list[mx.array]:
-        return [run_final_layer(self.mmdit, self.run(batch, stand_in)[0], batch[2])]
+    def outputs(self, batch: Batch, stand_in: Substitution) -> list[mx.array]:
+        return [run_final_layer(self.mmdit, self.run(batch, stand_in)[0], batch.modulation)]
 
-    def targets(self, batch: list[mx.array]) -> list[mx.array]:
-        return [batch[3] if self.samples.holds_velocity else run_final_layer(self.mmdit, batch[3], batch[2])]
+    def targets(self, batch: Batch) -> list[mx.array]:
+        given = batch.outputs[0]
+        return [given if self.samples.holds_velocity else run_final_layer(self.mmdit, given, batch.modulation)]
 
 
 class SublayerUnit(Unit):
@@ -50,12 +51,12 @@ class SublayerUnit(Unit):
     def last_layers(self) -> list[str]:
         return [name for name in self.layers if layer_role(name) in self.last_roles]
 
-    def outputs(self, batch: list[mx.array], stand_in: Substitution) -> list[mx.array]:
+    def outputs(self, batch: Batch, stand_in: Substitution) -> list[mx.array]:
         stand_in.keep(self.last_layers)
         self.run(batch, stand_in)
         return [stand_in.outputs.pop(name) for name in self.last_layers]
 
-    def targets(self, batch: list[mx.array]) -> list[mx.array]:
+    def targets(self, batch: Batch) -> list[mx.array]:
         return self.outputs(batch, Substitution({}, {}))
 
 

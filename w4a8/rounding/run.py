@@ -180,7 +180,7 @@ class Rounding:
     def whole_samples(self) -> Samples:
         """What enters the first block, and what the whole model gives."""
         if holds_ends(self.cache):
-            return Samples.of_ends(self.paths.calib_dir, self.cache, self.mmdit.config.patch_size)
+            return Samples.of_ends(self.paths.calib_dir, self.cache, self.mmdit)
         return self._stretch(self.blocks)
 
     def _stretch(self, blocks: Sequence[str]) -> Samples:

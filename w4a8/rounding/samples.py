@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from calibration_store.block_cache import (
@@ -19,10 +20,19 @@ from calibration_store.errors import StoreError
 from calibration_store.layout import BlockCachePaths, BoundaryPaths
 from w4a8.cli.ranks import ALONE, Alone
 from w4a8.memory import device_memory
+from w4a8.model.diffusionkit import MMDiTConfig
 from w4a8.parallel import on_every_core
 from w4a8.passes import Place, places_of
 
 HELD_OUT, MOST_HELD_OUT = 0.1, 32  # share of the images, and how many at most: never trained on, they judge
+
+
+class Batch(NamedTuple):
+    """Rows of some samples, one below the other, float32: what enters a stretch of blocks, and what it gives."""
+
+    tokens: list[mx.array]  # image and text, of FLUX's unified blocks joined
+    modulation: mx.array
+    outputs: list[mx.array]
 
 
 class TrainingSamples(Protocol):
@@ -36,8 +46,8 @@ class TrainingSamples(Protocol):
     def steps(self, indices: Sequence[int]) -> np.ndarray:
         """For each sample, which of the cached steps it is of: positions in key_timesteps."""
 
-    def batch(self, indices: Sequence[int], key: mx.array | None = None) -> list[mx.array]:
-        """Inputs, modulation input and outputs of these samples, rows one below the other.
+    def batch(self, indices: Sequence[int], key: mx.array | None = None) -> Batch:
+        """Inputs, modulation input and outputs of these samples.
 
         key: where inputs were kept quantized, too, half of their elements are taken from there (QDrop), drawn from it.
         """
@@ -60,9 +70,9 @@ class Samples:
 
     def __init__(
         self, places: Sequence[Place], read: Callable[[Place], list[np.ndarray]], key_timesteps: Sequence[int],
-        quantized: Callable[[Place], list[np.ndarray]] | None = None,
+        quantized: Callable[[Place], list[np.ndarray]] | None = None, inputs: int = 2,
     ):  # fmt: skip
-        """read: a sample's arrays, as in TrainingSamples.batch; quantized: its inputs as the quantized blocks before give them.
+        """read: a sample's arrays, inputs (so many) first, then modulation input and outputs; quantized: its inputs as the quantized blocks before give them.
 
         No file stays open: an operating system allows a few hundred.
         """
@@ -72,6 +82,7 @@ class Samples:
             range(len(key_timesteps)),
         )
         self._read = read if quantized is None else lambda place: [*read(place), *quantized(place)]
+        self._inputs = inputs
         self._count = len(read(places[0]))  # of arrays before the quantized inputs
         first = self._read(places[0])
         self.num_bytes = len(places) * sum(member.nbytes for member in first)
@@ -91,19 +102,19 @@ class Samples:
         """What a cache of all boundaries says of a stretch of blocks: what enters the first, what the last gives."""
         inputs, outputs = block_keys(cache, blocks[0], blocks[-1])
         read = cache_reader(calib_dir, cache, [*inputs, "modulation_input", *outputs])
-        return cls(places_of(cache), read, cache["key_timesteps"])
+        return cls(places_of(cache), read, cache["key_timesteps"], inputs=len(inputs))
 
     @classmethod
-    def of_ends(cls, calib_dir: Path, cache: Mapping[str, Any], patch_size: int) -> "Samples":
+    def of_ends(cls, calib_dir: Path, cache: Mapping[str, Any], mmdit: nn.Module) -> "Samples":
         """What a cache of the ends says of the whole model; the output is its velocity, a patch a token."""
         inputs, _ = block_keys(cache, cache["block_names"][0])
         read = cache_reader(calib_dir, cache, [*inputs, "modulation_input", VELOCITY])
 
         def patched(place: Place) -> list[np.ndarray]:
             *found, velocity = read(place)
-            return [*found, patches(velocity, patch_size)]
+            return [*found, patches(velocity, mmdit.config)]
 
-        samples = cls(places_of(cache), patched, cache["key_timesteps"])
+        samples = cls(places_of(cache), patched, cache["key_timesteps"], inputs=len(inputs))
         samples.holds_velocity = True
         return samples
 
@@ -116,7 +127,7 @@ class Samples:
         """As TrainingSamples.steps."""
         return self._steps[np.asarray(indices)]
 
-    def batch(self, indices: Sequence[int], key: mx.array | None = None) -> list[mx.array]:
+    def batch(self, indices: Sequence[int], key: mx.array | None = None) -> Batch:
         """As TrainingSamples.batch."""
         if self._arrays:
             picks = mx.array(indices) if isinstance(self._arrays[0], mx.array) else np.asarray(indices)
@@ -132,7 +143,8 @@ class Samples:
         for position, other in enumerate(quantized if key is not None else ()):
             key, drawn = mx.random.split(key)
             arrays[position] = mx.where(mx.random.bernoulli(0.5, other.shape, drawn), arrays[position], other)
-        return arrays
+        *tokens, modulation = arrays[: self._inputs + 1]
+        return Batch(tokens, modulation, arrays[self._inputs + 1 :])
 
     def keep(self, indices: Sequence[int]) -> None:
         """As TrainingSamples.keep."""
@@ -185,10 +197,11 @@ def cache_reader(calib_dir: Path, cache: Mapping[str, Any], keys: Sequence[str])
     return reader(paths, {key: stored[key] for key in keys})
 
 
-def patches(velocity: np.ndarray, size: int) -> np.ndarray:
+def patches(velocity: np.ndarray, config: MMDiTConfig) -> np.ndarray:
     """(R, h, w, channels) -> (R, tokens, 1, size² · channels): as the final layer gives it, before it is put together."""
-    rows, height, width, channels = velocity.shape
-    split = velocity.reshape(rows, height // size, size, width // size, size, channels).transpose(0, 1, 3, 2, 4, 5)
+    size, (rows, height, width, channels) = config.patch_size, velocity.shape
+    order = (0, 1, 3, 5, 2, 4) if config.patchify_via_reshape else (0, 1, 3, 2, 4, 5)  # FLUX: channels before pixels
+    split = velocity.reshape(rows, height // size, size, width // size, size, channels).transpose(order)
     return split.reshape(rows, -1, 1, size * size * channels)
 
 

@@ -96,8 +96,8 @@ class Probe:
     ):
         self.mmdit, self._blocks, self._at = mmdit, [model_blocks(mmdit)[name] for name in blocks], 0
         batches = [samples.batch(chunk) for chunk in chunks]
-        self._modulations = [batch[2] for batch in batches]
-        self._tokens = [batch[:2] for batch in batches]
+        self._modulations = [batch.modulation for batch in batches]
+        self._tokens = [batch.tokens for batch in batches]
         self._steps = np.concatenate([samples.steps(chunk) for chunk in chunks])
         self._every_step = len(samples.all_steps)
         self._counts = [len(chunk) for chunk in chunks]

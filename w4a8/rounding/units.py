@@ -18,7 +18,7 @@ from w4a8.quantized.arithmetic import grid_position, searched_grid
 from w4a8.quantized.layer import QuantizedLayer, deployed_grid
 from w4a8.quantized.ranges import channel_clipping_range
 from w4a8.rounding.methods import METHODS
-from w4a8.rounding.samples import TrainingSamples
+from w4a8.rounding.samples import Batch, TrainingSamples
 from w4a8.rounding.settings import EVALUATED, STATIC, Settings, spread_over
 from w4a8.rounding.substitution import Substitution
 from w4a8.rounding.sums import summed
@@ -120,31 +120,31 @@ class Unit:
 
     # what the unit gives, quantized and not
 
-    def run(self, batch: list[mx.array], stand_in: Substitution) -> list[mx.array]:
+    def run(self, batch: Batch, stand_in: Substitution) -> list[mx.array]:
         """The tokens that the last block gives for a batch, with substituted layers."""
-        tokens, modulation_input = batch[:2], batch[2]
+        tokens = batch.tokens
         with substituted_layers(self.mmdit, stand_in.compute):
             for block in self._blocks:
-                tokens = block.run(tokens, modulation_input)
+                tokens = block.run(tokens, batch.modulation)
         stand_in.let_go()
         return tokens
 
-    def outputs(self, batch: list[mx.array], stand_in: Substitution) -> list[mx.array]:
+    def outputs(self, batch: Batch, stand_in: Substitution) -> list[mx.array]:
         """What the loss is measured on: here the block's outputs."""
         return self.run(batch, stand_in)
 
-    def targets(self, batch: list[mx.array]) -> list[mx.array]:
+    def targets(self, batch: Batch) -> list[mx.array]:
         """What the unquantized unit gives: here what the cache holds."""
-        return batch[3:]
+        return batch.outputs
 
     # the loss
 
-    def square_parts(self, stand_in: Substitution, batch: list[mx.array]) -> list[mx.array]:
+    def square_parts(self, stand_in: Substitution, batch: Batch) -> list[mx.array]:
         """Mean squared error of each output, unevaluated."""
         targets, given = self.targets(batch), self.outputs(batch, stand_in)
         return [mx.mean(mx.square(a - b)) for a, b in zip(given, targets, strict=True)]
 
-    def loss_parts(self, stand_in: Substitution, batch: list[mx.array]) -> list[mx.array]:
+    def loss_parts(self, stand_in: Substitution, batch: Batch) -> list[mx.array]:
         """The same, relative to round-to-nearest."""
         return [square / norm for square, norm in zip(self.square_parts(stand_in, batch), self.norms, strict=True)]
 
@@ -167,7 +167,9 @@ class Unit:
         for start in range(0, len(chunks), ranks.size):
             chosen = chunks[min(start + ranks.rank, len(chunks) - 1)]  # a rank without one does the last again
             batch = self.samples.batch(chosen)
-            quantize = None if state.rule is None else state.rule.of_rows(step_rows(self.samples, chosen, batch))
+            quantize = (
+                None if state.rule is None else state.rule.of_rows(step_rows(self.samples, chosen, batch.modulation))
+            )
             found = parts(Substitution(weights, biases, quantize), batch)
             mx.eval(found)
             for chunk, each in zip(chunks[start:], ranks.gathered(found, found), strict=False):
@@ -178,7 +180,7 @@ class Unit:
     def _loss_and_gradients(self, with_inputs: bool) -> Callable:
         """(weights, biases and ranges; batch; step of each row; key) -> loss and gradients."""
 
-        def loss_of(parameters: Gradients, batch: list[mx.array], rows: mx.array, key: mx.array) -> mx.array:
+        def loss_of(parameters: Gradients, batch: Batch, rows: mx.array, key: mx.array) -> mx.array:
             quantize = self.rule(parameters["ranges"]).of_rows(rows) if with_inputs else None
             stand_in = Substitution(parameters["weights"], parameters["biases"], quantize, self.settings.qdrop, key)
             parts = self.loss_parts(stand_in, batch)
@@ -206,7 +208,7 @@ class Unit:
                 with mx.stream(stream):
                     batch = self.samples.batch(part, key)
                     share = len(part) / len(indices)
-                    given = loss_of(parameters, batch, step_rows(self.samples, part, batch), key)
+                    given = loss_of(parameters, batch, step_rows(self.samples, part, batch.modulation), key)
                     found.append(tree_map(partial(mx.multiply, share), given))
             mx.async_eval(found)
             self.samples.keep(near)
@@ -304,9 +306,9 @@ class Unit:
             yield watching.inputs
 
 
-def step_rows(samples: TrainingSamples, indices: Sequence[int], batch: list[mx.array]) -> mx.array:
-    """For each row of a batch of these samples, which of the cached steps it is of."""
-    return mx.array(np.repeat(samples.steps(indices), len(batch[0]) // len(indices)))
+def step_rows(samples: TrainingSamples, indices: Sequence[int], rows: mx.array) -> mx.array:
+    """For each of the rows of these samples, which of the cached steps it is of."""
+    return mx.array(np.repeat(samples.steps(indices), len(rows) // len(indices)))
 
 
 def input_rule(settings: Settings, ranges: Arrays, shifts: Arrays) -> Learned | DynamicPerToken:

@@ -65,6 +65,7 @@ class Walk:
             lambda place: [*inputs(place), *modulation(place), *outputs(place)],
             self.cache["key_timesteps"],
             self._inputs(block, True) if self.mixed and before is not None else None,
+            inputs=len(self._keys(before) if before else block_keys(self.cache, block)[0]),
         )
 
     def few(self, mmdit: nn.Module, count: int) -> Samples:
@@ -79,8 +80,9 @@ class Walk:
             for place in places
         }
         return Samples(
-            places, lambda place: [*inputs(place), *modulation(place), *outputs[place]], self.cache["key_timesteps"]
-        )
+            places, lambda place: [*inputs(place), *modulation(place), *outputs[place]], self.cache["key_timesteps"],
+            inputs=len(block_keys(self.cache, block)[0]),
+        )  # fmt: skip
 
     def finish(self) -> None:
         """Remove what is left of the walk."""

@@ -46,6 +46,7 @@ def _gpu_plan(shapes: tuple[tuple[int, int], ...]) -> tuple[mx.array, int, int, 
 
 def gpu_statistics(inputs: list[mx.array], backend: str) -> list[mx.array]:
     """[limits, histograms, moments] of inputs (rows, channels) of one dtype, unevaluated, by the kernel of `backend`."""
+    inputs = [x.astype(mx.float32) if x.dtype == mx.bfloat16 else x for x in inputs]
     plan, groups, tile_limits, channels = _gpu_plan(tuple(x.shape for x in inputs))
     tile_kernel, merge_kernel = _gpu_kernels(backend, len(inputs))
     tiles = tile_kernel(

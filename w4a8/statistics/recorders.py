@@ -83,6 +83,7 @@ class StreamingRecorder:
         if x is not self._last:
             self._last = x
             self._pass.channels.append(x.shape[-1])
+            x = x.astype(mx.float32) if x.dtype == mx.bfloat16 else x  # NumPy has no bfloat16
             mx.async_eval(x)
             self._waiting.append(x)
             if len(self._waiting) > self.LOOKAHEAD:

@@ -1,0 +1,155 @@
+"""LoRAs (Hu et al. 2021): W + scale · alpha / rank · B·A, fused into the dense weights when a model is read.
+
+Layouts: PEFT and diffusers (transformer_blocks.0.attn.to_q.lora_A.weight), kohya (lora_unet_joint_blocks_0_x_block_attn_qkv.
+lora_down.weight), and both with the other's module names.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from calibration_store.errors import UserError
+from calibration_store.model_folder import check_weight_file
+from w4a8.cli.options import Lora
+from w4a8.cli.words import few
+from w4a8.model.checkpoints import original_place
+from w4a8.model.families import SD3, Family
+
+PREFIX = re.compile(
+    r"^(?:base_model\.model\.|model\.diffusion_model\.|diffusion_model\.|transformer\.|lora_(?:unet|transformer)_)*"
+)
+PART = re.compile(
+    r"(?P<module>.+)\.(?:(?P<A>lora_A(?:\.default)?|lora_down|lora\.down|lora_linear_layer\.down)\.weight|"
+    r"(?P<B>lora_B(?:\.default)?|lora_up|lora\.up|lora_linear_layer\.up)\.weight|(?P<alpha>alpha))"
+)
+# The parts of DiffusionKit's names -> those of diffusers.
+DIFFUSERS_PARTS = (
+    ("multimodal_transformer_blocks", "transformer_blocks"),
+    ("unified_transformer_blocks", "single_transformer_blocks"),
+    (".transformer_block.attn.o_proj", ".proj_out"),
+    (".transformer_block.mlp.fc1", ".proj_mlp"),
+    (".transformer_block.mlp.fc2", ".proj_out"),
+    (".transformer_block.adaLN_modulation.layers.1", ".norm.linear"),
+    (".transformer_block.attn.", ".attn.to_"),
+    (".image_transformer_block.attn.o_proj", ".attn.to_out.0"),
+    (".text_transformer_block.attn.o_proj", ".attn.to_add_out"),
+    (".image_transformer_block.attn.", ".attn.to_"),
+    (".text_transformer_block.attn.", ".attn.add_"),
+    (".image_transformer_block.mlp.", ".ff."),
+    (".text_transformer_block.mlp.", ".ff_context."),
+    (".image_transformer_block.adaLN_modulation.layers.1", ".norm1.linear"),
+    (".text_transformer_block.adaLN_modulation.layers.1", ".norm1_context.linear"),
+    ("ff.fc1", "ff.net.0.proj"), ("ff.fc2", "ff.net.2"),
+    ("ff_context.fc1", "ff_context.net.0.proj"), ("ff_context.fc2", "ff_context.net.2"),
+    ("final_layer.linear", "proj_out"),
+    ("final_layer.adaLN_modulation.layers.1", "norm_out.linear"),
+    ("t_embedder.mlp.layers.0", "time_text_embed.timestep_embedder.linear_1"),
+    ("t_embedder.mlp.layers.2", "time_text_embed.timestep_embedder.linear_2"),
+    ("y_embedder.mlp.layers.0", "time_text_embed.text_embedder.linear_1"),
+    ("y_embedder.mlp.layers.2", "time_text_embed.text_embedder.linear_2"),
+    ("x_embedder.proj", "x_embedder"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Target:
+    """A weight that a LoRA's module changes: where its rows and columns are in that module's product."""
+
+    name: str
+    row: int
+    column: int
+    swapped: bool = False  # diffusers keeps (scale, shift) where the original has (shift, scale)
+
+
+def fused(weights: Mapping[str, mx.array], family: Family, loras: Sequence[Lora]) -> dict[str, mx.array]:
+    """The weights with these LoRAs, changed ones float32, lazily; weights: under DiffusionKit's names.
+
+    Raises UserError for a file that is no LoRA of this model, and lists the keys that are none of its layers'.
+    """
+    found = dict(weights)
+    for lora in loras:
+        modules = read_lora(lora)
+        targets = targets_of(weights, family)
+        unknown = sorted(key for module, parts in modules.items() if module not in targets for key in parts["keys"])
+        if unknown:
+            raise UserError(
+                f"--lora {lora.file}: {len(unknown)} of its keys are no layer of this model's transformer "
+                f"({few(unknown)}); text encoders' LoRAs, LoHa, LoKr and DoRA are not supported"
+            )
+        for module, parts in modules.items():
+            down, up = parts["A"], parts["B"]
+            expected = shape_of(targets[module], weights)
+            if (up.shape[0], down.shape[1]) != expected or up.shape[1] != down.shape[0]:
+                raise UserError(
+                    f"--lora {lora.file}: {parts['keys'][0]}: {up.shape} x {down.shape}, and the layer is {expected}; "
+                    "it was made for another model"
+                )
+            if lora.scale == 0:
+                continue
+            factor = lora.scale * parts.get("alpha", down.shape[0]) / down.shape[0]
+            change = factor * (up.astype(mx.float32) @ down.astype(mx.float32))
+            for target in targets[module]:
+                array = found[target.name]
+                rows, columns = array.shape[0], array.size // array.shape[0]
+                part = change[target.row : target.row + rows, target.column : target.column + columns]
+                if target.swapped:
+                    part = mx.concatenate([part[rows // 2 :], part[: rows // 2]])
+                found[target.name] = array.astype(mx.float32) + part.reshape(array.shape)
+    return found
+
+
+def read_lora(lora: Lora) -> dict[str, dict]:
+    """Module (dots as underscores, no prefix) -> its A (rank, in), B (out, rank), alpha, and keys. Raises UserError."""
+    check_weight_file(lora.file)
+    modules: dict[str, dict] = {}
+    for key, array in mx.load(str(lora.file)).items():
+        matched = PART.fullmatch(PREFIX.sub("", key))
+        module = matched["module"].replace(".", "_") if matched else key
+        parts = modules.setdefault(module, {"keys": []})
+        parts["keys"].append(key)
+        if matched is None:
+            continue
+        kind = next(name for name in ("A", "B", "alpha") if matched[name])
+        if kind == "alpha":
+            parts[kind] = array.astype(mx.float32).item()
+        else:
+            parts[kind] = array.reshape(*array.shape[:2]) if math.prod(array.shape[2:]) == 1 else array
+    for parts in modules.values():
+        if ("A" in parts) != ("B" in parts) or any(parts[k].ndim != 2 for k in ("A", "B") if k in parts):
+            raise UserError(f"--lora {lora.file}: {parts['keys'][0]} has no A and B of two dimensions each")
+    return modules
+
+
+def targets_of(weights: Mapping[str, mx.array], family: Family) -> dict[str, list[Target]]:
+    """Module name, dots as underscores -> the weights that it stands for, in every layout."""
+    hidden = weights["context_embedder.weight"].shape[0]
+    last = max(int(name.split(".")[1]) for name in weights if name.startswith("multimodal_transformer_blocks."))
+    found: dict[str, list[Target]] = {}
+    for name, array in weights.items():
+        path = name.removesuffix(".weight")
+        if path == name or array.size != array.shape[0] * array.shape[-1] or array.ndim == 1 or "pos_embed" in name:
+            continue
+        place = original_place(family, name, hidden)
+        module = place.key.removesuffix(".weight").replace(".", "_")
+        found.setdefault(module, []).append(Target(name, place.row, place.column))
+        theirs = path
+        for ours, other in DIFFUSERS_PARTS:
+            theirs = theirs.replace(ours, other)
+        text_of_last = family is SD3 and theirs == f"transformer_blocks.{last}.norm1_context.linear"
+        column = place.column if theirs.endswith("proj_out") else 0
+        target = Target(name, 0, column, theirs == "norm_out.linear" or text_of_last)
+        if theirs.replace(".", "_") != module:
+            found.setdefault(theirs.replace(".", "_"), []).append(target)
+    return found
+
+
+def shape_of(targets: Sequence[Target], weights: Mapping[str, mx.array]) -> tuple[int, int]:
+    """(rows, columns) of a module that holds these weights."""
+    arrays = [(target, weights[target.name]) for target in targets]
+    return (
+        max(target.row + array.shape[0] for target, array in arrays),
+        max(target.column + array.size // array.shape[0] for target, array in arrays),
+    )
