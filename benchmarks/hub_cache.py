@@ -65,18 +65,21 @@ class Random:
         self._dtype, self._key = dtype, mx.random.key(seed)
 
     def draw(self, name: str, shape: Sequence[int]) -> mx.array:
-        """Normal values of a layer's usual size; biases 0, norms 1. Unevaluated."""
+        """Normal values of a layer's usual size; small biases, norms 1. Unevaluated."""
         self._key, now = mx.random.split(self._key)
         if name.endswith("bias"):
-            return mx.zeros(shape, dtype=self._dtype)
-        if "norm" in name and len(shape) == 1:
+            return (0.02 * mx.random.normal(shape, key=now)).astype(self._dtype)
+        if len(shape) == 1:  # of a norm
             return mx.ones(shape, dtype=self._dtype)
         fan_in = math.prod(shape[1:]) or shape[-1]
-        return (mx.random.normal(shape, self._dtype, key=now) * fan_in**-0.5).astype(self._dtype)
+        return (mx.random.normal(shape, key=now) * fan_in**-0.5).astype(self._dtype)
 
 
-def random_transformer_weights(config: MMDiTConfig, family: Family) -> dict[str, mx.array]:
-    """Random 16-bit weights of a transformer of `config`, keyed and shaped as the original checkpoint has them."""
+def random_transformer_weights(config: MMDiTConfig, family: Family, guided: bool = False) -> dict[str, mx.array]:
+    """Random 16-bit weights of a transformer of `config`, keyed and shaped as the original checkpoint has them.
+
+    guided: with FLUX.1-dev's guidance embedding, which DiffusionKit does not know.
+    """
     ends: dict[str, list[int]] = {}
     for name, array in tree_flatten(MMDiT(config).parameters()):
         place, shape = original_place(family, name, config.hidden_size), list(array.shape)
@@ -87,10 +90,8 @@ def random_transformer_weights(config: MMDiTConfig, family: Family) -> dict[str,
         corner = [place.row + shape[0], *(place.column + side for side in shape[1:2]), *shape[2:]]
         known = ends.get(place.key, corner)
         ends[place.key] = [max(a, b) for a, b in zip(known, corner, strict=True)]
-    if family is not SD3:  # which has a guidance embedding and biases of k, too, in the real file
-        ends |= {
-            name.replace(".weight", ".bias"): side[:1] for name, side in ends.items() if name.endswith("qkv.weight")
-        }
+    if guided:
+        ends |= {key.replace("time_in", "guidance_in"): shape for key, shape in ends.items() if "time_in" in key}
     random = Random(getattr(mx, family.half))
     return {family.prefix + key: random.draw(key, shape) for key, shape in ends.items()}
 
@@ -211,7 +212,7 @@ def write_checkpoint(hf_home: Path, repository: str, outliers: bool = False) -> 
     snapshot, family, config = hub_folder(hf_home, repository), family_of(repository), HUB_MMDIT_CONFIGS[repository]
     (snapshot / "config.json").write_text("{}")
     files = HUB_MMDIT_FILES[repository]
-    weights = random_transformer_weights(config, family)
+    weights = random_transformer_weights(config, family, guided="dev" in repository)
     if outliers:
         plant_outliers(weights, config.depth_multimodal)
     if family.vae_inside:

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
@@ -25,13 +26,18 @@ from benchmarks.hub_cache import (
     write_t5,
     write_text_encoders,
 )
-from w4a8.model.diffusionkit import model_io
+from calibration_store.layout import CalibrationPaths
+from calibration_store.manifest import read_manifest
+from calibration_store.samples import read_sample
+from w4a8.model.diffusionkit import FluxPipeline, MMDiT, model_io
+from w4a8.model.hub import T5Encoder
 from w4a8.model.layers import model_layers
 from w4a8.model.loading import diffusionkit_pipeline
 from w4a8.quantized.native import NativeLinear
 
 LARGE = "argmaxinc/mlx-stable-diffusion-3.5-large"
-SCHNELL = "argmaxinc/mlx-FLUX.1-schnell"
+SCHNELL, DEV = "argmaxinc/mlx-FLUX.1-schnell", "argmaxinc/mlx-FLUX.1-dev"
+SCHNELL_4BIT = f"{SCHNELL}-4bit-quantized"
 LARGE_4BIT = f"{LARGE}-4bit-quantized"
 make_tiny()
 
@@ -64,7 +70,33 @@ def load_hub_file(path, output):
         assert mx.array_equal(array, expected), name
 
 
-SCRIPTS = {"denoise": denoise, "load_hub_file": load_hub_file}
+def flux_latents(folder, half):
+    """Every image of a run of FLUX again, by DiffusionKit's own pipeline: the same finished latents, bit for bit."""
+    update = nn.Module.update
+    MMDiT.update = lambda self, parameters: update(self, parameters, strict=False)  # k's bias: MLX refuses it now
+    options = {"w16": half == "bfloat16", "a16": half == "bfloat16", "low_memory_mode": False}
+    pipeline = FluxPipeline(model_version=SCHNELL, **options)
+    del MMDiT.update
+    pipeline.t5_encoder = T5Encoder(pipeline.t5_encoder)
+    pipeline.latent_format.process_out = lambda latent: latent
+    manifest = read_manifest(Path(folder))
+    assert manifest["activation_dtype"] == half
+    for image in manifest["images"]:
+        text = [array.astype(pipeline.activation_dtype) for array in pipeline.encode_text(image["prompt"], 0.0)]
+        size, steps = tuple(manifest["latent_size"]), manifest["num_steps"]
+        found, _ = pipeline.denoise_latents(*text, steps, 0.0, size, image["seed"])
+        sample = read_sample(CalibrationPaths(Path(folder)), manifest, image["image_id"], steps)["x"]
+        np.testing.assert_array_equal(sample, np.array(found.astype(pipeline.activation_dtype).astype(mx.float32)))
+
+
+def load_flux_file(path, output):
+    """What DiffusionKit's loader of its 4-bit FLUX.1-schnell makes of a file."""
+    model_io.LOCAl_SD3_CKPT = path
+    mmdit = model_io.load_flux(key=SCHNELL_4BIT, float16=False, model_key=SCHNELL_4BIT, low_memory_mode=False)
+    mx.save_safetensors(output, dict(tree_flatten(mmdit.parameters())))
+
+
+SCRIPTS = {function.__name__: function for function in (denoise, load_hub_file, flux_latents, load_flux_file)}
 
 
 def run(script, *arguments):
@@ -81,9 +113,10 @@ def run(script, *arguments):
 if __name__ == "__main__":
     if sys.argv[1] == "write":
         write_text_encoders(Path(sys.argv[2]))
-        for repository in (SD3_MEDIUM, LARGE, SCHNELL):
+        for repository in (SD3_MEDIUM, LARGE, SCHNELL, DEV):
             write_checkpoint(Path(sys.argv[2]), repository)
-        (hub_folder(Path(sys.argv[2]), LARGE_4BIT) / "config.json").write_text("{}")
+        for repository in (LARGE_4BIT, SCHNELL_4BIT):
+            (hub_folder(Path(sys.argv[2]), repository) / "config.json").write_text("{}")
         write_t5(Path(sys.argv[2]), T5_TINY)
     else:
         for is_then, words in itertools.groupby(sys.argv[1:], lambda word: word == "then"):

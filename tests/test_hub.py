@@ -1,42 +1,24 @@
 """The hub's loading path: DiffusionKit's own loaders over a hub cache on disk, random weights, original keys."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT, invoke
+from conftest import invoke
 from finished_run import one_line
 from PIL import Image
+from tiny_hub import LARGE, MEDIUM, run, tiny_hub
 
 STAGE_1, STAGE_5 = "generate_calibration_data", "export_quantized_model"
-MEDIUM, LARGE = "argmaxinc/mlx-stable-diffusion-3-medium", "argmaxinc/mlx-stable-diffusion-3.5-large"
 QUICK = ("--num-images", 1, "--num-steps", 1, "--latent-size", 8, 8, "--no-t5", "--no-images")
 DRAW = ("a red rocket", "--num-steps", 1, "--latent-size", 8, 8, "--no-t5", "--seed", 3)
 
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    home = tmp_path_factory.mktemp("hf")
-    subprocess.run(
-        [sys.executable, "tests/hub_driver.py", "write", str(home)], cwd=ROOT, check=True, env=environment(home)
-    )
-    yield home
-    shutil.rmtree(home)
-
-
-def environment(home):
-    return os.environ | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-
-
-def run(home, *arguments):
-    """Scripts in a process of their own: `script, *arguments, "then", script, …`."""
-    command = [sys.executable, "tests/hub_driver.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment(home), capture_output=True, text=True, check=False)
+    return tiny_hub(tmp_path_factory.getbasetemp())
 
 
 def test_the_default_model_from_a_hub_cache(hub, tmp_path):
@@ -81,8 +63,10 @@ def test_t5_is_on_by_default_and_missing_files_are_one_line(hub, tmp_path):
     with_t5, without_t5 = (np.load(tmp_path / name / "samples/0001_002.npz")["x"] for name in "ab")
     assert np.isfinite(with_t5).all() and not np.array_equal(with_t5, without_t5)
 
-    next(hub.rglob("t5xxl.safetensors")).unlink()
+    t5 = next(hub.rglob("t5xxl.safetensors"))
+    t5.rename(tmp_path / "t5")
     done = run(hub, STAGE_1, *arguments, "--calib-dir", tmp_path / "c")
+    (tmp_path / "t5").rename(t5)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and "hf auth login" in done.stderr
 

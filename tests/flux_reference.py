@@ -1,0 +1,110 @@
+"""FLUX's blocks in NumPy and float64, from the original checkpoint's keys: nothing of DiffusionKit, MLX or the toolkit.
+
+As Black Forest Labs' model.py, with DiffusionKit's two liberties: an exact GELU, and k without its bias.
+"""
+
+import math
+
+import numpy as np
+
+ERF = np.vectorize(math.erf)
+
+
+class Flux:
+    """Blocks of a checkpoint {key: array}; `inputs` has what entered each linear layer, under the toolkit's names."""
+
+    def __init__(self, weights, heads, axes):
+        self.weights = {name: np.asarray(array, np.float64) for name, array in weights.items()}
+        self.heads, self.axes, self.inputs = heads, axes, {}
+
+    def linear(self, key, x):
+        return x @ self.weights[f"{key}.weight"].T + self.weights[f"{key}.bias"]
+
+    def modulation(self, key, vec, count):
+        return np.split(self.linear(key, vec / (1 + np.exp(-vec))), count, axis=-1)
+
+    def rotations(self, text, height, width):
+        """(tokens, head / 2) angles: text at the origin, image tokens at (0, row, column)."""
+        rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
+        image = np.stack([0 * rows, rows, columns], axis=-1).reshape(-1, 3)
+        at = np.concatenate([np.zeros((text, 3)), image])
+        return np.concatenate(
+            [at[:, i : i + 1] / 10_000 ** (np.arange(0, dim, 2) / dim) for i, dim in enumerate(self.axes)], axis=1
+        )
+
+    def attention(self, q, k, v, angles):
+        """(tokens, hidden) each, normalized; heads side by side."""
+
+        def split(x):
+            return x.reshape(len(x), self.heads, -1).transpose(1, 0, 2)
+
+        def rotate(x):
+            a, b = split(x)[..., 0::2], split(x)[..., 1::2]
+            found = np.stack([a * np.cos(angles) - b * np.sin(angles), a * np.sin(angles) + b * np.cos(angles)], -1)
+            return found.reshape(*found.shape[:2], -1)
+
+        q, k, v = rotate(q), rotate(k), split(v)
+        scores = q @ k.transpose(0, 2, 1) / np.sqrt(q.shape[-1])
+        scores = np.exp(scores - scores.max(-1, keepdims=True))
+        mixed = scores / scores.sum(-1, keepdims=True) @ v
+        return mixed.transpose(1, 0, 2).reshape(len(mixed[0]), -1)
+
+    def qkv(self, joined, norm):
+        q, k, v = np.split(joined, 3, axis=-1)
+        return self.rms(q, f"{norm}.query_norm.scale"), self.rms(k, f"{norm}.key_norm.scale"), v
+
+    def rms(self, x, key):
+        heads = x.reshape(len(x), self.heads, -1)
+        return (heads / np.sqrt((heads**2).mean(-1, keepdims=True) + 1e-6) * self.weights[key]).reshape(x.shape)
+
+    def without_k_bias(self, key, x):
+        hidden = x.shape[-1]
+        given = self.linear(key, x)
+        given[:, hidden : 2 * hidden] -= self.weights[f"{key}.bias"][hidden : 2 * hidden]
+        return given
+
+    def double(self, i, img, txt, vec, angles):
+        """Of one row: image (tokens, hidden), text, vec (hidden,) -> the same."""
+        key, streams = f"double_blocks.{i}", {"txt": txt, "img": img}
+        mods = {s: self.modulation(f"{key}.{s}_mod.lin", vec, 6) for s in streams}
+        parts = []
+        for s, x in streams.items():
+            seen = modulated(x, *mods[s][:2])
+            self.inputs[f"mm{i}.{s}.attn.q_proj"] = seen
+            parts.append(self.qkv(self.without_k_bias(f"{key}.{s}_attn.qkv", seen), f"{key}.{s}_attn.norm"))
+        mixed = self.attention(*(np.concatenate(pair) for pair in zip(*parts, strict=True)), angles)
+        given = {}
+        for s, part in (("txt", mixed[: len(txt)]), ("img", mixed[len(txt) :])):
+            _, _, gate, shift, scale, second_gate = mods[s]
+            x = streams[s] + gate * self.linear(f"{key}.{s}_attn.proj", part)
+            seen = modulated(x, shift, scale)
+            hidden = gelu(self.linear(f"{key}.{s}_mlp.0", seen))
+            self.inputs |= {f"mm{i}.{s}.attn.o_proj": part, f"mm{i}.{s}.mlp.fc1": seen, f"mm{i}.{s}.mlp.fc2": hidden}
+            given[s] = x + second_gate * self.linear(f"{key}.{s}_mlp.2", hidden)
+        return given["img"], given["txt"]
+
+    def single(self, i, x, vec, angles):
+        """Of one row: all tokens, text first."""
+        key, size = f"single_blocks.{i}", x.shape[-1]
+        shift, scale, gate = self.modulation(f"{key}.modulation.lin", vec, 3)
+        seen = modulated(x, shift, scale)
+        given = self.without_k_bias(f"{key}.linear1", seen)
+        part = self.attention(*self.qkv(given[:, : 3 * size], f"{key}.norm"), angles)
+        hidden = gelu(given[:, 3 * size :])
+        self.inputs |= {f"uni{i}.attn.q_proj": seen, f"uni{i}.attn.o_proj": part}
+        self.inputs |= {f"uni{i}.mlp.fc1": seen, f"uni{i}.mlp.fc2": hidden}
+        return x + gate * self.linear(f"{key}.linear2", np.concatenate([part, hidden], axis=1))
+
+    def last(self, img, vec):
+        """Image tokens -> patches (tokens, 64)."""
+        shift, scale = self.modulation("final_layer.adaLN_modulation.1", vec, 2)
+        return self.linear("final_layer.linear", modulated(img, shift, scale))
+
+
+def modulated(x, shift, scale):
+    centred = x - x.mean(-1, keepdims=True)
+    return (1 + scale) * centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) + shift
+
+
+def gelu(x):
+    return x * (1 + ERF(x / math.sqrt(2))) / 2

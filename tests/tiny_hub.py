@@ -1,0 +1,30 @@
+"""A hub cache of tiny models, made once, and scripts run over it in processes of their own."""
+
+import functools
+import os
+import subprocess
+import sys
+
+from conftest import ROOT
+
+MEDIUM, LARGE = "argmaxinc/mlx-stable-diffusion-3-medium", "argmaxinc/mlx-stable-diffusion-3.5-large"
+SCHNELL, DEV = "argmaxinc/mlx-FLUX.1-schnell", "argmaxinc/mlx-FLUX.1-dev"
+
+
+@functools.cache
+def tiny_hub(base):
+    """HF_HOME below `base`, the session's temporary folder."""
+    home = base / "tiny_hub"
+    command = [sys.executable, "tests/hub_driver.py", "write", str(home)]
+    subprocess.run(command, cwd=ROOT, check=True, env=environment(home))
+    return home
+
+
+def environment(home):
+    return os.environ | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+
+
+def run(home, *arguments):
+    """Scripts in a process of their own: `script, *arguments, "then", script, …`."""
+    command = [sys.executable, "tests/hub_driver.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=environment(home), capture_output=True, text=True, check=False)
