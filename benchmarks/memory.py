@@ -100,7 +100,7 @@ def main(
         if size == "sd3-medium":
             home = hf_home or Path(temporary) / "hf"
             if hf_home is None:
-                make = [sys.executable, str(ROOT / "benchmarks/random_sd3_medium.py"), "--hf-home", str(home)]
+                make = [sys.executable, str(ROOT / "benchmarks/random_model.py"), "--hf-home", str(home)]
                 subprocess.run([*make, *(["--t5"] if t5 else [])], check=True)
             environment = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
         bare = bare_pass(environment, size, 16 if size == "sd3-emoji" else latent_size, t5)

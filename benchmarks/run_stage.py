@@ -22,9 +22,7 @@ sys.path.insert(0, str(ROOT))
 def main(tiny: bool, stage: str, arguments: tuple[str, ...]) -> None:
     """Run STAGE, a script of this toolkit, with its ARGUMENTS; print seconds, MLX's peak and the process's."""
     if tiny:
-        from benchmarks.hub_cache import make_tiny
-
-        make_tiny()
+        importlib.import_module("benchmarks.hub_cache").make_tiny()
     started, code = time.perf_counter(), 0
     try:
         importlib.import_module(Path(stage).stem).main(list(arguments))

@@ -1,7 +1,7 @@
 """From the command to the first pass: every stage, in a process of its own, beside reading the files that it needs.
 
 python benchmarks/startup.py                                          # the bundled model
-python benchmarks/startup.py --hf-home /tmp/hf --latent-size 16       # a random SD3-Medium (random_sd3_medium.py)
+python benchmarks/startup.py --hf-home /tmp/hf --latent-size 16       # a random SD3-Medium (random_model.py)
 
 The files are in the page cache: each stage runs after they were read once. `cat` reads the same ones.
 """

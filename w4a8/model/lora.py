@@ -21,6 +21,8 @@ from w4a8.model.families import SD3, Family
 PREFIX = re.compile(
     r"^(?:base_model\.model\.|model\.diffusion_model\.|diffusion_model\.|transformer\.|lora_(?:unet|transformer)_)*"
 )
+FLAT = str.maketrans(".", "_")  # as kohya writes module names
+MULTIMODAL_BLOCK = re.compile(r"multimodal_transformer_blocks\.(\d+)\.")
 PART = re.compile(
     r"(?P<module>.+)\.(?:(?P<A>lora_A(?:\.default)?|lora_down|lora\.down|lora_linear_layer\.down)\.weight|"
     r"(?P<B>lora_B(?:\.default)?|lora_up|lora\.up|lora_linear_layer\.up)\.weight|(?P<alpha>alpha))"
@@ -38,6 +40,7 @@ DIFFUSERS_PARTS = (
     (".text_transformer_block.attn.o_proj", ".attn.to_add_out"),
     (".image_transformer_block.attn.", ".attn.to_"),
     (".text_transformer_block.attn.", ".attn.add_"),
+    ("to_q_proj", "to_q"), ("to_k_proj", "to_k"), ("to_v_proj", "to_v"),
     (".image_transformer_block.mlp.", ".ff."),
     (".text_transformer_block.mlp.", ".ff_context."),
     (".image_transformer_block.adaLN_modulation.layers.1", ".norm1.linear"),
@@ -80,7 +83,9 @@ def fused(weights: Mapping[str, mx.array], family: Family, loras: Sequence[Lora]
                 f"({few(unknown)}); text encoders' LoRAs, LoHa, LoKr and DoRA are not supported"
             )
         for module, parts in modules.items():
-            down, up = parts["A"], parts["B"]
+            down, up = parts.get("A"), parts.get("B")
+            if down is None or up is None or down.ndim != 2 or up.ndim != 2:
+                raise UserError(f"--lora {lora.file}: {parts['keys'][0]} has no A and B of two dimensions each")
             expected = shape_of(targets[module], weights)
             if (up.shape[0], down.shape[1]) != expected or up.shape[1] != down.shape[0]:
                 raise UserError(
@@ -107,7 +112,7 @@ def read_lora(lora: Lora) -> dict[str, dict]:
     modules: dict[str, dict] = {}
     for key, array in mx.load(str(lora.file)).items():
         matched = PART.fullmatch(PREFIX.sub("", key))
-        module = matched["module"].replace(".", "_") if matched else key
+        module = matched["module"].translate(FLAT) if matched else key
         parts = modules.setdefault(module, {"keys": []})
         parts["keys"].append(key)
         if matched is None:
@@ -117,23 +122,20 @@ def read_lora(lora: Lora) -> dict[str, dict]:
             parts[kind] = array.astype(mx.float32).item()
         else:
             parts[kind] = array.reshape(*array.shape[:2]) if math.prod(array.shape[2:]) == 1 else array
-    for parts in modules.values():
-        if ("A" in parts) != ("B" in parts) or any(parts[k].ndim != 2 for k in ("A", "B") if k in parts):
-            raise UserError(f"--lora {lora.file}: {parts['keys'][0]} has no A and B of two dimensions each")
     return modules
 
 
 def targets_of(weights: Mapping[str, mx.array], family: Family) -> dict[str, list[Target]]:
     """Module name, dots as underscores -> the weights that it stands for, in every layout."""
     hidden = weights["context_embedder.weight"].shape[0]
-    last = max(int(name.split(".")[1]) for name in weights if name.startswith("multimodal_transformer_blocks."))
+    last = max(int(found[1]) for found in map(MULTIMODAL_BLOCK.match, weights) if found)
     found: dict[str, list[Target]] = {}
     for name, array in weights.items():
         path = name.removesuffix(".weight")
         if path == name or array.size != array.shape[0] * array.shape[-1] or array.ndim == 1 or "pos_embed" in name:
             continue
         place = original_place(family, name, hidden)
-        module = place.key.removesuffix(".weight").replace(".", "_")
+        module = place.key.removesuffix(".weight").translate(FLAT)
         found.setdefault(module, []).append(Target(name, place.row, place.column))
         theirs = path
         for ours, other in DIFFUSERS_PARTS:
@@ -141,8 +143,8 @@ def targets_of(weights: Mapping[str, mx.array], family: Family) -> dict[str, lis
         text_of_last = family is SD3 and theirs == f"transformer_blocks.{last}.norm1_context.linear"
         column = place.column if theirs.endswith("proj_out") else 0
         target = Target(name, 0, column, theirs == "norm_out.linear" or text_of_last)
-        if theirs.replace(".", "_") != module:
-            found.setdefault(theirs.replace(".", "_"), []).append(target)
+        if theirs.translate(FLAT) != module:
+            found.setdefault(theirs.translate(FLAT), []).append(target)
     return found
 
 
