@@ -31,7 +31,7 @@ from w4a8 import cli
 @click.option("--compare", help="Another model to draw the same prompts and seeds with; PSNR and SSIM under each pair.")
 @cli.lora_option
 @click.option("--seed", type=click.IntRange(min=0, max=2**31), default=0, help="Image i is drawn with seed + i.")
-@click.option("--num-steps", type=click.IntRange(min=1), default=50, help="Euler steps per image.")
+@click.option("--num-steps", type=click.IntRange(min=1), help="Euler steps per image.  [default: 50; FLUX.1-schnell 4]")
 @click.option("--cfg-weight", type=click.FloatRange(min=0), help="Guidance; 0 turns it off.  [default: the model's]")
 @click.option("--negative-prompt", default="", help="What guidance steers away from.")
 @click.option(
@@ -55,7 +55,7 @@ def main(**options) -> None:
 
 
 def run(
-    prompts: tuple[str, ...], prompt_file: Path | None, model: str, loras: tuple, compare: str | None, seed: int, num_steps: int,
+    prompts: tuple[str, ...], prompt_file: Path | None, model: str, loras: tuple, compare: str | None, seed: int, num_steps: int | None,
     cfg_weight: float | None, negative_prompt: str, latent_size: tuple[int, int] | None, batch_size: int,
     use_t5: bool | None, dtype: str | None, activations: bool, native: str, output: Path,
 ) -> None:  # fmt: skip

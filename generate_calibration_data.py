@@ -32,7 +32,7 @@ DEFAULT_MODEL = "argmaxinc/mlx-stable-diffusion-3-medium"
     help="Text file, one prompt a line, or CSV or TSV with a column 'prompt' or 'caption'.  [default: built-in list, drawn by --seed]",
 )
 @click.option("--num-images", type=click.IntRange(min=1), default=10, help="Images to sample.")
-@click.option("--num-steps", type=click.IntRange(min=1), default=50, help="Euler steps per image.")
+@click.option("--num-steps", type=click.IntRange(min=1), help="Euler steps per image.  [default: 50; FLUX.1-schnell 4]")
 @click.option("--cfg-weight", type=click.FloatRange(min=0), help="Guidance; 0 turns it off.  [default: the model's]")
 @click.option("--negative-prompt", default="", help="What guidance steers away from.")
 @click.option(
@@ -65,7 +65,7 @@ def main(**options) -> None:
 
 
 def run(
-    model: str, local_checkpoint: Path | None, loras: tuple, prompt_file: Path | None, num_images: int, num_steps: int,
+    model: str, local_checkpoint: Path | None, loras: tuple, prompt_file: Path | None, num_images: int, num_steps: int | None,
     cfg_weight: float | None, negative_prompt: str, seed: int, latent_size: tuple[int, int] | None, stride: int,
     batch_size: int, use_t5: bool | None, dtype: str | None, save_images: bool, calib_dir: Path,
     text_group: int | None, max_bytes: int | None, resume: bool, force: bool, dry_run: bool,

@@ -29,7 +29,7 @@ PACKED_BITS, PACKED_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)  # what MLX runs 
 Depth = Annotated[int, Meta(ge=1, le=256)]
 
 
-class TransformerConfig(TypedDict):
+class _TransformerConfig(TypedDict):
     depth_multimodal: Depth
     num_heads: Depth
     hidden_size: Side
@@ -38,6 +38,10 @@ class TransformerConfig(TypedDict):
     token_level_text_embed_dim: Literal[4096]
     patch_size: Annotated[int, Meta(ge=1, le=16)]
     vae_latent_dim: Literal[16]
+
+
+class TransformerConfig(_TransformerConfig, total=False):
+    timestep_dtype: Literal["float16", "bfloat16", "float32"]  # what timesteps are embedded in; absent: the run's
 
 
 class ClipConfig(TypedDict):

@@ -88,7 +88,7 @@ def test_what_the_ends_hold(ends, everything):
         final["_modulation_params"] = {0.0: final.adaLN_modulation(modulation)}
         velocity = np.array(final(mx.array(np.array(other.outputs[0])).astype(mx.float32), mx.zeros((1,))))
         np.testing.assert_allclose(
-            patches(np.array(cached.velocity, np.float32), 2), velocity, atol=6e-3 * abs(velocity).max()
+            patches(np.array(cached.velocity, np.float32), mmdit.config), velocity, atol=6e-3 * abs(velocity).max()
         )
     with pytest.raises(StoreError, match="only the ends .* --boundaries all --force"):
         next(iter(read_cached_block(ends, "mm3")))

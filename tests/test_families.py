@@ -235,6 +235,27 @@ def test_what_a_model_cannot_is_one_line(hub, tmp_path, options, message):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_fine_tune_of_flux_in_the_original_keys(hub, tmp_path):
+    """The same file, as --local-checkpoint: the same latents; its VAE is the hub's. Four steps are the model's own."""
+    path = next(hub.rglob("flux-schnell.safetensors"))
+    where = ("--model", SCHNELL, "--num-images", 1, *SIZE, "--no-images", "--calib-dir")
+    done = run(
+        hub,
+        *("generate_calibration_data", *where, tmp_path / "a", "then"),
+        *("generate_calibration_data", *where, tmp_path / "b", "--local-checkpoint", path, "then"),
+        *("export_quantized_model", "--calib-dir", tmp_path / "b", "--weights", "w4-rtn", "--activations", "none"),
+    )
+    assert done.returncode == 0, done.stderr
+    one, other = ((tmp_path / name / "samples/0000_004.npz").read_bytes() for name in "ab")
+    assert one == other and not (tmp_path / "b/quantized_model/decoder.safetensors").exists()
+
+
+def test_what_diffusionkit_leaves_out_is_said(hub, tmp_path):
+    where = ("--num-images", 1, "--num-steps", 1, *SIZE, "--no-images", "--dry-run", "--calib-dir", tmp_path / "run")
+    done = run(hub, "generate_calibration_data", "--model", DEV, *where)
+    assert done.returncode == 0 and "without its guidance embedding, which DiffusionKit does not know" in done.stdout
+
+
 def test_checkpoints_of_another_layout_are_named(hub, tmp_path):
     given = {
         "diffusers": ("transformer.single_transformer_blocks.0.attn.to_q.weight", "in the layout of diffusers"),

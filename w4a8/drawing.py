@@ -57,11 +57,12 @@ class Drawing:
 
 
 def plan_drawing(
-    infos: Sequence[ModelInfo], prompts: list[str], seed: int, num_steps: int, cfg_weight: float | None, negative_prompt: str,
+    infos: Sequence[ModelInfo], prompts: list[str], seed: int, num_steps: int | None, cfg_weight: float | None, negative_prompt: str,
     latent_size: tuple[int, int] | None, batch_size: int, use_t5: bool | None, dtype: str | None,
 ) -> Plan:  # fmt: skip
     """Defaults come from the first model. Raises OptionError for what one of the models cannot draw."""
     first = infos[0]
+    num_steps = num_steps or first.num_steps
     cfg_weight = first.cfg_weight if cfg_weight is None else cfg_weight
     latent_size = latent_size or first.latent_size
     for info in infos:

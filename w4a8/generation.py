@@ -45,11 +45,12 @@ RUN_OPTIONS = {
 
 
 def plan_run(
-    info: ModelInfo, prompts: Sequence[str], num_images: int, num_steps: int, cfg_weight: float | None,
+    info: ModelInfo, prompts: Sequence[str], num_images: int, num_steps: int | None, cfg_weight: float | None,
     negative_prompt: str, seed: int, latent_size: tuple[int, int] | None, stride: int, batch_size: int,
     use_t5: bool | None, dtype: str | None, local_checkpoint: Path | None, save_images: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """The manifest of a run before its first image. A list shorter than num_images starts again with new seeds."""
+    num_steps = num_steps or info.num_steps
     cfg_weight = info.cfg_weight if cfg_weight is None else cfg_weight
     latent_size = info.latent_size if latent_size is None else latent_size
     check_latent_size(info, latent_size)

@@ -36,6 +36,7 @@ from w4a8.model.families import Family, family_of
 BUNDLED_FOLDER = Path(__file__).resolve().parents[2] / "models" / BUNDLED_MODEL
 HUB_MODELS = tuple(key for key in MMDIT_CKPT if "4bit" not in key)
 HUB_VAE_DOWNSCALE = 8
+DISTILLED_STEPS = 4  # what FLUX.1-schnell was distilled for
 
 
 class ModelError(UserError):
@@ -58,6 +59,8 @@ class ModelInfo:
     captions: Path | None  # prompts that the model was made for, if it brings any
     base: str | None = None  # hub id of what an exported folder does not hold: text encoders, VAE
     loras: tuple[Lora, ...] = ()  # fused into the transformer's weights when they are read
+    num_steps: int = 50  # Euler steps where nothing else is said
+    left_out: str | None = None  # what DiffusionKit does not do of it
 
     @property
     def family(self) -> Family:
@@ -92,6 +95,8 @@ def describe_model(name: str, loras: Sequence[Lora] = ()) -> ModelInfo:
             use_t5=True,
             sampler_shift=SHIFT[name],
             captions=None,
+            num_steps=DISTILLED_STEPS if "schnell" in name else ModelInfo.num_steps,
+            left_out="its guidance embedding, which DiffusionKit does not know" if "dev" in name else None,
         )
     try:
         folder = BUNDLED_FOLDER if name == BUNDLED_MODEL else Path(name).expanduser().resolve()

@@ -91,7 +91,8 @@ def transformer_config(folder: Path, config: Mapping[str, Any], dtype: mx.Dtype)
         return dataclasses.replace(HUB_MMDIT_CONFIGS[config["base_model"]], low_memory_mode=False)  # its own dtype
     own = dict(config["mmdit"])
     own["hidden_size_override"] = own.pop("hidden_size")
-    return MMDiTConfig(**own, low_memory_mode=False, dtype=dtype)
+    embedded = own.pop("timestep_dtype", None)
+    return MMDiTConfig(**own, low_memory_mode=False, dtype=getattr(mx, embedded) if embedded else dtype)
 
 
 def load_folder_transformer(folder: Path, dtype: mx.Dtype, loras: Sequence[Lora] = ()) -> MMDiT:

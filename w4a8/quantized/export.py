@@ -169,7 +169,7 @@ def rest_of_model(export: Export, complete: bool) -> tuple[dict[str, Arrays], li
         ]
         return {}, files + ([captions] if captions else []), read_model_config(info.folder)
     config: dict[str, Any] = {"name": info.version.rpartition("/")[2], "base_model": info.version}
-    if not complete and export.local_checkpoint is None:
+    if not complete and (export.local_checkpoint is None or not info.family.vae_inside):
         return {}, [], config
     parts = {"decoder": hub_decoder(info, export.local_checkpoint)}  # a local checkpoint's is not the hub's
     if not complete:

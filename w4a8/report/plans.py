@@ -23,6 +23,10 @@ def print_plan(plan: dict[str, Any], info: ModelInfo, paths: CalibrationPaths, c
         f"latents {height} x {width}, {plan['activation_dtype']}, T5 {'on' if plan['use_t5'] else 'off'}, "
         f"seed {plan['seed_base']}, batch {plan['batch_size']}"
     )
+    for lora in info.loras:
+        click.echo(f"with {lora.file} x {lora.scale:g}")
+    if info.left_out:
+        click.echo(f"without {info.left_out}")
     batches, missing = batches_to_do(plan, complete), plan["num_images"] - len(complete)
     if complete:
         click.echo(f"complete in {paths.root}: {len(complete)} of {plan['num_images']} images")
