@@ -78,7 +78,7 @@ class WeightsPlan(_Weights, _Training, _MadeFrom):
     """plan.json: what a run of stage 3W is, while it is under way."""
 
 
-class StageLosses(TypedDict):
+class _StageLosses(TypedDict):
     nearest: float
     start: float
     hardened: float
@@ -87,6 +87,12 @@ class StageLosses(TypedDict):
     end_training: float
     kept_nearest: bool
     layers: Count
+
+
+class StageLosses(_StageLosses, total=False):
+    curve: Annotated[
+        list[float], Meta(max_length=256)
+    ]  # mean training loss of stretches of iterations; not in older files
 
 
 class BlockLosses(TypedDict):

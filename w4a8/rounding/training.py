@@ -16,6 +16,7 @@ from w4a8.parallel import fused
 from w4a8.rounding.settings import EVALUATED, LR_SCALES, cosine, spread_over
 from w4a8.rounding.units import Arrays, Gradients, Unit
 
+CURVE_POINTS = 50  # of the training losses that are kept
 OPTIMIZERS = ("alpha", "scale", "range")  # what each of them moves; `scale` also zero points and biases
 
 
@@ -57,6 +58,7 @@ class Training:
         self.state: dict[str, Arrays] = {key: dict(value) for key, value in unit.start.items()}
         self.optimizers = {name: Adam(1e-3, bias_correction=True) for name in OPTIMIZERS}
         self.fixed = self.first_fixed()
+        self.curve = np.zeros(min(CURVE_POINTS, self.iters), np.float32)  # losses of a stretch of iterations, added up
         self._good = (self._parts(), 0)  # the last state whose loss was finite, and its iteration
 
     @property
@@ -84,7 +86,7 @@ class Training:
 
     def arrays(self) -> dict[str, mx.array]:
         """Everything that the rest of the training follows from, flat."""
-        tree: dict[str, Any] = {"state": self.state, "fixed": self.fixed}
+        tree: dict[str, Any] = {"state": self.state, "fixed": self.fixed, "curve": mx.array(self.curve)}
         return dict(flatten(tree | {f"{name}_optimizer": each.state for name, each in self.optimizers.items()}))
 
     def restore(self, arrays: Mapping[str, np.ndarray], iteration: int) -> None:
@@ -106,7 +108,7 @@ class Training:
         if missing:
             raise ValueError(f"no {missing[0]}_optimizer")
         self.state = {key: tree["state"].get(key, {}) for key in self.unit.start}
-        self.fixed = tree.get("fixed", {})
+        self.fixed, self.curve = tree.get("fixed", {}), np.array(tree["curve"])
         for name, each in self.optimizers.items():
             each.state = tree[f"{name}_optimizer"]
         self.iteration = iteration
@@ -179,9 +181,19 @@ class Training:
         self._good = (self._parts(), self.iteration)
 
     def _finished(self, loss: mx.array) -> float:
-        self.iteration += 1
         mx.eval(self.state, self.fixed, [each.state for each in self.optimizers.values()])
+        self.curve[self._stretch(self.iteration)] += np.float32(loss.item())
+        self.iteration += 1
         return loss.item()
+
+    def _stretch(self, iteration: int) -> int:
+        """Which point of the curve an iteration counts in."""
+        return iteration * len(self.curve) // self.iters
+
+    def mean_losses(self) -> list[float]:
+        """The training losses of the whole training, the mean of each stretch of iterations."""
+        counts = np.bincount([self._stretch(iteration) for iteration in range(self.iters)])
+        return [round(float(total) / count, 6) for total, count in zip(self.curve, counts, strict=True)]
 
     def round(self, weight_gradients: Arrays) -> None:
         """Move the rounding variables."""
@@ -279,7 +291,7 @@ def train(
         if time.monotonic() - last_saved > checkpoint_seconds:
             save()
             last_saved = time.monotonic()
-    return training.measure()
+    return training.measure() | {"curve": training.mean_losses()}
 
 
 def measure(training: Training) -> dict[str, Any]:
