@@ -2,15 +2,16 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
+from msgspec import Meta
 
 from calibration_store.errors import StoreError
 from calibration_store.files import write_json
 from calibration_store.layout import EvaluationPaths
 from calibration_store.npz import read_npz, write_npz
-from calibration_store.schema import FINITE, Member, Record
+from calibration_store.schema import FINITE, Index, JsonFormat, Member, Record, Share, Steps
 
 EVALUATION_FORMAT = "evaluation_v1"
 EVALUATION_RUN = Record(
@@ -20,6 +21,67 @@ EVALUATION_RUN = Record(
         "identity": Member(("str2048",), ()),
     }
 )
+
+
+class _Interval(TypedDict):
+    mean: float
+    median: float
+    worst: float
+
+
+class Figure(_Interval, total=False):
+    interval: tuple[float, float]
+
+
+class ImageMetrics(TypedDict):
+    prompt: str
+    psnr: float
+    ssim: float
+    flip: float
+
+
+class VariantMetrics(TypedDict):
+    psnr: Figure
+    ssim: Figure
+    flip: Figure
+    share_above_40_db: Share
+    share_below_30_db: Share
+    images: Annotated[list[ImageMetrics], Meta(min_length=1)]
+    worst_image: Index
+
+
+class Metrics(TypedDict):
+    """metrics.json, what is read of it; it says more."""
+
+    format: str
+    prompts: list[str]
+    num_steps: Steps
+    seed: Index
+    variants: dict[str, VariantMetrics]
+
+
+def metrics_fault(metrics: Metrics) -> str | None:
+    """What metrics.json's entries say of each other that cannot be."""
+    count = len(metrics["prompts"])
+    for name, variant in metrics["variants"].items():
+        if len(variant["images"]) != count or variant["worst_image"] >= count:
+            return f"variants: {name} has figures of {len(variant['images'])} images, and there are {count}"
+    return None
+
+
+METRICS = JsonFormat(EVALUATION_FORMAT, Metrics, "evaluate_quantization.py", metrics_fault)
+
+
+def read_images(paths: EvaluationPaths, variant: str, count: int) -> np.ndarray | None:
+    """The images (N, H, W, 3) uint8 that a variant drew; None where its file is not there. Raises StoreError for a damaged one."""
+    remedy = "run evaluate_quantization.py again to make it anew"
+    for path in paths.runs_of(variant):
+        arrays = read_npz(path, remedy)
+        fault = EVALUATION_RUN.fault(arrays, images=count)
+        if fault:
+            raise StoreError(f"{path}: not what a variant drew ({fault}); {remedy}")
+        return arrays["images"]
+    return None
 
 
 def read_variant(path: Path, identity: str, images: int, states: int, latent_size: tuple[int, int]) -> dict | None:

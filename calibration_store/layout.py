@@ -198,6 +198,14 @@ class EvaluationPaths:
         return matching(self.runs, rf"{re.escape(variant)}_[0-9a-f]{{16}}\.npz")
 
 
+class ReportPaths:
+    """report_calibration.py; `root` is report/ below the folder that all stages share, or --output."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.page = root / "index.html"
+
+
 # hub models of which DiffusionKit has a 4-bit file, and its name
 HUB_4BIT_FILES = {
     "argmaxinc/mlx-stable-diffusion-3.5-large": "sd3.5_large_4bit_quantized.safetensors",

@@ -1,0 +1,55 @@
+"""A page of everything that a calibration folder holds: report/index.html, to look at and to send.
+
+Reads   whatever there is below --calib-dir: manifest and images, configs, losses, metrics and variants' images, the export.
+Writes  report/index.html, one file with images and figures inside; no network, light and dark.
+
+python report_calibration.py
+"""
+
+from pathlib import Path
+
+import click
+
+from w4a8 import cli
+
+
+@cli.stage_command
+@cli.calib_dir_option
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder to write to.  [default: report/ below --calib-dir]",
+)
+@click.option("--force", is_flag=True, help="Write over an index.html that is not this script's.")
+@click.option("--dry-run", is_flag=True, help="Say what the page would hold; write nothing.")
+def main(**options) -> None:
+    """One page of the run: ranges, training, original against quantized."""
+    run(**options)
+
+
+def run(calib_dir: Path, output: Path | None, force: bool, dry_run: bool) -> None:
+    """Read what is there, write the page, say what it holds and what would be next."""
+    from calibration_store.files import locked_folder
+    from calibration_store.layout import ReportPaths
+    from w4a8.report.page import SECTIONS, describe_folder, refuse_foreign_page, write_page
+
+    paths = ReportPaths(output or calib_dir / "report")
+    if not force:
+        refuse_foreign_page(paths)
+    page = describe_folder(calib_dir)
+    held = [title for key, title in SECTIONS.items() if key in page]
+    click.echo(f"the page holds: {', '.join(held)}")
+    for step in page["next"]:
+        click.echo(f"not there yet: {step['what']} ({step['script']})")
+    if "comparison" in page and page["comparison"]["shown"] < page["comparison"]["all"]:
+        comparison = page["comparison"]
+        click.echo(f"{comparison['shown']} of {comparison['all']} pairs of images are in it, the most damaged first")
+    if dry_run:
+        return
+    with locked_folder(paths.root):
+        size = write_page(paths, page)
+    click.echo(f"wrote {paths.page} ({cli.format_bytes(size)}); open it in a browser")
+
+
+if __name__ == "__main__":
+    main()

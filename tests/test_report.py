@@ -1,0 +1,186 @@
+"""report_calibration.py: the page holds what the folder holds, and works in a browser (headless Chromium, where there is one)."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from conftest import invoke
+from finished_run import finished_run, one_line
+from PIL import Image
+
+from calibration_store.layout import ReportPaths
+from w4a8.report.page import PICTURE_BYTES, describe_folder, picture, write_page
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory):
+    """A run with every stage, and its report."""
+    folder = shutil.copytree(finished_run(tmp_path_factory.getbasetemp()), tmp_path_factory.mktemp("report") / "run")
+    for stage, *options in (
+        ("export_quantized_model", "--activations", "a8"),
+        ("evaluate_quantization", "--num-images", 3, "--num-steps", 2, "--variants", "w4-rtn,native"),
+        ("report_calibration",),
+    ):
+        done = invoke(stage, "--calib-dir", folder, *options)
+        assert done.exit_code == 0, done.output
+    return folder, done.output
+
+
+def data_of(page):
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), re.DOTALL)
+    return json.loads(found[1])
+
+
+def test_the_page_holds_what_the_folder_holds(reported):
+    folder, output = reported
+    page = folder / "report/index.html"
+    assert (
+        "the page holds: the run, its prompts and pictures, ranges of the activations, learned rounding, the model"
+        in output
+    )
+    text, data = page.read_text(), data_of(page)
+    assert not re.findall(r'(?:src|href)="(?!data:|#)', text) and "url(" not in text  # nothing is fetched
+    config = json.loads((folder / "activations/quant_config.json").read_bytes())
+    layers = {layer["name"]: layer for layer in data["activations"]["layers"]}
+    for position, step in enumerate(map(str, data["activations"]["steps"])):
+        for name, entry in config["per_timestep"][step].items():
+            assert layers[name]["range"][position] == pytest.approx(entry["clipping_range"], rel=1e-3)
+    metrics = json.loads((folder / "evaluation/metrics.json").read_bytes())["variants"]
+    assert [row["name"] for row in data["comparison"]["rows"]] == list(metrics) == ["w4-rtn", "native"]
+    for name, pairs in data["comparison"]["pairs"].items():
+        damage = [metrics[name]["images"][pair["image"]]["psnr"] for pair in pairs]
+        assert len(damage) == 3 and damage == sorted(damage)
+    units = data["weights"]["units"]
+    assert len(units) == 8 and all(len(unit["curve"]) == 10 for unit in units.values())
+    assert all(np.isfinite(unit["curve"]).all() for unit in units.values())
+    assert "mmdit.safetensors" in text and data["next"] == []
+
+
+def test_a_folder_with_less_says_how_to_go_on(reported, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    shutil.copy(reported[0] / "manifest.json", folder)
+    one_line(invoke("report_calibration", "--calib-dir", folder), "images/0000.png: not found")
+    shutil.copytree(reported[0] / "images", folder / "images")
+    done = invoke("report_calibration", "--calib-dir", folder)
+    assert done.exit_code == 0 and "not there yet: learned rounding" in done.output, done.output
+    text = (folder / "report/index.html").read_text()
+    assert "How to go on" in text and "optimize_adaround.py" in text and 'id="activations"' not in text
+    one_line(invoke("report_calibration", "--calib-dir", tmp_path / "nothing"), "manifest.json: not found")
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_prompts_are_text_and_nothing_else(reported, tmp_path):
+    page = describe_folder(reported[0])
+    page["drawn"]["pictures"][0]["prompt"] = bad = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
+    page["comparison"]["prompts"][0] = bad
+    write_page(ReportPaths(tmp_path), page)
+    text = (tmp_path / "index.html").read_text()
+    assert (
+        bad not in text
+        and html.escape(bad) in text
+        and data_of(tmp_path / "index.html")["comparison"]["prompts"][0] == bad
+    )
+
+
+def test_a_foreign_page_and_damaged_files_are_one_line(reported, tmp_path):
+    folder = shutil.copytree(reported[0], tmp_path / "run")
+    (folder / "report/index.html").write_text("<html>mine</html>")
+    one_line(invoke("report_calibration", "--calib-dir", folder), "not written by this script")
+    assert invoke("report_calibration", "--calib-dir", folder, "--force", "--dry-run").exit_code == 0
+    assert (folder / "report/index.html").read_text() == "<html>mine</html>"
+    metrics = folder / "evaluation/metrics.json"
+    metrics.write_text(metrics.read_text().replace('"psnr"', '"snr"', 1))
+    one_line(invoke("report_calibration", "--calib-dir", folder, "--force"), "metrics.json")
+    run = next((reported[0] / "evaluation/runs").glob("native_*.npz"))
+    metrics.write_bytes((reported[0] / "evaluation/metrics.json").read_bytes())
+    (folder / "evaluation/runs" / run.name).write_bytes(run.read_bytes()[:-400])
+    one_line(invoke("report_calibration", "--calib-dir", folder, "--force"), run.name)
+
+
+# --- in a browser -------------------------------------------------------------------------------------------
+
+WATCH = (
+    '<script>window.faults = []; addEventListener("error", (e) => faults.push(e.message || "resource"), true);</script>'
+)
+
+
+def visit(page, script, tmp_path, size="1200,900"):
+    """Open a copy of the page, run a script that gives an object, and what it gave; faults of the page included."""
+    copy = tmp_path / "visited.html"
+    tail = f'<pre id="found"></pre><script>{{ const found = (() => {{ {script} }})(); document.getElementById("found").textContent = JSON.stringify({{ ...found, faults: window.faults }}); }}</script></body>'
+    copy.write_text(page.read_text().replace("<head>", f"<head>{WATCH}", 1).replace("</body>", tail))
+    command = [
+        CHROMIUM,
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--window-size={size}",
+        "--dump-dom",
+        copy.as_uri(),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    return json.loads(html.unescape(re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)[1]))
+
+
+@browser
+def test_filter_and_slider_work(reported, tmp_path):
+    found = visit(
+        reported[0] / "report/index.html",
+        """
+        const count = () => document.getElementById("count").textContent;
+        const choose = (id, value) => { const e = document.getElementById(id); e.value = value; e.dispatchEvent(new Event("change")); };
+        const before = count(); choose("kind", "img.mlp.fc2"); const kind = count(); choose("block", "mm1"); const both = count();
+        const two = document.querySelector(".pair .two"), slider = two.querySelector("input");
+        slider.value = 20; slider.dispatchEvent(new Event("input"));
+        const clip = getComputedStyle(two.querySelector(".original")).clipPath;
+        const first = document.querySelectorAll(".pair").length; choose("variant", "native");
+        const curve = document.querySelector("canvas.curve");
+        const inked = curve.getContext("2d").getImageData(0, 0, curve.width, curve.height).data.some((value) => value > 0);
+        const heat = document.getElementById("heat");
+        heat.dispatchEvent(new PointerEvent("pointermove", { clientX: heat.getBoundingClientRect().x + 200, clientY: heat.getBoundingClientRect().y + 20 }));
+        return { before, kind, both, clip, first, second: document.querySelectorAll(".pair").length, inked, hover: document.getElementById("hover").textContent };
+        """,
+        tmp_path,
+    )
+    assert found["faults"] == []
+    assert (found["before"], found["kind"], found["both"]) == ("93 of 93 layers", "8 of 93 layers", "1 of 93 layers")
+    assert "80%" in found["clip"] and found["first"] == found["second"] == 3 and found["inked"]
+    assert found["hover"].startswith("mm1.img.mlp.fc2 · step 0, sigma 1: range ")
+
+
+@browser
+def test_no_page_is_wider_than_a_phone(reported, tmp_path):
+    script = "return { page: document.documentElement.scrollWidth, window: innerWidth };"
+    found = visit(
+        reported[0] / "report/index.html", script, tmp_path, size="500,900"
+    )  # Chromium has no narrower window
+    assert found["page"] <= found["window"] and found["faults"] == []
+
+
+def test_a_large_run_stays_small(reported, tmp_path):
+    """285 layers, 25 steps, and more pictures than fit."""
+    page, random = describe_folder(reported[0]), np.random.default_rng(0)
+    layer = page["activations"]["layers"][0]
+    layers = [
+        layer | {"name": f"mm{i}.img.attn.q_proj", "range": random.uniform(1, 9, 25).round(3).tolist()}
+        for i in range(285)
+    ]
+    page["activations"] |= {"layers": layers, "steps": list(range(25)), "sigmas": [i / 25 for i in range(25)]}
+    noise = picture(Image.fromarray(random.integers(0, 256, (512, 512, 3), np.uint8)))
+    many = [
+        {"image": i, "source": noise, "psnr": 30.0, "ssim": 0.9, "flip": 0.1}
+        for i in range(int(PICTURE_BYTES / len(noise)))
+    ]
+    page["comparison"] |= {"pairs": {"native": many}, "prompts": ["a"] * len(many), "originals": {str(i): page["drawn"]["pictures"][0]["source"] for i in range(len(many))}}  # fmt: skip
+    assert write_page(ReportPaths(tmp_path), page) < 20e6
+    if CHROMIUM:
+        found = visit(tmp_path / "index.html", "return { seconds: performance.now() / 1000 };", tmp_path)
+        assert found["faults"] == [] and found["seconds"] < 2

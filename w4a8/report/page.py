@@ -1,0 +1,234 @@
+"""report/index.html: one page from whatever a calibration folder holds, images and figures inside, nothing fetched."""
+
+import base64
+import io
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import orjson
+from PIL import Image
+
+from calibration_store.configs import read_config
+from calibration_store.errors import StoreError
+from calibration_store.evaluation import METRICS, read_images
+from calibration_store.files import atomic_file, read_bytes
+from calibration_store.layout import (
+    ActivationPaths,
+    CalibrationPaths,
+    EvaluationPaths,
+    QuantizedModelPaths,
+    ReportPaths,
+    WeightPaths,
+)
+from calibration_store.manifest import read_manifest
+from calibration_store.names import block_of, layer_kind
+from calibration_store.quantized_model import read_export
+from calibration_store.weights import WEIGHTS_METADATA
+from w4a8.cli.words import format_bytes
+
+TEMPLATES = Path(__file__).parent / "page"
+MOST_DRAWN, DRAWN_SIDE = 24, 256  # pictures of the calibration run, and their longer side in pixels
+PICTURE_BYTES = 13e6  # that the comparison may take in the page; what does not fit is left out, the least damaged first
+DIGITS = 4  # of a figure that is only looked at
+STAGES = (  # what a folder can hold, in the order of the road
+    ("manifest", "generate_calibration_data.py", "prompts to latents"),
+    ("weights", "cache_adaround_data.py, then optimize_adaround.py", "learned rounding"),
+    ("activations", "collect_layer_activations.py, then analyze_activations.py", "ranges of the activations"),
+    ("export", "export_quantized_model.py", "the model on the disk"),
+    ("comparison", "evaluate_quantization.py", "original against quantized"),
+)
+
+
+SECTIONS = {  # key of what describe_folder gives -> what it is called
+    "manifest": "the run", "drawn": "its prompts and pictures", "activations": "ranges of the activations",
+    "weights": "learned rounding", "export": "the model on the disk", "comparison": "original against quantized",
+}  # fmt: skip
+GENERATOR = b'name="generator" content="report_calibration.py"'
+
+
+def refuse_foreign_page(paths: ReportPaths) -> None:
+    """Raise StoreError where index.html is somebody else's."""
+    if os.path.lexists(paths.page) and GENERATOR not in read_bytes(paths.page, "give another --output")[:2000]:
+        raise StoreError(f"{paths.page}: not written by this script; give another --output, or --force")
+
+
+def describe_folder(calib_dir: Path) -> dict[str, Any]:
+    """Everything that the page shows, a section for each stage that left something; raises StoreError for a damaged file."""
+    manifest = read_manifest(calib_dir)
+    page: dict[str, Any] = {"manifest": run_of(manifest), "drawn": drawn(calib_dir, manifest)}
+    activations, weights = ActivationPaths(calib_dir), WeightPaths(calib_dir)
+    evaluation, export = EvaluationPaths(calib_dir / "evaluation"), QuantizedModelPaths.below(calib_dir)
+    if os.path.lexists(activations.quant_config):
+        page["activations"] = ranges_of(activations)
+    if os.path.lexists(weights.metadata):
+        page["weights"] = rounding_of(WEIGHTS_METADATA.read(weights.metadata))
+    if os.path.lexists(export.config):
+        page["export"] = export_of(export)
+    if os.path.lexists(evaluation.metrics):
+        page["comparison"] = comparison_of(evaluation)
+    page["next"] = [{"script": script, "what": what} for key, script, what in STAGES if key not in page]
+    return page
+
+
+def write_page(paths: ReportPaths, page: Mapping[str, Any]) -> int:
+    """Write the page atomically; its bytes."""
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True)
+    data = orjson.dumps(page).decode().replace("<", "\\u003c")  # no tag ends inside the script
+    content = environment.get_template("index.html").render(page=page, data=data).encode()
+    with atomic_file(paths.page) as file:
+        file.write(content)
+    return len(content)
+
+
+def run_of(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the calibration run was: (label, value)."""
+    height, width = manifest["latent_size"]
+    rows = [
+        ("Model", manifest["model_version"]),
+        ("Images", f"{manifest['n_completed']} of {manifest['num_images']}"),
+        ("Steps", str(manifest["num_steps"])),
+        ("Guidance", f"{manifest['cfg_scale']:g}" if manifest["cfg_scale"] > 0 else "none"),
+        ("Latents", f"{height} × {width}"),
+        ("Precision", manifest["activation_dtype"]),
+        ("Seeds", f"from {manifest['seed_base']}"),
+        ("Packages", ", ".join(f"{name} {version}" for name, version in manifest["package_versions"].items())),
+    ]
+    if manifest["negative_prompt"]:
+        rows.append(("Negative prompt", manifest["negative_prompt"]))
+    if manifest.get("local_checkpoint"):
+        rows.append(("Checkpoint", manifest["local_checkpoint"]))
+    return rows + [("LoRA", f"{lora['file']} × {lora['scale']:g}") for lora in manifest.get("loras", [])]
+
+
+def drawn(calib_dir: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Prompts of the run, and some of what it drew, evenly over it."""
+    paths, images = CalibrationPaths(calib_dir), manifest["images"]
+    count = min(MOST_DRAWN, len(images))
+    shown = [images[round(i * (len(images) - 1) / max(1, count - 1))] for i in range(count)]
+    pictures = []
+    for image in shown:
+        entry = {"prompt": image["prompt"], "seed": image["seed"], "source": None}
+        if manifest["save_images"]:
+            content = read_bytes(paths.image(image["image_id"]), "run generate_calibration_data.py with --resume")
+            entry["source"] = picture(Image.open(io.BytesIO(content)).convert("RGB"), DRAWN_SIDE)
+        pictures.append(entry)
+    return {"count": len(images), "pictures": pictures}
+
+
+def picture(image: Image.Image, side: int | None = None) -> str:
+    """An image as a data URL: WebP, lossless where it is small, so that differences stay what they are."""
+    if side is not None and max(image.size) > side:
+        image.thumbnail((side, side), Image.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", lossless=max(image.size) <= 256, quality=92, method=4)
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def ranges_of(paths: ActivationPaths) -> dict[str, Any]:
+    """The clipping range of every layer at every step; shifts, outlier channels, and what 3A' would give bits."""
+    config = read_config(paths.quant_config, multitier=False)
+    steps = sorted(config["per_timestep"], key=int)
+    names = list(config["per_timestep"][steps[0]])
+    migrated = config.get("outlier_config", {})
+    bits: dict[str, Any] = {}
+    if os.path.lexists(paths.multitier_config):
+        bits = read_config(paths.multitier_config, multitier=True)["per_timestep"]
+    layers = []
+    for name in names:
+        entries = [config["per_timestep"][step][name] for step in steps]
+        found = migrated.get(name, {})
+        channels = found.get("outlier_indices", [])
+        layers.append({
+            "name": name, "block": block_of(name), "kind": layer_kind(name),
+            "range": [short(entry.get("clipping_range", entry["scale"])) for entry in entries],
+            "shifted": short(np.median([e["shifted_scale"] / e["scale"] for e in entries]))
+            if all(e.get("shifted_scale") and e["scale"] for e in entries) else None,
+            "outliers": [[channel, found["multiplier_vector"][channel]] for channel in channels],
+            "bits": [bits[step][name]["bits"] for step in steps if name in bits.get(step, {})],
+        })  # fmt: skip
+    return {
+        "bits": config["per_timestep"][steps[0]][names[0]]["bits"],
+        "steps": [int(step) for step in steps],
+        "sigmas": [short(config["sigma_map"][step]) for step in steps],
+        "layers": layers,
+    }
+
+
+def rounding_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Bits of the weights, and the losses of every unit."""
+    units: dict[str, dict[str, Any]] = {}
+    for block, entry in metadata.get("losses", {}).items():
+        for number, stage in enumerate(entry["stages"]):
+            name = entry["unit"] if len(entry["stages"]) == 1 else f"{block}, {number + 1}"
+            units[name] = {key: short(value) for key, value in stage.items() if key != "curve"} | {
+                "curve": stage.get("curve", [])
+            }
+    facts = [("Bits", f"{metadata['weight_bits']}"), ("Group", str(metadata["group_size"] or "a scale per channel"))]
+    facts += [(label, str(metadata[key])) for label, key in (("Unit", "unit"), ("Iterations", "iters"), ("Samples", "num_samples")) if key in metadata]  # fmt: skip
+    widths = metadata.get("layer_bits", {})
+    return {
+        "facts": facts,
+        "units": units,
+        "layer_bits": [{"name": name, "bits": bits} for name, bits in sorted(widths.items())],
+        "excluded": metadata.get("excluded", []),
+    }
+
+
+def comparison_of(paths: EvaluationPaths) -> dict[str, Any]:
+    """The table, and for every variant its images beside the original's, the most damaged first."""
+    metrics = METRICS.read(paths.metrics)
+    count, variants = len(metrics["prompts"]), metrics["variants"]
+    rows = [
+        {
+            "name": name, "psnr": shorts(found["psnr"]), "ssim": short(found["ssim"]["mean"]),
+            "flip": short(found["flip"]["mean"]), "above": found["share_above_40_db"], "below": found["share_below_30_db"],
+        }
+        for name, found in variants.items()
+    ]  # fmt: skip
+    original, drawn_by = read_images(paths, "fp", count), {}
+    if original is not None:
+        drawn_by = {name: read_images(paths, name, count) for name in variants}
+    sources: dict[int, str] = {}
+    left, shown, pairs = PICTURE_BYTES, 0, {name: [] for name, images in drawn_by.items() if images is not None}
+    orders = {name: np.argsort([image["psnr"] for image in variants[name]["images"]], kind="stable") for name in pairs}
+    for rank in range(count):  # the worst of every variant, then the second worst, …
+        for name in pairs:
+            index = int(orders[name][rank])
+            if index not in sources and left > 0:
+                sources[index] = picture(Image.fromarray(original[index]))
+                left -= len(sources[index])
+            if index not in sources or left <= 0:
+                continue
+            source = picture(Image.fromarray(drawn_by[name][index]))
+            left, shown = left - len(source), shown + 1
+            of = variants[name]["images"][index]
+            pairs[name].append({"image": index, "source": source} | {key: short(of[key]) for key in ("psnr", "ssim", "flip")})  # fmt: skip
+    return {
+        "rows": rows, "prompts": metrics["prompts"], "seed": metrics["seed"], "steps": metrics["num_steps"],
+        "originals": {str(index): source for index, source in sources.items()}, "pairs": pairs,
+        "all": len(pairs) * count, "shown": shown,
+    }  # fmt: skip
+
+
+def export_of(paths: QuantizedModelPaths) -> list[tuple[str, str]]:
+    """What stage 5 wrote, and how large it is."""
+    note = read_export(paths.root)["export"]
+    files = [path for path in paths.owned_files() if path != paths.config] + paths.gguf_files()
+    rows = [("Folder", str(paths.root)), ("Weights", f"{note['weights']}, {note['weight_bits']} bits"), ("Activations", note["activations"] or "not quantized")]  # fmt: skip
+    return rows + [(path.name, format_bytes(path.stat().st_size)) for path in files]
+
+
+def short(value: Any) -> Any:
+    """A figure with as many digits as are looked at."""
+    if not isinstance(value, float | np.floating) or not math.isfinite(value):
+        return value if isinstance(value, bool | int | str) else None
+    return float(f"{float(value):.{DIGITS}g}")
+
+
+def shorts(figure: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: [short(one) for one in value] if isinstance(value, Sequence) else short(value) for key, value in figure.items()}  # fmt: skip

@@ -1,0 +1,113 @@
+"use strict";
+const page = JSON.parse(document.getElementById("data").textContent);
+const element = (id) => document.getElementById(id);
+const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+const make = (tag, properties = {}, ...children) => {
+  const made = Object.assign(document.createElement(tag), properties);
+  made.append(...children);
+  return made;
+};
+const drawings = []; // what is drawn anew when the theme changes
+
+// comparison: a slider over every pair
+if (page.comparison && element("variant")) {
+  const few = 12, more = element("more");
+  const show = (all) => {
+    const every = page.comparison.pairs[element("variant").value], pairs = all ? every : every.slice(0, few);
+    more.hidden = pairs.length === every.length;
+    more.textContent = `Show all ${every.length}`;
+    element("pairs").replaceChildren(...pairs.map((pair) => {
+      const prompt = page.comparison.prompts[pair.image];
+      const two = make("div", { className: "two" },
+        make("img", { src: pair.source, alt: `${prompt}, quantized` }),
+        make("img", { src: page.comparison.originals[pair.image], alt: `${prompt}, original`, className: "original" }));
+      const slider = make("input", { type: "range", min: 0, max: 100, value: 50, ariaLabel: `original against quantized, ${prompt}` });
+      slider.addEventListener("input", () => two.style.setProperty("--at", `${slider.value}%`));
+      two.append(slider, make("span"));
+      const figures = `${pair.psnr === null ? "equal" : pair.psnr.toFixed(1) + " dB"}, SSIM ${pair.ssim.toFixed(4)}, FLIP ${pair.flip.toFixed(4)}`;
+      return make("figure", { className: "pair" }, two,
+        make("figcaption", {}, make("b", { textContent: figures }), make("br"), `${prompt} `, make("small", { textContent: `seed ${page.comparison.seed + pair.image}` })));
+    }));
+  };
+  element("variant").addEventListener("change", () => show(false));
+  more.addEventListener("click", () => show(true));
+  show(false);
+}
+
+// training curves, on a logarithmic axis
+for (const canvas of document.querySelectorAll("canvas.curve")) {
+  drawings.push(() => {
+    const values = page.weights.units[canvas.dataset.unit].curve.map((value) => Math.log10(Math.max(value, 1e-6)));
+    const [low, high] = [Math.min(...values), Math.max(...values)], context = canvas.getContext("2d");
+    context.clearRect(0, 0, canvas.width, canvas.height);
+    context.strokeStyle = color("--mark");
+    context.lineWidth = 2;
+    context.beginPath();
+    values.forEach((value, i) => context.lineTo(
+      4 + (canvas.width - 8) * i / Math.max(1, values.length - 1), 4 + (canvas.height - 8) * (high - value) / Math.max(high - low, 1e-9)));
+    context.stroke();
+    canvas.title = `${(10 ** values[0]).toPrecision(3)} at the start, ${(10 ** values.at(-1)).toPrecision(3)} at the end`;
+  });
+}
+
+// activations: a row a layer, a column a step
+if (page.activations) {
+  const { layers, steps, sigmas } = page.activations, canvas = element("heat");
+  const label = 190, cell = { width: Math.max(14, Math.min(36, Math.floor(900 / steps.length))), height: 16 };
+  let rows = [];
+  const kinds = [...new Set(layers.map((layer) => layer.kind))], blocks = [...new Set(layers.map((layer) => layer.block))];
+  for (const [id, values] of [["kind", kinds], ["block", blocks]]) element(id).append(...values.map((value) => make("option", { textContent: value })));
+  layers.forEach((layer, index) => {
+    layer.index = index;
+    layer.widest = Math.max(...layer.range);
+    layer.moves = layer.widest / Math.max(Math.min(...layer.range), 1e-9);
+  });
+  const orders = {
+    range: (a, b) => b.widest - a.widest, moves: (a, b) => b.moves - a.moves, model: (a, b) => a.index - b.index,
+    outliers: (a, b) => b.outliers.length - a.outliers.length || b.widest - a.widest,
+  };
+  const draw = () => {
+    const [kind, block, shown] = ["kind", "block", "shown"].map((id) => element(id).value);
+    rows = layers.filter((layer) => (!kind || layer.kind === kind) && (!block || layer.block === block)).sort(orders[element("order").value]);
+    element("count").textContent = `${rows.length} of ${layers.length} layers`;
+    const dense = window.devicePixelRatio || 1, width = label + cell.width * steps.length + 1, height = cell.height * (rows.length + 1);
+    Object.assign(canvas, { width: width * dense, height: height * dense });
+    Object.assign(canvas.style, { width: `${width}px`, height: `${height}px` });
+    const context = canvas.getContext("2d"), heat = color("--heat"), ink = color("--ink");
+    context.scale(dense, dense);
+    context.font = "11px system-ui, sans-serif";
+    context.textBaseline = "middle";
+    const most = Math.log(Math.max(...rows.map((layer) => layer.widest), 1e-9)), least = Math.log(Math.max(1e-9, Math.min(...rows.flatMap((layer) => layer.range))));
+    element("hover").textContent = rows.length ? `From ${Math.exp(least).toPrecision(3)} to ${Math.exp(most).toPrecision(3)}; point at a cell for its figures.` : "No layer of this kind is in this block.";
+    context.fillStyle = color("--soft");
+    steps.forEach((step, column) => { if (column % Math.ceil(24 / cell.width) === 0) context.fillText(step, label + cell.width * column + 1, cell.height / 2); });
+    rows.forEach((layer, row) => {
+      const top = cell.height * (row + 1);
+      context.fillStyle = ink;
+      context.fillText(layer.name + (layer.outliers.length ? ` (${layer.outliers.length})` : ""), 0, top + cell.height / 2, label - 6);
+      steps.forEach((_, column) => {
+        const value = shown === "bits" ? (layer.bits[column] ?? 4) / 8 : (Math.log(Math.max(layer.range[column], 1e-9)) - least) / Math.max(most - least, 1e-9);
+        context.fillStyle = `rgba(${heat}, ${0.06 + 0.94 * value})`;
+        context.fillRect(label + cell.width * column, top, cell.width - 1, cell.height - 1);
+      });
+    });
+  };
+  for (const id of ["kind", "block", "order", "shown"]) element(id).addEventListener("change", draw);
+  canvas.addEventListener("pointermove", (event) => {
+    const layer = rows[Math.floor(event.offsetY / cell.height) - 1], column = Math.floor((event.offsetX - label) / cell.width);
+    if (!layer) return;
+    const parts = [layer.name];
+    if (column >= 0 && column < steps.length) {
+      parts.push(`step ${steps[column]}, sigma ${sigmas[column]}: range ${layer.range[column]}`);
+      if (layer.bits.length) parts.push(`A${layer.bits[column]} in the tiered config`);
+    }
+    if (layer.shifted !== null) parts.push(`shifted: ${layer.shifted} of the plain range`);
+    if (layer.outliers.length) parts.push(`outlier channels ${layer.outliers.slice(0, 12).map(([channel, factor]) => `${channel} (÷ ${factor})`).join(", ")}${layer.outliers.length > 12 ? ", …" : ""}`);
+    element("hover").textContent = parts.join(" · ");
+  });
+  drawings.push(draw);
+}
+
+const drawAll = () => drawings.forEach((draw) => draw());
+window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
+drawAll();
