@@ -10,20 +10,7 @@ DEMO := calibration_data/demo
 .SILENT: setup $(INSTALLED)
 
 demo: setup
-	$(PY) generate_calibration_data.py --model sd3-emoji --num-images 24 --batch-size 12 --seed 3 --calib-dir $(DEMO) --resume
-	$(PY) tools/contact_sheet.py --calib-dir $(DEMO) --columns 8 --size 128
-	$(PY) cache_adaround_data.py --calib-dir $(DEMO) --num-images 24 --stride 8 --resume
-	$(PY) collect_layer_activations.py --calib-dir $(DEMO) --num-images 8 --resume
-	$(PY) analyze_activations.py --calib-dir $(DEMO) --plot
-	$(PY) analyze_activations_multitier.py --calib-dir $(DEMO) --plot
-	$(PY) optimize_adaround.py --calib-dir $(DEMO) --iters 80 --resume
-	$(PY) export_quantized_model.py --calib-dir $(DEMO) --force
-	$(PY) evaluate_quantization.py --calib-dir $(DEMO) --num-steps 20 --variants w4-rtn,w4-adaround,native,a8,a8-token,native+a8-token --resume
-	$(PY) draw_images.py "red heart" "police car" "mango" --model $(DEMO)/quantized_model --compare sd3-emoji --num-steps 20 --output $(DEMO)/drawn
-	@echo
-	@echo "Done. The quantized model is $(DEMO)/quantized_model; $(DEMO)/drawn/compare.png has images of it beside the original's."
-	@echo "Look at $(DEMO)/evaluation/grid.png, too: original and quantized images side by side, differences x4."
-	@echo "Everything else is below $(DEMO)/, and calibration_data/README.md explains every file."
+	PYTHON=$(PY) runs/emoji.sh $(DEMO)
 
 test: setup
 	$(PY) -m ruff check .

@@ -116,7 +116,7 @@ def run(
                 write_hub_file(paths, export, mmdit)
     click.echo(f"wrote {written}")
     if layout == "mlx":
-        click.echo(f"draw with it: python draw_images.py --model {paths.root} PROMPT")
+        click.echo(f"draw with it: {cli.interpreter()} draw_images.py --model {paths.root} PROMPT")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """The README's and the guide's commands, flags and files exist."""
 
 import importlib
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -66,6 +68,27 @@ def test_commands_in_sources_exist():
             assert not unknown, f"{path.name}: {script} has no {unknown}"
 
 
+@pytest.mark.parametrize("recipe", sorted(path.name for path in (ROOT / "runs").glob("*.sh")))
+def test_recipes_name_flags_that_exist(recipe):
+    calls = re.findall(rf"^(?:step|\$PY) ({SCRIPT.pattern})(.*)$", (ROOT / "runs" / recipe).read_text(), re.MULTILINE)
+    assert len(calls) >= 4
+    for script, arguments in calls:
+        unknown = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", arguments)) - options_of(script)
+        assert not unknown, f"{recipe}: {script} has no {unknown}"
+
+
+@pytest.mark.parametrize("memory", ["16", "32", "64", "8"])
+def test_the_plan_of_sd3_medium_needs_no_model(memory):
+    environment = os.environ | {"MEMORY": memory, "PYTHON": "/none"}
+    done = subprocess.run(
+        [ROOT / "runs/sd3_medium.sh", "--plan"], env=environment, capture_output=True, text=True, check=False
+    )
+    if memory == "8":
+        assert done.returncode == 2 and done.stderr == "Error: MEMORY=8: 16, 32 or 64\n"
+    else:
+        assert done.returncode == 0 and done.stdout.count("\n") == 8, done.stderr
+
+
 def test_the_readme_shows_every_module_and_script():
     """The layout section names what lies at the top and in the packages."""
     text = (ROOT / "README.md").read_text()
@@ -110,6 +133,7 @@ def test_flags_in_the_option_lists_exist():
         "--hosts",
         "--hostfile",
         "--python",
+        "--plan",
     }
     text = (ROOT / "README.md").read_text()
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text)) - known <= {"--shifted-"}

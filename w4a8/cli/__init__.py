@@ -14,7 +14,7 @@ from w4a8.cli.options import (
 )
 from w4a8.cli.progress import progress_bar
 from w4a8.cli.rounding_options import rounding_options
-from w4a8.cli.words import few, format_bytes, format_seconds
+from w4a8.cli.words import few, format_bytes, format_seconds, interpreter
 
 __all__ = [
     "Interrupted",
@@ -25,6 +25,7 @@ __all__ = [
     "few",
     "format_bytes",
     "format_seconds",
+    "interpreter",
     "interruptible",
     "lora_option",
     "max_bytes_option",

@@ -1,6 +1,9 @@
 """Figures and lists as people read them."""
 
+import shutil
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -9,6 +12,14 @@ def few(values: Sequence[Any], limit: int = 12) -> str:
     if len(values) <= limit:
         return f"[{', '.join(map(str, values))}]"
     return f"[{', '.join(map(str, values[: limit // 2]))}, …, {values[-1]}] ({len(values)})"
+
+
+def interpreter() -> str:
+    """The Python that runs this, as a shell in this folder calls it: for commands that people are told to run."""
+    path = Path(sys.executable)
+    if shutil.which("python") == str(path):
+        return "python"
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def format_bytes(count: float) -> str:
