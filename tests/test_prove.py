@@ -1,0 +1,55 @@
+"""tools/prove.py: what it tries really happens, and what is lost is told; README's figures are those of its dated files."""
+
+import json
+import re
+
+import pytest
+from conftest import ROOT
+
+from tools import proving
+from tools.proving import Proof
+
+RESULTS = ROOT / "benchmarks/results"
+
+
+@pytest.fixture(scope="module")
+def proof(tmp_path_factory):
+    few = {name: proving.STAGES[name] for name in ("1", "2A")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(proving, "STAGES", few)
+        patch.setattr(proving, "KILLED", list(few))
+        made = Proof(tmp_path_factory.mktemp("prove") / "base", seed=1)
+        assert list(made.prepare()) == ["1", "2A"]
+    return made
+
+
+def test_kills_are_counted_and_a_loss_is_told(proof):
+    while proof.tallies["2A"].kills < 2:
+        proof.trial("2A")
+    assert proof.tallies["2A"].lost == []
+    name = next(path for path in proof.expected["2A"] if path.endswith("layer_statistics.json"))
+    proof.expected["2A"][name] += b" "
+    proof.trial("2A")
+    assert proof.tallies["2A"].lost[0][1] == f"1 files differ, {name}"
+    proof.expected["2A"][name] = proof.expected["2A"][name][:-1]
+
+
+def test_two_writers_and_a_full_disk(proof):
+    assert proof.two_writers() == [("1", None), ("2A", None)]
+    assert proof.full_disk() in (None, [("1", None), ("2A", None)])  # None: nobody may make a disk here
+
+
+def newest(kind):
+    return max(RESULTS.glob(f"*-{kind}.json"), default=None)
+
+
+def test_the_readme_has_the_newest_proofs():
+    readme = (ROOT / "README.md").read_text()
+    proof = json.loads(newest("reliability").read_bytes())
+    assert f"{proof['kills']} kills, {proof['lost']} lost" in readme and newest("reliability").name in readme
+    rehearsal = json.loads(newest("rehearsal-sd3-emoji").read_bytes())
+    assert newest("rehearsal-sd3-emoji").name in readme
+    for row in rehearsal["rows"]:
+        script = row["stage"].split()[0]
+        found = re.search(rf"\| `{script}` \| ([0-9.]+) s \|", readme)
+        assert found and float(found[1]) == pytest.approx(row["seconds"], abs=0.06), script

@@ -1,0 +1,163 @@
+"""What this toolkit claims, tried in one command.
+
+python tools/prove.py reliability --kills 100       # kill -9 at random moments of every stage, damaged files, full disks, two writers
+python tools/prove.py rehearsal --size sd3-emoji    # the whole road: seconds, bytes and peaks of every stage
+
+Both write a dated JSON file (--output) that says what was tried, on which machine, and what came of it.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tools.proving import Proof, bytes_below
+from w4a8.cli import few, format_bytes, progress_bar
+
+SD3_MEDIUM = "argmaxinc/mlx-stable-diffusion-3-medium"
+ROADS = {  # size -> the stages as they are rehearsed
+    "sd3-emoji": (
+        "generate_calibration_data.py --model sd3-emoji --num-images 8 --num-steps 20 --batch-size 4",
+        "cache_adaround_data.py --num-images 8 --stride 4",
+        "collect_layer_activations.py --num-images 4 --stride 4",
+        "analyze_activations.py",
+        "optimize_adaround.py --iters 40 --no-alpha",
+        "export_quantized_model.py",
+        "evaluate_quantization.py --num-images 4 --num-steps 20 --variants w4-rtn,native",
+        "report_calibration.py",
+    ),
+    "sd3-medium": (
+        f"generate_calibration_data.py --model {SD3_MEDIUM} --no-t5 --num-images 4 --num-steps 10",
+        "cache_adaround_data.py --num-images 4 --stride 2",
+        "collect_layer_activations.py --num-images 2 --stride 5",
+        "analyze_activations.py",
+        "optimize_adaround.py --iters 10 --batch-size 4 --no-alpha --end-to-end 2",
+        "export_quantized_model.py",
+        "evaluate_quantization.py --num-images 2 --num-steps 10 --batch-size 2 --variants w4-rtn,native",
+        "report_calibration.py",
+    ),
+}
+
+
+def machine() -> dict[str, Any]:
+    """Where the proof was made."""
+    versions = {name: importlib.metadata.version(name) for name in ("mlx", "diffusionkit", "numpy")}
+    return {"system": platform.platform(), "cores": os.cpu_count(), "python": platform.python_version(), **versions}
+
+
+def write(output: Path | None, kind: str, content: dict[str, Any]) -> None:
+    """Write the dated file."""
+    path = output or ROOT / "benchmarks/results" / f"{datetime.date.today().isoformat()}-{kind}.json"
+    path.write_text(
+        json.dumps({"format": f"{kind.split('-')[0]}_v1", "machine": machine(), **content}, indent=1) + "\n"
+    )
+    click.echo(f"wrote {path}")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Try what the toolkit claims."""
+
+
+output_option = click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="JSON file to write.  [default: benchmarks/results/DATE-….json]")  # fmt: skip
+
+
+@main.command()
+@click.option("--kills", type=click.IntRange(min=1), default=100, help="kill -9, over all stages.")
+@click.option("--corruption", type=click.IntRange(min=0), help="Damaged files of the corruption campaign; 0: none.  [default: all]")  # fmt: skip
+@click.option("--seed", type=int, default=0, help="Decides the moments.")
+@output_option
+def reliability(kills: int, corruption: int | None, seed: int, output: Path | None) -> None:
+    """Kill, damage, fill up, write twice; nothing may be lost, and a resumed run has the bytes of a clean one."""
+    with tempfile.TemporaryDirectory(prefix="prove") as base:
+        proof = Proof(Path(base), seed)
+        for name in proof.prepare():
+            click.echo(f"clean run: {name}", err=True)
+        with progress_bar(kills, "kills", "kill") as bar:
+            names, turn = list(proof.tallies), 0
+            while bar.n < kills:
+                bar.update(min(proof.trial(names[turn % len(names)]), kills - bar.n))
+                turn += 1
+        writers, disks = proof.two_writers(), proof.full_disk()
+    campaign = None
+    if corruption != 0:
+        limit = [] if corruption is None else ["--limit", str(corruption)]
+        done = subprocess.run([sys.executable, "tools/corruption_campaign.py", *limit], cwd=ROOT, capture_output=True, text=True, check=False)  # fmt: skip
+        campaign = {
+            "exit_code": done.returncode,
+            "said": done.stdout.strip().splitlines()[-1] if done.stdout.strip() else "",
+        }
+    lost = [loss for tally in proof.tallies.values() for loss in tally.lost]
+    lost += [(f"two writers, {name}", why) for name, why in writers if why]
+    lost += [(f"full disk, {name}", why) for name, why in disks or () if why]
+    lost += [("corruption campaign", campaign["said"])] if campaign and campaign["exit_code"] else []
+    click.echo(f"\n{'stage':12}{'trials':>8}{'kills':>8}{'lost':>8}")
+    for name, tally in proof.tallies.items():
+        click.echo(f"{name:12}{tally.trials:8}{tally.kills:8}{len(tally.lost):8}")
+    click.echo(f"two writers: {few([name for name, _ in writers])}; full disk: {few([name for name, _ in disks]) if disks else 'not tried (needs Linux and root)'}")  # fmt: skip
+    click.echo(f"damaged files: {campaign['said'] if campaign else 'not tried'}")
+    for what, why in lost:
+        click.echo(f"lost: {what}: {why} (seed {seed})", err=True)
+    write(output, "reliability", {
+        "seed": seed, "kills": sum(tally.kills for tally in proof.tallies.values()), "lost": len(lost), "losses": lost,
+        "stages": {name: {"trials": tally.trials, "kills": tally.kills, "lost": len(tally.lost)} for name, tally in proof.tallies.items()},
+        "two_writers": dict(writers), "full_disk": dict(disks) if disks else None, "corruption": campaign,
+    })  # fmt: skip
+    sys.exit(1 if lost else 0)
+
+
+@main.command()
+@click.option(
+    "--size",
+    type=click.Choice(list(ROADS)),
+    default="sd3-emoji",
+    help="sd3-medium: random weights with planted outliers, 4.5 GB.",
+)
+@click.option("--keep", type=click.Path(path_type=Path, file_okay=False), help="Folder to keep the run in.")
+@output_option
+def rehearsal(size: str, keep: Path | None, output: Path | None) -> None:
+    """Every stage in turn, on whatever device is there."""
+    environment, rows = os.environ | {"PYTHONPATH": str(ROOT)}, []
+    with tempfile.TemporaryDirectory(prefix="rehearsal") as base:
+        folder = keep or Path(base) / "run"
+        if size == "sd3-medium":
+            home = Path(base) / "hub"
+            make = [sys.executable, "benchmarks/random_model.py", "--hf-home", str(home), "--outliers"]
+            subprocess.run(make, cwd=ROOT, check=True, env=environment)
+            environment |= {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+        for line in ROADS[size]:
+            click.echo(f"$ {line}", err=True)
+            before = bytes_below(folder)
+            stage = [sys.executable, "benchmarks/run_stage.py", *line.split(), "--calib-dir", str(folder)]
+            done = subprocess.run(stage, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+            took = re.search(r"\[took\] ([0-9.]+) s, (\d+) bytes MLX, (\d+) bytes resident", done.stdout)
+            if done.returncode or took is None:
+                raise click.ClickException(f"{line}: exit code {done.returncode}")
+            rows.append({"stage": line, "seconds": float(took[1]), "mlx_peak": int(took[2]), "resident_peak": int(took[3]), "bytes": bytes_below(folder) - before})  # fmt: skip
+        metrics = json.loads((folder / "evaluation/metrics.json").read_bytes())["variants"]
+        if keep is None:
+            shutil.rmtree(folder)
+    click.echo(f"\n{'stage':32}{'seconds':>9}{'MLX peak':>12}{'resident':>12}{'writes':>12}")
+    for row in rows:
+        peaks = [format_bytes(row[key]) for key in ("mlx_peak", "resident_peak", "bytes")]
+        click.echo(f"{row['stage'].split()[0]:32}{row['seconds']:9.1f}" + "".join(f"{peak:>12}" for peak in peaks))
+    psnr = {name: variant["psnr"]["mean"] for name, variant in metrics.items()}
+    click.echo(", ".join(f"{name} {value:.1f} dB" for name, value in psnr.items()))
+    write(output, f"rehearsal-{size}", {"size": size, "rows": rows, "psnr": psnr})
+
+
+if __name__ == "__main__":
+    main()
