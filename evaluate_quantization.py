@@ -101,7 +101,7 @@ def run(
     from w4a8.model.text import Texts, check_prompts
     from w4a8.quantized.native import prefer
     from w4a8.ranks import join
-    from w4a8.report.evaluation_figures import draw_grid, plot_errors
+    from w4a8.report.evaluation_figures import draw_grid, plot_errors, write_images
     from w4a8.report.tables import print_variants
 
     prefer(native)
@@ -148,6 +148,7 @@ def run(
             del images["fp"], results["fp"]
         draw_grid(paths.grid, prompts, original, images, results, grid_map == "flip")
         plot_errors(paths.error_plot, results)
+        write_images(paths, prompts, seed, original, images)
         parameters = {
             "prompts": prompts,
             "overlap_with_calibration": overlap,
@@ -160,7 +161,7 @@ def run(
             "dtype": sampling.dtype,
         }
         write_metrics(paths, parameters, LOW_PSNR, results)
-    click.echo(f"wrote {paths.metrics}, {paths.grid}, {paths.error_plot}")
+    click.echo(f"wrote {paths.metrics}, {paths.grid}, {paths.error_plot}, {paths.images}/")
     print_variants(results, simulated=any(variant.rule is not None for variant in chosen))
     check_gate(results, min_psnr, max_step_error)
 

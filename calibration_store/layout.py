@@ -185,6 +185,16 @@ class EvaluationPaths:
         self.grid = root / "grid.png"
         self.error_plot = root / "error_over_steps.png"
         self.runs = root / "runs"
+        self.images = root / "images"
+
+    def image(self, variant: str, index: int) -> Path:
+        """What a variant drew for a prompt."""
+        return self.images / variant / f"{index:04d}.png"
+
+    def image_folders(self) -> list[tuple[Path, list[Path]]]:
+        """Every variant's folder of images, and our files in it."""
+        folders = [path for path in matching(self.images, r"[\w.+-]+") if path.is_dir()]
+        return [(folder, matching(folder, r"\d{4,}\.png")) for folder in folders]
 
     def owned_files(self) -> list[Path]:
         return matching(self.root, r"metrics\.json|(grid|error_over_steps)\.png")

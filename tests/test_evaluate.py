@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import generate, invoke
 from mlx.utils import tree_flatten
+from PIL import Image
 
 from calibration_store.layout import WeightPaths
 from calibration_store.manifest import read_manifest
@@ -83,6 +84,13 @@ def test_metrics_and_files(run, results):
     assert len(row["step_error"]["mean"]) == 4 and row["step_error"]["mean"][0] == 0 < row["step_error"]["mean"][-1]
     for name in ("grid", "error_over_steps"):
         assert (run / f"evaluation/{name}.png").read_bytes().startswith(b"\x89PNG")
+    for variant in ("fp", "w4-rtn"):
+        (path,) = (run / "evaluation/runs").glob(f"{variant}_*.npz")
+        for index, pixels in enumerate(np.load(path)["images"]):
+            with Image.open(run / f"evaluation/images/{variant}/{index:04d}.png") as picture:
+                assert (
+                    np.array_equal(np.asarray(picture), pixels) and picture.text["prompt"] == metrics["prompts"][index]
+                )
     calibration = {image["prompt"] for image in read_manifest(run)["images"]}
     assert not calibration & set(metrics["prompts"])
 

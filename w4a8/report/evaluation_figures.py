@@ -5,13 +5,15 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib import colormaps, font_manager, pyplot
+from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
-from calibration_store.files import write_png
+from calibration_store.files import remove_folder, write_png
+from calibration_store.layout import EvaluationPaths
 from w4a8.evaluation.metrics import flip_map
 from w4a8.report.figures import save_figure
 
-GRID_ROWS, GRID_CELL = 8, 96
+GRID_ROWS, SMALLEST_CELL, LARGEST_CELL = 8, 96, 256  # cells have the images' own size within these, in pixels
 
 
 def draw_grid(
@@ -27,23 +29,25 @@ def draw_grid(
     Every variant's worst image is among the rows.
     """
     chosen = grid_rows(len(reference), [row["worst_image"] for row in results.values()])
-    rows, cell, gap, left, top = len(chosen), GRID_CELL, 6, 110, 44
+    rows, gap, left, top = len(chosen), 6, 110, 44
+    width, height = cell_size(*reference.shape[1:3])
     columns = 1 + 2 * len(found)
-    sheet = Image.new("RGB", (left + columns * (cell + gap), top + rows * (cell + gap)), "white")
+    sheet = Image.new("RGB", (left + columns * (width + gap), top + rows * (height + gap)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 11)
 
     def put(row: int, column: int, pixels: np.ndarray) -> None:
-        scaled = Image.fromarray(pixels).resize((cell, cell), Image.Resampling.LANCZOS)
-        sheet.paste(scaled, (left + column * (cell + gap), top + row * (cell + gap)))
+        scaled = Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS)
+        sheet.paste(scaled, (left + column * (width + gap), top + row * (height + gap)))
 
     def title(column: int, text: str) -> None:
-        draw.multiline_text((left + column * (cell + gap), 6), text, fill="black", font=font)
+        draw.multiline_text((left + column * (width + gap), 6), text, fill="black", font=font)
 
     title(0, "original")
+    draw.multiline_text((4, 6), f"{rows} of {len(reference)} shown,\nthe worst among them", fill="black", font=font)
     for row, image in enumerate(chosen):
         put(row, 0, reference[image])
         caption = "\n".join(textwrap.wrap(f"{image}: {prompts[image]}", 17)[:5])
-        draw.multiline_text((4, top + row * (cell + gap) + 8), caption, fill="black", font=font)
+        draw.multiline_text((4, top + row * (height + gap) + 8), caption, fill="black", font=font)
     for position, (name, images) in enumerate(found.items()):
         mean = results[name]["psnr"]["mean"]
         title(1 + 2 * position, "\n".join(textwrap.wrap(name.replace("+", " + "), 15)[:2]))
@@ -55,6 +59,25 @@ def draw_grid(
             put(row, 1 + 2 * position, images[image])
             put(row, 2 + 2 * position, (flip_picture if flip else difference)(reference[image], images[image]))
     write_png(path, sheet)
+
+
+def cell_size(height: int, width: int) -> tuple[int, int]:
+    """(width, height) of a cell: the image's own, its sides kept in proportion, within the limits."""
+    longer = max(height, width)
+    scale = min(max(longer, SMALLEST_CELL), LARGEST_CELL) / longer
+    return round(width * scale), round(height * scale)
+
+
+def write_images(
+    paths: EvaluationPaths, prompts: list[str], seed: int, original: np.ndarray, found: dict[str, np.ndarray]
+) -> None:
+    """Write every image at its full size, the original's in fp/; those of an earlier run are removed first."""
+    for folder, ours in paths.image_folders():
+        remove_folder(folder, ours)
+    for variant, images in {"fp": original, **found}.items():
+        for index, pixels in enumerate(images):
+            chunks = {"prompt": prompts[index], "seed": str(seed + index), "variant": variant}
+            write_png(paths.image(variant, index), Image.fromarray(pixels), chunks)
 
 
 def grid_rows(count: int, worst: list[int]) -> list[int]:
@@ -84,6 +107,7 @@ def plot_errors(path: Path, results: dict[str, dict]) -> None:
     axes.set(
         xlabel="Euler step (noise on the left, image on the right)", ylabel="relative error of the latent", yscale="log"
     )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
