@@ -43,7 +43,7 @@ def draw_grid(
         draw.multiline_text((left + column * (width + gap), 6), text, fill="black", font=font)
 
     title(0, "original")
-    draw.multiline_text((4, 6), f"{rows} of {len(reference)} shown,\nthe worst among them", fill="black", font=font)
+    draw.multiline_text((4, 6), f"{rows} of {len(reference)} shown,\nworst included", fill="black", font=font)
     for row, image in enumerate(chosen):
         put(row, 0, reference[image])
         caption = "\n".join(textwrap.wrap(f"{image}: {prompts[image]}", 17)[:5])
