@@ -144,9 +144,9 @@ def _shapes_of_keys(metadata: Mapping[str, Any]) -> dict[str, list[tuple[int, ..
 CACHE_METADATA = JsonFormat(CACHE_FORMAT, CacheMetadata, CACHE_SCRIPT, cache_fault)
 
 
-def cache_record(shapes: Mapping[str, Sequence[int]]) -> Record:
+def cache_record(shapes: Mapping[str, Sequence[int]], dtype: str = "float16") -> Record:
     """The arrays of a sample of the block cache, from the shapes of its boundaries and of modulation_input."""
-    members = {key: Member(("float16",), tuple(shape), (FINITE,)) for key, shape in shapes.items()}
+    members = {key: Member((dtype,), tuple(shape), (FINITE,)) for key, shape in shapes.items()}
     return Record(members | {"image_id": Member(("int32",), ()), "step_index": Member(("int32",), ())})
 
 
@@ -178,14 +178,14 @@ def ends_of(arrays: Mapping[str, Any], first: Sequence[str]) -> dict[str, Any]:
 
 def check_cached_sample(
     path: Path, image_id: int, step_index: int, shapes: Mapping[str, Sequence[int]], checked: bool,
-    remedy: str = CACHE_REMEDY,
+    remedy: str = CACHE_REMEDY, dtype: str = "float16",
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """The arrays of a sample of the cache, mapped. checked: verify checksums and that every value is finite.
 
     Raises StoreError when it is missing, damaged, or of another image, step or shape.
     """
     arrays = map_npz(path, [*shapes, "image_id", "step_index"], remedy, checked)
-    record = cache_record(shapes)
+    record = cache_record(shapes, dtype)
     if not checked:  # finiteness would read the data
         record = Record({key: member._replace(rules=()) for key, member in record.members.items()})
     fault = record.fault(arrays)

@@ -250,6 +250,35 @@ def test_a_fine_tune_of_flux_in_the_original_keys(hub, tmp_path):
     assert one == other and not (tmp_path / "b/quantized_model/decoder.safetensors").exists()
 
 
+def test_tokens_that_exceed_float16(hub, tmp_path):
+    """The walk of stage 3W keeps FLUX's tokens in float32; a cache of all boundaries cannot, and says so."""
+    weights = mx.load(str(next(hub.rglob("flux-schnell.safetensors"))))
+    weights["double_blocks.1.txt_mlp.2.weight"] *= 2.0**18
+    path, where = tmp_path / "wide.safetensors", ("--calib-dir", tmp_path / "run")
+    mx.save_safetensors(str(path), weights)
+    stage_1 = (
+        "--model",
+        SCHNELL,
+        "--local-checkpoint",
+        path,
+        "--num-images",
+        2,
+        "--num-steps",
+        2,
+        *SIZE,
+        "--no-images",
+    )
+    done = run(
+        hub,
+        *("generate_calibration_data", *stage_1, *where, "then"),
+        *("cache_adaround_data", *where, "--num-images", 2, "--stride", 1, "then"),
+        *("optimize_adaround", *where, "--unit", "block", "--blocks", "uni0", "--iters", 10, "--batch-size", 2),
+    )
+    assert done.returncode == 0, done.stderr
+    cache = ("cache_adaround_data", *where, "--num-images", 2, "--stride", 1, "--boundaries", "all", "--force")
+    one_line_of(run(hub, *cache), "does not fit float16")
+
+
 def test_what_diffusionkit_leaves_out_is_said(hub, tmp_path):
     where = ("--num-images", 1, "--num-steps", 1, *SIZE, "--no-images", "--dry-run", "--calib-dir", tmp_path / "run")
     done = run(hub, "generate_calibration_data", "--model", DEV, *where)

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from calibration_store.block_cache import VELOCITY, block_keys, boundary_shapes, holds_ends, stored_shapes
 from calibration_store.errors import OptionError
 from w4a8.cli.words import format_bytes
@@ -99,14 +101,15 @@ def choose_micro_batch(rounding: Rounding, given: int | None, before: Mapping[st
 
 
 def samples_bytes(rounding: Rounding) -> int:
-    """What all samples of a unit take in float16, of the largest unit."""
-    cache, found = rounding.cache, []
-    shapes = stored_shapes(cache) | boundary_shapes(cache)
+    """What all samples of a unit take, of the largest unit."""
+    cache, found, walked = rounding.cache, [], np.dtype(rounding.boundary_dtype).itemsize
+    stored = stored_shapes(cache)
+    shapes = stored | boundary_shapes(cache)
     for job in rounding.jobs:
         if job.name != END_TO_END:
             inputs, outputs = block_keys(cache, job.blocks[0], job.blocks[-1])
             outputs = [VELOCITY] if holds_ends(cache) and rounding.unit == MODEL else outputs
             keys = [*inputs, "modulation_input", *outputs]
             keys += inputs if rounding.settings.block_inputs == "mixed" else []
-            found.append(sum(2 * math.prod(shapes[key]) for key in keys))
+            found.append(sum((2 if key in stored else walked) * math.prod(shapes[key]) for key in keys))
     return max(found) * len(cache["samples"])

@@ -68,12 +68,17 @@ class Rounding:
         """The job's blocks that have a layer to train."""
         return [block for block in job.blocks if any(layer.block == block for layer in self.layers.values())]
 
+    @property
+    def boundary_dtype(self) -> str:
+        """Of the tokens that a walk keeps between blocks: FLUX's may exceed float16, which is why it is run in bfloat16."""
+        return "float32" if self.mmdit.config.depth_unified else "float16"
+
     @cached_property
     def walk(self) -> Walk | None:
         """How the boundaries between blocks are made, where they are needed and not cached."""
         if self.unit == MODEL or not holds_ends(self.cache):
             return None
-        return Walk(self.cache, self.paths, self.plan, self.settings.chunk, self.ranks)
+        return Walk(self.cache, self.paths, self.plan, self.settings.chunk, self.ranks, self.boundary_dtype)
 
     @cached_property
     def plan(self) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def fit_in_memory(num_bytes: int) -> bool:
 
 
 class Samples:
-    """Cached samples in float16: in memory (the GPU's, where there is one), or read from their files when they are many."""
+    """Cached samples as their files have them: in memory (the GPU's, where there is one), or read from their files when they are many."""
 
     def __init__(
         self, places: Sequence[Place], read: Callable[[Place], list[np.ndarray]], key_timesteps: Sequence[int],
@@ -89,7 +89,7 @@ class Samples:
         self._arrays: list = []
         self._near: dict[int, list[mx.array]] = {}  # the few that are kept
         if fit_in_memory(self.num_bytes):
-            self._arrays = [np.empty((len(places), *member.shape), np.float16) for member in first]
+            self._arrays = [np.empty((len(places), *member.shape), member.dtype) for member in first]
             for index, place in enumerate(places):
                 for array, member in zip(self._arrays, self._read(place), strict=True):
                     array[index] = member
@@ -175,12 +175,15 @@ def stacked(read: Callable[[Place], list[np.ndarray]], places: Sequence[Place]) 
 
 
 def reader(
-    paths: BlockCachePaths | BoundaryPaths, shapes: Mapping[str, Sequence[int]], remedy: str = CACHE_REMEDY
+    paths: BlockCachePaths | BoundaryPaths,
+    shapes: Mapping[str, Sequence[int]],
+    remedy: str = CACHE_REMEDY,
+    dtype: str = "float16",
 ) -> Callable[[Place], list[np.ndarray]]:
     """(image_id, step_index) -> the arrays of these shapes of a sample, mapped. Raises StoreError that names a missing or damaged file."""
 
     def read(place: Place) -> list[np.ndarray]:
-        arrays = check_cached_sample(paths.sample(*place), *place, shapes, False, remedy)
+        arrays = check_cached_sample(paths.sample(*place), *place, shapes, False, remedy, dtype)
         return [arrays[key] for key in shapes]
 
     return read

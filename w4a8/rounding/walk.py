@@ -40,9 +40,14 @@ class Walk:
     """
 
     def __init__(
-        self, cache: Mapping[str, Any], paths: WeightPaths, plan: Mapping[str, Any], chunk: int, ranks: Alone = ALONE
-    ):
-        """chunk: samples that are run at once; it decides the last bits of what they give. ranks: share them."""
+        self, cache: Mapping[str, Any], paths: WeightPaths, plan: Mapping[str, Any], chunk: int, ranks: Alone = ALONE,
+        dtype: str = "float16",
+    ):  # fmt: skip
+        """chunk: samples that are run at once; it decides the last bits of what they give. ranks: share them.
+
+        dtype: of the tokens between the blocks; float32 where they may exceed float16.
+        """
+        self.dtype = dtype
         self.cache, self.paths, self.plan, self.chunk, self.ranks = cache, paths, plan, chunk, ranks
         self.mixed = plan["block_inputs"] == "mixed"
         self.blocks: list[str] = cache["block_names"]
@@ -92,7 +97,7 @@ class Walk:
         """What is on the disk at most while it walks: three boundaries, of the quantized blocks as many again."""
         keys = {block: self._keys(block) for block in self.blocks}
         largest = max(
-            npz_bytes(cached_sample_arrays(0, 0, {key: np.broadcast_to(np.float16(0), self.shapes[key]) for key in found}))
+            npz_bytes(cached_sample_arrays(0, 0, {key: np.broadcast_to(np.zeros((), self.dtype), self.shapes[key]) for key in found}))
             for found in keys.values()
         )  # fmt: skip
         return (6 if self.mixed else 3) * largest * len(self.places)
@@ -115,7 +120,10 @@ class Walk:
     def _boundary(self, block: str, quantized: bool) -> Callable[[Place], list[np.ndarray]]:
         """(image_id, step_index) -> the arrays of a boundary, mapped."""
         return reader(
-            self.paths.boundary(block, quantized), {key: self.shapes[key] for key in self._keys(block)}, REMEDY
+            self.paths.boundary(block, quantized),
+            {key: self.shapes[key] for key in self._keys(block)},
+            REMEDY,
+            self.dtype,
         )
 
     # making
@@ -168,23 +176,23 @@ class Walk:
         self._whole.add((block, quantized))
 
     def _given(self, block: str, chunk: Sequence[Place], quantized: bool) -> list[mx.array]:
-        """What enters a block for some samples, float16, rows one below the other: its tokens, and the modulation input."""
+        """What enters a block for some samples, rows one below the other: its tokens, and the modulation input."""
         modulation = cache_reader(self.paths.calib_dir, self.cache, ["modulation_input"])
         return [
             mx.array(rows) for read in (self._inputs(block, quantized), modulation) for rows in stacked(read, chunk)
         ]
 
     def _run(self, mmdit: nn.Module, block: str, given: Sequence[mx.array]) -> list[mx.array]:
-        """The tokens that a block gives, float16, unevaluated."""
+        """The tokens that a block gives, in the walk's dtype, unevaluated."""
         *tokens, modulation = [array.astype(mx.float32) for array in given]
-        return [tokens.astype(mx.float16) for tokens in model_blocks(mmdit)[block].run(tokens, modulation)]
+        return [tokens.astype(getattr(mx, self.dtype)) for tokens in model_blocks(mmdit)[block].run(tokens, modulation)]
 
     def _write(
         self, boundary: BoundaryPaths, block: str, chunk: Sequence[Place], tokens: Mapping[str, np.ndarray]
     ) -> None:
         for key, array in tokens.items():
             if not np.isfinite(array).all():
-                raise StoreError(f"{block}: {key} does not fit float16 (above 65504 or not finite)")
+                raise StoreError(f"{block}: {key} does not fit {self.dtype}, or is not finite")
         for index, place in enumerate(chunk):
             rows = {
                 key: array[slice(*np.array([index, index + 1]) * (len(array) // len(chunk)))]
@@ -196,7 +204,9 @@ class Walk:
 
     def _holds(self, boundary: BoundaryPaths, keys: Sequence[str], place: Place) -> bool:
         try:
-            check_cached_sample(boundary.sample(*place), *place, {key: self.shapes[key] for key in keys}, checked=True)
+            check_cached_sample(
+                boundary.sample(*place), *place, {key: self.shapes[key] for key in keys}, checked=True, dtype=self.dtype
+            )
         except StoreError:
             return False
         return True
