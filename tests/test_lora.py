@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import invoke
 from finished_run import one_line
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from tiny_hub import DEV, LARGE, MEDIUM, SCHNELL, run, tiny_hub
 
 from calibration_store.errors import UserError
@@ -141,6 +141,23 @@ def test_diffusers_keeps_scale_before_shift(sd3, tmp_path, module, name):
     found = fused(sd3, SD3, [Lora(tmp_path / "lora.safetensors")])[f"{name}.weight"]
     expected = np.array(sd3[f"{name}.weight"], np.float64) + np.concatenate([change[H:], change[:H]])
     np.testing.assert_allclose(np.array(found), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("config, factor", [
+    ({"transformer.lora_alpha": 8, "transformer.r": RANK}, 8 / RANK),
+    ({"transformer.lora_alpha": 8, "transformer.use_rslora": True}, 8 / RANK**0.5),
+    ({"transformer.lora_alpha": 8, "transformer.alpha_pattern": {"transformer_blocks.0.attn.to_q": 2}}, 2 / RANK),
+    ({"transformer.lora_alpha": None}, 1.0),
+])  # fmt: skip
+def test_the_alpha_that_diffusers_notes(sd3, tmp_path, config, factor):
+    path, name = tmp_path / "lora.safetensors", f"{IMAGE}.attn.q_proj.weight"
+    change = lora_file(path, "transformer_blocks.0.attn.to_q", H, H, "diffusers")
+    save_file(load_file(path), path, {"lora_adapter_metadata": json.dumps(config)})
+    expected = np.array(sd3[name], np.float64) + factor * change
+    np.testing.assert_allclose(np.array(fused(sd3, SD3, [Lora(path)])[name]), expected, rtol=1e-5, atol=1e-5)
+    save_file(load_file(path), path, {"lora_adapter_metadata": "[]"})
+    with pytest.raises(UserError, match="is not the config of an adapter"):
+        fused(sd3, SD3, [Lora(path)])
 
 
 def test_loras_add_up_and_scale_0_changes_nothing(sd3, tmp_path):

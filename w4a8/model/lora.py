@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
+import orjson
+from safetensors import safe_open
 
 from calibration_store.errors import UserError
 from calibration_store.model_folder import check_weight_file
@@ -21,11 +23,12 @@ from w4a8.model.families import SD3, Family
 PREFIX = re.compile(
     r"^(?:base_model\.model\.|model\.diffusion_model\.|diffusion_model\.|transformer\.|lora_(?:unet|transformer)_)*"
 )
+ADAPTER_NOTE = "lora_adapter_metadata"  # of a safetensors file that diffusers wrote
 FLAT = str.maketrans(".", "_")  # as kohya writes module names
 MULTIMODAL_BLOCK = re.compile(r"multimodal_transformer_blocks\.(\d+)\.")
 PART = re.compile(
-    r"(?P<module>.+)\.(?:(?P<A>lora_A(?:\.default)?|lora_down|lora\.down|lora_linear_layer\.down)\.weight|"
-    r"(?P<B>lora_B(?:\.default)?|lora_up|lora\.up|lora_linear_layer\.up)\.weight|(?P<alpha>alpha))"
+    r"(?P<module>.+)\.(?:(?P<A>lora_A(?:\.\w+)?|lora_down|lora\.down|lora_linear_layer\.down)\.weight|"
+    r"(?P<B>lora_B(?:\.\w+)?|lora_up|lora\.up|lora_linear_layer\.up)\.weight|(?P<alpha>alpha))"
 )
 # The parts of DiffusionKit's names -> those of diffusers.
 DIFFUSERS_PARTS = (
@@ -122,7 +125,28 @@ def read_lora(lora: Lora) -> dict[str, dict]:
             parts[kind] = array.astype(mx.float32).item()
         else:
             parts[kind] = array.reshape(*array.shape[:2]) if math.prod(array.shape[2:]) == 1 else array
-    return modules
+    return modules | with_noted_alphas(lora, modules)
+
+
+def with_noted_alphas(lora: Lora, modules: Mapping[str, dict]) -> dict[str, dict]:
+    """The modules without an alpha of their own, with that of the adapter's config where PEFT or diffusers kept it in the file."""
+    with safe_open(lora.file, "numpy") as file:
+        noted = (file.metadata() or {}).get(ADAPTER_NOTE)
+    try:
+        config = {key.removeprefix("transformer."): value for key, value in orjson.loads(noted or "{}").items()}
+        alphas = {
+            pattern.translate(FLAT): float(alpha) for pattern, alpha in (config.get("alpha_pattern") or {}).items()
+        }
+        usual, by_root = config.get("lora_alpha"), bool(config.get("use_rslora"))
+        found = {}
+        for module, parts in modules.items():
+            alpha = next((value for name, value in alphas.items() if module.endswith(name)), usual)
+            if alpha is not None and "alpha" not in parts and "A" in parts:
+                rank = parts["A"].shape[0]
+                found[module] = parts | {"alpha": float(alpha) * (rank**0.5 if by_root else 1)}  # alpha / √rank
+    except (ValueError, TypeError, AttributeError):
+        raise UserError(f"--lora {lora.file}: its note {ADAPTER_NOTE} is not the config of an adapter") from None
+    return found
 
 
 def targets_of(weights: Mapping[str, mx.array], family: Family) -> dict[str, list[Target]]:
