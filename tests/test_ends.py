@@ -240,7 +240,7 @@ def test_mixed_inputs_are_half_of_either(copy):
 
 
 def test_block_units_and_the_last_phase(copy):
-    arguments = ("--unit", "block", "--end-to-end", 12, "--exclude", "mm[456].*")
+    arguments = ("--unit", "block", "--end-to-end", 12, "--exclude", "mm[23456].*")
     done = optimize(copy, *arguments)
     assert done.exit_code == 0, done.output
     assert "then 12 end to end" in done.stdout and "\nend to end " in done.stdout
@@ -260,22 +260,22 @@ def test_block_units_and_the_last_phase(copy):
                     np.array_equal(fields["scale"], np.float32(np.float16(fields["scale"])))
                     and half.shape == fields[key].shape
                 )
-    assert moved > 50
+    assert moved > 25
     before = folder_bytes(root)
     done = optimize(copy, *arguments, "--resume")
     assert done.exit_code == 0 and folder_bytes(root) == before
-    (root / "mm3.npz").unlink()  # its first phase again, then the last one: the others know where theirs began
+    (root / "mm1.npz").unlink()  # its first phase again, then the last one: the others know where theirs began
     done = optimize(copy, *arguments, "--resume")
     assert done.exit_code == 0 and folder_bytes(root) == before
 
 
 def test_a_lost_block_of_a_mixed_walk_is_made_anew(copy):
     """What the quantized blocks give is what they gave before the last phase."""
-    arguments = ("--unit", "block", "--end-to-end", 10, "--block-inputs", "mixed", "--exclude", "mm[4567].*")
+    arguments = ("--unit", "block", "--end-to-end", 10, "--block-inputs", "mixed", "--exclude", "mm[34567].*")
     assert optimize(copy, *arguments).exit_code == 0
     root = copy / "adaround_weights"
     before = folder_bytes(root)
-    (root / "mm2.npz").unlink()
+    (root / "mm1.npz").unlink()
     assert optimize(copy, *arguments, "--resume").exit_code == 0
     assert folder_bytes(root) == before
 
@@ -311,7 +311,7 @@ def test_slopes_block_by_block_are_those_of_the_whole(copy, rule):
 
 def test_kills_in_every_phase_leave_the_same_files(copy):
     command = [*QUICK, "--unit", "block", "--end-to-end", 12, "--block-inputs", "mixed", "--checkpoint-seconds", 0.3]
-    command += ["--exclude", "mm[3456].*"]
+    command += ["--exclude", "mm[23456].*"]
     done = invoke("optimize_adaround", "--calib-dir", copy, *command)
     assert done.exit_code == 0, done.output
     expected = folder_bytes(copy / "adaround_weights")
@@ -319,7 +319,7 @@ def test_kills_in_every_phase_leave_the_same_files(copy):
     generator, kills = random.Random(3), 0
     for attempt in range(40):
         process = start("optimize_adaround", "--calib-dir", copy, *command, "--resume")
-        deadline = time.monotonic() + (generator.uniform(2.0, 6.5) if attempt < 30 else 600)
+        deadline = time.monotonic() + (generator.uniform(2.5, 7) if attempt < 30 else 600)
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
         if process.poll() is not None:
