@@ -48,8 +48,8 @@ def test_the_readme_has_the_newest_proofs():
     proof = json.loads(newest("reliability").read_bytes())
     assert f"{proof['kills']} kills, {proof['lost']} lost" in readme and newest("reliability").name in readme
     rehearsal = json.loads(newest("rehearsal-sd3-emoji").read_bytes())
-    assert newest("rehearsal-sd3-emoji").name in readme
+    table = readme[readme.index(newest("rehearsal-sd3-emoji").name) :]
     for row in rehearsal["rows"]:
         script = row["stage"].split()[0]
-        found = re.search(rf"\| `{script}` \| ([0-9.]+) s \|", readme)
+        found = re.search(rf"\| `{script}` \| ([0-9.]+) s \|", table)
         assert found and float(found[1]) == pytest.approx(row["seconds"], abs=0.06), script
