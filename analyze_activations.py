@@ -49,6 +49,7 @@ def run(
     """Read the statistics, describe every layer at every step, migrate outliers, write config and analysis."""
     from calibration_store.configs import (
         W4A8_FORMAT,
+        read_config,
         refuse_other_format,
         write_quant_config,
         write_temporal_analysis,
@@ -98,7 +99,7 @@ def run(
     if with_plot:
         from w4a8.report.w4a8_figures import plot
 
-        plot(figures, steps, statistics.sigma_map)
+        plot(figures, steps, statistics.sigma_map, read_config(output, multitier=False))
     click.echo("wrote " + ", ".join(map(str, [output, temporal_file, *figures])))
 
 

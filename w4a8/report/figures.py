@@ -7,7 +7,9 @@ import numpy as np
 from matplotlib import pyplot
 
 from calibration_store.files import atomic_file
-from calibration_store.names import layers_by_kind
+from calibration_store.names import block_kind, block_of, layers_by_kind
+
+NUMBERED_BLOCKS = 4  # of a kind of layer whose numbers are written beside it, at most
 
 
 def heat_map(path: Path, rows: Mapping[str, Sequence[float]], sigmas: Sequence[float], title: str, label: str, **style):
@@ -23,6 +25,12 @@ def heat_map(path: Path, rows: Mapping[str, Sequence[float]], sigmas: Sequence[f
     ends = np.cumsum([len(layers) for layers in kinds.values()])
     starts = ends - [len(layers) for layers in kinds.values()]
     axes.set_yticks((starts + ends - 1) / 2, [f"{kind} ({len(layers)})" for kind, layers in kinds.items()])
+    every = [block_kind(block_of(layer)) for layers in kinds.values() for layer in layers]
+    apart = max(1, -(-(1 + max(number for _, number in every)) // NUMBERED_BLOCKS))
+    numbered = [(row, number) for row, (_, number) in enumerate(every) if number % apart == 0]
+    blocks = axes.secondary_yaxis("right")
+    blocks.set_yticks([row for row, _ in numbered], [str(number) for _, number in numbered], fontsize=5)
+    blocks.set_ylabel("block", fontsize="small")
     for end in ends[:-1]:
         axes.axhline(end - 0.5, color="white", linewidth=1)
     columns = np.unique(np.linspace(0, len(sigmas) - 1, min(len(sigmas), 9)).round().astype(int))

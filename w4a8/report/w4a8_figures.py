@@ -1,6 +1,7 @@
 """The figures of stage 3A."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import pyplot
@@ -11,11 +12,19 @@ from w4a8.analysis.w4a8_config import LayerStep
 from w4a8.report.figures import heat_map, save_figure
 
 
-def plot(paths: list[Path], steps: dict[str, dict[str, LayerStep]], sigmas: dict[str, float]) -> None:
-    """Write the figures of `figure_names`: scale over sigma per kind, scale and shift as layer × step maps."""
+def plot(
+    paths: list[Path], steps: dict[str, dict[str, LayerStep]], sigmas: dict[str, float], config: dict[str, Any]
+) -> None:
+    """Write the figures of `figure_names`: clipping range over sigma per kind, it and the shift as layer × step maps.
+
+    config: quant_config.json, whose `clipping_range` is what is used.
+    """
     keys = list(steps)
     common = [name for name in steps[keys[0]] if all(name in layers for layers in steps.values())]
-    scales = {name: [steps[key][name].scale for key in keys] for name in common}
+    used = config["per_timestep"]
+    scales = {
+        name: [used[key][name].get("clipping_range", used[key][name]["scale"]) for key in keys] for name in common
+    }
     shifts = {
         name: [float(np.abs(steps[key][name].shift).max()) for key in keys]
         for name in common
@@ -24,14 +33,20 @@ def plot(paths: list[Path], steps: dict[str, dict[str, LayerStep]], sigmas: dict
     columns = [sigmas[key] for key in keys]
     plot_bands(paths[0], scales, columns)
     heat_map(
-        paths[1], scales, columns, "Clipping range of every layer's input", "scale", norm=LogNorm(), cmap="viridis"
+        paths[1],
+        scales,
+        columns,
+        "Clipping range of every layer's input",
+        "clipping range",
+        norm=LogNorm(),
+        cmap="viridis",
     )
     if len(paths) > 2:
         heat_map(paths[2], shifts, columns, "Largest shift of the post-GELU layers", "max |shift|", cmap="magma")
 
 
 def plot_bands(path: Path, scales: dict[str, list[float]], sigmas: list[float]) -> None:
-    """Scale over sigma, one panel a kind of layer: median, quartiles, extremes over the blocks."""
+    """Clipping range over sigma, one panel a kind of layer: median, quartiles, extremes over the blocks."""
     kinds = layers_by_kind(list(scales))
     columns = min(4, len(kinds))
     figure, panels = pyplot.subplots(
