@@ -136,6 +136,7 @@ def run(
         )
         ranks.say_shares([sampling.images_of(one) for one in ranks.each()], "images of each variant")
         return
+    paths.refuse_foreign_images([variant.name for variant in chosen], len(prompts))
     with contextlib.nullcontext() if ranks.rank else locked_folder(paths.root):
         if ranks.rank == 0:
             clear_files(paths.owned_files(), paths.metrics, everything=False)  # of a run that was killed

@@ -23,21 +23,20 @@ EVALUATION_RUN = Record(
 )
 
 
-class _Interval(TypedDict):
-    mean: float
-    median: float
-    worst: float
+class Figure(TypedDict):
+    """Of all images; None where there is none: PSNR when all are equal, FLIP where it is not installed."""
 
-
-class Figure(_Interval, total=False):
-    interval: tuple[float, float]
+    mean: float | None
+    median: float | None
+    worst: float | None
+    interval: tuple[float | None, float | None]
 
 
 class ImageMetrics(TypedDict):
     prompt: str
-    psnr: float
+    psnr: float | None  # of an equal image
     ssim: float
-    flip: float
+    flip: float | None
 
 
 class VariantMetrics(TypedDict):

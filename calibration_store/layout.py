@@ -5,6 +5,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import orjson
@@ -12,7 +13,7 @@ import orjson
 from calibration_store.errors import StoreError
 from calibration_store.files import matching
 from calibration_store.names import BLOCK_PATTERN
-from calibration_store.pictures import DRAWN_CHUNK, is_our_picture, listed_pictures
+from calibration_store.pictures import DRAWN_CHUNK, VARIANT_CHUNK, is_our_picture, listed_pictures
 
 SAMPLE_PATTERN = r"\d{4,}_\d{3,}\.npz"
 
@@ -192,9 +193,16 @@ class EvaluationPaths:
         return self.images / variant / f"{index:04d}.png"
 
     def image_folders(self) -> list[tuple[Path, list[Path]]]:
-        """Every variant's folder of images, and our files in it."""
-        folders = [path for path in matching(self.images, r"[\w.+-]+") if path.is_dir()]
-        return [(folder, matching(folder, r"\d{4,}\.png")) for folder in folders]
+        """Every variant's folder of images, and our files in it: those that name the variant, and half-written ones."""
+        folders = sorted(path for path in self.images.glob("*") if path.is_dir() and not path.is_symlink())
+        found = [(folder, matching(folder, r"\d{4,}\.png")) for folder in folders]
+        return [(folder, [path for path in files if is_our_picture(path, VARIANT_CHUNK)]) for folder, files in found]
+
+    def refuse_foreign_images(self, variants: Sequence[str], count: int) -> None:
+        """Raise StoreError where an image of a variant would take the place of a file that is not ours."""
+        for path in (self.image(variant, index) for variant in variants for index in range(count)):
+            if os.path.lexists(path) and not is_our_picture(path, VARIANT_CHUNK):
+                raise StoreError(f"{path}: not written by this stage; move it, or give another --output")
 
     def owned_files(self) -> list[Path]:
         return matching(self.root, r"metrics\.json|(grid|error_over_steps)\.png")

@@ -14,6 +14,7 @@ OUR_CHUNK = "calibration_image"
 DRAWN_CHUNK = "drawn_image"
 
 
+VARIANT_CHUNK = "variant"  # of an image that stage 4 wrote
 PICTURE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises for damaged files
 
 

@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import generate, invoke
+from finished_run import one_line
 from mlx.utils import tree_flatten
 from PIL import Image
 
@@ -93,6 +94,31 @@ def test_metrics_and_files(run, results):
                 )
     calibration = {image["prompt"] for image in read_manifest(run)["images"]}
     assert not calibration & set(metrics["prompts"])
+
+
+def test_images_of_an_earlier_run_go_and_a_users_stay(run, tmp_path):
+    folder = tmp_path / "out"
+    evaluate = (
+        "evaluate_quantization",
+        "--calib-dir",
+        run,
+        "--output",
+        folder,
+        "--num-steps",
+        1,
+        "--variants",
+        "w8-rtn",
+    )
+    assert invoke(*evaluate, "--num-images", 2).exit_code == 0
+    assert (folder / "images/w8-rtn/0001.png").exists()
+    (folder / "images/mine").mkdir()
+    mine = folder / "images/mine/0000.png"
+    Image.new("RGB", (2, 2)).save(mine)
+    done = invoke(*evaluate, "--num-images", 1)
+    assert done.exit_code == 0 and mine.exists(), done.output
+    assert [path.name for path in (folder / "images/w8-rtn").iterdir()] == ["0000.png"]
+    Image.new("RGB", (2, 2)).save(folder / "images/w8-rtn/0000.png")
+    one_line(invoke(*evaluate, "--num-images", 1), "w8-rtn/0000.png: not written by this stage")
 
 
 def test_metrics_against_numpy(run, results):

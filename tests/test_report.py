@@ -105,6 +105,51 @@ def test_a_foreign_page_and_damaged_files_are_one_line(reported, tmp_path):
     one_line(invoke("report_calibration", "--calib-dir", folder, "--force"), run.name)
 
 
+def test_equal_images_and_what_was_not_measured_have_no_figure(reported, tmp_path):
+    """PSNR of an equal image is null in metrics.json, and FLIP where it is not installed."""
+    folder = shutil.copytree(reported[0], tmp_path / "run")
+    path = folder / "evaluation/metrics.json"
+    metrics = json.loads(path.read_bytes())
+    row = metrics["variants"]["native"]
+    row["psnr"] |= {"mean": None, "median": None, "worst": None, "interval": [None, None]}
+    row["flip"] |= {"mean": None, "median": None, "worst": None, "interval": [None, None]}
+    for image in row["images"]:
+        image |= {"psnr": None, "flip": None}
+    metrics["variants"]["w4-rtn"]["images"][1]["psnr"] = None
+    path.write_text(json.dumps(metrics))
+    done = invoke("report_calibration", "--calib-dir", folder)
+    assert done.exit_code == 0, done.output
+    page = folder / "report/index.html"
+    assert data_of(page)["comparison"]["pairs"]["w4-rtn"][-1]["image"] == 1 and "<b>equal</b>" in page.read_text()
+    if CHROMIUM:
+        assert (
+            visit(
+                page,
+                'const e = document.getElementById("variant"); e.value = "native"; e.dispatchEvent(new Event("change")); return {};',
+                tmp_path,
+            )["faults"]
+            == []
+        )
+
+
+def test_damaged_pictures_and_a_config_with_gaps(reported, tmp_path):
+    folder = shutil.copytree(reported[0], tmp_path / "run")
+    path = folder / "activations/quant_config.json"
+    config = json.loads(path.read_bytes())
+    last = config["per_timestep"][list(config["per_timestep"])[-1]]
+    del last["mm0.img.mlp.fc1"]
+    path.write_text(json.dumps(config | {"outlier_config": None}))
+    assert invoke("report_calibration", "--calib-dir", folder).exit_code == 0
+    assert "mm0.img.mlp.fc1" not in {
+        layer["name"] for layer in data_of(folder / "report/index.html")["activations"]["layers"]
+    }
+    before = (folder / "report/index.html").read_bytes()
+    picture_path = folder / "images/0001.png"
+    picture_path.write_bytes(picture_path.read_bytes()[:300])
+    one_line(invoke("report_calibration", "--calib-dir", folder), "images/0001.png: damaged")
+    assert (folder / "report/index.html").read_bytes() == before
+
+
 # --- in a browser -------------------------------------------------------------------------------------------
 
 WATCH = (

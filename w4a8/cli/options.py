@@ -28,9 +28,6 @@ class Lora:
     file: Path
     scale: float = 1.0
 
-    def __str__(self) -> str:
-        return f"{self.file}:{self.scale:g}"
-
 
 class LoraFile(click.ParamType):
     """FILE, or FILE:scale."""

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 
 from calibration_store.model_folder import weight_file
 from w4a8.model.catalog import ModelError, ModelInfo, model_files
@@ -74,14 +74,10 @@ class HubPipeline(Pipeline):
             source = self.local_checkpoint or self.info.version
             raise ModelError(f"cannot load {source}: {' '.join(str(error).split())[:200]}") from None
 
-    def load_mmdit(self, only_modulation_dict: bool = False) -> list[tuple[str, mx.array]] | None:
+    def load_mmdit(self) -> None:
         """The transformer, as DiffusionKit's loader makes it, with LoRAs fused."""
-        mmdit = open_transformer(self.info, self.local_checkpoint)
-        mmdit.update(tree_map(lambda array: array.astype(self.dtype), mmdit.parameters()))
-        if only_modulation_dict:
-            return [pair for pair in tree_flatten(mmdit.parameters()) if "adaLN" in pair[0]]
-        self.mmdit = mmdit
-        return None
+        self.mmdit = open_transformer(self.info, self.local_checkpoint)
+        self.mmdit.update(tree_map(lambda array: array.astype(self.dtype), self.mmdit.parameters()))
 
     def load_decoder(self, half: bool) -> VAEDecoder:
         return model_io.load_vae_decoder(float16=half, key=self.mmdit_ckpt)

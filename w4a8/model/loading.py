@@ -11,6 +11,7 @@ from w4a8.model.diffusionkit import DiffusionPipeline, VAEDecoder
 from w4a8.model.folder import FolderPipeline
 from w4a8.model.hub import ExportedPipeline, HubPipeline
 from w4a8.model.parts import DECODER, TEXT, TRANSFORMER, Parts, Pipeline, load_weights, whole_model
+from w4a8.model.transformer import open_transformer
 
 __all__ = [
     "DECODER",
@@ -49,6 +50,8 @@ def load_pipeline(
     else:
         kind = HubPipeline if info.folder is None else ExportedPipeline
         pipeline = kind(info, parts, use_t5, local_checkpoint, instead)
+    if info.loras and TRANSFORMER in parts:
+        open_transformer(info, local_checkpoint)  # reads headers alone: a LoRA of another model is told before any work
     mx.reset_peak_memory()
     for part in () if lazy else parts:
         pipeline.load(part)

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from calibration_store.files import remove_folder, write_png
 from calibration_store.layout import EvaluationPaths
+from calibration_store.pictures import VARIANT_CHUNK
 from w4a8.evaluation.metrics import flip_map
 from w4a8.report.figures import save_figure
 
@@ -76,7 +77,7 @@ def write_images(
         remove_folder(folder, ours)
     for variant, images in {"fp": original, **found}.items():
         for index, pixels in enumerate(images):
-            chunks = {"prompt": prompts[index], "seed": str(seed + index), "variant": variant}
+            chunks = {"prompt": prompts[index], "seed": str(seed + index), VARIANT_CHUNK: variant}
             write_png(paths.image(variant, index), Image.fromarray(pixels), chunks)
 
 

@@ -27,6 +27,7 @@ from calibration_store.layout import (
 )
 from calibration_store.manifest import read_manifest
 from calibration_store.names import block_of, layer_kind
+from calibration_store.pictures import PICTURE_ERRORS
 from calibration_store.quantized_model import read_export
 from calibration_store.weights import WEIGHTS_METADATA
 from w4a8.cli.words import format_bytes
@@ -115,7 +116,12 @@ def drawn(calib_dir: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
         entry = {"prompt": image["prompt"], "seed": image["seed"], "source": None}
         if manifest["save_images"]:
             content = read_bytes(paths.image(image["image_id"]), "run generate_calibration_data.py with --resume")
-            entry["source"] = picture(Image.open(io.BytesIO(content)).convert("RGB"), DRAWN_SIDE)
+            try:
+                entry["source"] = picture(Image.open(io.BytesIO(content)).convert("RGB"), DRAWN_SIDE)
+            except PICTURE_ERRORS:
+                raise StoreError(
+                    f"{paths.image(image['image_id'])}: damaged; run generate_calibration_data.py with --resume"
+                ) from None
         pictures.append(entry)
     return {"count": len(images), "pictures": pictures}
 
@@ -132,9 +138,9 @@ def picture(image: Image.Image, side: int | None = None) -> str:
 def ranges_of(paths: ActivationPaths) -> dict[str, Any]:
     """The clipping range of every layer at every step; shifts, outlier channels, and what 3A' would give bits."""
     config = read_config(paths.quant_config, multitier=False)
-    steps = sorted(config["per_timestep"], key=int)
-    names = list(config["per_timestep"][steps[0]])
-    migrated = config.get("outlier_config", {})
+    steps = list(config["per_timestep"])
+    names = [name for name in config["per_timestep"][steps[0]] if all(name in config["per_timestep"][s] for s in steps)]
+    migrated = config.get("outlier_config") or {}
     bits: dict[str, Any] = {}
     if os.path.lexists(paths.multitier_config):
         bits = read_config(paths.multitier_config, multitier=True)["per_timestep"]
@@ -149,11 +155,10 @@ def ranges_of(paths: ActivationPaths) -> dict[str, Any]:
             "shifted": short(np.median([e["shifted_scale"] / e["scale"] for e in entries]))
             if all(e.get("shifted_scale") and e["scale"] for e in entries) else None,
             "outliers": [[channel, found["multiplier_vector"][channel]] for channel in channels],
-            "bits": [bits[step][name]["bits"] for step in steps if name in bits.get(step, {})],
+            "bits": [bits.get(step, {}).get(name, {}).get("bits") for step in steps] if bits else [],
         })  # fmt: skip
     return {
-        "bits": config["per_timestep"][steps[0]][names[0]]["bits"],
-        "steps": [int(step) for step in steps],
+        "steps": steps,
         "sigmas": [short(config["sigma_map"][step]) for step in steps],
         "layers": layers,
     }
@@ -195,7 +200,12 @@ def comparison_of(paths: EvaluationPaths) -> dict[str, Any]:
         drawn_by = {name: read_images(paths, name, count) for name in variants}
     sources: dict[int, str] = {}
     left, shown, pairs = PICTURE_BYTES, 0, {name: [] for name, images in drawn_by.items() if images is not None}
-    orders = {name: np.argsort([image["psnr"] for image in variants[name]["images"]], kind="stable") for name in pairs}
+    orders = {
+        name: np.argsort(
+            [math.inf if image["psnr"] is None else image["psnr"] for image in variants[name]["images"]], kind="stable"
+        )
+        for name in pairs
+    }
     for rank in range(count):  # the worst of every variant, then the second worst, …
         for name in pairs:
             index = int(orders[name][rank])

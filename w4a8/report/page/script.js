@@ -24,7 +24,7 @@ if (page.comparison && element("variant")) {
       const slider = make("input", { type: "range", min: 0, max: 100, value: 50, ariaLabel: `original against quantized, ${prompt}` });
       slider.addEventListener("input", () => two.style.setProperty("--at", `${slider.value}%`));
       two.append(slider, make("span"));
-      const figures = `${pair.psnr === null ? "equal" : pair.psnr.toFixed(1) + " dB"}, SSIM ${pair.ssim.toFixed(4)}, FLIP ${pair.flip.toFixed(4)}`;
+      const figures = `${pair.psnr === null ? "equal" : pair.psnr.toFixed(1) + " dB"}, SSIM ${pair.ssim.toFixed(4)}, FLIP ${pair.flip === null ? "–" : pair.flip.toFixed(4)}`;
       return make("figure", { className: "pair" }, two,
         make("figcaption", {}, make("b", { textContent: figures }), make("br"), `${prompt} `, make("small", { textContent: `seed ${page.comparison.seed + pair.image}` })));
     }));
@@ -86,7 +86,7 @@ if (page.activations) {
       context.fillStyle = ink;
       context.fillText(layer.name + (layer.outliers.length ? ` (${layer.outliers.length})` : ""), 0, top + cell.height / 2, label - 6);
       steps.forEach((_, column) => {
-        const value = shown === "bits" ? (layer.bits[column] ?? 4) / 8 : (Math.log(Math.max(layer.range[column], 1e-9)) - least) / Math.max(most - least, 1e-9);
+        const value = shown === "bits" ? (layer.bits[column] ?? 0) / 8 : (Math.log(Math.max(layer.range[column], 1e-9)) - least) / Math.max(most - least, 1e-9);
         context.fillStyle = `rgba(${heat}, ${0.06 + 0.94 * value})`;
         context.fillRect(label + cell.width * column, top, cell.width - 1, cell.height - 1);
       });
@@ -99,7 +99,7 @@ if (page.activations) {
     const parts = [layer.name];
     if (column >= 0 && column < steps.length) {
       parts.push(`step ${steps[column]}, sigma ${sigmas[column]}: range ${layer.range[column]}`);
-      if (layer.bits.length) parts.push(`A${layer.bits[column]} in the tiered config`);
+      if (layer.bits[column]) parts.push(`A${layer.bits[column]} in the tiered config`);
     }
     if (layer.shifted !== null) parts.push(`shifted: ${layer.shifted} of the plain range`);
     if (layer.outliers.length) parts.push(`outlier channels ${layer.outliers.slice(0, 12).map(([channel, factor]) => `${channel} (÷ ${factor})`).join(", ")}${layer.outliers.length > 12 ? ", …" : ""}`);
