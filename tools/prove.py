@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -40,13 +39,13 @@ ROADS = {  # size -> the stages as they are rehearsed
         "report_calibration.py",
     ),
     "sd3-medium": (
-        f"generate_calibration_data.py --model {SD3_MEDIUM} --no-t5 --num-images 4 --num-steps 10",
-        "cache_adaround_data.py --num-images 4 --stride 2",
-        "collect_layer_activations.py --num-images 2 --stride 5",
+        f"generate_calibration_data.py --model {SD3_MEDIUM} --no-t5 --num-images 8 --num-steps 20",
+        "cache_adaround_data.py --num-images 8 --stride 4",
+        "collect_layer_activations.py --num-images 4 --stride 5",
         "analyze_activations.py",
-        "optimize_adaround.py --iters 10 --batch-size 4 --no-alpha --end-to-end 2",
+        "optimize_adaround.py --iters 20 --no-alpha --unit block --end-to-end 4",
         "export_quantized_model.py",
-        "evaluate_quantization.py --num-images 2 --num-steps 10 --batch-size 2 --variants w4-rtn,native",
+        "evaluate_quantization.py --num-images 4 --num-steps 20 --batch-size 2 --variants w4-rtn,native",
         "report_calibration.py",
     ),
 }
@@ -54,8 +53,16 @@ ROADS = {  # size -> the stages as they are rehearsed
 
 def machine() -> dict[str, Any]:
     """Where the proof was made."""
+    import mlx.core as mx
+
     versions = {name: importlib.metadata.version(name) for name in ("mlx", "diffusionkit", "numpy")}
-    return {"system": platform.platform(), "cores": os.cpu_count(), "python": platform.python_version(), **versions}
+    return {
+        "system": platform.platform(),
+        "device": mx.device_info()["device_name"],
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        **versions,
+    }
 
 
 def write(output: Path | None, kind: str, content: dict[str, Any]) -> None:
@@ -126,37 +133,54 @@ def reliability(kills: int, corruption: int | None, seed: int, output: Path | No
     default="sd3-emoji",
     help="sd3-medium: random weights with planted outliers, 4.5 GB.",
 )
-@click.option("--keep", type=click.Path(path_type=Path, file_okay=False), help="Folder to keep the run in.")
+@click.option(
+    "--keep",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder to keep the run in; called again, it goes on with the next stage.",
+)
 @output_option
 def rehearsal(size: str, keep: Path | None, output: Path | None) -> None:
     """Every stage in turn, on whatever device is there."""
-    environment, rows = os.environ | {"PYTHONPATH": str(ROOT)}, []
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     with tempfile.TemporaryDirectory(prefix="rehearsal") as base:
-        folder = keep or Path(base) / "run"
+        base = keep or Path(base)
+        base.mkdir(parents=True, exist_ok=True)
+        folder, hub, noted, begun = base / "run", base / "hub", base / "rows.json", base / "begun.txt"
+        rows = json.loads(noted.read_bytes()) if noted.exists() else []
         if size == "sd3-medium":
-            home = Path(base) / "hub"
-            make = [sys.executable, "benchmarks/random_model.py", "--hf-home", str(home), "--outliers"]
-            subprocess.run(make, cwd=ROOT, check=True, env=environment)
-            environment |= {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
-        for line in ROADS[size]:
-            click.echo(f"$ {line}", err=True)
-            before = bytes_below(folder)
-            stage = [sys.executable, "benchmarks/run_stage.py", *line.split(), "--calib-dir", str(folder)]
+            environment |= {"HF_HOME": str(hub), "HF_HUB_OFFLINE": "1"}
+            if not rows:
+                make = [sys.executable, "benchmarks/random_model.py", "--hf-home", str(hub), "--outliers"]
+                subprocess.run(make, cwd=ROOT, check=True, env=environment)
+        click.echo(f"{'stage':32}{'seconds':>9}{'MLX peak':>12}{'resident':>12}{'writes':>12}")
+        for row in rows:
+            show(row)
+        for line in ROADS[size][len(rows) :]:
+            before, resumed = bytes_below(folder), begun.exists() and begun.read_text() == line
+            begun.write_text(line)
+            again = ["--resume"] if resumed else []
+            stage = [sys.executable, "benchmarks/run_stage.py", *line.split(), *again, "--calib-dir", str(folder)]
             done = subprocess.run(stage, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=False)
             took = re.search(r"\[took\] ([0-9.]+) s, (\d+) bytes MLX, (\d+) bytes resident", done.stdout)
             if done.returncode or took is None:
                 raise click.ClickException(f"{line}: exit code {done.returncode}")
-            rows.append({"stage": line, "seconds": float(took[1]), "mlx_peak": int(took[2]), "resident_peak": int(took[3]), "bytes": bytes_below(folder) - before})  # fmt: skip
+            rows.append({"stage": line, "seconds": float(took[1]), "mlx_peak": int(took[2]), "resident_peak": int(took[3]), "bytes": bytes_below(folder) - before, "resumed": resumed})  # fmt: skip
+            show(rows[-1])
+            noted.write_text(json.dumps(rows))
         metrics = json.loads((folder / "evaluation/metrics.json").read_bytes())["variants"]
-        if keep is None:
-            shutil.rmtree(folder)
-    click.echo(f"\n{'stage':32}{'seconds':>9}{'MLX peak':>12}{'resident':>12}{'writes':>12}")
-    for row in rows:
-        peaks = [format_bytes(row[key]) for key in ("mlx_peak", "resident_peak", "bytes")]
-        click.echo(f"{row['stage'].split()[0]:32}{row['seconds']:9.1f}" + "".join(f"{peak:>12}" for peak in peaks))
     psnr = {name: variant["psnr"]["mean"] for name, variant in metrics.items()}
     click.echo(", ".join(f"{name} {value:.1f} dB" for name, value in psnr.items()))
     write(output, f"rehearsal-{size}", {"size": size, "rows": rows, "psnr": psnr})
+
+
+def show(row: dict[str, Any]) -> None:
+    """A stage's line of the table."""
+    peaks = [format_bytes(row[key]) for key in ("mlx_peak", "resident_peak", "bytes")]
+    click.echo(
+        f"{row['stage'].split()[0]:32}{row['seconds']:9.1f}"
+        + "".join(f"{peak:>12}" for peak in peaks)
+        + "  (the rest, resumed)" * row["resumed"]
+    )
 
 
 if __name__ == "__main__":

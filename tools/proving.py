@@ -51,7 +51,7 @@ def command(name: str, folder: Path, again: bool = False) -> list[str]:
 
 
 def started(name: str, folder: Path, again: bool = False) -> subprocess.Popen:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     pipe = subprocess.PIPE
     return subprocess.Popen(
         command(name, folder, again), cwd=folder.parent, env=environment, stdout=pipe, stderr=pipe, text=True
