@@ -48,8 +48,12 @@ def test_the_readme_has_the_newest_proofs():
     readme = (ROOT / "README.md").read_text()
     proof = json.loads(newest("reliability").read_bytes())
     assert f"{proof['kills']} kills, {proof['lost']} lost" in readme and newest("reliability").name in readme
-    rehearsal = json.loads(newest("rehearsal-sd3-emoji").read_bytes())
-    table = readme[readme.index(newest("rehearsal-sd3-emoji").name) :]
+
+
+@pytest.mark.parametrize("size", ["sd3-emoji", "sd3-medium"])
+def test_the_readme_has_the_newest_rehearsals(size):
+    rehearsal, readme = json.loads(newest(f"rehearsal-{size}").read_bytes()), (ROOT / "README.md").read_text()
+    table = readme[readme.index(newest(f"rehearsal-{size}").name) :]
     for row in rehearsal["rows"]:
         script = row["stage"].split()[0]
         found = re.search(rf"\| `{script}` \| ([0-9.]+) s \|", table)
