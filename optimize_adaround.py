@@ -8,7 +8,8 @@ python optimize_adaround.py --calib-dir calibration_data/demo --iters 80 --resum
 A unit (the whole model, a block, a sublayer, a layer) is quantized and trained against what it gave unquantized on the
 cached samples (AdaRound, BRECQ, TaQ-DiT). First the rounding variables α: up where α >= 0. Then, with the codes
 decided, scales, zero points, biases and activation ranges (LSQ) together. Every loss is relative: 1 is the error of
-round-to-nearest on a min-max grid, on the same samples. All in float32.
+round-to-nearest on a min-max grid; in the table at the end on the samples of the column, in the files on the training
+samples. All in float32.
 """
 
 from dataclasses import replace

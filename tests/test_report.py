@@ -13,6 +13,7 @@ from finished_run import finished_run, one_line
 from PIL import Image
 
 from calibration_store.layout import ReportPaths
+from calibration_store.sensitivity import write_sensitivity
 from w4a8.report.page import PICTURE_BYTES, describe_folder, picture, write_page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -58,6 +59,10 @@ def test_the_page_holds_what_the_folder_holds(reported):
         damage = [metrics[name]["images"][pair["image"]]["psnr"] for pair in pairs]
         assert len(damage) == 3 and damage == sorted(damage)
     units = data["weights"]["units"]
+    stages = json.loads((folder / "adaround_weights/metadata.json").read_bytes())["losses"]
+    for name, unit in units.items():
+        stage = stages[name]["stages"][0]
+        assert unit["end"] == pytest.approx(stage["end"] / stage["nearest"], rel=1e-3)
     assert len(units) == 8 and all(len(unit["curve"]) == 10 for unit in units.values())
     assert all(np.isfinite(unit["curve"]).all() for unit in units.values())
     assert "mmdit.safetensors" in text and data["next"] == []
@@ -103,6 +108,25 @@ def test_a_foreign_page_and_damaged_files_are_one_line(reported, tmp_path):
     metrics.write_bytes((reported[0] / "evaluation/metrics.json").read_bytes())
     (folder / "evaluation/runs" / run.name).write_bytes(run.read_bytes()[:-400])
     one_line(invoke("report_calibration", "--calib-dir", folder, "--force"), run.name)
+
+
+def test_which_layers_matter(reported, tmp_path):
+    """sensitivity.json, where stage 3W measured it: most first, and not that of another run."""
+    folder = shutil.copytree(reported[0], tmp_path / "run")
+    steps = [0, 1]
+    layers = {name: {"weights": {"4": error, "8": error / 300}, "size": 4096} for name, error in (("mm0.img.mlp.fc1", 1e-6), ("mm1.txt.mlp.fc2", 4e-6))}  # fmt: skip
+    content = {
+        "calibration_run": json.loads((folder / "adaround_weights/metadata.json").read_bytes())["calibration_run"], "weights_fingerprint": None,
+        "selected_image_ids": [0], "key_timesteps": steps, "group_size": 64, "num_samples": 7, "sigmas": [1.0, 0.5],
+        "layers": layers, "inputs": {name: [1e-3, 2e-3] for name in layers},
+    }  # fmt: skip
+    write_sensitivity(folder, content)
+    assert invoke("report_calibration", "--calib-dir", folder).exit_code == 0
+    found = data_of(folder / "report/index.html")["sensitivity"]
+    assert [(layer["name"], layer["share"]) for layer in found["layers"]] == [("mm1.txt.mlp.fc2", 100), ("mm0.img.mlp.fc1", 50)]  # fmt: skip
+    assert found["layers"][0]["error"] == {"4": 4e-6, "8": 1.333e-8} and 'id="sensitivity"' in (folder / "report/index.html").read_text()  # fmt: skip
+    write_sensitivity(folder, content | {"calibration_run": "0" * 16})
+    one_line(invoke("report_calibration", "--calib-dir", folder), "made from another calibration run")
 
 
 def test_equal_images_and_what_was_not_measured_have_no_figure(reported, tmp_path):
@@ -157,20 +181,12 @@ WATCH = (
 )
 
 
-def visit(page, script, tmp_path, size="1200,900"):
+def visit(page, script, tmp_path, *options):
     """Open a copy of the page, run a script that gives an object, and what it gave; faults of the page included."""
     copy = tmp_path / "visited.html"
     tail = f'<pre id="found"></pre><script>{{ const found = (() => {{ {script} }})(); document.getElementById("found").textContent = JSON.stringify({{ ...found, faults: window.faults }}); }}</script></body>'
     copy.write_text(page.read_text().replace("<head>", f"<head>{WATCH}", 1).replace("</body>", tail))
-    command = [
-        CHROMIUM,
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        f"--window-size={size}",
-        "--dump-dom",
-        copy.as_uri(),
-    ]
+    command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1200,900", *options, "--dump-dom", copy.as_uri()]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     return json.loads(html.unescape(re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)[1]))
 
@@ -203,11 +219,21 @@ def test_filter_and_slider_work(reported, tmp_path):
 
 @browser
 def test_no_page_is_wider_than_a_phone(reported, tmp_path):
-    script = "return { page: document.documentElement.scrollWidth, window: innerWidth };"
-    found = visit(
-        reported[0] / "report/index.html", script, tmp_path, size="500,900"
-    )  # Chromium has no narrower window
-    assert found["page"] <= found["window"] and found["faults"] == []
+    """400 pixels; Chromium has no window that narrow, a frame can be."""
+    page = tmp_path / "page.html"
+    page.write_text("<html><head></head><body></body></html>")
+    shutil.copy(reported[0] / "report/index.html", tmp_path / "index.html")
+    script = """
+        const frame = Object.assign(document.createElement("iframe"), { src: "index.html", width: 400, height: 800 });
+        frame.addEventListener("load", () => {
+          const inner = frame.contentDocument.documentElement, found = document.getElementById("found");
+          found.textContent = JSON.stringify({ page: inner.scrollWidth, window: inner.clientWidth, faults: window.faults });
+        });
+        document.body.append(frame);
+        return {};
+    """
+    found = visit(page, script, tmp_path, "--allow-file-access-from-files", "--virtual-time-budget=3000")
+    assert found["page"] <= found["window"] <= 400 and found["faults"] == []
 
 
 def test_a_large_run_stays_small(reported, tmp_path):

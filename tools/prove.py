@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import mlx.core as mx
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -53,8 +54,6 @@ ROADS = {  # size -> the stages as they are rehearsed
 
 def machine() -> dict[str, Any]:
     """Where the proof was made."""
-    import mlx.core as mx
-
     versions = {name: importlib.metadata.version(name) for name in ("mlx", "diffusionkit", "numpy")}
     return {
         "system": platform.platform(),

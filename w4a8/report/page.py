@@ -19,6 +19,7 @@ from calibration_store.evaluation import METRICS, read_images
 from calibration_store.files import atomic_file, read_bytes
 from calibration_store.layout import (
     ActivationPaths,
+    BlockCachePaths,
     CalibrationPaths,
     EvaluationPaths,
     QuantizedModelPaths,
@@ -29,8 +30,10 @@ from calibration_store.manifest import read_manifest
 from calibration_store.names import block_of, layer_kind
 from calibration_store.pictures import PICTURE_ERRORS
 from calibration_store.quantized_model import read_export
+from calibration_store.sensitivity import read_sensitivity
 from calibration_store.weights import WEIGHTS_METADATA
 from w4a8.cli.words import format_bytes
+from w4a8.report.tables import held_out_losses
 
 TEMPLATES = Path(__file__).parent / "page"
 MOST_DRAWN, DRAWN_SIDE = 24, 256  # pictures of the calibration run, and their longer side in pixels
@@ -68,6 +71,8 @@ def describe_folder(calib_dir: Path) -> dict[str, Any]:
         page["activations"] = ranges_of(activations)
     if os.path.lexists(weights.metadata):
         page["weights"] = rounding_of(WEIGHTS_METADATA.read(weights.metadata))
+    if os.path.lexists(BlockCachePaths(calib_dir).sensitivity):
+        page["sensitivity"] = sensitivity_of(read_sensitivity(calib_dir))
     if os.path.lexists(export.config):
         page["export"] = export_of(export)
     if os.path.lexists(evaluation.metrics):
@@ -170,9 +175,10 @@ def rounding_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
     for block, entry in metadata.get("losses", {}).items():
         for number, stage in enumerate(entry["stages"]):
             name = entry["unit"] if len(entry["stages"]) == 1 else f"{block}, {number + 1}"
-            units[name] = {key: short(value) for key, value in stage.items() if key != "curve"} | {
-                "curve": stage.get("curve", [])
-            }
+            losses = held_out_losses(stage) | {"end_training": stage["end_training"]}
+            units[name] = {key: short(value) for key, value in losses.items()} | {
+                "kept_nearest": stage["kept_nearest"], "curve": stage.get("curve", []),
+            }  # fmt: skip
     facts = [("Bits", f"{metadata['weight_bits']}"), ("Group", str(metadata["group_size"] or "a scale per channel"))]
     facts += [(label, str(metadata[key])) for label, key in (("Unit", "unit"), ("Iterations", "iters"), ("Samples", "num_samples")) if key in metadata]  # fmt: skip
     widths = metadata.get("layer_bits", {})
@@ -182,6 +188,21 @@ def rounding_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
         "layer_bits": [{"name": name, "bits": bits} for name, bits in sorted(widths.items())],
         "excluded": metadata.get("excluded", []),
     }
+
+
+def sensitivity_of(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Error of the velocity with one layer alone rounded to nearest, the layers that matter most first; share: of the largest, %."""
+    widths = sorted({bits for layer in content["layers"].values() for bits in layer["weights"]}, key=int)
+    layers = [
+        {"name": name, "size": layer["size"], "error": {bits: short(layer["weights"][bits]) for bits in widths if bits in layer["weights"]}}
+        for name, layer in content["layers"].items()
+    ]  # fmt: skip
+    least = widths[0]
+    layers.sort(key=lambda layer: -layer["error"].get(least, 0))
+    most = layers[0]["error"].get(least) or 1
+    for layer in layers:
+        layer["share"] = round(100 * math.sqrt(layer["error"].get(least, 0) / most), 1)
+    return {"widths": widths, "least": least, "samples": content["num_samples"], "layers": layers}
 
 
 def comparison_of(paths: EvaluationPaths) -> dict[str, Any]:

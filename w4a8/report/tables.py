@@ -3,7 +3,7 @@
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,8 @@ def print_tier_summary(summary: dict[str, Any]) -> None:
 
 def print_variants(results: dict[str, dict], simulated: bool) -> None:
     """One row a variant; simulated: whether any of them quantizes activations."""
-    width = max(map(len, results))
+    labels = {name: f"{name} (experimental)" if "multitier" in name.split("+") else name for name in results}
+    width = max(map(len, labels.values()))
     click.echo(f"{'':{width}}  PSNR mean (95 %)       median   worst  >=40 dB  <30 dB    SSIM    FLIP  latent error")
     for name, row in results.items():
         psnr, (low, high) = row["psnr"], row["psnr"]["interval"]
@@ -79,7 +80,7 @@ def print_variants(results: dict[str, dict], simulated: bool) -> None:
         ]
         flip = "–" if row["flip"]["mean"] is None else f"{row['flip']['mean']:.4f}"
         click.echo(
-            f"{name:{width}}  {cells[0]:>6} dB {interval:15} {cells[1]:>6} {cells[2]:>7} {row['share_above_40_db']:8.0%} "
+            f"{labels[name]:{width}}  {cells[0]:>6} dB {interval:15} {cells[1]:>6} {cells[2]:>7} {row['share_above_40_db']:8.0%} "
             f"{row['share_below_30_db']:7.0%} {row['ssim']['mean']:7.4f} {flip:>7} {row['step_error']['mean'][-1]:13.4f}"
         )
     if simulated:
@@ -92,16 +93,22 @@ def print_variants(results: dict[str, dict], simulated: bool) -> None:
             )
 
 
+LOSSES_SHOWN = ("start", "hardened", "end", "end_activations")
+
+
+def held_out_losses(row: Mapping[str, Any]) -> dict[str, float | None]:
+    """Errors on held-out samples relative to round-to-nearest's on these; in the files to its on the training samples."""
+    nearest = row["nearest"]
+    return {key: row[key] / nearest if row[key] is not None and nearest else None for key in LOSSES_SHOWN}
+
+
 def print_losses(rows: list[tuple[str, dict]]) -> None:
-    """The table at the end: errors on held-out samples, relative to round-to-nearest on the training samples."""
+    """The table at the end: errors on held-out samples, and on those that were trained on."""
     click.echo(
-        f"{'error, round-to-nearest = 1':16} {'nearest':>9} {'start':>9} {'hardened':>9} {'end':>9} {'with A8':>9} {'(training)':>11}"
+        f"{'error, round-to-nearest = 1':27} {'start':>9} {'hardened':>9} {'end':>9} {'with A8':>9} {'(training)':>11}"
     )
     for name, row in rows:
-        figures = " ".join(
-            f"{row[key]:9.3f}" if row[key] is not None else f"{'–':>9}"
-            for key in ("nearest", "start", "hardened", "end", "end_activations")
-        )
+        figures = " ".join(f"{'–':>9}" if value is None else f"{value:9.3f}" for value in held_out_losses(row).values())
         kept = "  kept round-to-nearest (Issue 22)" if row["kept_nearest"] else ""
         click.echo(f"{name:27} {figures} {row['end_training']:11.3f}{kept}")
 

@@ -50,7 +50,12 @@ for (const canvas of document.querySelectorAll("canvas.curve")) {
   });
 }
 
-// activations: a row a layer, a column a step
+// activations: a row a layer, a column a step; colours: viridis, as in the legend
+const ramp = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]];
+const heat = (value) => {
+  const at = Math.min(Math.max(value, 0), 1) * (ramp.length - 1), low = Math.min(Math.floor(at), ramp.length - 2);
+  return `rgb(${ramp[low].map((from, i) => Math.round(from + (ramp[low + 1][i] - from) * (at - low))).join(", ")})`;
+};
 if (page.activations) {
   const { layers, steps, sigmas } = page.activations, canvas = element("heat");
   const label = 190, cell = { width: Math.max(14, Math.min(36, Math.floor(900 / steps.length))), height: 16 };
@@ -73,12 +78,14 @@ if (page.activations) {
     const dense = window.devicePixelRatio || 1, width = label + cell.width * steps.length + 1, height = cell.height * (rows.length + 1);
     Object.assign(canvas, { width: width * dense, height: height * dense });
     Object.assign(canvas.style, { width: `${width}px`, height: `${height}px` });
-    const context = canvas.getContext("2d"), heat = color("--heat"), ink = color("--ink");
+    const context = canvas.getContext("2d"), ink = color("--ink");
     context.scale(dense, dense);
     context.font = "11px system-ui, sans-serif";
     context.textBaseline = "middle";
     const most = Math.log(Math.max(...rows.map((layer) => layer.widest), 1e-9)), least = Math.log(Math.max(1e-9, Math.min(...rows.flatMap((layer) => layer.range))));
-    element("hover").textContent = rows.length ? `From ${Math.exp(least).toPrecision(3)} to ${Math.exp(most).toPrecision(3)}; point at a cell for its figures.` : "No layer of this kind is in this block.";
+    const ends = !rows.length ? ["", ""] : shown === "bits" ? ["A4", "A8"] : [least, most].map((end) => Math.exp(end).toPrecision(3));
+    ["least", "most"].forEach((id, i) => { element(id).textContent = ends[i]; });
+    element("hover").textContent = rows.length ? "Point at a cell for its figures." : "No layer of this kind is in this block.";
     context.fillStyle = color("--soft");
     steps.forEach((step, column) => { if (column % Math.ceil(24 / cell.width) === 0) context.fillText(step, label + cell.width * column + 1, cell.height / 2); });
     rows.forEach((layer, row) => {
@@ -86,8 +93,8 @@ if (page.activations) {
       context.fillStyle = ink;
       context.fillText(layer.name + (layer.outliers.length ? ` (${layer.outliers.length})` : ""), 0, top + cell.height / 2, label - 6);
       steps.forEach((_, column) => {
-        const value = shown === "bits" ? (layer.bits[column] ?? 0) / 8 : (Math.log(Math.max(layer.range[column], 1e-9)) - least) / Math.max(most - least, 1e-9);
-        context.fillStyle = `rgba(${heat}, ${0.06 + 0.94 * value})`;
+        const value = shown === "bits" ? ((layer.bits[column] ?? 4) - 4) / 4 : (Math.log(Math.max(layer.range[column], 1e-9)) - least) / Math.max(most - least, 1e-9);
+        context.fillStyle = heat(value);
         context.fillRect(label + cell.width * column, top, cell.width - 1, cell.height - 1);
       });
     });
