@@ -113,19 +113,21 @@ def test_a_foreign_page_and_damaged_files_are_one_line(reported, tmp_path):
 def test_which_layers_matter(reported, tmp_path):
     """sensitivity.json, where stage 3W measured it: most first, and not that of another run."""
     folder = shutil.copytree(reported[0], tmp_path / "run")
-    steps = [0, 1]
     layers = {name: {"weights": {"4": error, "8": error / 300}, "size": 4096} for name, error in (("mm0.img.mlp.fc1", 1e-6), ("mm1.txt.mlp.fc2", 4e-6))}  # fmt: skip
-    content = {
-        "calibration_run": json.loads((folder / "adaround_weights/metadata.json").read_bytes())["calibration_run"], "weights_fingerprint": None,
-        "selected_image_ids": [0], "key_timesteps": steps, "group_size": 64, "num_samples": 7, "sigmas": [1.0, 0.5],
+    metadata = json.loads((folder / "adaround_weights/metadata.json").read_bytes())
+    content = {key: metadata[key] for key in ("calibration_run", "weights_fingerprint")} | {
+        "selected_image_ids": metadata["selected_image_ids"], "key_timesteps": [0, 1], "group_size": 64, "num_samples": 7, "sigmas": [1.0, 0.5],
         "layers": layers, "inputs": {name: [1e-3, 2e-3] for name in layers},
     }  # fmt: skip
     write_sensitivity(folder, content)
-    assert invoke("report_calibration", "--calib-dir", folder).exit_code == 0
-    found = data_of(folder / "report/index.html")["sensitivity"]
-    assert [(layer["name"], layer["share"]) for layer in found["layers"]] == [("mm1.txt.mlp.fc2", 100), ("mm0.img.mlp.fc1", 50)]  # fmt: skip
-    assert found["layers"][0]["error"] == {"4": 4e-6, "8": 1.333e-8} and 'id="sensitivity"' in (folder / "report/index.html").read_text()  # fmt: skip
-    write_sensitivity(folder, content | {"calibration_run": "0" * 16})
+    done = invoke("report_calibration", "--calib-dir", folder)
+    assert done.exit_code == 0, done.output
+    found = data_of(folder / "report/index.html")["sensitivity"]["layers"]
+    assert [(layer["name"], layer["share"]) for layer in found] == [("mm1.txt.mlp.fc2", 1), ("mm0.img.mlp.fc1", 0.5)]
+    assert (
+        found[0]["sqnr"] == {"4": 54.0, "8": 78.8} and 'id="sensitivity"' in (folder / "report/index.html").read_text()
+    )
+    write_sensitivity(folder, content | {"calibration_run": "0" * 64})
     one_line(invoke("report_calibration", "--calib-dir", folder), "made from another calibration run")
 
 

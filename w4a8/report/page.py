@@ -191,18 +191,19 @@ def rounding_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sensitivity_of(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Error of the velocity with one layer alone rounded to nearest, the layers that matter most first; share: of the largest, %."""
-    widths = sorted({bits for layer in content["layers"].values() for bits in layer["weights"]}, key=int)
+    """SQNR of the velocity in dB, one layer alone rounded to nearest, the layers that matter most first; share: its error of the largest."""
+    found = content["layers"]
+    widths = sorted({bits for layer in found.values() for bits in layer["weights"]}, key=int)
+    errors = {name: layer["weights"].get(widths[0], 0) for name, layer in found.items()}
+    most = max(errors.values()) or 1
     layers = [
-        {"name": name, "size": layer["size"], "error": {bits: short(layer["weights"][bits]) for bits in widths if bits in layer["weights"]}}
-        for name, layer in content["layers"].items()
+        {
+            "name": name, "size": found[name]["size"], "share": short(math.sqrt(errors[name] / most)),
+            "sqnr": {bits: round(-10 * math.log10(error), 1) for bits, error in found[name]["weights"].items() if error},
+        }
+        for name in sorted(errors, key=errors.__getitem__, reverse=True)
     ]  # fmt: skip
-    least = widths[0]
-    layers.sort(key=lambda layer: -layer["error"].get(least, 0))
-    most = layers[0]["error"].get(least) or 1
-    for layer in layers:
-        layer["share"] = round(100 * math.sqrt(layer["error"].get(least, 0) / most), 1)
-    return {"widths": widths, "least": least, "samples": content["num_samples"], "layers": layers}
+    return {"widths": widths, "samples": content["num_samples"], "layers": layers}
 
 
 def comparison_of(paths: EvaluationPaths) -> dict[str, Any]:
@@ -241,6 +242,7 @@ def comparison_of(paths: EvaluationPaths) -> dict[str, Any]:
             pairs[name].append({"image": index, "source": source} | {key: short(of[key]) for key in ("psnr", "ssim", "flip")})  # fmt: skip
     return {
         "rows": rows, "prompts": metrics["prompts"], "seed": metrics["seed"], "steps": metrics["num_steps"],
+        "first": next((name for name in ("native", *(name for name in pairs if "adaround" in name)) if name in pairs), None),
         "originals": {str(index): source for index, source in sources.items()}, "pairs": pairs,
         "all": len(pairs) * count, "shown": shown,
     }  # fmt: skip
