@@ -2,6 +2,10 @@
 
 import json
 import re
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 from conftest import ROOT
@@ -38,6 +42,18 @@ def test_two_writers_and_a_full_disk(proof, monkeypatch):
     monkeypatch.setattr(proving, "WRITERS", ("2A",))
     assert proof.two_writers() == [("2A", None)]
     assert proof.full_disk() in (None, [("2A", None)])  # None: nobody may make a disk here
+
+
+def test_an_interrupted_proof_says_what_it_tried(tmp_path):
+    command = [sys.executable, "tools/prove.py", "reliability", "--output", str(tmp_path / "proof.json")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr.readline() == "clean run: 1\n"
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and errors == "interrupted; what was tried until then:\n", errors
+    written = json.loads((tmp_path / "proof.json").read_bytes())
+    assert written["interrupted"] and written["kills"] == 0 and "two writers: not tried" in output
 
 
 def newest(kind):

@@ -88,24 +88,24 @@ output_option = click.option("--output", type=click.Path(path_type=Path, dir_oka
 @output_option
 def reliability(kills: int, corruption: int | None, seed: int, output: Path | None) -> None:
     """Kill, damage, fill up, write twice; nothing may be lost, and a resumed run has the bytes of a clean one."""
+    writers, disks, campaign, interrupted = [], [], None, False
     with tempfile.TemporaryDirectory(prefix="prove") as base:
         proof = Proof(Path(base), seed)
-        for name in proof.prepare():
-            click.echo(f"clean run: {name}", err=True)
-        with progress_bar(kills, "kills", "kill") as bar:
-            names, turn = list(proof.tallies), 0
-            while bar.n < kills:
-                bar.update(min(proof.trial(names[turn % len(names)]), kills - bar.n))
-                turn += 1
-        writers, disks = proof.two_writers(), proof.full_disk()
-    campaign = None
-    if corruption != 0:
-        limit = [] if corruption is None else ["--limit", str(corruption)]
-        done = subprocess.run([sys.executable, "tools/corruption_campaign.py", *limit], cwd=ROOT, capture_output=True, text=True, check=False)  # fmt: skip
-        campaign = {
-            "exit_code": done.returncode,
-            "said": done.stdout.strip().splitlines()[-1] if done.stdout.strip() else "",
-        }
+        try:
+            for name in proof.prepare():
+                click.echo(f"clean run: {name}", err=True)
+            with progress_bar(kills, "kills", "kill") as bar:
+                names, turn = list(proof.tallies), 0
+                while bar.n < kills:
+                    bar.update(min(proof.trial(names[turn % len(names)]), kills - bar.n))
+                    turn += 1
+            writers, disks = proof.two_writers(), proof.full_disk()
+            if corruption != 0:
+                campaign = damaged_files(corruption)
+        except KeyboardInterrupt:
+            proof.stop()
+            click.echo("interrupted; what was tried until then:", err=True)
+            interrupted = True
     lost = [loss for tally in proof.tallies.values() for loss in tally.lost]
     lost += [(f"two writers, {name}", why) for name, why in writers if why]
     lost += [(f"full disk, {name}", why) for name, why in disks or () if why]
@@ -113,16 +113,25 @@ def reliability(kills: int, corruption: int | None, seed: int, output: Path | No
     click.echo(f"\n{'stage':12}{'trials':>8}{'kills':>8}{'lost':>8}")
     for name, tally in proof.tallies.items():
         click.echo(f"{name:12}{tally.trials:8}{tally.kills:8}{len(tally.lost):8}")
-    click.echo(f"two writers: {few([name for name, _ in writers])}; full disk: {few([name for name, _ in disks]) if disks else 'not tried (needs Linux and root)'}")  # fmt: skip
+    for what, found in (("two writers", writers), ("full disk (Linux, root)", disks)):
+        click.echo(f"{what}: {few([name for name, _ in found]) if found else 'not tried'}")
     click.echo(f"damaged files: {campaign['said'] if campaign else 'not tried'}")
     for what, why in lost:
         click.echo(f"lost: {what}: {why} (seed {seed})", err=True)
     write(output, "reliability", {
         "seed": seed, "kills": sum(tally.kills for tally in proof.tallies.values()), "lost": len(lost), "losses": lost,
         "stages": {name: {"trials": tally.trials, "kills": tally.kills, "lost": len(tally.lost)} for name, tally in proof.tallies.items()},
-        "two_writers": dict(writers), "full_disk": dict(disks) if disks else None, "corruption": campaign,
+        "two_writers": dict(writers), "full_disk": dict(disks) if disks else None, "corruption": campaign, "interrupted": interrupted,
     })  # fmt: skip
-    sys.exit(1 if lost else 0)
+    sys.exit(130 if interrupted else 1 if lost else 0)
+
+
+def damaged_files(limit: int | None) -> dict[str, Any]:
+    """The corruption campaign's exit code, and its last line."""
+    command = [sys.executable, "tools/corruption_campaign.py", *([] if limit is None else ["--limit", str(limit)])]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+    said = done.stdout.strip().splitlines()
+    return {"exit_code": done.returncode, "said": said[-1] if said else ""}
 
 
 @main.command()

@@ -50,14 +50,6 @@ def command(name: str, folder: Path, again: bool = False) -> list[str]:
     return [sys.executable, str(ROOT / script), *options, "--calib-dir", str(folder)]
 
 
-def started(name: str, folder: Path, again: bool = False) -> subprocess.Popen:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        command(name, folder, again), cwd=folder.parent, env=environment, stdout=pipe, stderr=pipe, text=True
-    )
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
@@ -70,6 +62,24 @@ class Proof:
         self.before: dict[str, Path] = {}
         self.expected: dict[str, dict[str, bytes]] = {}
         self.seconds: dict[str, float] = {}
+        self.processes: list[subprocess.Popen] = []
+
+    def started(self, name: str, folder: Path, again: bool = False) -> subprocess.Popen:
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        }
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        self.processes.append(
+            subprocess.Popen(command(name, folder, again), cwd=folder.parent, env=environment, **options)
+        )
+        return self.processes[-1]
+
+    def stop(self) -> None:
+        """End what still runs."""
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+                process.communicate()
 
     def prepare(self) -> Iterator[str]:
         """Run every stage once, cleanly; yields the name of each."""
@@ -82,7 +92,7 @@ class Proof:
                 shutil.copytree(self.before["3W"], folder)
             self.before[name] = shutil.copytree(folder, self.base / f"before {name}")
             start = time.perf_counter()
-            process = started(name, folder)
+            process = self.started(name, folder)
             _, errors = process.communicate()
             if process.returncode:
                 raise RuntimeError(f"{name} failed: {errors.strip()[-300:]}")
@@ -94,14 +104,14 @@ class Proof:
         self._fresh(name, folder)
         kills, tally.trials = 0, tally.trials + 1
         for attempt in range(self.random.randint(1, 3)):
-            process = started(name, folder, again=attempt > 0)
+            process = self.started(name, folder, again=attempt > 0)
             try:
                 process.wait(self.random.uniform(0.2, 1.1 * self.seconds[name]))
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
                 kills += 1
             process.communicate()
-        process = started(name, folder, again=True)
+        process = self.started(name, folder, again=True)
         _, errors = process.communicate()
         why = None
         if process.returncode:
@@ -126,7 +136,7 @@ class Proof:
         for name in filter(self.before.get, WRITERS):
             folder = self.base / "trial" / "run"
             self._fresh(name, folder)
-            both = [started(name, folder), started(name, folder)]
+            both = [self.started(name, folder), self.started(name, folder)]
             errors = [process.communicate()[1] for process in both]
             codes = [process.returncode for process in both]
             refused = [text for text, code in zip(errors, codes, strict=True) if code]
@@ -152,7 +162,7 @@ class Proof:
                 if not made:
                     return None
                 shutil.copytree(self.before[name], folder)
-                process = started(name, folder)
+                process = self.started(name, folder)
                 while process.poll() is None and bytes_below(folder) < start + grown // 4:
                     time.sleep(0.005)
                 fill_up(folder.parent / "filler")
@@ -160,7 +170,7 @@ class Proof:
                 fine = process.returncode == 0 or (errors.count("Error: ") == 1 and "Traceback" not in errors)
                 (folder.parent / "filler").unlink()
                 kept = shutil.copytree(folder, self.base / "trial" / "kept" / "run")
-            process = started(name, kept, again=True)
+            process = self.started(name, kept, again=True)
             process.communicate()
             fine = fine and process.returncode == 0 and contents(kept) == self.expected[name]
             found.append((name, None if fine else f"exit code {process.returncode}"))
