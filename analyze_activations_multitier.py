@@ -16,9 +16,9 @@ entry's bits). The model is not needed: NumPy only. No outlier is migrated here.
 
 from pathlib import Path
 
-import click
+from w4a8 import cli  # isort: skip  (first: it says what to do where packages are missing)
 
-from w4a8 import cli
+import click
 
 
 @cli.stage_command

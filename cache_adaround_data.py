@@ -12,9 +12,9 @@ between. 25 x more prompts fit in the same bytes that way at SD3-Medium's size, 
 from contextlib import closing
 from pathlib import Path
 
-import click
+from w4a8 import cli  # isort: skip  (first: it says what to do where packages are missing)
 
-from w4a8 import cli
+import click
 
 OPTIONS = {
     "num_images": "--num-images", "stride": "--stride", "blocks": "--blocks", "boundaries": "--boundaries",

@@ -10,9 +10,9 @@ Writes  activations/layer_statistics.json and activations/timestep_stats/step_{k
 from contextlib import closing
 from pathlib import Path
 
-import click
+from w4a8 import cli  # isort: skip  (first: it says what to do where packages are missing)
 
-from w4a8 import cli
+import click
 
 OPTIONS = {"num_images": "--num-images", "stride": "--stride"}
 STEP_FILE_SIZES = 4  # of a partial result, that a step's files take: an array a layer, where partials have one an input

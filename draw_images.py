@@ -10,9 +10,9 @@ An exported folder computes from its packed weights. Image i is drawn with --see
 
 from pathlib import Path
 
-import click
+from w4a8 import cli  # isort: skip  (first: it says what to do where packages are missing)
 
-from w4a8 import cli
+import click
 
 
 @cli.stage_command

@@ -14,9 +14,9 @@ import contextlib
 import functools
 from pathlib import Path
 
-import click
+from w4a8 import cli  # isort: skip  (first: it says what to do where packages are missing)
 
-from w4a8 import cli
+import click
 
 
 @cli.stage_command

@@ -11,9 +11,9 @@ written as ranges for runtimes that have such kernels; here they are simulated.
 
 from pathlib import Path
 
-import click
+from w4a8 import cli  # isort: skip  (first: it says what to do where packages are missing)
 
-from w4a8 import cli
+import click
 
 
 @cli.stage_command

@@ -8,16 +8,17 @@ Writes  manifest.json, samples/{image:04d}_{step:03d}.npz and images/{image:04d}
 
 from pathlib import Path
 
-import click
+from w4a8 import cli  # isort: skip  (first: it says what to do where packages are missing)
 
-from w4a8 import cli
+import click
 
 DEFAULT_MODEL = "argmaxinc/mlx-stable-diffusion-3-medium"
 
 
 @cli.stage_command
 @click.option(
-    "--model", default=DEFAULT_MODEL, help="sd3-emoji, a folder in its layout, or a hub id that DiffusionKit knows."
+    "--model",
+    help=f"sd3-emoji, a folder in its layout, or a hub id that DiffusionKit knows.  [default: {DEFAULT_MODEL}; under --resume the run's]",
 )
 @click.option(
     "--local-checkpoint",
@@ -85,6 +86,7 @@ def run(
         complete_images,
         continue_run,
         generate,
+        model_of_run,
         plan_run,
         prepare,
         probe_seconds,
@@ -99,7 +101,7 @@ def run(
 
     ranks = join(calib_dir)
     given_prompts = read_prompt_file(prompt_file) if prompt_file else None
-    info = describe_model(model, loras)
+    info = describe_model(model or (resume and model_of_run(calib_dir)) or DEFAULT_MODEL, loras)
     prompts = given_prompts or draw_builtin_prompts(info.captions, seed)
     plan = plan_run(
         info, prompts, num_images, num_steps, cfg_weight, negative_prompt, seed, latent_size, stride, batch_size,

@@ -15,9 +15,9 @@ samples. All in float32.
 from dataclasses import replace
 from pathlib import Path
 
-import click
+from w4a8 import cli  # isort: skip  (first: it says what to do where packages are missing)
 
-from w4a8 import cli
+import click
 
 OPTIONS = {
     "unit": "--unit", "block_names": "--blocks", "iters": "--iters", "batch_size": "--batch-size", "weight_bits": "--weight-bits",

@@ -8,9 +8,9 @@ python report_calibration.py
 
 from pathlib import Path
 
-import click
+from w4a8 import cli  # isort: skip  (first: it says what to do where packages are missing)
 
-from w4a8 import cli
+import click
 
 
 @cli.stage_command

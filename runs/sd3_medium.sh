@@ -11,13 +11,13 @@
 #
 # First: accept the licence on the model's page, then `hf auth login`.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-PY=${PYTHON:-.venv/bin/python}
+PLAN=; [ "${1:-}" = --plan ] && { PLAN=1; PYTHON=true; shift; }
+. "$(dirname "$0")/begin.bash"
 MODEL=${MODEL:-argmaxinc/mlx-stable-diffusion-3-medium}
 PASS_SECONDS=${PASS_SECONDS:-0.7}
 if [ -z "${MEMORY:-}" ]; then
   bytes=$(sysctl -n hw.memsize 2>/dev/null || awk '/MemTotal/ {print $2 * 1024}' /proc/meminfo)
-  MEMORY=$(awk -v b="$bytes" 'BEGIN {g = b / 1e9; print g >= 60 ? 64 : g >= 30 ? 32 : 16}')
+  MEMORY=$(awk -v b="$bytes" 'BEGIN {g = b / 1e9; print (g >= 60 ? 64 : g >= 30 ? 32 : 16)}')
 fi
 defaults() { : "${IMAGES:=$1}" "${CACHE:=$2}" "${ITERS:=$3}" "${STATISTICS:=$4}" "${JUDGED:=$5}" "${T5:=$6}" "${STEPS:=28}"; }
 case $MEMORY in  # images to sample, GB of cache, iterations a block, images for statistics and for the comparison, text encoder
@@ -26,7 +26,6 @@ case $MEMORY in  # images to sample, GB of cache, iterations a block, images for
   64) defaults 512 16 400 32 32 --t5 ;;
   *) echo "Error: MEMORY=$MEMORY: 16, 32 or 64" >&2; exit 2 ;;
 esac
-PLAN=; [ "${1:-}" = --plan ] && { PLAN=1; shift; }
 DIR=${1:-calibration_data/sd3_medium}
 
 # Bytes: measured at SD3-Medium's size, 512 px, guidance (README). Times: passes x PASS_SECONDS x the measured ratio of each stage to plain
@@ -43,12 +42,11 @@ BEGIN {
   printf "  2W  %4d samples          %5.1f GB  %8s\n", samples, cache, hours(samples * pass * 1.15)
   printf "  2A  %4d passes           %5.1f GB  %8s\n", statistics * 5, statistics * 5 * 0.0084 + 5 * 0.018, hours(statistics * 5 * pass * 1.26)
   printf "  3W  24 blocks, %d each   %5.1f GB  %8s  (a night on a laptop; 5 - 17 GB of memory, by --micro-batch)\n", iters, 2.2, hours((24 * iters * 0.26 + iters / 2 * 4.4) / 0.045 * pass)
-  printf "  5   the 4-bit model       %5.1f GB\n", 1.9
+  printf "  5   the 4-bit model       %5.1f GB\n", 2.3
   printf "  4   %4d images x 4       %5.1f GB  %8s\n", judged, judged * 4 * (steps + 1) * 0.262e-3, hours(judged * 4 * steps * pass)
 }'
 [ -n "$PLAN" ] && exit 0
 
-step() { echo; echo "\$ $PY $*"; $PY "$@"; }
 step generate_calibration_data.py --model "$MODEL" ${CHECKPOINT:+--local-checkpoint "$CHECKPOINT"} ${LORA:+--lora "$LORA"} --num-images "$IMAGES" --num-steps "$STEPS" --stride 3 "$T5" --calib-dir "$DIR" --resume
 step cache_adaround_data.py --max-bytes "${CACHE}GB" --calib-dir "$DIR" --resume
 step collect_layer_activations.py --num-images "$STATISTICS" --stride 2 --calib-dir "$DIR" --resume

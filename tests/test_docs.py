@@ -77,8 +77,26 @@ def test_recipes_name_flags_that_exist(recipe):
         assert not unknown, f"{recipe}: {script} has no {unknown}"
 
 
-@pytest.mark.parametrize("memory", ["16", "32", "64", "8"])
+def recipe_said(recipe, *words, **environment):
+    """(exit code, stdout, stderr) of a recipe where nothing is installed."""
+    command, environment = [ROOT / "runs" / recipe, *words], os.environ | {"PYTHON": "/none"} | environment
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("recipe", sorted(path.name for path in (ROOT / "runs").glob("*.sh")))
+def test_recipes_begin_nothing_by_mistake(recipe):
+    code, output, errors = recipe_said(recipe, "--help")
+    assert code == 0 and f"runs/{recipe} [folder]" in output and not errors and "set -euo" not in output
+    assert recipe_said(recipe, "--paln")[0] == recipe_said(recipe, "one", "two")[0] == 2
+    assert recipe_said(recipe, "--paln")[2].startswith("Error: --paln: not known;")
+    code, output, errors = recipe_said(recipe)
+    assert (code, output) == (2, "") and errors.startswith("Error: /none: not found; run `make setup` first")
+
+
+@pytest.mark.parametrize("memory", ["16", "32", "64", "8", ""])
 def test_the_plan_of_sd3_medium_needs_no_model(memory):
+    """Empty: as much as this machine has."""
     environment = os.environ | {"MEMORY": memory, "PYTHON": "/none"}
     done = subprocess.run(
         [ROOT / "runs/sd3_medium.sh", "--plan"], env=environment, capture_output=True, text=True, check=False

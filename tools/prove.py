@@ -7,6 +7,7 @@ Both write a dated JSON file (--output) that says what was tried, on which machi
 """
 
 import datetime
+import importlib
 import importlib.metadata
 import json
 import os
@@ -19,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import mlx.core as mx
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -54,10 +54,11 @@ ROADS = {  # size -> the stages as they are rehearsed
 
 def machine() -> dict[str, Any]:
     """Where the proof was made."""
+    device = importlib.import_module("mlx.core").device_info()
     versions = {name: importlib.metadata.version(name) for name in ("mlx", "diffusionkit", "numpy")}
     return {
         "system": platform.platform(),
-        "device": mx.device_info()["device_name"],
+        "device": device["device_name"],
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         **versions,

@@ -1,9 +1,17 @@
 """What the stages compute with. Importing it costs next to nothing; its modules import what they use."""
 
+import importlib.util
 import os
 import sys
 
-from w4a8 import blas  # noqa: F401  (before MLX)
+NEEDED = ("click", "filelock", "msgspec", "numpy", "orjson", "tqdm")  # by every script; MLX is not by the analyzers
+if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+    sys.exit(
+        f"Error: {sys.executable} has no {', '.join(missing)}: run `make setup` once, then `source .venv/bin/activate`, "
+        "and `python` has everything (by hand: the top of requirements.txt)"
+    )
+
+from w4a8 import blas  # noqa: E402, F401  (before MLX)
 
 if sys.platform == "linux":
     # CUDA frees what a pass no longer needs when a graph of operations ends. Short graphs hold 5.0 GB instead of 12.7 at

@@ -13,7 +13,7 @@ import numpy as np
 from calibration_store.errors import OptionError, StoreError
 from calibration_store.files import BackgroundWriter, write_png
 from calibration_store.layout import CalibrationPaths
-from calibration_store.manifest import MANIFEST_FORMAT, prompts_digest, saved_steps, write_manifest
+from calibration_store.manifest import MANIFEST_FORMAT, prompts_digest, read_manifest, saved_steps, write_manifest
 from calibration_store.pictures import picture_chunks
 from calibration_store.samples import is_complete, sample_arrays, sample_bytes, write_sample
 from w4a8.cli.progress import ProgressBar, progress_bar
@@ -42,6 +42,11 @@ RUN_OPTIONS = {
     "stride": "--stride",
     "save_images": "--images/--no-images",
 }
+
+
+def model_of_run(calib_dir: Path) -> str | None:
+    """What the run in a folder was begun with; None where there is none."""
+    return read_manifest(calib_dir)["model_version"] if CalibrationPaths(calib_dir).manifest.exists() else None
 
 
 def plan_run(

@@ -1,6 +1,7 @@
 """What models there are, and what is known of one before its weights are read."""
 
 import dataclasses
+import glob
 import importlib.metadata
 import os
 from collections.abc import Sequence
@@ -104,7 +105,9 @@ def describe_model(name: str, loras: Sequence[Lora] = ()) -> ModelInfo:
         raise ModelError(f"--model {name!r}: {error}") from None
     if not name or not os.path.isdir(folder):
         known = ", ".join((BUNDLED_MODEL, *HUB_MODELS))
-        raise ModelError(f"--model {name or repr(name)}: no such folder, and not one of {known}")
+        near = sorted(filter(Path.is_dir, folder.parent.glob(f"*/{glob.escape(folder.name)}"))) if name else []
+        hint = f"; there is {os.path.relpath(near[0])}" if near else ""
+        raise ModelError(f"--model {name or repr(name)}: no such folder, and not one of {known}{hint}")
     config = read_model_config(folder)
     if "base_model" in config:
         if config["base_model"] not in HUB_MODELS:

@@ -66,9 +66,13 @@ class HubPipeline(Pipeline):
             yield
         except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
             reason = self.unreachable or str(error).strip().split("\n")[0][:160]
+            way = (
+                "bring the cache of a machine that has it (HF_HOME; Issue 14)"
+                if self.unreachable
+                else f"accept the licence on https://huggingface.co/{self.info.hub_id} and log in with `hf auth login`"
+            )
             raise ModelError(
-                f"cannot get {self.info.hub_id} from the Hugging Face hub ({reason}): accept the licence on the model's page "
-                f"and log in with `hf auth login`{self.instead}"
+                f"cannot get {self.info.hub_id} from the Hugging Face hub ({reason}): {way}{self.instead}"
             ) from None
         except (RuntimeError, ValueError, KeyError) as error:
             source = self.local_checkpoint or self.info.version
