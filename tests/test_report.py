@@ -13,8 +13,11 @@ from finished_run import finished_run, one_line
 from PIL import Image
 
 from calibration_store.layout import ReportPaths
+from calibration_store.model_folder import weight_sizes
 from calibration_store.sensitivity import write_sensitivity
-from w4a8.report.page import PICTURE_BYTES, describe_folder, picture, write_page
+from w4a8.cli.words import format_bytes
+from w4a8.model.catalog import BUNDLED_FOLDER
+from w4a8.report.page import PICTURE_BYTES, describe_folder, picture, what_it_is, write_page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
@@ -66,6 +69,12 @@ def test_the_page_holds_what_the_folder_holds(reported):
     assert len(units) == 8 and all(len(unit["curve"]) == 10 for unit in units.values())
     assert all(np.isfinite(unit["curve"]).all() for unit in units.values())
     assert "mmdit.safetensors" in text and data["next"] == []
+    found = re.search(r"The model on the disk \(native\): ([0-9.]+) dB on average .* Rounding to nearest alone gives ([0-9.]+) dB", text)  # fmt: skip
+    means = (metrics[name]["psnr"]["mean"] for name in ("native", "w4-rtn"))
+    assert found and found.groups() == tuple(f"{mean:.1f}" for mean in means)
+    original = sum(2 * elements for _, elements in weight_sizes(BUNDLED_FOLDER / "mmdit.safetensors").values())
+    assert f"0.57 × its float16 ({format_bytes(original)})" in text  # as stage 5 says it
+    assert f'draw_images.py "your prompt" --model {folder}/quantized_model' in html.unescape(text)
 
 
 def test_a_folder_with_less_says_how_to_go_on(reported, tmp_path):
@@ -108,6 +117,20 @@ def test_a_foreign_page_and_damaged_files_are_one_line(reported, tmp_path):
     metrics.write_bytes((reported[0] / "evaluation/metrics.json").read_bytes())
     (folder / "evaluation/runs" / run.name).write_bytes(run.read_bytes()[:-400])
     one_line(invoke("report_calibration", "--calib-dir", folder, "--force"), run.name)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("w4-rtn-g0", "weights rounded to the nearest 4-bit code"),
+        ("w6-adaround-r8", "learned 6-bit rounding"),
+        ("native+a8-token", "the model on the disk, inputs at 8 bits, a range for each token"),
+        ("a6", "inputs at 6 bits, the config's ranges"),
+        ("w4-adaround+multitier", "learned 4-bit rounding, inputs at 4, 6 or 8 bits (experimental)"),
+    ],
+)
+def test_variants_in_words(name, words):
+    assert what_it_is(name) == words
 
 
 def test_which_layers_matter(reported, tmp_path):

@@ -4,6 +4,7 @@ import base64
 import io
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from calibration_store.layout import (
     WeightPaths,
 )
 from calibration_store.manifest import read_manifest
+from calibration_store.model_folder import weight_file, weight_sizes
 from calibration_store.names import block_of, layer_kind
 from calibration_store.pictures import PICTURE_ERRORS
 from calibration_store.quantized_model import read_export
@@ -38,7 +40,7 @@ from w4a8.report.tables import held_out_losses
 TEMPLATES = Path(__file__).parent / "page"
 MOST_DRAWN, DRAWN_SIDE = 24, 256  # pictures of the calibration run, and their longer side in pixels
 PICTURE_BYTES = 13e6  # that the comparison may take in the page; what does not fit is left out, the least damaged first
-DIGITS = 4  # of a figure that is only looked at
+DIGITS = 6  # of a figure that is only looked at
 STAGES = (  # what a folder can hold, in the order of the road
     ("manifest", "generate_calibration_data.py", "prompts to latents"),
     ("weights", "cache_adaround_data.py, then optimize_adaround.py", "learned rounding"),
@@ -52,6 +54,7 @@ SECTIONS = {  # key of what describe_folder gives -> what it is called
     "manifest": "the run", "drawn": "its prompts and pictures", "activations": "ranges of the activations",
     "weights": "learned rounding", "export": "the model on the disk", "comparison": "original against quantized",
 }  # fmt: skip
+NATIVE = "native"  # what stage 4 calls the folder that stage 5 wrote
 GENERATOR = b'name="generator" content="report_calibration.py"'
 
 
@@ -212,7 +215,7 @@ def comparison_of(paths: EvaluationPaths) -> dict[str, Any]:
     count, variants = len(metrics["prompts"]), metrics["variants"]
     rows = [
         {
-            "name": name, "psnr": shorts(found["psnr"]), "ssim": short(found["ssim"]["mean"]),
+            "name": name, "what": what_it_is(name), "psnr": shorts(found["psnr"]), "ssim": short(found["ssim"]["mean"]),
             "flip": short(found["flip"]["mean"]), "above": found["share_above_40_db"], "below": found["share_below_30_db"],
         }
         for name, found in variants.items()
@@ -240,20 +243,72 @@ def comparison_of(paths: EvaluationPaths) -> dict[str, Any]:
             left, shown = left - len(source), shown + 1
             of = variants[name]["images"][index]
             pairs[name].append({"image": index, "source": source} | {key: short(of[key]) for key in ("psnr", "ssim", "flip")})  # fmt: skip
+    first = next((name for name in (NATIVE, *(name for name in variants if "adaround" in name)) if name in variants), None)  # fmt: skip
     return {
-        "rows": rows, "prompts": metrics["prompts"], "seed": metrics["seed"], "steps": metrics["num_steps"],
-        "first": next((name for name in ("native", *(name for name in pairs if "adaround" in name)) if name in pairs), None),
+        "verdict": verdict_on(first, variants), "rows": rows, "prompts": metrics["prompts"], "seed": metrics["seed"], "steps": metrics["num_steps"],
+        "first": first,
         "originals": {str(index): source for index, source in sources.items()}, "pairs": pairs,
         "all": len(pairs) * count, "shown": shown,
     }  # fmt: skip
 
 
+LOOKS = ((40, "nobody sees a difference"), (35, "lines move a little"), (30, "details are others"), (25, "it shows"), (-math.inf, "another picture of the same prompt"))  # fmt: skip
+
+
+def verdict_on(name: str | None, variants: Mapping[str, Any]) -> str | None:
+    """What the model that a user takes home is worth, in a sentence or two."""
+    if name is None or variants[name]["psnr"]["mean"] is None:
+        return None
+    psnr = variants[name]["psnr"]
+    looks = next(words for least, words in LOOKS if psnr["mean"] >= least)
+    nearest = next((found["psnr"]["mean"] for other, found in variants.items() if re.fullmatch(r"w\d-rtn(-g\d+)?", other)), None)  # fmt: skip
+    what = what_it_is(name)
+    said = f"{what[0].upper()}{what[1:]} ({name}): {psnr['mean']:.1f} dB on average ({looks}), the worst image {psnr['worst']:.1f} dB."
+    return said + (f" Rounding to nearest alone gives {nearest:.1f} dB." if nearest is not None else "")
+
+
+def what_it_is(variant: str) -> str:
+    """A variant in words."""
+    words = []
+    for part in variant.split("+"):
+        found = re.fullmatch(r"[wa](\d).*", part)
+        kind = "multitier" if part == "multitier" else part if part == NATIVE else re.sub(r"\d", "", part, count=1)
+        known = next((text for start, text in WORDS if kind.startswith(start)), part)
+        words.append(known.format(bits=found[1] if found else ""))
+    return ", ".join(words)
+
+
+WORDS = (  # how a part of a variant's name begins -> what it is
+    (NATIVE, "the model on the disk"), ("w-rtn", "weights rounded to the nearest {bits}-bit code"),
+    ("w-adaround", "learned {bits}-bit rounding"), ("a-token", "inputs at {bits} bits, a range for each token"),
+    ("a-learned", "inputs at {bits} bits, 3W's ranges"), ("a-dynamic", "inputs at {bits} bits, a range for each input"),
+    ("multitier", "inputs at 4, 6 or 8 bits (experimental)"), ("a", "inputs at {bits} bits, the config's ranges"),
+)  # fmt: skip
+
+
 def export_of(paths: QuantizedModelPaths) -> list[tuple[str, str]]:
-    """What stage 5 wrote, and how large it is."""
-    note = read_export(paths.root)["export"]
+    """What stage 5 wrote, how large it is, and of what its float16 is."""
+    content = read_export(paths.root)
+    note, transformer = content["export"], weight_file(paths.root, "mmdit")
     files = [path for path in paths.owned_files() if path != paths.config] + paths.gguf_files()
     rows = [("Folder", str(paths.root)), ("Weights", f"{note['weights']}, {note['weight_bits']} bits"), ("Activations", note["activations"] or "not quantized")]  # fmt: skip
+    if transformer.exists():
+        whole = float16_bytes(weight_sizes(transformer), content["quantization"])
+        rows.append(("Transformer", f"{format_bytes(transformer.stat().st_size)}, {transformer.stat().st_size / whole:.2f} × its float16 ({format_bytes(whole)})"))  # fmt: skip
     return rows + [(path.name, format_bytes(path.stat().st_size)) for path in files]
+
+
+def float16_bytes(sizes: Mapping[str, tuple[str, int]], quantization: Mapping[str, Any]) -> int:
+    """Of the weights of a file, packed (MLX: 32-bit words, `bits` by layer) or not."""
+    packed = {name.removesuffix(".weight") for name, (dtype, _) in sizes.items() if dtype == "U32"}
+    total = 0
+    for name, (dtype, elements) in sizes.items():
+        layer, _, kind = name.rpartition(".")
+        if dtype == "U32":
+            total += 2 * (elements * 32 // quantization.get(layer, quantization)["bits"])
+        elif layer not in packed or kind not in ("scales", "biases"):
+            total += 2 * elements
+    return total
 
 
 def short(value: Any) -> Any:

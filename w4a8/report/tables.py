@@ -26,7 +26,7 @@ def print_w4a8_summary(summary: dict[str, Any], temporal: dict[str, dict], outli
     )
     click.echo(
         f"range     median {scale['median']:.3g}, from {scale['min']:.3g} to {scale['max']:.3g} "
-        f"({widest} at sigma {temporal[widest]['widest_sigmas'][0]:.2f})"
+        f"({widest} at sigma {temporal[widest]['widest_sigmas'][0]:.2f}); before shift and migration"
     )
     if summary["num_shifted_layers"]:
         click.echo(
@@ -35,7 +35,12 @@ def print_w4a8_summary(summary: dict[str, Any], temporal: dict[str, dict], outli
         )
     click.echo(
         f"outliers  {summary['num_outlier_channels']} channels in {summary['num_outlier_layers']} layers"
-        + ("".join(f", {name} ×{max(outlier_config[name]['multiplier_vector'])}" for name in list(outlier_config)[:3]))
+        + (
+            "".join(
+                f", {name} divided by {max(outlier_config[name]['multiplier_vector'])}"
+                for name in list(outlier_config)[:3]
+            )
+        )
     )
     if summary["num_dead_layers"]:
         click.echo(f"dead      {summary['num_dead_layers']} layers saw only zeros; their range is set to {DEAD_SCALE}")

@@ -87,6 +87,7 @@ if (page.activations) {
     ["least", "most"].forEach((id, i) => { element(id).textContent = ends[i]; });
     element("hover").textContent = rows.length ? "Point at a cell for its figures." : "No layer of this kind is in this block.";
     context.fillStyle = color("--soft");
+    context.fillText("step", label - 30, cell.height / 2);
     steps.forEach((step, column) => { if (column % Math.ceil(24 / cell.width) === 0) context.fillText(step, label + cell.width * column + 1, cell.height / 2); });
     rows.forEach((layer, row) => {
       const top = cell.height * (row + 1);
