@@ -23,7 +23,7 @@ $(INSTALLED): requirements.txt requirements-diffusionkit.txt
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip uninstall --quiet --yes mlx-cpu mlx-cuda-12 mlx-cuda-13 2>/dev/null
 	sed 's/mlx\[cpu\]/mlx[$(MLX)]/' requirements.txt > .venv/requirements.txt
-	$(PY) -m pip install --quiet --disable-pip-version-check -r .venv/requirements.txt || \
+	$(PY) -m pip install -qq --disable-pip-version-check -r .venv/requirements.txt || \
 		{ echo "Installing failed: TROUBLESHOOTING_GUIDE.md, Issues 12 and 13"; exit 1; }
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-diffusionkit.txt
+	$(PY) -m pip install -qq --disable-pip-version-check --no-deps -r requirements-diffusionkit.txt
 	rm -f .venv/installed-* && touch $@

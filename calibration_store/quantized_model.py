@@ -85,3 +85,16 @@ def read_export(folder: Path) -> dict[str, Any]:
     if "export" not in config or "quantization" not in config:
         raise StoreError(f"{paths.config}: not written by {EXPORT}; run it with another --output")
     return config
+
+
+def float16_bytes(sizes: Mapping[str, tuple[str, int]], quantization: Mapping[str, Any]) -> int:
+    """Of the weights of a file, packed (MLX: 32-bit words, `bits` by layer) or not."""
+    packed = {name.removesuffix(".weight") for name, (dtype, _) in sizes.items() if dtype == "U32"}
+    total = 0
+    for name, (dtype, elements) in sizes.items():
+        layer, _, kind = name.rpartition(".")
+        if dtype == "U32":
+            total += 2 * (elements * 32 // quantization.get(layer, quantization)["bits"])
+        elif layer not in packed or kind not in ("scales", "biases"):
+            total += 2 * elements
+    return total

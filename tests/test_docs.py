@@ -77,6 +77,13 @@ def test_recipes_name_flags_that_exist(recipe):
         assert not unknown, f"{recipe}: {script} has no {unknown}"
 
 
+@pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("*.py")))
+def test_a_python_without_the_packages_says_what_to_do(script):
+    done = subprocess.run([sys.executable, "-S", ROOT / script, "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "has no click" in done.stderr, done.stderr
+    assert "make setup" in done.stderr and "activate" in done.stderr
+
+
 def recipe_said(recipe, *words, **environment):
     """(exit code, stdout, stderr) of a recipe where nothing is installed."""
     command, environment = [ROOT / "runs" / recipe, *words], os.environ | {"PYTHON": "/none"} | environment

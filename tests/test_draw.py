@@ -230,6 +230,12 @@ def test_bad_options(tmp_path, arguments, prompts, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_one_folder_further_down_is_named(tmp_path):
+    (tmp_path / "demo/quantized_model").mkdir(parents=True)
+    done = draw(tmp_path / "out", "--model", tmp_path / "quantized_model", prompts=PROMPTS)
+    one_line(done, f"there is {tmp_path}/demo/quantized_model")
+
+
 def without_a_layer(content):
     del content["layers"]["mm3.img.mlp.fc1"]
 

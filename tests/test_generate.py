@@ -13,7 +13,7 @@ import time
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT, folder_bytes, generate, start
+from conftest import ROOT, folder_bytes, generate, invoke, start
 from PIL import Image
 
 from w4a8.cli.prompts import BUILTIN_PROMPTS, draw_builtin_prompts, read_prompt_file
@@ -129,6 +129,12 @@ def test_resume_refuses_another_run_by_the_options_name(clean_run, tmp_path, mon
     assert done.exit_code == 2 and done.stderr.count("\n") == 1
     assert "--resume: " in done.stderr and option in done.stderr
     assert folder_bytes(clean_run) == before
+
+
+def test_resume_goes_on_with_the_runs_model(clean_run, tmp_path):
+    """Without --model, whose default is another one."""
+    done = invoke("generate_calibration_data", *SMALL, "--calib-dir", copy_of(clean_run, tmp_path), "--resume")
+    assert done.exit_code == 0 and "nothing to do" in done.output, done.output
 
 
 def test_a_used_folder_needs_resume_or_force(clean_run, tmp_path):

@@ -1,5 +1,6 @@
 """What stage 4 compares: a variant's name becomes quantized weights and a rule for the activations."""
 
+import difflib
 import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -87,7 +88,9 @@ def make_variant(name: str, calib_dir: Path, scale_is: str | None = None) -> Var
         elif found_rule and rule_part is None:
             rule_part = found_rule
         else:
-            raise OptionError(f"--variants: {name!r} is not known; there are {VOCABULARY}")
+            near = difflib.get_close_matches(part, ("fp", NATIVE, "w4-adaround", "w4-rtn", *(rule.spelled.split()[0] for rule in RULES)), 1)  # fmt: skip
+            meant = f" (did you mean {near[0]}?)" if near and near[0] != part else ""
+            raise OptionError(f"--variants: {name!r} is not known{meant}; there are {VOCABULARY}")
     weights = make_weights(name, weight_part, calib_dir) if weight_part else None
     rule = None
     if rule_part is not None:

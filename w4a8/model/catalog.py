@@ -106,7 +106,7 @@ def describe_model(name: str, loras: Sequence[Lora] = ()) -> ModelInfo:
     if not name or not os.path.isdir(folder):
         known = ", ".join((BUNDLED_MODEL, *HUB_MODELS))
         near = sorted(filter(Path.is_dir, folder.parent.glob(f"*/{glob.escape(folder.name)}"))) if name else []
-        hint = f"; there is {os.path.relpath(near[0])}" if near else ""
+        hint = f"; there is {min(str(near[0]), os.path.relpath(near[0]), key=len)}" if near else ""
         raise ModelError(f"--model {name or repr(name)}: no such folder, and not one of {known}{hint}")
     config = read_model_config(folder)
     if "base_model" in config:

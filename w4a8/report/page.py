@@ -31,7 +31,7 @@ from calibration_store.manifest import read_manifest
 from calibration_store.model_folder import weight_file, weight_sizes
 from calibration_store.names import block_of, layer_kind
 from calibration_store.pictures import PICTURE_ERRORS
-from calibration_store.quantized_model import read_export
+from calibration_store.quantized_model import float16_bytes, read_export
 from calibration_store.sensitivity import read_sensitivity
 from calibration_store.weights import WEIGHTS_METADATA
 from w4a8.cli.words import format_bytes
@@ -296,19 +296,6 @@ def export_of(paths: QuantizedModelPaths) -> list[tuple[str, str]]:
         whole = float16_bytes(weight_sizes(transformer), content["quantization"])
         rows.append(("Transformer", f"{format_bytes(transformer.stat().st_size)}, {transformer.stat().st_size / whole:.2f} × its float16 ({format_bytes(whole)})"))  # fmt: skip
     return rows + [(path.name, format_bytes(path.stat().st_size)) for path in files]
-
-
-def float16_bytes(sizes: Mapping[str, tuple[str, int]], quantization: Mapping[str, Any]) -> int:
-    """Of the weights of a file, packed (MLX: 32-bit words, `bits` by layer) or not."""
-    packed = {name.removesuffix(".weight") for name, (dtype, _) in sizes.items() if dtype == "U32"}
-    total = 0
-    for name, (dtype, elements) in sizes.items():
-        layer, _, kind = name.rpartition(".")
-        if dtype == "U32":
-            total += 2 * (elements * 32 // quantization.get(layer, quantization)["bits"])
-        elif layer not in packed or kind not in ("scales", "biases"):
-            total += 2 * elements
-    return total
 
 
 def short(value: Any) -> Any:
