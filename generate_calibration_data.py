@@ -101,7 +101,9 @@ def run(
 
     ranks = join(calib_dir)
     given_prompts = read_prompt_file(prompt_file) if prompt_file else None
-    info = describe_model(model or (resume and model_of_run(calib_dir)) or DEFAULT_MODEL, loras)
+    if model is None:
+        model = (model_of_run(calib_dir) if resume else None) or DEFAULT_MODEL
+    info = describe_model(model, loras)
     prompts = given_prompts or draw_builtin_prompts(info.captions, seed)
     plan = plan_run(
         info, prompts, num_images, num_steps, cfg_weight, negative_prompt, seed, latent_size, stride, batch_size,

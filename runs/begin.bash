@@ -1,10 +1,10 @@
 # Sourced by the recipes: --help, words that are no folder, the interpreter.
 case "${1:-}" in
-  -h | --help) sed -n '2,/^set /{/^set /!{s/^# \{0,1\}//;p;}}' "$0"; exit 0 ;;
+  -h | --help) sed -n '2,/^set /{/^set /!{s/^# \{0,1\}//;p;};}' "$0"; exit 0 ;;
   -*) echo "Error: $1: not known; $0 --help says what is" >&2; exit 2 ;;
 esac
 [ $# -le 1 ] || { echo "Error: one folder at most, not $*" >&2; exit 2; }
 cd "$(dirname "$0")/.."
 PY=${PYTHON:-.venv/bin/python}
-command -v "$PY" > /dev/null || { echo "Error: $PY: not found; run \`make setup\` first, or give PYTHON=…" >&2; exit 2; }
+command -v ${PY%% *} > /dev/null || { echo "Error: $PY: not found; run \`make setup\` first, or give PYTHON=…" >&2; exit 2; }
 step() { echo; echo "\$ $PY $*"; $PY "$@"; }

@@ -257,6 +257,8 @@ def test_builtin_prompts_are_many_distinct_diverse_and_drawn_by_seed():
         (["--latent-size", 32, 16], "both sides must be multiples of 2 from 2 to 16 for sd3-emoji"),
         (["--num-steps", 0], "'--num-steps': 0 is not in the range x>=1"),
         (["--num-images", 0], "'--num-images': 0 is not in the range"),
+        (["--model", ""], "--model ''"),
+        (["--model", "m" * 300], "no such folder, and not one of sd3-emoji"),
         (["--model", "sd4"], "--model sd4: no such folder, and not one of sd3-emoji"),
         (["--t5"], "--t5: sd3-emoji has no T5"),
         (["--calib-dir", "empty.txt"], "Directory 'empty.txt' is a file"),

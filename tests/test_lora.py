@@ -240,7 +240,7 @@ def test_a_lora_that_moved_or_changed_is_one_line(emoji_lora, tmp_path):
     assert done.exit_code == 0, done.output
     cache = ("cache_adaround_data", "--num-images", 1, "--calib-dir", folder)
     resumed = invoke("generate_calibration_data", *SMALL, "--resume", "--calib-dir", folder)
-    one_line(resumed, "the weights of sd3-emoji are not its")
+    one_line(resumed, f"has --model sd3-emoji --lora {mine}:0.1, and the weights of --model sd3-emoji are not its")
     moved = mine.rename(tmp_path / "moved.safetensors")
     one_line(invoke(*cache), f"{mine}: the calibration run's LoRA is not there; --lora FILE:0.1")
     one_line(invoke(*cache, "--lora", moved), "its weights are not those that the calibration run was made with")

@@ -17,7 +17,7 @@ from calibration_store.model_folder import weight_sizes
 from calibration_store.sensitivity import write_sensitivity
 from w4a8.cli.words import format_bytes
 from w4a8.model.catalog import BUNDLED_FOLDER
-from w4a8.report.page import PICTURE_BYTES, describe_folder, picture, what_it_is, write_page
+from w4a8.report.page import PICTURE_BYTES, describe_folder, picture, verdict_on, what_it_is, write_page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
@@ -122,8 +122,10 @@ def test_a_foreign_page_and_damaged_files_are_one_line(reported, tmp_path):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("w4-rtn-g0", "weights rounded to the nearest 4-bit code"),
-        ("w6-adaround-r8", "learned 6-bit rounding"),
+        ("w4-rtn", "weights rounded to the nearest 4-bit code"),
+        ("w4-rtn-g0", "weights rounded to the nearest 4-bit code, a scale per channel"),
+        ("w6-adaround-r8", "learned 6-bit rounding, the rest at 8"),
+        ("a8-dynamic-unshifted", "inputs at 8 bits, a range for each input, no shift"),
         ("native+a8-token", "the model on the disk, inputs at 8 bits, a range for each token"),
         ("a6", "inputs at 6 bits, the config's ranges"),
         ("w4-adaround+multitier", "learned 4-bit rounding, inputs at 4, 6 or 8 bits (experimental)"),
@@ -131,6 +133,14 @@ def test_a_foreign_page_and_damaged_files_are_one_line(reported, tmp_path):
 )
 def test_variants_in_words(name, words):
     assert what_it_is(name) == words
+
+
+def test_the_verdict_is_beside_the_same_bits():
+    found = {name: {"psnr": {"mean": mean, "worst": mean - 5}} for name, mean in (("w8-rtn", 55.0), ("w4-rtn", 30.0), ("w4-adaround", 39.96))}  # fmt: skip
+    said = verdict_on("w4-adaround", found, None)
+    assert said == "Learned 4-bit rounding (w4-adaround): 40.0 dB on average (nobody sees a difference), the worst image 35.0 dB. Rounding to nearest alone gives 30.0 dB."  # fmt: skip
+    assert "55.0 dB" in verdict_on("native", found | {"native": found["w4-adaround"]}, 8)
+    assert verdict_on("native", {"native": {"psnr": {"mean": None}}}, 4) is None and verdict_on(None, {}, None) is None
 
 
 def test_which_layers_matter(reported, tmp_path):
@@ -151,7 +161,9 @@ def test_which_layers_matter(reported, tmp_path):
         found[0]["sqnr"] == {"4": 54.0, "8": 78.8} and 'id="sensitivity"' in (folder / "report/index.html").read_text()
     )
     write_sensitivity(folder, content | {"calibration_run": "0" * 64})
-    one_line(invoke("report_calibration", "--calib-dir", folder), "made from another calibration run")
+    done = invoke("report_calibration", "--calib-dir", folder)
+    assert done.exit_code == 0 and "sensitivity.json: made from another calibration run, left out" in done.stderr
+    assert "sensitivity" not in data_of(folder / "report/index.html")
 
 
 def test_equal_images_and_what_was_not_measured_have_no_figure(reported, tmp_path):
@@ -247,12 +259,13 @@ def test_no_page_is_wider_than_a_phone(reported, tmp_path):
     """400 pixels; Chromium has no window that narrow, a frame can be."""
     page = tmp_path / "page.html"
     page.write_text("<html><head></head><body></body></html>")
-    shutil.copy(reported[0] / "report/index.html", tmp_path / "index.html")
+    watched = (reported[0] / "report/index.html").read_text().replace("<head>", f"<head>{WATCH}", 1)
+    (tmp_path / "index.html").write_text(watched)
     script = """
         const frame = Object.assign(document.createElement("iframe"), { src: "index.html", width: 400, height: 800 });
         frame.addEventListener("load", () => {
           const inner = frame.contentDocument.documentElement, found = document.getElementById("found");
-          found.textContent = JSON.stringify({ page: inner.scrollWidth, window: inner.clientWidth, faults: window.faults });
+          found.textContent = JSON.stringify({ page: inner.scrollWidth, window: inner.clientWidth, faults: frame.contentWindow.faults });
         });
         document.body.append(frame);
         return {};

@@ -24,10 +24,16 @@ import click
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from calibration_store.files import atomic_file
 from tools.proving import Proof, bytes_below
 from w4a8.cli import few, format_bytes, progress_bar
 
 SD3_MEDIUM = "argmaxinc/mlx-stable-diffusion-3-medium"
+AGAIN = {
+    "analyze_activations.py": (),
+    "export_quantized_model.py": ("--force",),
+    "report_calibration.py": (),
+}  # others: --resume
 ROADS = {  # size -> the stages as they are rehearsed
     "sd3-emoji": (
         "generate_calibration_data.py --model sd3-emoji --num-images 8 --num-steps 20 --batch-size 4",
@@ -119,6 +125,8 @@ def reliability(kills: int, corruption: int | None, seed: int, output: Path | No
     click.echo(f"damaged files: {campaign['said'] if campaign else 'not tried'}")
     for what, why in lost:
         click.echo(f"lost: {what}: {why} (seed {seed})", err=True)
+    if interrupted and output is None:
+        sys.exit(130)  # the last whole proof stays
     write(output, "reliability", {
         "seed": seed, "kills": sum(tally.kills for tally in proof.tallies.values()), "lost": len(lost), "losses": lost,
         "stages": {name: {"trials": tally.trials, "kills": tally.kills, "lost": len(tally.lost)} for name, tally in proof.tallies.items()},
@@ -152,10 +160,12 @@ def rehearsal(size: str, keep: Path | None, output: Path | None) -> None:
     """Every stage in turn, on whatever device is there."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     with tempfile.TemporaryDirectory(prefix="rehearsal") as base:
-        base = keep or Path(base)
+        base = keep.resolve() if keep else Path(base)
         base.mkdir(parents=True, exist_ok=True)
         folder, hub, noted, begun = base / "run", base / "hub", base / "rows.json", base / "begun.txt"
         rows = json.loads(noted.read_bytes()) if noted.exists() else []
+        if [row["stage"] for row in rows] != list(ROADS[size][: len(rows)]):
+            raise click.UsageError(f"{noted}: of another rehearsal; give another --keep")
         if size == "sd3-medium":
             environment |= {"HF_HOME": str(hub), "HF_HUB_OFFLINE": "1"}
             if not rows:
@@ -167,7 +177,7 @@ def rehearsal(size: str, keep: Path | None, output: Path | None) -> None:
         for line in ROADS[size][len(rows) :]:
             before, resumed = bytes_below(folder), begun.exists() and begun.read_text() == line
             begun.write_text(line)
-            again = ["--resume"] if resumed else []
+            again = AGAIN.get(line.split()[0], ("--resume",)) if resumed else ()
             stage = [sys.executable, "benchmarks/run_stage.py", *line.split(), *again, "--calib-dir", str(folder)]
             done = subprocess.run(stage, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=False)
             took = re.search(r"\[took\] ([0-9.]+) s, (\d+) bytes MLX, (\d+) bytes resident", done.stdout)
@@ -175,7 +185,8 @@ def rehearsal(size: str, keep: Path | None, output: Path | None) -> None:
                 raise click.ClickException(f"{line}: exit code {done.returncode}")
             rows.append({"stage": line, "seconds": float(took[1]), "mlx_peak": int(took[2]), "resident_peak": int(took[3]), "bytes": bytes_below(folder) - before, "resumed": resumed})  # fmt: skip
             show(rows[-1])
-            noted.write_text(json.dumps(rows))
+            with atomic_file(noted) as file:
+                file.write(json.dumps(rows).encode())
         metrics = json.loads((folder / "evaluation/metrics.json").read_bytes())["variants"]
     psnr = {name: variant["psnr"]["mean"] for name, variant in metrics.items()}
     click.echo(", ".join(f"{name} {value:.1f} dB" for name, value in psnr.items()))

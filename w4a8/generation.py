@@ -153,11 +153,17 @@ def check_same_model(plan: dict[str, Any], manifest: dict[str, Any]) -> None:
     """Refuse to resume a run with other weights; the same ones may have moved."""
     if plan["weights_fingerprint"] == manifest["weights_fingerprint"]:
         return
-    given = plan["local_checkpoint"] or plan["model_version"]
     raise OptionError(
-        f"--resume: the run in this folder has --model {manifest.get('local_checkpoint') or manifest['model_version']}, and the "
-        f"weights of {given} are not its; use --force to start over, or another --calib-dir"
+        f"--resume: the run in this folder has {place_of(manifest)}, and the weights of {place_of(plan)} are not its; "
+        "give the same, use --force to start over, or another --calib-dir"
     )
+
+
+def place_of(run: Mapping[str, Any]) -> str:
+    """The options that a run's weights came by."""
+    words = [f"--model {run['model_version']}"]
+    words += [f"--local-checkpoint {run['local_checkpoint']}"] if run.get("local_checkpoint") else []
+    return " ".join(words + [f"--lora {lora['file']}:{lora['scale']:g}" for lora in run.get("loras", ())])
 
 
 def refuse_hub_options(info: ModelInfo, plan: dict[str, Any]) -> None:

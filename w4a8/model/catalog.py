@@ -5,6 +5,7 @@ import glob
 import importlib.metadata
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,7 +106,9 @@ def describe_model(name: str, loras: Sequence[Lora] = ()) -> ModelInfo:
         raise ModelError(f"--model {name!r}: {error}") from None
     if not name or not os.path.isdir(folder):
         known = ", ".join((BUNDLED_MODEL, *HUB_MODELS))
-        near = sorted(filter(Path.is_dir, folder.parent.glob(f"*/{glob.escape(folder.name)}"))) if name else []
+        near = []
+        with suppress(OSError):  # a name that no folder can have
+            near = sorted(filter(Path.is_dir, folder.parent.glob(f"*/{glob.escape(folder.name)}"))) if name else []
         hint = f"; there is {min(str(near[0]), os.path.relpath(near[0]), key=len)}" if near else ""
         raise ModelError(f"--model {name or repr(name)}: no such folder, and not one of {known}{hint}")
     config = read_model_config(folder)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 import jinja2
 import numpy as np
 import orjson
@@ -27,12 +28,12 @@ from calibration_store.layout import (
     ReportPaths,
     WeightPaths,
 )
-from calibration_store.manifest import read_manifest
+from calibration_store.manifest import read_manifest, same_run
 from calibration_store.model_folder import weight_file, weight_sizes
 from calibration_store.names import block_of, layer_kind
 from calibration_store.pictures import PICTURE_ERRORS
 from calibration_store.quantized_model import float16_bytes, read_export
-from calibration_store.sensitivity import read_sensitivity
+from calibration_store.sensitivity import SENSITIVITY
 from calibration_store.weights import WEIGHTS_METADATA
 from w4a8.cli.words import format_bytes
 from w4a8.report.tables import held_out_losses
@@ -74,12 +75,17 @@ def describe_folder(calib_dir: Path) -> dict[str, Any]:
         page["activations"] = ranges_of(activations)
     if os.path.lexists(weights.metadata):
         page["weights"] = rounding_of(WEIGHTS_METADATA.read(weights.metadata))
-    if os.path.lexists(BlockCachePaths(calib_dir).sensitivity):
-        page["sensitivity"] = sensitivity_of(read_sensitivity(calib_dir))
+    if os.path.lexists(path := BlockCachePaths(calib_dir).sensitivity):
+        sensitivity = SENSITIVITY.read(path)
+        if same_run(manifest, sensitivity):
+            page["sensitivity"] = sensitivity_of(sensitivity)
+        else:
+            click.echo(f"{path}: made from another calibration run, left out", err=True)
     if os.path.lexists(export.config):
         page["export"] = export_of(export)
     if os.path.lexists(evaluation.metrics):
-        page["comparison"] = comparison_of(evaluation)
+        bits = read_export(export.root)["export"]["weight_bits"] if "export" in page else None
+        page["comparison"] = comparison_of(evaluation, bits)
     page["next"] = [{"script": script, "what": what} for key, script, what in STAGES if key not in page]
     return page
 
@@ -209,7 +215,7 @@ def sensitivity_of(content: Mapping[str, Any]) -> dict[str, Any]:
     return {"widths": widths, "samples": content["num_samples"], "layers": layers}
 
 
-def comparison_of(paths: EvaluationPaths) -> dict[str, Any]:
+def comparison_of(paths: EvaluationPaths, exported_bits: int | None) -> dict[str, Any]:
     """The table, and for every variant its images beside the original's, the most damaged first."""
     metrics = METRICS.read(paths.metrics)
     count, variants = len(metrics["prompts"]), metrics["variants"]
@@ -245,7 +251,7 @@ def comparison_of(paths: EvaluationPaths) -> dict[str, Any]:
             pairs[name].append({"image": index, "source": source} | {key: short(of[key]) for key in ("psnr", "ssim", "flip")})  # fmt: skip
     first = next((name for name in (NATIVE, *(name for name in variants if "adaround" in name)) if name in variants), None)  # fmt: skip
     return {
-        "verdict": verdict_on(first, variants), "rows": rows, "prompts": metrics["prompts"], "seed": metrics["seed"], "steps": metrics["num_steps"],
+        "verdict": verdict_on(first, variants, exported_bits), "rows": rows, "prompts": metrics["prompts"], "seed": metrics["seed"], "steps": metrics["num_steps"],
         "first": first,
         "originals": {str(index): source for index, source in sources.items()}, "pairs": pairs,
         "all": len(pairs) * count, "shown": shown,
@@ -255,35 +261,36 @@ def comparison_of(paths: EvaluationPaths) -> dict[str, Any]:
 LOOKS = ((40, "nobody sees a difference"), (35, "lines move a little"), (30, "details are others"), (25, "it shows"), (-math.inf, "another picture of the same prompt"))  # fmt: skip
 
 
-def verdict_on(name: str | None, variants: Mapping[str, Any]) -> str | None:
-    """What the model that a user takes home is worth, in a sentence or two."""
+def verdict_on(name: str | None, variants: Mapping[str, Any], exported_bits: int | None) -> str | None:
+    """What the model that a user takes home is worth, beside rounding to nearest at the same bits, in a sentence or two."""
     if name is None or variants[name]["psnr"]["mean"] is None:
         return None
-    psnr = variants[name]["psnr"]
-    looks = next(words for least, words in LOOKS if psnr["mean"] >= least)
-    nearest = next((found["psnr"]["mean"] for other, found in variants.items() if re.fullmatch(r"w\d-rtn(-g\d+)?", other)), None)  # fmt: skip
+    psnr, bits = variants[name]["psnr"], exported_bits if name == NATIVE else name[1]
+    looks = next(words for least, words in LOOKS if round(psnr["mean"], 1) >= least)
     what = what_it_is(name)
     said = f"{what[0].upper()}{what[1:]} ({name}): {psnr['mean']:.1f} dB on average ({looks}), the worst image {psnr['worst']:.1f} dB."
+    nearest = variants.get(f"w{bits}-rtn", {"psnr": {"mean": None}})["psnr"]["mean"]
     return said + (f" Rounding to nearest alone gives {nearest:.1f} dB." if nearest is not None else "")
+
+
+PART_WORDS = (  # how a part of a variant's name begins, its bits left out -> what it is
+    ("native", "the model on the disk"), ("w-rtn", "weights rounded to the nearest {bits}-bit code"),
+    ("w-adaround", "learned {bits}-bit rounding"), ("a-token", "inputs at {bits} bits, a range for each token"),
+    ("a-learned", "inputs at {bits} bits, 3W's ranges"), ("a-dynamic", "inputs at {bits} bits, a range for each input"),
+    ("multitier", "inputs at 4, 6 or 8 bits (experimental)"), ("a", "inputs at {bits} bits, the config's ranges"),
+)  # fmt: skip
+END_WORDS = (("-g0", "a scale per channel"), ("-g32", "groups of 32"), ("-g128", "groups of 128"), ("-r8", "the rest at 8"), ("-all", "every linear layer"), ("-unshifted", "no shift"))  # fmt: skip
 
 
 def what_it_is(variant: str) -> str:
     """A variant in words."""
     words = []
     for part in variant.split("+"):
-        found = re.fullmatch(r"[wa](\d).*", part)
-        kind = "multitier" if part == "multitier" else part if part == NATIVE else re.sub(r"\d", "", part, count=1)
-        known = next((text for start, text in WORDS if kind.startswith(start)), part)
-        words.append(known.format(bits=found[1] if found else ""))
+        found = re.fullmatch(r"([wa])(\d)(.*)", part)
+        kind, bits = (found[1] + found[3], found[2]) if found else (part, "")
+        words.append(next((text for start, text in PART_WORDS if kind.startswith(start)), part).format(bits=bits))
+        words += [text for end, text in END_WORDS if f"{end}-" in f"{kind}-"]
     return ", ".join(words)
-
-
-WORDS = (  # how a part of a variant's name begins -> what it is
-    (NATIVE, "the model on the disk"), ("w-rtn", "weights rounded to the nearest {bits}-bit code"),
-    ("w-adaround", "learned {bits}-bit rounding"), ("a-token", "inputs at {bits} bits, a range for each token"),
-    ("a-learned", "inputs at {bits} bits, 3W's ranges"), ("a-dynamic", "inputs at {bits} bits, a range for each input"),
-    ("multitier", "inputs at 4, 6 or 8 bits (experimental)"), ("a", "inputs at {bits} bits, the config's ranges"),
-)  # fmt: skip
 
 
 def export_of(paths: QuantizedModelPaths) -> list[tuple[str, str]]:
