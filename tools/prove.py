@@ -116,7 +116,7 @@ def reliability(kills: int, corruption: int | None, seed: int, output: Path | No
     lost = [loss for tally in proof.tallies.values() for loss in tally.lost]
     lost += [(f"two writers, {name}", why) for name, why in writers if why]
     lost += [(f"full disk, {name}", why) for name, why in disks or () if why]
-    lost += [("corruption campaign", campaign["said"])] if campaign and campaign["exit_code"] else []
+    lost += [("corruption campaign", line) for line in campaign["lost"] or [campaign["said"]]] if campaign and campaign["exit_code"] else []  # fmt: skip
     click.echo(f"\n{'stage':12}{'trials':>8}{'kills':>8}{'lost':>8}")
     for name, tally in proof.tallies.items():
         click.echo(f"{name:12}{tally.trials:8}{tally.kills:8}{len(tally.lost):8}")
@@ -136,11 +136,11 @@ def reliability(kills: int, corruption: int | None, seed: int, output: Path | No
 
 
 def damaged_files(limit: int | None) -> dict[str, Any]:
-    """The corruption campaign's exit code, and its last line."""
+    """The corruption campaign's exit code, its last line, and one for each case that was lost."""
     command = [sys.executable, "tools/corruption_campaign.py", *([] if limit is None else ["--limit", str(limit)])]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
-    said = done.stdout.strip().splitlines()
-    return {"exit_code": done.returncode, "said": said[-1] if said else ""}
+    *lost, said = done.stdout.strip().splitlines() or [""]
+    return {"exit_code": done.returncode, "said": said, "lost": lost}
 
 
 @main.command()
