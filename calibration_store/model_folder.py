@@ -41,6 +41,13 @@ class _TransformerConfig(TypedDict):
 
 
 class TransformerConfig(_TransformerConfig, total=False):
+    """SD3's MMDiT; absent entries are as DiffusionKit's MMDiTConfig has them."""
+
+    use_qk_norm: bool  # SD3.5
+    mlp_ratio: Annotated[int, Meta(ge=1, le=64)]
+    layer_norm_eps: Annotated[float, Meta(gt=0, le=1)]
+    frequency_embed_dim: Side
+    max_period: Count
     timestep_dtype: Literal["float16", "bfloat16", "float32"]  # what timesteps are embedded in; absent: the run's
 
 
@@ -159,12 +166,19 @@ VOCABULARY = JsonFormat(None, dict[str, Index], "", lambda vocabulary: distinct(
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
-    """config.json, checked; keys that the toolkit does not know are kept. Raises StoreError in one line."""
+    """config.json, checked; keys that the toolkit does not know are kept, but in the networks' sections. Raises StoreError in one line."""
     path = config_file(folder)
     content = read_bytes(path, LAYOUT)
     based = b'"base_model"' in content
     (BASED_CONFIG if based else MODEL_CONFIG).read(path, LAYOUT)
-    return msgspec.json.decode(content)
+    config = msgspec.json.decode(content)
+    for section, known in (
+        () if based else (("mmdit", TransformerConfig), ("clip_l", ClipConfig), ("clip_g", ClipConfig))
+    ):
+        unknown = sorted(config[section].keys() - known.__annotations__.keys())
+        if unknown:  # it would change what the model is, or mean nothing
+            raise StoreError(f"{path}: {section}: {unknown[0]!r} is none of {', '.join(known.__annotations__)}")
+    return config
 
 
 def read_tokenizer_files(folder: Path, vocab_size: int) -> tuple[dict[str, int], dict[tuple[str, str], int]]:

@@ -286,6 +286,8 @@ def model_folder(model: Path) -> Iterator[tuple[list[Target], list[Mutation]]]:
         edited("fewer layers", lambda c: c["clip_g"].update(num_layers=2)),
         edited("another vocabulary", lambda c: c["clip_l"].update(vocab_size=2000)),
         edited("an unknown entry", lambda c: c["mmdit"].update(colour=3)),
+        edited("an unknown entry of a text encoder", lambda c: c["clip_g"].update(colour=3)),
+        edited("an entry that is not the file's to say", lambda c: c["mmdit"].update(low_memory_mode=True)),
         edited("another patch", lambda c: c["mmdit"].update(patch_size=4)),
     ]
     yield reads("config.json"), of_json(model / "config.json", MODEL_CONFIG, *more)
