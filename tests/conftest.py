@@ -1,4 +1,5 @@
 import importlib
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,11 @@ def start(script: str, *arguments, **options) -> subprocess.Popen:
     """Start a stage in a process of its own."""
     command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def interruptible() -> None:
+    """For a process's preexec_fn: Ctrl-C reaches it, though a suite that runs in the background inherits SIG_IGN."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def generate(*arguments):

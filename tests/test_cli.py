@@ -17,7 +17,7 @@ from pathlib import Path
 
 import click
 import pytest
-from conftest import ROOT, generate, invoke, start
+from conftest import ROOT, generate, interruptible, invoke, start
 
 from calibration_store.stage_folder import shown
 from w4a8.cli.command import resume_command
@@ -40,10 +40,6 @@ def main():
 
 main()
 """
-
-
-def interruptible():
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a suite that runs in the background inherits SIG_IGN
 
 
 def start_stage(tmp_path, body: str, **options) -> subprocess.Popen:

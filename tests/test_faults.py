@@ -10,7 +10,7 @@ import time
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT, generate, invoke, start
+from conftest import ROOT, generate, interruptible, invoke, start
 from finished_run import SMALL, finished_run, model_copy, one_line
 from PIL import Image
 from safetensors.numpy import load_file, save_file
@@ -150,9 +150,6 @@ def test_dry_runs_and_estimates_of_a_resumed_run_speak_of_what_is_left(run):
 
 def test_ctrl_c_before_the_first_checkpoint_promises_none(run):
     arguments = ("--iters", 5000, "--batch-size", 2, "--unit", "block", "--checkpoint-seconds", 9999)
-
-    def interruptible():
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     process = start("optimize_adaround", *arguments, "--calib-dir", run, "--force", preexec_fn=interruptible)
     plan = WeightPaths(run).plan

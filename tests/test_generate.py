@@ -13,7 +13,7 @@ import time
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT, folder_bytes, generate, invoke, start
+from conftest import ROOT, folder_bytes, generate, interruptible, invoke, start
 from PIL import Image
 
 from w4a8.cli.prompts import BUILTIN_PROMPTS, draw_builtin_prompts, read_prompt_file
@@ -314,9 +314,6 @@ def test_a_disk_that_fills_up_leaves_a_resumable_folder(clean_run, tmp_path):
 def test_ctrl_c_says_what_was_left_and_how_to_go_on(tmp_path):
     folder = tmp_path / "run"
     arguments = ["--model", "sd3-emoji", "--num-steps", 8, "--num-images", 40, "--calib-dir", folder]
-
-    def interruptible():
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a suite that runs in the background inherits SIG_IGN
 
     process = start("generate_calibration_data", *arguments, preexec_fn=interruptible)
     while not (folder / "samples/0001_000.npz").exists():

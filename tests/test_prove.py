@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, interruptible
 
 from tools import proving
 from tools.proving import Proof
@@ -46,7 +46,9 @@ def test_two_writers_and_a_full_disk(proof, monkeypatch):
 
 def test_an_interrupted_proof_says_what_it_tried(tmp_path):
     command = [sys.executable, "tools/prove.py", "reliability", "--output", str(tmp_path / "proof.json")]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible
+    )
     assert process.stderr.readline() == "clean run: 1\n"
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
