@@ -323,7 +323,10 @@ def test_ctrl_c_says_what_was_left_and_how_to_go_on(tmp_path):
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
     last = stderr.strip().splitlines()[-1]
-    assert re.search(r"interrupted: \d+ of 40 images are complete in .*; go on with: python .* --resume$", last)
+    assert re.search(
+        r"interrupted: \d+ of 40 images are complete in .*; go on with: .*python[0-9.]* .*generate_calibration_data.py --model .* --resume$",
+        last,
+    )
     assert "Traceback" not in stderr
     assert not list(folder.rglob("*.tmp"))
 

@@ -19,6 +19,7 @@ import click
 
 from calibration_store.errors import UserError
 from w4a8.cli.ranks import ended, silenced, who
+from w4a8.cli.words import interpreter
 
 
 class StageCommand(click.Command):
@@ -187,7 +188,7 @@ def interruptible(kept: Callable[[], str], option: str | None = "--resume") -> I
 def resume_command(option: str | None = "--resume") -> str:
     """The command line that continues this run."""
     kept = [argument for argument in sys.argv[1:] if argument not in ("--force", "--resume")]
-    return shlex.join(["python", Path(sys.argv[0]).name, *kept, *([option] if option else [])])
+    return shlex.join([interpreter(), sys.argv[0], *kept, *([option] if option else [])])
 
 
 sys.excepthook = end_on_ctrl_c
