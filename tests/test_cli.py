@@ -23,6 +23,7 @@ from calibration_store.stage_folder import shown
 from w4a8.cli.command import resume_command
 from w4a8.cli.progress import ProgressLines, progress_bar
 from w4a8.cli.prompts import read_prompt_file
+from w4a8.cli.words import interpreter
 
 SCRIPTS = (
     "generate_calibration_data", "cache_adaround_data", "collect_layer_activations", "analyze_activations",
@@ -351,4 +352,4 @@ def test_a_terminal_keeps_its_bar(tmp_path):
 def test_an_empty_value_is_shown(monkeypatch):
     assert [shown(value) for value in ("", "red", 0, None, [])] == ["''", "red", "0", "None", "[]"]
     monkeypatch.setattr(sys, "argv", ["/x/generate.py", "--negative-prompt", "", "--prompts", "a b.txt", "--force"])
-    assert resume_command() == "python generate.py --negative-prompt '' --prompts 'a b.txt' --resume"
+    assert resume_command() == f"{interpreter()} /x/generate.py --negative-prompt '' --prompts 'a b.txt' --resume"
