@@ -8,7 +8,7 @@ NEEDED = ("click", "filelock", "msgspec", "numpy", "orjson", "tqdm")  # by every
 if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
     sys.exit(
         f"Error: {sys.executable} has no {', '.join(missing)}: run `make setup` once, then `source .venv/bin/activate`, "
-        "and `python` has everything (by hand: the top of requirements.txt)"
+        "and `python` has everything (Issue 36)"
     )
 
 from w4a8 import blas  # noqa: E402, F401  (before MLX)
