@@ -12,8 +12,6 @@ from calibration_store.files import TEMP_SUFFIX
 # A picture says what it is of, in text chunks: that makes it ours, and tells one image's picture from another's.
 OUR_CHUNK = "calibration_image"
 DRAWN_CHUNK = "drawn_image"
-
-
 VARIANT_CHUNK = "variant"  # of an image that stage 4 wrote
 PICTURE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises for damaged files
 

@@ -42,6 +42,7 @@ def test_two_writers_and_a_full_disk(proof, monkeypatch):
     monkeypatch.setattr(proving, "WRITERS", ("2A",))
     assert proof.two_writers() == [("2A", None)]
     assert proof.full_disk() in (None, [("2A", None)])  # None: nobody may make a disk here
+    assert proof.read_only() in (None, [("2A", None)])
 
 
 def test_an_interrupted_proof_says_what_it_tried(tmp_path):

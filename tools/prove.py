@@ -95,7 +95,7 @@ output_option = click.option("--output", type=click.Path(path_type=Path, dir_oka
 @output_option
 def reliability(kills: int, corruption: int | None, seed: int, output: Path | None) -> None:
     """Kill, damage, fill up, write twice; nothing may be lost, and a resumed run has the bytes of a clean one."""
-    writers, disks, campaign, interrupted = [], [], None, False
+    writers, disks, read_only, campaign, interrupted = [], [], [], None, False
     with tempfile.TemporaryDirectory(prefix="prove") as base:
         proof = Proof(Path(base), seed)
         try:
@@ -106,7 +106,7 @@ def reliability(kills: int, corruption: int | None, seed: int, output: Path | No
                 while bar.n < kills:
                     bar.update(min(proof.trial(names[turn % len(names)]), kills - bar.n))
                     turn += 1
-            writers, disks = proof.two_writers(), proof.full_disk()
+            writers, disks, read_only = proof.two_writers(), proof.full_disk(), proof.read_only()
             if corruption != 0:
                 campaign = damaged_files(corruption)
         except KeyboardInterrupt:
@@ -116,11 +116,16 @@ def reliability(kills: int, corruption: int | None, seed: int, output: Path | No
     lost = [loss for tally in proof.tallies.values() for loss in tally.lost]
     lost += [(f"two writers, {name}", why) for name, why in writers if why]
     lost += [(f"full disk, {name}", why) for name, why in disks or () if why]
+    lost += [(f"read-only folder, {name}", why) for name, why in read_only or () if why]
     lost += [("corruption campaign", line) for line in campaign["lost"] or [campaign["said"]]] if campaign and campaign["exit_code"] else []  # fmt: skip
     click.echo(f"\n{'stage':12}{'trials':>8}{'kills':>8}{'lost':>8}")
     for name, tally in proof.tallies.items():
         click.echo(f"{name:12}{tally.trials:8}{tally.kills:8}{len(tally.lost):8}")
-    for what, found in (("two writers", writers), ("full disk (Linux, root)", disks)):
+    for what, found in (
+        ("two writers", writers),
+        ("full disk (Linux, root)", disks),
+        ("read-only folder (Linux, root)", read_only),
+    ):
         click.echo(f"{what}: {few([name for name, _ in found]) if found else 'not tried'}")
     click.echo(f"damaged files: {campaign['said'] if campaign else 'not tried'}")
     for what, why in lost:
@@ -130,7 +135,8 @@ def reliability(kills: int, corruption: int | None, seed: int, output: Path | No
     write(output, "reliability", {
         "seed": seed, "kills": sum(tally.kills for tally in proof.tallies.values()), "lost": len(lost), "losses": lost,
         "stages": {name: {"trials": tally.trials, "kills": tally.kills, "lost": len(tally.lost)} for name, tally in proof.tallies.items()},
-        "two_writers": dict(writers), "full_disk": dict(disks) if disks else None, "corruption": campaign, "interrupted": interrupted,
+        "two_writers": dict(writers), "full_disk": dict(disks) if disks else None,
+        "read_only": dict(read_only) if read_only else None, "corruption": campaign, "interrupted": interrupted,
     })  # fmt: skip
     sys.exit(130 if interrupted else 1 if lost else 0)
 

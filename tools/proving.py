@@ -176,6 +176,24 @@ class Proof:
             found.append((name, None if fine else f"exit code {process.returncode}"))
         return found
 
+    def read_only(self) -> list[tuple[str, str | None]] | None:
+        """Each stage in a folder on a disk that nobody may write to; None where no disk can be made here."""
+        found = []
+        for name in filter(self.before.get, WRITERS):
+            folder = self.base / "trial" / "disk" / "run"
+            shutil.rmtree(folder.parent.parent, ignore_errors=True)
+            folder.parent.mkdir(parents=True)
+            with small_disk(folder.parent, 2 * bytes_below(self.before[name]) + 2**23) as made:
+                if not made:
+                    return None
+                shutil.copytree(self.before[name], folder)
+                subprocess.run(["mount", "-o", "remount,ro", str(folder.parent)], check=True)
+                before, process = contents(folder), self.started(name, folder)
+                _, errors = process.communicate()
+                fine = process.returncode > 0 and errors.count("Error: ") == 1 and "Traceback" not in errors
+                found.append((name, None if fine and contents(folder) == before else errors.strip()[-300:]))
+        return found
+
 
 def bytes_below(folder: Path) -> int:
     """Of the files below a folder, which may come and go meanwhile."""
