@@ -3,6 +3,7 @@
 from w4a8 import blas  # noqa: F401  (before MLX)
 
 # isort: split
+import io
 import json
 import math
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
-from tokenizers import Tokenizer, models, pre_tokenizers
+from sentencepiece import SentencePieceTrainer
 
 from w4a8.model.catalog import BUNDLED_FOLDER
 from w4a8.model.checkpoints import original_place
@@ -259,17 +260,22 @@ T5_WIDTH = 4096
 T5_TINY = {"d_kv": 8, "num_heads": 2, "d_ff": 24, "num_layers": 1, "vocab_size": 40}
 
 
+def train_t5_tokenizer(texts: Sequence[str], pieces: int) -> bytes:
+    """Train a SentencePiece model with T5's settings on a few texts; return its file's content."""
+    model = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=model, vocab_size=pieces, model_type="unigram", hard_vocab_limit=False,
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, num_threads=1, minloglevel=2,
+    )  # fmt: skip
+    return model.getvalue()
+
+
 def write_t5(hf_home: Path, size: dict[str, int] = T5_XXL) -> None:
-    """What DiffusionKit asks the hub for when T5 is on: a config, a tokenizer of a few words, random float16 weights."""
+    """What DiffusionKit asks the hub for when T5 is on: a config, a tokenizer of a few pieces, random float16 weights."""
     google, ours = (hub_folder(hf_home, name) for name in ("google/t5-v1_1-xxl", TEXT_ENCODERS))
     config = {"model_type": "t5", "d_model": T5_WIDTH, "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0}
     (google / "config.json").write_text(json.dumps(config | size))
-    vocabulary = {token: index for index, token in enumerate(["<pad>", "</s>", "<unk>", "a", "red", "rocket"])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.save(str(google / "tokenizer.json"))
-    tokens = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    (google / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"} | tokens))
+    (google / "spiece.model").write_bytes(train_t5_tokenizer(["a red rocket", "a cat"], 24))
     width, inner, hidden = T5_WIDTH, size["d_kv"] * size["num_heads"], size["d_ff"]
     shapes = {"encoder.embed_tokens.weight": (size["vocab_size"], width), "encoder.final_layer_norm.weight": (width,)}
     shapes |= {"shared.weight": (size["vocab_size"], width)}

@@ -20,6 +20,7 @@ from calibration_store.schema import Count, Digest, Index, JsonFormat, Name, Not
 
 BUNDLED_MODEL = "sd3-emoji"
 LAYOUT = f"models/{BUNDLED_MODEL} shows the layout of a model folder"
+CONFIG_FILE = "config.json"
 LOCAL_FILES = ("mmdit", "clip_l", "clip_g", "decoder")
 HEAD_WIDTH = 64  # of SD3's transformer and of CLIP, whatever their size
 TEXT_WIDTH = 4096  # DiffusionKit pads the features of both text encoders to it
@@ -213,7 +214,7 @@ def read_tokenizer_files(folder: Path, vocab_size: int) -> tuple[dict[str, int],
 
 
 def config_file(folder: Path) -> Path:
-    return folder / "config.json"
+    return folder / CONFIG_FILE
 
 
 def weight_file(folder: Path, part: str) -> Path:
@@ -300,6 +301,6 @@ def folder_files(folder: Path, based: bool = False) -> dict[str, Path]:
     """
     if based:
         own = [part for part in LOCAL_FILES if part == "mmdit" or os.path.lexists(weight_file(folder, part))]
-        return {part: weight_file(folder, part) for part in own} | {"config.json": config_file(folder)}
+        return {part: weight_file(folder, part) for part in own} | {CONFIG_FILE: config_file(folder)}
     weights = {part: weight_file(folder, part) for part in LOCAL_FILES}
-    return weights | {name: folder / name for name in ("config.json", "vocab.json", "merges.txt")}
+    return weights | {name: folder / name for name in (CONFIG_FILE, "vocab.json", "merges.txt")}

@@ -27,7 +27,7 @@ from w4a8.cli.words import interpreter
 
 SCRIPTS = (
     "generate_calibration_data", "cache_adaround_data", "collect_layer_activations", "analyze_activations",
-    "analyze_activations_multitier", "optimize_adaround", "evaluate_quantization", "tools.train_sd3_emoji",
+    "analyze_activations_multitier", "optimize_adaround", "evaluate_quantization",
 )  # fmt: skip
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # threads that wait for a busy core make small models slow
 STAGE = """

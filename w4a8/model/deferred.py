@@ -9,6 +9,12 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
+from calibration_store.errors import UserError
+
+
+class MissingPackage(UserError):
+    """Something is used that belongs to a package which is not installed."""
+
 
 class Stand:
     """A name of a deferred module. Attributes are names, too; a call, a base class or a check of types loads the module."""
@@ -22,7 +28,14 @@ class Stand:
         return Stand(f"{self._path}.{name}")
 
     def _load(self) -> Any:
-        return pkgutil.resolve_name(self._path)
+        """Import what this stands for. Raises MissingPackage, which names the package to install."""
+        package = self._path.split(".", 1)[0]
+        try:
+            return pkgutil.resolve_name(self._path)
+        except ModuleNotFoundError as error:
+            if error.name != package:
+                raise
+            raise MissingPackage(f"{self._path}: {package} is not installed; pip install {package}") from None
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         return self._load()(*arguments, **options)
@@ -54,17 +67,21 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 @contextlib.contextmanager
-def deferred(*names: str) -> Iterator[None]:
-    """In the block, imports of these packages (those that are not imported yet) give stand-ins.
+def deferred(*names: str, **replacements: ModuleType) -> Iterator[None]:
+    """In the block, let imports of these packages give stand-ins, and imports of `replacements` the modules given.
 
-    Whoever imports them afterwards gets the packages themselves. Only code that is imported in the block keeps
-    stand-ins, and these load what they stand for when they are called, inherited from or checked against.
+    Packages that are imported already stay what they are. Whoever imports one after the block gets the package itself.
+    Only code that is imported in the block keeps stand-ins, and these load what they stand for when they are called,
+    inherited from or checked against; a package that is not installed is an error only then.
     """
     finder = _Finder(tuple(name for name in names if name not in sys.modules))
+    before = {name: sys.modules.get(name) for name in replacements}
+    sys.modules.update(replacements)
     sys.meta_path.insert(0, finder)
     try:
         yield
     finally:
         sys.meta_path.remove(finder)
-        for name in [name for name in sys.modules if finder.finds(name)]:
+        for name in [name for name in sys.modules if finder.finds(name) or name in replacements]:
             del sys.modules[name]
+        sys.modules.update({name: module for name, module in before.items() if module is not None})

@@ -1,14 +1,15 @@
 """The one door to DiffusionKit: everything that the toolkit takes from it, and from the hub's client, is imported here.
 
-DiffusionKit and argmaxtools import torch, coremltools and transformers, together 6 s, and use them for Core ML, for
-conversions and for T5: they come when they are used.
+DiffusionKit and argmaxtools import torch and coremltools for Core ML and for conversions, which nothing here uses: they
+need not be installed. What DiffusionKit takes from transformers, T5's config and tokenizer, is in w4a8/model/t5.py.
 """
 
 import logging
 
+from w4a8.model import t5
 from w4a8.model.deferred import deferred
 
-with deferred("coremltools", "torch", "transformers"):
+with deferred("coremltools", "torch", transformers=t5):
     from diffusionkit.mlx import (
         MMDIT_CKPT,
         T5_MAX_LENGTH,

@@ -18,13 +18,13 @@ from w4a8.model.diffusionkit import (
     MMDIT_CKPT,
     HfHubHTTPError,
     LocalEntryNotFoundError,
-    SD3T5Encoder,
     VAEDecoder,
     hub_constants,
     model_io,
 )
 from w4a8.model.folder import FolderPipeline
 from w4a8.model.parts import DECODER, TEXT, TRANSFORMER, Parts, Pipeline, check_finite, load_weights
+from w4a8.model.t5 import T5Encoder
 from w4a8.model.transformer import open_transformer
 
 
@@ -114,25 +114,6 @@ class ExportedPipeline(HubPipeline):
         if path.exists():
             return load_weights(VAEDecoder(), path, self.float16_dtype if half else mx.float32)
         return super().load_decoder(half)
-
-
-class T5Encoder:
-    """DiffusionKit's T5 without its `mx.metal` memory limits, which raise KeyError off macOS.
-
-    The same layers in the same order as diffusionkit.mlx.t5.TransformerEncoder.__call__.
-    """
-
-    def __init__(self, model: SD3T5Encoder):
-        self.model = model
-
-    def __call__(self, tokens: mx.array) -> mx.array:
-        encoder = self.model.encoder
-        x = self.model.wte(tokens)
-        dtype, bias = x.dtype, encoder.relative_attention_bias(x.shape[1], x.shape[1])
-        for layer in encoder.layers:
-            x = layer(x, mask=bias)
-            mx.eval(x)  # else CUDA keeps every layer's arrays until the end: 12 GB a prompt
-        return encoder.ln(x).astype(dtype)
 
 
 def _reach_hub() -> str | None:

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -28,10 +28,8 @@ from w4a8.model.diffusionkit import (
 )
 from w4a8.model.families import SD3
 from w4a8.model.lora import fused
+from w4a8.model.t5 import T5Encoder
 from w4a8.quantized.native import adopt
-
-if TYPE_CHECKING:
-    from w4a8.model.hub import T5Encoder
 
 TRANSFORMER, TEXT, DECODER = "transformer", "text encoders", "VAE decoder"
 Parts = Mapping[str, str]  # part -> "float16" ("bfloat16" where that is the model's) or "float32"
@@ -62,7 +60,7 @@ class Pipeline(DiffusionPipeline, ABC):
     tokenizer_g: Tokenizer
     clip_l: CLIPTextModel
     clip_g: CLIPTextModel
-    t5_encoder: "T5Encoder"
+    t5_encoder: T5Encoder
     t5_tokenizer: T5Tokenizer
     decoder: VAEDecoder
 

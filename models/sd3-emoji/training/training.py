@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tools.emoji_training.autoencoder import AutoEncoder, Encoder
-from tools.emoji_training.files import reading
-from tools.emoji_training.transformer import TextToImage
+from autoencoder import AutoEncoder, Encoder
+from files import reading
+from transformer import TextToImage
 from w4a8.cli import progress_bar
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from tools.emoji_training.config import CONFIG, END, END_TOKEN, MAX_TOKENS, START
+from config import CONFIG, END, END_TOKEN, MAX_TOKENS, START
 
 SKIN_TONES = {
     "1F3FB": "light skin tone",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tools.emoji_training.config import CHANNELS, CONFIG, LATENT_CHANNELS
+from config import CHANNELS, CONFIG, LATENT_CHANNELS
 
 
 def group_norm(channels: int) -> nn.GroupNorm:

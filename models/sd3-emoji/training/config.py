@@ -3,8 +3,7 @@
 import json
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-CONFIG = json.loads((ROOT / "models/sd3-emoji/config.json").read_text())  # the sizes; `latent_format` is measured anew
+CONFIG = json.loads((Path(__file__).resolve().parent.parent / "config.json").read_text())  # `latent_format` is measured anew
 CHANNELS, LATENT_CHANNELS = CONFIG["vae"]["block_out_channels"], CONFIG["mmdit"]["vae_latent_dim"]
 HIDDEN, HEADS, PATCH = (CONFIG["mmdit"][key] for key in ("hidden_size", "num_heads", "patch_size"))
 POSITIONS = CONFIG["mmdit"]["max_latent_resolution"]  # each way, in the table of position embeddings

@@ -1,4 +1,7 @@
-"""tools/train_sd3_emoji.py from a made-up package to a model that samples, on the CPU."""
+"""train_sd3_emoji.py from a made-up package to a model that samples, on the CPU.
+
+It needs PyTorch, so it is no part of `make test`: pip install -r requirements.txt, then python -m pytest test_training.py.
+"""
 
 import json
 
@@ -6,19 +9,19 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from conftest import invoke
+from click.testing import CliRunner
 from PIL import Image, ImageDraw
 
-from tools.emoji_training.autoencoder import Decoder
-from tools.emoji_training.config import END_TOKEN, TEXT_CHANNELS
-from tools.emoji_training.transformer import TextToImage
+from autoencoder import Decoder
+from config import END_TOKEN, TEXT_CHANNELS
+from train_sd3_emoji import main
+from transformer import TextToImage
 from w4a8.model.catalog import BUNDLED_FOLDER, describe_model
 from w4a8.model.loading import load_pipeline, whole_model
 from w4a8.model.modulation import modulation_cache
 from w4a8.model.sampling import decode_latents, euler_steps, initial_noise
 from w4a8.model.text import check_prompts, encode_prompts
 
-SCRIPT = "tools.train_sd3_emoji"
 COLOURS = ("red", "green", "blue", "orange", "purple", "brown")
 SHAPES = ("disc", "square", "bar", "frame")
 PARTS = ("mmdit", "clip_l", "clip_g", "decoder", "encoder")
@@ -64,8 +67,17 @@ def make_package(folder):
     (folder / "emoji.json").write_text(json.dumps(entries))
 
 
+def invoke(*arguments):
+    return CliRunner().invoke(main, list(map(str, arguments)))
+
+
+@pytest.fixture(scope="module")
+def emoji():
+    return load_pipeline(describe_model("sd3-emoji"), whole_model("float32"))
+
+
 def succeed(*arguments):
-    result = invoke(SCRIPT, *arguments)
+    result = invoke(*arguments)
     assert result.exit_code == 0, result.output
     return result
 
@@ -99,7 +111,7 @@ def described(path):
 
 def test_the_folder_has_the_layout_of_the_bundled_model(made):
     model, bundled = made / "model", BUNDLED_FOLDER
-    assert {path.name for path in model.iterdir()} == {path.name for path in bundled.iterdir()} - {"README.md"}
+    assert {path.name for path in model.iterdir()} == {path.name for path in bundled.iterdir()} - {"README.md", "training"}
     for part in PARTS:
         assert described(model / f"{part}.safetensors") == described(bundled / f"{part}.safetensors")
     config, expected = (json.loads((folder / "config.json").read_text()) for folder in (model, bundled))
@@ -186,6 +198,6 @@ def test_errors_are_one_line(tmp_path):
         (("bundle", nowhere, tmp_path / "file", tmp_path / "model"), "cannot read"),
         ((), "Missing command"),
     ):
-        result = invoke(SCRIPT, *arguments)
+        result = invoke(*arguments)
         assert result.exit_code != 0 and isinstance(result.exception, SystemExit)
         assert message in result.stderr and result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1

@@ -1,4 +1,4 @@
-"""The three steps of tools/train_sd3_emoji.py: its subcommands, from one folder to the next."""
+"""The three steps of train_sd3_emoji.py, its subcommands, from one folder to the next."""
 
 import json
 from pathlib import Path
@@ -13,10 +13,10 @@ from safetensors.torch import save as save_tensors
 
 from calibration_store.errors import StoreError
 from calibration_store.files import atomic_file
-from tools.emoji_training.config import CONFIG, END, END_TOKEN
-from tools.emoji_training.files import reading, write_file
-from tools.emoji_training.preparation import captioned_files, encode_caption, read_image, train_tokenizer
-from tools.emoji_training.training import Dataset, encode_images, exported, train_autoencoder, train_text_to_image
+from config import CONFIG, END, END_TOKEN
+from files import reading, write_file
+from preparation import captioned_files, encode_caption, read_image, train_tokenizer
+from training import Dataset, encode_images, exported, train_autoencoder, train_text_to_image
 
 DATA_FILE, TOKENIZER_FILE, WEIGHTS_FILE = "emoji.npz", "tokenizer.json", "weights.safetensors"
 CAPTIONS_PER_IMAGE = 4

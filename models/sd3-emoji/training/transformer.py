@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tools.emoji_training.config import CONFIG, HEADS, HIDDEN, LATENT_CHANNELS, PATCH, POSITIONS, TEXT_CHANNELS
+from config import CONFIG, HEADS, HIDDEN, LATENT_CHANNELS, PATCH, POSITIONS, TEXT_CHANNELS
 
 
 class TextLayer(nn.Module):

@@ -1,8 +1,12 @@
 """How models/sd3-emoji was made: a small text-to-image model with SD3's architecture, trained from scratch on emoji.
 
-python tools/train_sd3_emoji.py prepare package data           package: npm's emoji-datasource-google 16.0.0, unpacked
-python tools/train_sd3_emoji.py train data run                 about 8 minutes on one H200
-python tools/train_sd3_emoji.py bundle data run/weights.safetensors models/my-emoji
+pip install -r requirements.txt                            PyTorch and tokenizers, beside the toolkit's own packages
+python train_sd3_emoji.py prepare package data             package: npm's emoji-datasource-google 16.0.0, unpacked
+python train_sd3_emoji.py train data run                   about 8 minutes on one H200
+python train_sd3_emoji.py bundle data run/weights.safetensors my-emoji
+
+The modules have the names of DiffusionKit's MLX classes, so that their weights load there. Shapes: B images at once,
+channels first; images (B, 3, 64, 64) within -1 … 1, latents (B, 16, 16, 16), token ids (B, 16).
 """
 
 import sys
@@ -12,7 +16,7 @@ from typing import Any
 
 import click
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from w4a8.cli import StageCommand
 
@@ -79,7 +83,7 @@ def bundle(data: Path, weights: Path, output: Path) -> None:
 
 def run(step: str, **options: Any) -> None:
     """Take a step; what the steps compute with is loaded here, after `--help`."""
-    from tools.emoji_training.steps import bundle, prepare, train
+    from steps import bundle, prepare, train
 
     {"prepare": prepare, "train": train, "bundle": bundle}[step](**options)
 

@@ -1,0 +1,50 @@
+"""Numbers that other programs computed, stored by the scripts in tests/references/: T5's ids, PyTorch's velocity and image."""
+
+import json
+import sys
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from w4a8.model import t5
+from w4a8.model.diffusionkit import T5Tokenizer
+from w4a8.model.modulation import modulation_cache
+
+REFERENCES = ROOT / "tests/references"
+
+
+def test_t5s_ids_are_those_of_transformers(monkeypatch):
+    """Through DiffusionKit's own T5Tokenizer, which takes our class for the one of transformers."""
+    monkeypatch.setattr(t5, "hf_hub_download", lambda repository, name: REFERENCES / name)
+    stored = json.loads((REFERENCES / "t5_tokens.json").read_text())
+    tokenizer = T5Tokenizer(t5.T5Config(), stored["max_length"])
+    found = [tokenizer.tokenize(text) for text in stored["texts"]]
+    wrong = [text for text, ids, expected in zip(stored["texts"], found, stored["ids"], strict=True) if ids != expected]
+    assert len(found) == 600 and not wrong
+    assert "transformers" not in sys.modules or sys.modules["transformers"] is not t5
+
+
+def test_the_bundled_model_computes_what_pytorch_computes(emoji):
+    stored = np.load(REFERENCES / "emoji_modules.npz")
+    latents, ids = mx.array(stored["latents"]), mx.array(stored["tokens"])
+    left, right = (encoder(ids) for encoder in (emoji.clip_l, emoji.clip_g))
+    text = mx.concatenate([left.hidden_states[-2], right.hidden_states[-2]], axis=-1)
+    text = mx.pad(text, [(0, 0), (0, 16), (0, 4096 - text.shape[-1])])
+    pooled = mx.concatenate([left.pooled_output, right.pooled_output], axis=-1)
+    timestep = mx.array([1000 * float(stored["sigma"])])
+    with modulation_cache(emoji, [pooled], timestep):
+        velocity = emoji.mmdit(
+            latent_image_embeddings=latents, token_level_text_embeddings=mx.expand_dims(text, 2), timestep=timestep
+        )
+    assert np.abs(stored["velocity"]).max() > 1
+    np.testing.assert_allclose(np.array(velocity), stored["velocity"], atol=1e-3)
+    np.testing.assert_allclose(np.array(emoji.decoder(latents[:1])), stored["image"], atol=1e-3)
+
+
+def test_a_config_has_t5s_defaults():
+    config = t5.T5Config(d_model=64, layer_norm_epsilon=1e-5)
+    assert (config.d_model, config.layer_norm_epsilon, config.relative_attention_num_buckets) == (64, 1e-5, 32)
+    with pytest.raises(AttributeError):
+        config.d_ff

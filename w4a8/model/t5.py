@@ -1,0 +1,80 @@
+"""T5 without transformers: the two classes that DiffusionKit takes from it, and the encoder without Metal's memory limits.
+
+DiffusionKit asks transformers for T5's config and its tokenizer. Both come from files of google/t5-v1_1-xxl on the hub:
+config.json, and spiece.model, which the package sentencepiece reads. The ids are those of transformers 4.46 and 5.24
+(tests/references/t5_tokens.py); special tokens that are spelled out in a prompt, such as `</s>`, are ordinary text.
+"""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from huggingface_hub import hf_hub_download
+
+from calibration_store.model_folder import CONFIG_FILE
+from w4a8.model.deferred import deferred
+
+with deferred("sentencepiece"):
+    from sentencepiece import SentencePieceProcessor
+
+
+class T5Config(SimpleNamespace):
+    """The entries of a T5 model's config.json as attributes; what the published files leave out has T5's defaults."""
+
+    def __init__(self, **entries: object):
+        defaults = {
+            "layer_norm_epsilon": 1e-6,
+            "relative_attention_num_buckets": 32,
+            "relative_attention_max_distance": 128,
+            "decoder_start_token_id": 0,
+        }
+        super().__init__(**defaults | entries)
+
+    @classmethod
+    def from_pretrained(cls, repository: str) -> "T5Config":
+        """Read the config of a repository of the hub. Raises what the hub's client raises."""
+        return cls(**json.loads(Path(hf_hub_download(repository, CONFIG_FILE)).read_text(encoding="utf-8")))
+
+
+class AutoTokenizer:
+    """T5's tokenizer, with the calls that DiffusionKit makes."""
+
+    eos_token_id = 1
+
+    def __init__(self, model: bytes):
+        """model: the content of spiece.model, a SentencePiece model."""
+        self._pieces = SentencePieceProcessor(model_proto=model)
+
+    @classmethod
+    def from_pretrained(cls, repository: str, **options: object) -> "AutoTokenizer":
+        """Read the tokenizer of a repository of the hub. Raises what the hub's client raises."""
+        return cls(Path(hf_hub_download(repository, "spiece.model")).read_bytes())
+
+    def __call__(self, text: str, max_length: int, **options: object) -> dict[str, np.ndarray]:
+        """Return {"input_ids": (1, tokens) int64}: at most `max_length` ids, the last of which is the end token."""
+        ids = [*self._pieces.encode(text)[: max_length - 1], self.eos_token_id]
+        return {"input_ids": np.array([ids])}
+
+
+class T5Encoder:
+    """DiffusionKit's T5 without its `mx.metal` memory limits, which raise KeyError off macOS.
+
+    It runs the same layers in the same order as diffusionkit.mlx.t5.TransformerEncoder.__call__.
+    """
+
+    def __init__(self, model: nn.Module):
+        """model: a diffusionkit.mlx.t5.SD3T5Encoder."""
+        self.model = model
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        """Encode token ids (rows, tokens) to features (rows, tokens, channels) in the dtype of the embedding."""
+        encoder = self.model.encoder
+        x = self.model.wte(tokens)
+        dtype, bias = x.dtype, encoder.relative_attention_bias(x.shape[1], x.shape[1])
+        for layer in encoder.layers:
+            x = layer(x, mask=bias)
+            mx.eval(x)  # else CUDA keeps every layer's arrays until the end: 12 GB a prompt
+        return encoder.ln(x).astype(dtype)
