@@ -1,7 +1,8 @@
 # make demo   the toolkit's road on the bundled model        make test   the tests
-# Both set everything up first. MLX=cuda13 or cuda12 installs MLX for an NVIDIA GPU (Linux; default: the CPU).
-PYTHON ?= python3
-MLX ?= cpu
+# Both set everything up first. MLX=cuda13 or cuda12 installs MLX for an NVIDIA GPU (Linux; default: what is installed, or
+# the CPU); PYTHON=/path/to/python chooses the Python (default: python3, or another one from 3.10 to 3.14 that is there).
+PYTHON ?=
+MLX ?= $(patsubst .venv/installed-%,%,$(firstword $(wildcard .venv/installed-*) .venv/installed-cpu))
 PY := .venv/bin/python
 INSTALLED := .venv/installed-$(MLX)
 DEMO := calibration_data/demo
@@ -17,13 +18,7 @@ test: setup
 	$(PY) -m pytest -q -n 2 --dist loadfile tests
 
 setup: $(INSTALLED)
+	echo "Everything is in .venv: source .venv/bin/activate"
 
 $(INSTALLED): requirements.txt requirements-diffusionkit.txt
-	echo "Setting up .venv (once; about 1.5 GB) ..."
-	$(PYTHON) -m venv .venv
-	$(PY) -m pip uninstall --quiet --yes mlx-cpu mlx-cuda-12 mlx-cuda-13 2>/dev/null
-	sed 's/mlx\[cpu\]/mlx[$(MLX)]/' requirements.txt > .venv/requirements.txt
-	$(PY) -m pip install -qq --disable-pip-version-check -r .venv/requirements.txt || \
-		{ echo "Installing failed: TROUBLESHOOTING_GUIDE.md, Issues 12 and 13"; exit 1; }
-	$(PY) -m pip install -qq --disable-pip-version-check --no-deps -r requirements-diffusionkit.txt
-	rm -f .venv/installed-* && touch $@
+	PYTHON="$(PYTHON)" sh tools/set_up.sh $(MLX)

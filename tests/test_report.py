@@ -4,10 +4,10 @@ import html
 import json
 import re
 import shutil
-import subprocess
 
 import numpy as np
 import pytest
+from browser import running
 from conftest import invoke
 from finished_run import finished_run, one_line
 from PIL import Image
@@ -15,12 +15,19 @@ from PIL import Image
 from calibration_store.layout import ReportPaths
 from calibration_store.model_folder import weight_sizes
 from calibration_store.sensitivity import write_sensitivity
+from tools.browser import find_browser
 from w4a8.cli.words import format_bytes
 from w4a8.model.catalog import BUNDLED_FOLDER
 from w4a8.report.page import PICTURE_BYTES, describe_folder, picture, verdict_on, what_it_is, write_page
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+CHROMIUM = find_browser()
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: python tools/browser.py fetches one")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with running(*CHROMIUM) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
@@ -166,9 +173,10 @@ def test_which_layers_matter(reported, tmp_path):
     assert "sensitivity" not in data_of(folder / "report/index.html")
 
 
-def test_equal_images_and_what_was_not_measured_have_no_figure(reported, tmp_path):
-    """PSNR of an equal image is null in metrics.json, and FLIP where it is not installed."""
-    folder = shutil.copytree(reported[0], tmp_path / "run")
+@pytest.fixture(scope="module")
+def without_figures(reported, tmp_path_factory):
+    """A page with equal images, whose PSNR is null in metrics.json, as FLIP is where it is not installed."""
+    folder = shutil.copytree(reported[0], tmp_path_factory.mktemp("equal") / "run")
     path = folder / "evaluation/metrics.json"
     metrics = json.loads(path.read_bytes())
     row = metrics["variants"]["native"]
@@ -180,17 +188,12 @@ def test_equal_images_and_what_was_not_measured_have_no_figure(reported, tmp_pat
     path.write_text(json.dumps(metrics))
     done = invoke("report_calibration", "--calib-dir", folder)
     assert done.exit_code == 0, done.output
-    page = folder / "report/index.html"
-    assert data_of(page)["comparison"]["pairs"]["w4-rtn"][-1]["image"] == 1 and "<b>equal</b>" in page.read_text()
-    if CHROMIUM:
-        assert (
-            visit(
-                page,
-                'const e = document.getElementById("variant"); e.value = "native"; e.dispatchEvent(new Event("change")); return {};',
-                tmp_path,
-            )["faults"]
-            == []
-        )
+    return folder / "report/index.html"
+
+
+def test_equal_images_and_what_was_not_measured_have_no_figure(without_figures):
+    pairs = data_of(without_figures)["comparison"]["pairs"]
+    assert pairs["w4-rtn"][-1]["image"] == 1 and "<b>equal</b>" in without_figures.read_text()
 
 
 def test_damaged_pictures_and_a_config_with_gaps(reported, tmp_path):
@@ -213,25 +216,11 @@ def test_damaged_pictures_and_a_config_with_gaps(reported, tmp_path):
 
 # --- in a browser -------------------------------------------------------------------------------------------
 
-WATCH = (
-    '<script>window.faults = []; addEventListener("error", (e) => faults.push(e.message || "resource"), true);</script>'
-)
 
-
-def visit(page, script, tmp_path, *options):
-    """Open a copy of the page, run a script that gives an object, and what it gave; faults of the page included."""
-    copy = tmp_path / "visited.html"
-    tail = f'<pre id="found"></pre><script>{{ const found = (() => {{ {script} }})(); document.getElementById("found").textContent = JSON.stringify({{ ...found, faults: window.faults }}); }}</script></body>'
-    copy.write_text(page.read_text().replace("<head>", f"<head>{WATCH}", 1).replace("</body>", tail))
-    command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1200,900", *options, "--dump-dom", copy.as_uri()]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    return json.loads(html.unescape(re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)[1]))
-
-
-@browser
-def test_filter_and_slider_work(reported, tmp_path):
-    found = visit(
-        reported[0] / "report/index.html",
+@needs_browser
+def test_filter_and_slider_work(reported, browser):
+    page = browser.open(reported[0] / "report/index.html")
+    found = page.run(
         """
         const count = () => document.getElementById("count").textContent;
         const choose = (id, value) => { const e = document.getElementById(id); e.value = value; e.dispatchEvent(new Event("change")); };
@@ -245,36 +234,39 @@ def test_filter_and_slider_work(reported, tmp_path):
         const heat = document.getElementById("heat");
         heat.dispatchEvent(new PointerEvent("pointermove", { clientX: heat.getBoundingClientRect().x + 200, clientY: heat.getBoundingClientRect().y + 20 }));
         return { before, kind, both, clip, first, second: document.querySelectorAll(".pair").length, inked, hover: document.getElementById("hover").textContent };
-        """,
-        tmp_path,
+        """
     )
-    assert found["faults"] == []
+    assert page.faults == []
     assert (found["before"], found["kind"], found["both"]) == ("93 of 93 layers", "8 of 93 layers", "1 of 93 layers")
     assert "80%" in found["clip"] and found["first"] == found["second"] == 3 and found["inked"]
     assert found["hover"].startswith("mm1.img.mlp.fc2 · step 0, sigma 1: range ")
 
 
-@browser
-def test_no_page_is_wider_than_a_phone(reported, tmp_path):
-    """400 pixels; Chromium has no window that narrow, a frame can be."""
-    page = tmp_path / "page.html"
-    page.write_text("<html><head></head><body></body></html>")
-    watched = (reported[0] / "report/index.html").read_text().replace("<head>", f"<head>{WATCH}", 1)
-    (tmp_path / "index.html").write_text(watched)
-    script = """
-        const frame = Object.assign(document.createElement("iframe"), { src: "index.html", width: 400, height: 800 });
-        frame.addEventListener("load", () => {
-          const inner = frame.contentDocument.documentElement, found = document.getElementById("found");
-          found.textContent = JSON.stringify({ page: inner.scrollWidth, window: inner.clientWidth, faults: frame.contentWindow.faults });
-        });
-        document.body.append(frame);
-        return {};
-    """
-    found = visit(page, script, tmp_path, "--allow-file-access-from-files", "--virtual-time-budget=3000")
-    assert found["page"] <= found["window"] <= 400 and found["faults"] == []
+@needs_browser
+@pytest.mark.parametrize("width", [390, 820, 1280])
+def test_no_page_is_wider_than_its_window(reported, browser, width):
+    page = browser.open(reported[0] / "report/index.html", width, 844)
+    inner, scrolled = page.run("const e = document.documentElement; return [innerWidth, e.scrollWidth - e.clientWidth];")
+    assert (inner, scrolled) == (width, 0)
+    assert page.faults == []
 
 
-def test_a_large_run_stays_small(reported, tmp_path):
+@needs_browser
+def test_faults_are_seen(browser, tmp_path):
+    """A page with an exception and a picture that is not there: the tests above would notice."""
+    (tmp_path / "page.html").write_text("<img src=none.png><script>nothing.here()</script>")
+    assert len(browser.open(tmp_path / "page.html").faults) == 2
+
+
+@needs_browser
+def test_equal_images_can_be_chosen(without_figures, browser):
+    page = browser.open(without_figures)
+    page.run('const e = document.getElementById("variant"); e.value = "native"; e.dispatchEvent(new Event("change"));')
+    assert page.faults == []
+
+
+@pytest.fixture(scope="module")
+def large_page(reported, tmp_path_factory):
     """285 layers, 25 steps, and more pictures than fit."""
     page, random = describe_folder(reported[0]), np.random.default_rng(0)
     layer = page["activations"]["layers"][0]
@@ -289,7 +281,16 @@ def test_a_large_run_stays_small(reported, tmp_path):
         for i in range(int(PICTURE_BYTES / len(noise)))
     ]
     page["comparison"] |= {"pairs": {"native": many}, "prompts": ["a"] * len(many), "originals": {str(i): page["drawn"]["pictures"][0]["source"] for i in range(len(many))}}  # fmt: skip
-    assert write_page(ReportPaths(tmp_path), page) < 20e6
-    if CHROMIUM:
-        found = visit(tmp_path / "index.html", "return { seconds: performance.now() / 1000 };", tmp_path)
-        assert found["faults"] == [] and found["seconds"] < 2
+    folder = tmp_path_factory.mktemp("large")
+    write_page(ReportPaths(folder), page)
+    return folder / "index.html"
+
+
+def test_a_large_page_stays_small(large_page):
+    assert 5e6 < large_page.stat().st_size < 20e6
+
+
+@needs_browser
+def test_a_large_page_opens_in_two_seconds(large_page, browser):
+    page = browser.open(large_page)
+    assert page.run("return performance.now();") < 2000 and page.faults == []
