@@ -66,7 +66,7 @@ class LazyRecorder:
 
 
 class StreamingRecorder:
-    """For the CPU: hands each input to NumPy and torch while MLX's own thread computes the next ones.
+    """For the CPU: hands each input to NumPy while MLX's own thread computes the next ones.
 
     At most LOOKAHEAD inputs wait at a time, about those of one block. `mx.async_eval` only starts the work; the
     one blocking `mx.eval` of the pass is that of its output.
