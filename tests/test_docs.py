@@ -1,6 +1,7 @@
 """The README's and the guide's commands, flags and files exist."""
 
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -173,3 +174,36 @@ def test_messages_point_at_issues_that_exist():
     for path in [*SOURCES, *(ROOT / name for name in (*DOCUMENTS, "Makefile", "requirements.txt"))]:
         for number in re.findall(r"\bIssues? (\d+)\b", path.read_text()):
             assert int(number) in numbers, f"{path.name} points at Issue {number}"
+
+
+def test_the_readme_says_where_everything_installs():
+    """The newest table of tools/check_install.py is of today's requirements and lacks no file; the README says what it says."""
+    path = max((ROOT / "benchmarks/results").glob("*-install.json"))
+    table = json.loads(path.read_text())
+
+    def listed(text: str) -> list[str]:
+        return [line for line in text.splitlines() if line and not line.startswith("#")]
+
+    for name, text in table["requirements"].items():
+        assert listed(text) == listed((ROOT / name).read_text()), f"{name} has changed: run tools/check_install.py"
+    assert set(table["files"]) == {"linux-x86_64", "linux-aarch64", "macos-arm64"}
+    pythons = [list(found) for found in table["files"].values()]
+    assert pythons == [["3.10", "3.11", "3.12", "3.13", "3.14"]] * 3
+    missing = [
+        (system, python, package)
+        for system, by_python in table["files"].items()
+        for python, files in by_python.items()
+        for package, file in files.items()
+        if file is None
+    ]
+    assert not missing
+    readme = (ROOT / "README.md").read_text()
+    assert f"benchmarks/results/{path.name}" in readme and "Python 3.10 to 3.14" in readme
+    with_flip = {
+        python
+        for by_python in table["files"].values()
+        for python, files in by_python.items()
+        if "flip-evaluator" in files
+    }
+    assert max(with_flip) == "3.13" and "FLIP up to 3.13, not on Linux ARM" in readme
+    assert not any("flip-evaluator" in files for files in table["files"]["linux-aarch64"].values())
