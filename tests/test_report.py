@@ -7,8 +7,8 @@ import shutil
 
 import numpy as np
 import pytest
-from browser import running
 from conftest import invoke
+from devtools import running
 from finished_run import finished_run, one_line
 from PIL import Image
 
