@@ -19,6 +19,8 @@ from w4a8 import cli  # isort: skip  (first: it says what to do where packages a
 
 import click
 
+from calibration_store.limits import MOST_THRESHOLD
+
 
 @cli.stage_command
 @cli.calib_dir_option
@@ -28,7 +30,7 @@ import click
 )
 @click.option(
     "--outlier-threshold",
-    type=click.FloatRange(min=1),
+    type=click.FloatRange(1, MOST_THRESHOLD),
     default=2.5,
     help="A channel this many times wider than the median one is an outlier.",
 )
@@ -54,7 +56,8 @@ def run(
         write_quant_config,
         write_temporal_analysis,
     )
-    from calibration_store.layout import ActivationPaths
+    from calibration_store.files import locked_folder
+    from calibration_store.layout import ActivationPaths, clear_analysis_temporaries
     from calibration_store.statistics import read_statistics
     from w4a8.analysis.w4a8_config import (
         config_steps,
@@ -91,10 +94,12 @@ def run(
         "written_with": [temporal_file.name, *(figure.name for figure in figures)],
     }
     head = {"format": W4A8_FORMAT, "summary": summary, "metadata": metadata, "sigma_map": statistics.sigma_map}
-    write_temporal_analysis(temporal_file, statistics.sigma_map, temporal)
-    write_quant_config(
-        output, head | {"outlier_config": outlier_config}, config_steps(steps, outlier_config, use_hist_p999)
-    )
+    with locked_folder(output.parent):
+        clear_analysis_temporaries(output)
+        write_temporal_analysis(temporal_file, statistics.sigma_map, temporal)
+        write_quant_config(
+            output, head | {"outlier_config": outlier_config}, config_steps(steps, outlier_config, use_hist_p999)
+        )
     print_w4a8_summary(summary, temporal, outlier_config)
     if with_plot:
         from w4a8.report.w4a8_figures import plot

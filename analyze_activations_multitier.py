@@ -20,6 +20,8 @@ from w4a8 import cli  # isort: skip  (first: it says what to do where packages a
 
 import click
 
+from calibration_store.limits import MOST_THRESHOLD
+
 
 @cli.stage_command
 @cli.calib_dir_option
@@ -30,11 +32,11 @@ import click
     default="threshold",
     help="What decides the bits.",
 )
-@click.option("--a4-threshold", type=click.FloatRange(min=0), default=6.0, help="A4 for a scale below this.")
-@click.option("--a6-threshold", type=click.FloatRange(min=0), default=10.0, help="A6 for a scale below this.")
-@click.option("--shifted-a4-threshold", type=click.FloatRange(min=0), default=5.0, help="A4, post-GELU layers.")
-@click.option("--shifted-a6-threshold", type=click.FloatRange(min=0), default=8.0, help="A6, post-GELU layers.")
-@click.option("--min-sqnr", type=float, help="sqnr: the fewest bits that reach this many dB.")
+@click.option("--a4-threshold", type=click.FloatRange(0, MOST_THRESHOLD), default=6.0, help="A4 for a scale below this.")
+@click.option("--a6-threshold", type=click.FloatRange(0, MOST_THRESHOLD), default=10.0, help="A6 for a scale below this.")
+@click.option("--shifted-a4-threshold", type=click.FloatRange(0, MOST_THRESHOLD), default=5.0, help="A4, post-GELU layers.")
+@click.option("--shifted-a6-threshold", type=click.FloatRange(0, MOST_THRESHOLD), default=8.0, help="A6, post-GELU layers.")
+@click.option("--min-sqnr", type=cli.DECIBELS, help="sqnr: the fewest bits that reach this many dB.")
 @click.option(
     "--average-bits",
     type=click.FloatRange(min=4, max=8),
@@ -56,7 +58,8 @@ def run(
         write_quant_config,
         write_temporal_analysis,
     )
-    from calibration_store.layout import ActivationPaths
+    from calibration_store.files import locked_folder
+    from calibration_store.layout import ActivationPaths, clear_analysis_temporaries
     from calibration_store.sensitivity import read_sensitivity
     from calibration_store.statistics import ActivationStatistics, read_statistics
     from w4a8.analysis.tiers import check_policy, config_steps, decide, measure_steps, summarize, temporal_analysis
@@ -92,8 +95,10 @@ def run(
         "sigma_map": statistics.sigma_map,
         "outlier_config": {},
     }
-    write_temporal_analysis(written[1], statistics.sigma_map, temporal)
-    write_quant_config(output, head, config_steps(steps))
+    with locked_folder(output.parent):
+        clear_analysis_temporaries(output)
+        write_temporal_analysis(written[1], statistics.sigma_map, temporal)
+        write_quant_config(output, head, config_steps(steps))
     print_tier_summary(summary)
     if average_bits is not None:
         gap = chosen["optimality_gap"]

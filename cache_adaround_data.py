@@ -27,12 +27,12 @@ OPTIONS = {
 @cli.model_place_options
 @click.option(
     "--num-images",
-    type=click.IntRange(min=1),
+    type=cli.IMAGES,
     help="Images to use, evenly over the whole calibration run.  [default: 5, or what --max-bytes allows]",
 )
 @click.option(
     "--stride",
-    type=click.IntRange(min=1),
+    type=cli.STEPS,
     help="Use every Nth saved step.  [default: 5, or what --max-bytes allows, images first]",
 )
 @click.option("--steps", help="Saved steps to use instead of every Nth, such as 8,12,16-19: late ones make the image.")
@@ -66,7 +66,7 @@ def run(
         write_cache_metadata,
         write_cached_sample,
     )
-    from calibration_store.cache_plan import choose_boundaries, plan_cache, read_plan
+    from calibration_store.cache_plan import CACHE_PLAN, choose_boundaries, plan_cache, read_plan
     from calibration_store.files import BackgroundWriter, require_space
     from calibration_store.layout import BlockCachePaths
     from calibration_store.manifest import read_manifest
@@ -81,7 +81,7 @@ def run(
 
     manifest, paths = read_manifest(calib_dir), BlockCachePaths(calib_dir)
     ranks = join(calib_dir)
-    folder = StageFolder(paths, paths.plan, read_plan, OPTIONS, resume, force, ranks)
+    folder = StageFolder(paths, paths.plan, CACHE_PLAN, read_plan, OPTIONS, resume, force, ranks)
     before = folder.before()
     boundaries = choose_boundaries(boundaries, blocks, before)
     with folder.held(dry_run):
@@ -105,8 +105,9 @@ def run(
         seconds, arrays = recording.probe(passes, places)
         kept = {key: array.shape for key, array in arrays.items()}
         shapes = recording.shapes(arrays)
-        size = npz_bytes(cached_sample_arrays(0, 0, arrays))
-        todo = folder.todo(places, lambda place: is_cached(paths, *place, kept))
+        run_id = plan["calibration_run"]
+        size = npz_bytes(cached_sample_arrays(0, 0, arrays, run_id))
+        todo = folder.todo(places, lambda place: is_cached(paths, run_id, *place, kept))
         click.echo(
             f"to do: {len(todo)} of {len(places)} samples, {cli.format_bytes(size * len(todo))} in {paths.root} "
             f"({cli.format_bytes(size)} a sample), about {cli.format_seconds(seconds * len(todo) / ranks.size)}, "
@@ -124,7 +125,7 @@ def run(
                 closing(recording.record_all(passes, those_of(ranks, todo, places))) as left,
             ):
                 for place, arrays in left:
-                    writer.submit(write_cached_sample, paths, *place, arrays)
+                    writer.submit(write_cached_sample, paths, run_id, *place, arrays)
                     ranks.count(bar)
                 writer.drain()
                 ranks.complete(bar)

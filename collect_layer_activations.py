@@ -22,9 +22,9 @@ STEP_FILE_SIZES = 4  # of a partial result, that a step's files take: an array a
 @cli.calib_dir_option
 @cli.model_place_options
 @click.option(
-    "--num-images", type=click.IntRange(min=1), default=5, help="Images to use, evenly over the whole calibration run."
+    "--num-images", type=cli.IMAGES, default=5, help="Images to use, evenly over the whole calibration run."
 )
-@click.option("--stride", type=click.IntRange(min=1), default=2, help="Use every Nth saved step.")
+@click.option("--stride", type=cli.STEPS, default=2, help="Use every Nth saved step.")
 @cli.text_group_option
 @cli.max_bytes_option
 @cli.resume_options
@@ -45,6 +45,7 @@ def run(
     from calibration_store.manifest import read_manifest
     from calibration_store.npz import npz_bytes
     from calibration_store.partials import COLLECTION, PARTIAL_FORMAT, is_partial_complete
+    from calibration_store.schema import of_run
     from calibration_store.stage_folder import StageFolder
     from w4a8.cli.ranks import those_of
     from w4a8.model.layers import model_layers
@@ -58,7 +59,7 @@ def run(
 
     manifest, paths = read_manifest(calib_dir), ActivationPaths(calib_dir)
     ranks = join(calib_dir)
-    folder = StageFolder(paths, paths.collection, COLLECTION.read, OPTIONS, resume, force, ranks)
+    folder = StageFolder(paths, paths.collection, COLLECTION, COLLECTION.read, OPTIONS, resume, force, ranks)
     images, selection = select_passes(manifest, num_images, stride, folder.before(num_images=num_images))
     plan = {"format": PARTIAL_FORMAT, **selection}
     places, dtype = places_of(plan), manifest["activation_dtype"]
@@ -74,9 +75,9 @@ def run(
             choose_statistics(),
         )
         widths = {name: layer.shape[1] for name, layer in model_layers(pipeline.mmdit).items()}
-        todo = folder.todo(places, lambda place: is_partial_complete(paths, *place, widths))
+        todo = folder.todo(places, lambda place: is_partial_complete(paths, plan["calibration_run"], *place, widths))
         seconds, found = passes.probe(plan["key_timesteps"][0], lambda one: collect_pass(one, way))
-        size = npz_bytes(partial_arrays(found, *places[0], dtype))
+        size = npz_bytes(partial_arrays(found, *places[0], dtype) | of_run(plan["calibration_run"]))
         done, mine = len(places) - len(todo), those_of(ranks, todo, places)
         total = size * (len(todo) + STEP_FILE_SIZES * len(plan["key_timesteps"]))
         click.echo(
@@ -95,7 +96,7 @@ def run(
                 closing(passes.over(mine)) as left,
             ):
                 for one in left:
-                    writer.submit(write_pass, paths, collect_pass(one, way), one.image_id, one.step, dtype)
+                    writer.submit(write_pass, paths, plan["calibration_run"], collect_pass(one, way), one.image_id, one.step, dtype)
                     ranks.count(bar)
                 writer.drain()
                 ranks.complete(bar)

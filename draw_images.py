@@ -8,11 +8,14 @@ Writes  {index:04d}.png below --output; with --compare both models side by side,
 An exported folder computes from its packed weights. Image i is drawn with --seed + i, whatever else is drawn beside it.
 """
 
+import secrets
 from pathlib import Path
 
 from w4a8 import cli  # isort: skip  (first: it says what to do where packages are missing)
 
 import click
+
+from calibration_store.limits import MOST_SEED
 
 
 @cli.stage_command
@@ -30,14 +33,16 @@ import click
 )
 @click.option("--compare", help="Another model to draw the same prompts and seeds with; PSNR and SSIM under each pair.")
 @cli.lora_option
-@click.option("--seed", type=click.IntRange(min=0, max=2**31), default=0, help="Image i is drawn with seed + i.")
-@click.option("--num-steps", type=click.IntRange(min=1), help="Euler steps per image.  [default: 50; FLUX.1-schnell 4]")
-@click.option("--cfg-weight", type=click.FloatRange(min=0), help="Guidance; 0 turns it off.  [default: the model's]")
+@click.option(
+    "--seed", type=click.IntRange(-1, MOST_SEED), default=0, help="Image i is drawn with seed + i; -1 draws one and prints it."
+)
+@click.option("--num-steps", type=cli.STEPS, help="Euler steps per image.  [default: 50; FLUX.1-schnell 4]")
+@click.option("--cfg-weight", type=cli.GUIDANCE, help="Guidance; 0 turns it off.  [default: the model's]")
 @click.option("--negative-prompt", default="", help="What guidance steers away from.")
 @click.option(
-    "--latent-size", type=int, nargs=2, metavar="H W", help="Latent height and width.  [default: the model's]"
+    "--latent-size", type=cli.SIDE, nargs=2, metavar="H W", help="Latent height and width.  [default: the model's]"
 )
-@click.option("--batch-size", type=click.IntRange(min=1), default=1, help="Images in one forward pass.")
+@click.option("--batch-size", type=cli.COUNT, default=1, help="Images in one forward pass.")
 @click.option("--t5/--no-t5", "use_t5", default=None, help="Use the T5 text encoder.  [default: the model's]")
 @click.option(
     "--dtype",
@@ -47,7 +52,7 @@ import click
 @click.option("--activations", is_flag=True, help="Simulate the quantized activations that the export has ranges for.")
 @cli.native_option
 @click.option(
-    "--output", type=click.Path(path_type=Path, file_okay=False), default="drawn", help="Folder of the PNG files."
+    "--output", type=cli.Folder(), default="drawn", help="Folder of the PNG files."
 )
 def main(**options) -> None:
     """Draw prompts to PNG files, from any model."""
@@ -73,6 +78,9 @@ def run(
     if not wanted:
         raise click.UsageError("no prompt: give some, or --prompts FILE")
     prefer(native)
+    if seed == -1:
+        seed = secrets.randbelow(2**32)
+        click.echo(f"seed {seed}")
     infos = [describe_model(model, loras), *([describe_model(compare)] if compare is not None else [])]
     plan = plan_drawing(
         infos, wanted, seed, num_steps, cfg_weight, negative_prompt, latent_size, batch_size, use_t5, dtype
@@ -81,6 +89,7 @@ def run(
     paths.refuse_foreign_files(len(wanted), compare is not None)
     drawings: list[Drawing] = []
     with locked_folder(paths.root), cli.interruptible(lambda: f"finished images are kept in {paths.root}", None):
+        paths.clear_temporaries()
         for info in infos:
             pipeline, rule = load_model(info, plan, activations and info is infos[0])
             with cli.progress_bar(len(wanted), info.version, "image") as bar:

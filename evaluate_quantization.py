@@ -18,6 +18,8 @@ from w4a8 import cli  # isort: skip  (first: it says what to do where packages a
 
 import click
 
+from calibration_store.limits import MOST_THRESHOLD
+
 
 @cli.stage_command
 @cli.calib_dir_option
@@ -33,29 +35,29 @@ import click
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Text file, one prompt a line, or CSV or TSV with a column 'prompt' or 'caption'.  [default: ones that the calibration did not use]",
 )
-@click.option("--num-images", type=click.IntRange(min=1), default=16, help="Images per variant.")
-@click.option("--num-steps", type=click.IntRange(min=1), help="Euler steps.  [default: the calibration's]")
-@click.option("--cfg-weight", type=click.FloatRange(min=0), help="Guidance.  [default: the calibration's]")
+@click.option("--num-images", type=cli.IMAGES, default=16, help="Images per variant.")
+@click.option("--num-steps", type=cli.STEPS, help="Euler steps.  [default: the calibration's]")
+@click.option("--cfg-weight", type=cli.GUIDANCE, help="Guidance.  [default: the calibration's]")
 @click.option(
     "--seed",
-    type=click.IntRange(0, 2**31),
+    type=cli.SEED,
     default=10_000,
     help="Image i is drawn with seed + i; also orders the prompts.",
 )
-@click.option("--batch-size", type=click.IntRange(min=1), default=8, help="Images in one forward pass.")
+@click.option("--batch-size", type=cli.COUNT, default=8, help="Images in one forward pass.")
 @click.option(
     "--variants",
     help="Comma-separated, of w4-rtn, w4-adaround, native, a8, multitier, products such as w4-adaround+a8 (README).  [default: all that have files]",
 )
-@click.option("--min-psnr", type=float, help="Exit with 1 when a variant's mean PSNR is below this (dB).")
+@click.option("--min-psnr", type=cli.DECIBELS, help="Exit with 1 when a variant's mean PSNR is below this (dB).")
 @click.option(
     "--max-step-error",
-    type=click.FloatRange(min=0),
+    type=click.FloatRange(0, MOST_THRESHOLD),
     help="Exit with 1 when a variant's mean latent error exceeds this at any step.",
 )
 @click.option(
     "--output",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=cli.Folder(),
     help="Folder to write to.  [default: evaluation/ below --calib-dir]",
 )
 @click.option(
@@ -89,8 +91,7 @@ def run(
     from calibration_store.evaluation import write_metrics
     from calibration_store.files import locked_folder
     from calibration_store.layout import EvaluationPaths
-    from calibration_store.manifest import read_manifest
-    from calibration_store.stage_folder import clear_files
+    from calibration_store.manifest import read_manifest, run_identity
     from w4a8.cli.prompts import read_prompt_file
     from w4a8.evaluation.gate import check_gate
     from w4a8.evaluation.metrics import LOW_PSNR
@@ -139,7 +140,7 @@ def run(
     paths.refuse_foreign_images([variant.name for variant in chosen], len(prompts))
     with contextlib.nullcontext() if ranks.rank else locked_folder(paths.root):
         if ranks.rank == 0:
-            clear_files(paths.owned_files(), paths.metrics, everything=False)  # of a run that was killed
+            paths.clear_temporaries()
         with cli.interruptible(lambda: f"finished variants are kept in {paths.root}"):
             found = evaluate(pipeline, texts, sampling, paths, chosen, resume, ranks)
         if found is None:
@@ -150,6 +151,7 @@ def run(
         draw_grid(paths.grid, prompts, original, images, results, grid_map == "flip")
         plot_errors(paths.error_plot, results)
         write_images(paths, prompts, seed, original, images)
+        image_ids = [image["image_id"] for image in manifest["images"]]
         parameters = {
             "prompts": prompts,
             "overlap_with_calibration": overlap,
@@ -159,6 +161,8 @@ def run(
             "seed": seed,
             "model_version": info.version,
             "weights_fingerprint": fingerprint,
+            "calibration_run": run_identity(manifest, image_ids),
+            "selected_image_ids": image_ids,
             "dtype": sampling.dtype,
         }
         write_metrics(paths, parameters, LOW_PSNR, results)

@@ -45,7 +45,7 @@ import click
 )
 @click.option(
     "--output",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=cli.Folder(),
     help="Folder to write to.  [default: quantized_model/ below --calib-dir]",
 )
 @click.option("--force", is_flag=True, help="Make an export anew: delete what this stage wrote to the folder.")
@@ -69,13 +69,15 @@ def run(
     from w4a8.model.transformer import open_transformer
     from w4a8.quantized.export import (
         Export,
+        bytes_needed,
         check_output,
+        clear_leftovers,
         estimated_seconds,
         pack_transformer,
         packed_size,
         refuse_options,
+        rest_of_model,
         write_folder,
-        write_hub_file,
     )
     from w4a8.quantized.gguf_file import write_gguf
     from w4a8.report.model_tables import print_export
@@ -98,7 +100,10 @@ def run(
         seconds = estimated_seconds(mmdit, variant.weights, size)
         click.echo(f"time: about {cli.format_seconds(seconds)}; memory: {cli.format_bytes(size.peak)} at the peak")
         return
-    require_space(paths.root, size.transformer, "give another --output")
+    rest = rest_of_model(export, complete) if layout == "mlx" else ({}, [], {})
+    remedy = "give another --output"
+    if paths.config.exists():
+        remedy += " (the old export stays until the new one is complete)"
     with (
         locked_folder(paths.root),
         cli.interruptible(
@@ -107,13 +112,14 @@ def run(
         ),
         cli.progress_bar(size.modules, "packing", "layer") as bar,
     ):
+        clear_leftovers(paths)
+        require_space(paths.root, bytes_needed(export, size, rest), remedy)
         if layout == "gguf":
             written = write_gguf(paths, export, mmdit, bar)
         else:
             quantization = pack_transformer(mmdit, variant.weights, bar)
-            written = write_folder(paths, export, mmdit, quantization, complete)
-            if all_linears and info.version in HUB_4BIT_FILES:
-                write_hub_file(paths, export, mmdit)
+            hub_file = all_linears and info.version in HUB_4BIT_FILES
+            written = write_folder(paths, export, mmdit, quantization, rest, hub_file)
     click.echo(f"wrote {written}")
     if layout == "mlx":
         click.echo(f"draw with it: {cli.interpreter()} draw_images.py --model {paths.root} PROMPT")

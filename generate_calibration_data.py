@@ -32,23 +32,23 @@ DEFAULT_MODEL = "argmaxinc/mlx-stable-diffusion-3-medium"
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="Text file, one prompt a line, or CSV or TSV with a column 'prompt' or 'caption'.  [default: built-in list, drawn by --seed]",
 )
-@click.option("--num-images", type=click.IntRange(min=1), default=10, help="Images to sample.")
-@click.option("--num-steps", type=click.IntRange(min=1), help="Euler steps per image.  [default: 50; FLUX.1-schnell 4]")
-@click.option("--cfg-weight", type=click.FloatRange(min=0), help="Guidance; 0 turns it off.  [default: the model's]")
+@click.option("--num-images", type=cli.IMAGES, default=10, help="Images to sample.")
+@click.option("--num-steps", type=cli.STEPS, help="Euler steps per image.  [default: 50; FLUX.1-schnell 4]")
+@click.option("--cfg-weight", type=cli.GUIDANCE, help="Guidance; 0 turns it off.  [default: the model's]")
 @click.option("--negative-prompt", default="", help="What guidance steers away from.")
 @click.option(
     "--seed",
-    type=click.IntRange(min=0, max=2**31),
+    type=cli.SEED,
     default=42,
     help="Image i is drawn with seed + i; also orders the built-in prompts.",
 )
 @click.option(
-    "--latent-size", type=int, nargs=2, metavar="H W", help="Latent height and width.  [default: the model's]"
+    "--latent-size", type=cli.SIDE, nargs=2, metavar="H W", help="Latent height and width.  [default: the model's]"
 )
 @click.option(
-    "--stride", type=click.IntRange(min=1), default=1, help="Save every Nth step; the finished latent always."
+    "--stride", type=cli.STEPS, default=1, help="Save every Nth step; the finished latent always."
 )
-@click.option("--batch-size", type=click.IntRange(min=1), default=1, help="Images in one forward pass.")
+@click.option("--batch-size", type=cli.COUNT, default=1, help="Images in one forward pass.")
 @click.option("--t5/--no-t5", "use_t5", default=None, help="Use the T5 text encoder.  [default: the model's]")
 @click.option(
     "--dtype",
@@ -76,15 +76,17 @@ def run(
 
     from calibration_store.files import require_space
     from calibration_store.layout import CalibrationPaths
-    from calibration_store.manifest import read_manifest, write_manifest
+    from calibration_store.manifest import MANIFEST, read_manifest, write_manifest
     from calibration_store.stage_folder import StageFolder
     from w4a8.cli.prompts import draw_builtin_prompts, read_prompt_file
     from w4a8.generation import (
         RUN_OPTIONS,
         batches_to_do,
+        begun,
         check_same_model,
         complete_images,
         continue_run,
+        finished,
         generate,
         model_of_run,
         plan_run,
@@ -114,10 +116,10 @@ def run(
     say_how_many_prompts(prompts, num_images, prompt_file)
     paths, complete = CalibrationPaths(calib_dir), {}
     folder = StageFolder(
-        paths, paths.manifest, lambda path: read_manifest(path.parent), RUN_OPTIONS, resume, force, ranks, "samples"
+        paths, paths.manifest, MANIFEST, lambda path: read_manifest(path.parent), RUN_OPTIONS, resume, force, ranks, "samples"
     )
     with folder.held(dry_run):
-        manifest = folder.check(plan)
+        manifest = folder.check(finished(plan))
         if manifest is not None:
             warning = continue_run(plan, manifest)
             if warning:
@@ -127,7 +129,7 @@ def run(
         if len(complete) == num_images:
             click.echo(f"nothing to do: all {num_images} images are complete in {paths.root}")
             if not dry_run:
-                folder.begin(None)
+                folder.begin(begun(plan))
             if not dry_run and ranks.rank == 0:
                 write_manifest(paths, plan | {"weights_fingerprint": manifest["weights_fingerprint"]}, complete)
             return
@@ -153,7 +155,7 @@ def run(
             )
             ranks.say_shares([sum(map(len, batches_to_do(plan, complete, one))) for one in ranks.each()], "images")
             return
-        folder.begin(None)  # the manifest is the record, and grows
+        folder.begin(begun(plan))  # the manifest is the record, and grows
         if force:
             warn_of_old_results(paths)
         with (

@@ -53,12 +53,12 @@ def run(
     from calibration_store.layout import BlockCachePaths, WeightPaths
     from calibration_store.manifest import read_manifest
     from calibration_store.stage_folder import StageFolder
-    from calibration_store.weights import WEIGHTS_PLAN, write_weights_metadata
+    from calibration_store.weights import LEARNING_RATES, WEIGHTS_PLAN, write_weights_metadata
     from w4a8.model.runs import run_schedule, run_transformer
     from w4a8.parallel import run_cpu_streams_side_by_side
     from w4a8.ranks import join
     from w4a8.report.tables import print_losses
-    from w4a8.rounding.checkpoint import LEARNING_RATES, Checkpoint
+    from w4a8.rounding.checkpoint import Checkpoint
     from w4a8.rounding.jobs import estimate, kept_after_interrupt, run_jobs, say_shares
     from w4a8.rounding.memory import choose_micro_batch
     from w4a8.rounding.methods import METHODS
@@ -74,7 +74,7 @@ def run(
     ranks = join(calib_dir)
     schedule, _ = run_schedule(manifest)
     settings = Settings(lr_alpha=lr_alpha, **options)
-    folder = StageFolder(paths, paths.plan, WEIGHTS_PLAN.read, OPTIONS, resume, force, ranks)
+    folder = StageFolder(paths, paths.plan, WEIGHTS_PLAN, WEIGHTS_PLAN.read, OPTIONS, resume, force, ranks)
     with folder.held(dry_run):
         opened = run_transformer(manifest, place)
         mmdit = opened()

@@ -17,7 +17,7 @@ import click
 @cli.calib_dir_option
 @click.option(
     "--output",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=cli.Folder(),
     help="Folder to write to.  [default: report/ below --calib-dir]",
 )
 @click.option("--force", is_flag=True, help="Write over an index.html that is not this script's.")
@@ -40,13 +40,14 @@ def run(calib_dir: Path, output: Path | None, force: bool, dry_run: bool) -> Non
     held = [title for key, title in SECTIONS.items() if key in page]
     click.echo(f"the page holds: {', '.join(held)}")
     for step in page["next"]:
-        click.echo(f"not there yet: {step['what']} ({step['script']})")
+        click.echo(f"{step['why']}: {step['what']} ({step['script']})")
     if "comparison" in page and page["comparison"]["shown"] < page["comparison"]["all"]:
         comparison = page["comparison"]
         click.echo(f"{comparison['shown']} of {comparison['all']} pairs of images are in it, the most damaged first")
     if dry_run:
         return
     with locked_folder(paths.root):
+        paths.clear_temporaries()
         size = write_page(paths, page)
     click.echo(f"wrote {paths.page} ({cli.format_bytes(size)}); open it in a browser")
 

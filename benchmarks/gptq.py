@@ -66,7 +66,7 @@ def run(calib_dir: Path, output: Path, bits: int, group_size: int) -> None:
                 name: gptq_layer(unit.weights[name], grams[unit.input_of[name]], bits, group_size).fields()
                 for name in unit.layers
             }
-            write_quantized_block(paths, job.name, layers)
+            write_quantized_block(paths, job.name, layers, {})
             bar.update()
     metadata = {"format": WEIGHTS_FORMAT, "block_names": blocks, "weight_bits": bits, "activation_bits": 0}
     made_from = {key: cache[key] for key in ("calibration_run", "weights_fingerprint", "model_version")}

@@ -15,19 +15,24 @@ from calibration_store.manifest import read_manifest, same_run
 from calibration_store.names import MULTIMODAL, UNIFIED, BlockName, block_kind
 from calibration_store.npz import map_npz, write_npz
 from calibration_store.schema import (
+    CALIBRATION_RUN,
     FINITE,
+    INTEGERS,
+    OF_RUN,
     Count,
     Digest,
+    Guidance,
     Index,
     JsonFormat,
     Member,
     Name,
-    NotNegative,
     Record,
     RelativePath,
     Side,
     Steps,
     distinct,
+    of_run,
+    run_fault,
 )
 
 CACHE_FORMAT = "adaround_cache_v2"
@@ -64,7 +69,7 @@ class _CacheMetadata(TypedDict):
     selected_image_ids: list[Index]
     key_timesteps: list[Index]
     stride: Steps
-    cfg_weight: NotNegative
+    cfg_weight: Guidance
     num_steps: Steps
     dtype: Literal["float16"]
 
@@ -145,9 +150,10 @@ CACHE_METADATA = JsonFormat(CACHE_FORMAT, CacheMetadata, CACHE_SCRIPT, cache_fau
 
 
 def cache_record(shapes: Mapping[str, Sequence[int]], dtype: str = "float16") -> Record:
-    """The arrays of a sample of the block cache, from the shapes of its boundaries and of modulation_input."""
+    """Return the arrays of a sample of the block cache, from the shapes of its boundaries and of modulation_input."""
     members = {key: Member((dtype,), tuple(shape), (FINITE,)) for key, shape in shapes.items()}
-    return Record(members | {"image_id": Member(("int32",), ()), "step_index": Member(("int32",), ())})
+    where = {"image_id": Member(INTEGERS, ()), "step_index": Member(INTEGERS, ()), CALIBRATION_RUN: OF_RUN}
+    return Record(members | where)
 
 
 def holds_ends(metadata: Mapping[str, Any]) -> bool:
@@ -177,20 +183,22 @@ def ends_of(arrays: Mapping[str, Any], first: Sequence[str]) -> dict[str, Any]:
 
 
 def check_cached_sample(
-    path: Path, image_id: int, step_index: int, shapes: Mapping[str, Sequence[int]], checked: bool,
+    path: Path, image_id: int, step_index: int, shapes: Mapping[str, Sequence[int]], checked: bool, run: str | None,
     remedy: str = CACHE_REMEDY, dtype: str = "float16",
 ) -> dict[str, np.ndarray]:  # fmt: skip
-    """The arrays of a sample of the cache, mapped. checked: verify checksums and that every value is finite.
+    """Return the arrays of a sample of the cache, mapped. checked: verify checksums and that every value is finite.
 
-    Raises StoreError when it is missing, damaged, or of another image, step or shape.
+    run: the calibration run of the cache, as its metadata says; None: not looked at. Raises StoreError when the file is missing, damaged, or of
+    another run, image, step or shape.
     """
-    arrays = map_npz(path, [*shapes, "image_id", "step_index"], remedy, checked)
+    arrays = map_npz(path, [*shapes, "image_id", "step_index"], remedy, checked, [] if run is None else [CALIBRATION_RUN])
     record = cache_record(shapes, dtype)
     if not checked:  # finiteness would read the data
         record = Record({key: member._replace(rules=()) for key, member in record.members.items()})
     fault = record.fault(arrays)
     if not fault and (arrays["image_id"], arrays["step_index"]) != (image_id, step_index):
         fault = f"image {arrays['image_id']}, step {arrays['step_index']}"
+    fault = fault or run_fault(arrays, run)
     if fault:
         raise StoreError(f"{path}: not the cached sample of image {image_id}, step {step_index} ({fault}); {remedy}")
     return arrays
@@ -218,17 +226,19 @@ def boundary_keys(names: Sequence[str]) -> dict[str, tuple[list[str], list[str]]
     return keys
 
 
-def cached_sample_arrays(image_id: int, step_index: int, boundaries: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What a sample file holds: the boundaries and modulation_input by key, and of which image and step they are."""
+def cached_sample_arrays(
+    image_id: int, step_index: int, boundaries: Mapping[str, np.ndarray], run: str | None
+) -> dict[str, np.ndarray]:
+    """Return what a sample file holds: the boundaries and modulation_input by key, and of which image, step and run they are."""
     where = {"image_id": np.int32(image_id), "step_index": np.int32(step_index)}
-    return {key: np.asarray(array) for key, array in boundaries.items()} | where
+    return {key: np.asarray(array) for key, array in boundaries.items()} | where | of_run(run)
 
 
 def write_cached_sample(
-    paths: BlockCachePaths, image_id: int, step_index: int, boundaries: Mapping[str, np.ndarray]
+    paths: BlockCachePaths, run: str, image_id: int, step_index: int, boundaries: Mapping[str, np.ndarray]
 ) -> None:
     """Write one sample; runs on the writer's thread while the next pass computes."""
-    write_npz(paths.sample(image_id, step_index), cached_sample_arrays(image_id, step_index, boundaries))
+    write_npz(paths.sample(image_id, step_index), cached_sample_arrays(image_id, step_index, boundaries, run))
 
 
 def write_cache_metadata(
@@ -325,7 +335,8 @@ def read_cached_block(
     shapes = {key: stored[key] for key in (*input_keys, *output_keys, "modulation_input")}
     for sample in metadata["samples"]:
         where = (sample["image_id"], sample["step_index"])
-        arrays = check_cached_sample(paths.root / sample["file"], *where, shapes, checked=False)
+        path, run = paths.root / sample["file"], metadata.get(CALIBRATION_RUN)
+        arrays = check_cached_sample(path, *where, shapes, checked=False, run=run)
         yield CachedBlock(
             *where,
             tuple(arrays[key] for key in input_keys),
@@ -353,14 +364,17 @@ def read_cached_ends(calib_dir: Path, metadata: Mapping[str, Any] | None = None)
     shapes, first = stored_shapes(metadata), block_keys(metadata, metadata["block_names"][0])[0]
     for sample in metadata["samples"]:
         where = (sample["image_id"], sample["step_index"])
-        arrays = check_cached_sample(paths.root / sample["file"], *where, shapes, checked=False)
+        path, run = paths.root / sample["file"], metadata.get(CALIBRATION_RUN)
+        arrays = check_cached_sample(path, *where, shapes, checked=False, run=run)
         yield CachedEnds(*where, tuple(arrays[key] for key in first), arrays[VELOCITY], arrays["modulation_input"])
 
 
-def is_cached(paths: BlockCachePaths, image_id: int, step_index: int, shapes: Mapping[str, Sequence[int]]) -> bool:
-    """Whether a sample of the block cache is on disk, whole (checksums included), with arrays of these shapes."""
+def is_cached(
+    paths: BlockCachePaths, run: str, image_id: int, step_index: int, shapes: Mapping[str, Sequence[int]]
+) -> bool:
+    """Return whether a sample of this run's cache is on the disk, whole (checksums included), with arrays of these shapes."""
     try:
-        check_cached_sample(paths.sample(image_id, step_index), image_id, step_index, shapes, checked=True)
+        check_cached_sample(paths.sample(image_id, step_index), image_id, step_index, shapes, checked=True, run=run)
     except StoreError:
         return False
     return True

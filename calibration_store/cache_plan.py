@@ -6,13 +6,13 @@ from typing import Any, Literal, TypedDict
 
 from calibration_store.block_cache import ALL, CACHE_FORMAT, CACHE_SCRIPT, ENDS, Boundaries
 from calibration_store.errors import OptionError
-from calibration_store.schema import Count, Digest, Index, JsonFormat, Steps
+from calibration_store.schema import Digest, Images, Index, JsonFormat, Steps
 
 
 class _CachePlan(TypedDict):
     format: Literal["adaround_cache_v2"]
     calibration_run: Digest
-    num_images: Count
+    num_images: Images
     stride: Steps
     blocks: str | None
     selected_image_ids: list[Index]

@@ -9,11 +9,10 @@ import orjson
 from msgspec import Meta
 
 from calibration_store.errors import StoreError
-from calibration_store.files import atomic_file, write_json
-from calibration_store.model_folder import Bounded
+from calibration_store.files import atomic_file, open_regular, write_json
 from calibration_store.names import LayerName
-from calibration_store.schema import Index, JsonFormat, NotNegative, Positive, distinct
-from calibration_store.statistics import metadata_fault
+from calibration_store.schema import CALIBRATION_RUN, Bounded, Index, JsonFormat, NotNegative, Positive, distinct
+from calibration_store.statistics import metadata_fault, sigma_fault
 
 W4A8_FORMAT = "per_timestep_quant_config_v4"
 MULTITIER_FORMAT = "per_timestep_quant_config_v3"
@@ -70,16 +69,19 @@ def config_fault(config: Config) -> str | None:
     if fault:
         return fault
     for name, migration in (config.get("outlier_config") or {}).items():
-        wide = [index for index, m in enumerate(migration["multiplier_vector"]) if m > 1]
-        if sorted(migration["outlier_indices"]) != wide or any(m != int(m) for m in migration["multiplier_vector"]):
-            return f"outlier_config: {name}: outlier_indices are not where multiplier_vector is above 1"
-    if "calibration_run" in metadata and list(config["per_timestep"]) != [str(s) for s in metadata["key_timesteps"]]:
+        multipliers, listed = migration["multiplier_vector"], set(migration["outlier_indices"])
+        wide = {index for index, m in enumerate(multipliers) if m > 1}
+        if not wide <= listed or any(index >= len(multipliers) for index in listed):  # a listed one may round to 1
+            return f"outlier_config: {name}: outlier_indices lack a channel whose multiplier is above 1, or name one that is not there"
+    if CALIBRATION_RUN not in metadata:
+        return None
+    if set(config["per_timestep"]) != {str(step) for step in metadata["key_timesteps"]}:
         return "per_timestep has not the steps of its metadata"
-    return None
+    return sigma_fault({key: config["sigma_map"][key] for key in config["per_timestep"]})
 
 
-W4A8_CONFIG = JsonFormat(W4A8_FORMAT, Config, "analyze_activations.py", config_fault)
-MULTITIER_CONFIG = JsonFormat(MULTITIER_FORMAT, Config, "analyze_activations_multitier.py", config_fault)
+W4A8_CONFIG = JsonFormat(W4A8_FORMAT, Config, "analyze_activations.py", config_fault, limit=2**31)
+MULTITIER_CONFIG = JsonFormat(MULTITIER_FORMAT, Config, "analyze_activations_multitier.py", config_fault, limit=2**31)
 ANALYZED_AGAIN = "run {} again to make it anew"
 
 
@@ -103,11 +105,8 @@ def refuse_other_format(path: Path, own_format: str, option: str) -> None:
     """Raise StoreError when `path` is a file that another stage wrote: an output never takes its place."""
     if not os.path.exists(path):
         return
-    try:
-        with path.open("rb") as file:
-            head = file.read(200)
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be read ({error.strerror}); give another {option}") from None
+    with open_regular(path, f"give another {option}", limit=None) as file:
+        head = file.read(200)
     if f'"format":"{own_format}"'.encode() not in head.replace(b'": "', b'":"'):
         raise StoreError(f"{path}: exists and is no {own_format} file; give another {option}")
 

@@ -11,7 +11,19 @@ from calibration_store.errors import StoreError
 from calibration_store.files import write_json
 from calibration_store.layout import EvaluationPaths
 from calibration_store.npz import read_npz, write_npz
-from calibration_store.schema import FINITE, Index, JsonFormat, Member, Record, Share, Steps
+from calibration_store.schema import (
+    FINITE,
+    Digest,
+    Index,
+    JsonFormat,
+    Member,
+    Name,
+    Record,
+    Seed,
+    Share,
+    Steps,
+    seed_fault,
+)
 
 EVALUATION_FORMAT = "evaluation_v1"
 EVALUATION_RUN = Record(
@@ -49,33 +61,44 @@ class VariantMetrics(TypedDict):
     worst_image: Index
 
 
-class Metrics(TypedDict):
-    """metrics.json, what is read of it; it says more."""
-
+class _Metrics(TypedDict):
     format: str
     prompts: list[str]
     num_steps: Steps
-    seed: Index
-    variants: dict[str, VariantMetrics]
+    seed: Seed
+    variants: dict[Name, VariantMetrics]
+
+
+class Metrics(_Metrics, total=False):
+    """metrics.json, what is read of it; it says more."""
+
+    calibration_run: Digest  # of the images in selected_image_ids: all that the run had; files of 0.8.0 have neither
+    selected_image_ids: list[Index]
+    weights_fingerprint: Digest | None
+    model_version: Name
 
 
 def metrics_fault(metrics: Metrics) -> str | None:
-    """What metrics.json's entries say of each other that cannot be."""
+    """Return what metrics.json's entries say of each other that cannot be."""
     count = len(metrics["prompts"])
     for name, variant in metrics["variants"].items():
         if len(variant["images"]) != count or variant["worst_image"] >= count:
             return f"variants: {name} has figures of {len(variant['images'])} images, and there are {count}"
-    return None
+        for key in ("psnr", "ssim", "flip"):
+            known = [variant[key][part] is None for part in ("mean", "median", "worst")]
+            if any(known) and not all(known):
+                return f"variants: {name}: {key} has some of mean, median and worst, and not all"
+    return seed_fault(metrics["seed"])
 
 
-METRICS = JsonFormat(EVALUATION_FORMAT, Metrics, "evaluate_quantization.py", metrics_fault)
+METRICS = JsonFormat(EVALUATION_FORMAT, Metrics, "evaluate_quantization.py", metrics_fault, flag="")
 
 
 def read_images(paths: EvaluationPaths, variant: str, count: int) -> np.ndarray | None:
     """The images (N, H, W, 3) uint8 that a variant drew; None where its file is not there. Raises StoreError for a damaged one."""
     remedy = "run evaluate_quantization.py again to make it anew"
     for path in paths.runs_of(variant):
-        arrays = read_npz(path, remedy)
+        arrays = read_npz(path, remedy, EVALUATION_RUN.names)
         fault = EVALUATION_RUN.fault(arrays, images=count)
         if fault:
             raise StoreError(f"{path}: not what a variant drew ({fault}); {remedy}")
@@ -89,7 +112,7 @@ def read_variant(path: Path, identity: str, images: int, states: int, latent_siz
     identity: what they follow from (a digest); states: of a trajectory, its start included.
     """
     try:
-        arrays = read_npz(path, "")
+        arrays = read_npz(path, "", EVALUATION_RUN.names)
     except StoreError:  # damaged: made anew
         return None
     height, width = latent_size

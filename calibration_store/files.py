@@ -2,11 +2,13 @@
 
 import contextlib
 import errno
+import hashlib
 import io
 import os
 import re
+import secrets
 import shutil
-import tempfile
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -20,9 +22,11 @@ from PIL import Image, PngImagePlugin
 from calibration_store.errors import StoreError, WriteError
 
 TEMP_SUFFIX = ".tmp"
+LARGEST = 256 * 2**20  # bytes of a file that is read as a whole, unless its kind has another limit
 
 
 def matching(folder: Path, pattern: str) -> list[Path]:
+    """Return the files in a folder whose names match a pattern, and the temporary ones of such names, sorted."""
     if not os.path.isdir(folder):
         return []
     temp = rf"\.(?:{pattern})\.[a-z0-9_]+{re.escape(TEMP_SUFFIX)}"
@@ -74,7 +78,7 @@ def require_space(
 
 
 def gigabytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.2f} MB"
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 @contextlib.contextmanager
@@ -85,24 +89,61 @@ def atomic_file(path: Path, durable: bool = True) -> Iterator[io.BufferedWriter]
 
     Raises WriteError for what the operating system refuses (full disk, missing right).
     """
-    temp = None
+    with replacements() as files, files.write(path, durable) as file:
+        yield file
+
+
+class Replacements:
+    """Files that take the places of others together: each is on the disk, under a temporary name, before the first is renamed."""
+
+    def __init__(self) -> None:
+        self.written: dict[Path, Path] = {}  # path -> the temporary file beside it, until they are renamed
+
+    @contextlib.contextmanager
+    def write(self, path: Path, durable: bool = True) -> Iterator[io.BufferedWriter]:
+        """Open a temporary file beside `path`; on success flush it to the disk, else remove it. Raises WriteError."""
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMP_SUFFIX}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "xb") as file:
+                self.written[path] = temporary
+                yield file
+                file.flush()
+                if durable:
+                    os.fsync(file.fileno())
+        except OSError as error:
+            raise WriteError(f"cannot write {path}: {refusal(error)}") from None
+
+    def rename(self) -> None:
+        """Put the files in their places, in the order in which they were written. Raises WriteError."""
+        for path, temporary in list(self.written.items()):
+            try:
+                os.replace(temporary, path)
+            except OSError as error:
+                raise WriteError(f"cannot write {path}: {refusal(error)}") from None
+            del self.written[path]
+
+    def discard(self) -> None:
+        """Remove the temporary files that are left."""
+        for temporary in self.written.values():
+            temporary.unlink(missing_ok=True)
+        self.written.clear()
+
+
+@contextlib.contextmanager
+def replacements() -> Iterator[Replacements]:
+    """Write several files in the block; at its end all of them appear, and after an error none does. Raises WriteError."""
+    files = Replacements()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temp = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMP_SUFFIX, dir=path.parent)
-        os.close(descriptor)
-        with open(temp, "wb") as file:
-            yield file
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())
-        os.chmod(temp, 0o644)
-        os.replace(temp, path)
-    except OSError as error:
-        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
-        raise WriteError(f"cannot write {path}: {reason}") from None
+        yield files
+        files.rename()
     finally:
-        if temp is not None:
-            Path(temp).unlink(missing_ok=True)
+        files.discard()
+
+
+def refusal(error: OSError) -> str:
+    """Return what the operating system says, a full disk in plain words."""
+    return "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error.strerror)
 
 
 @contextlib.contextmanager
@@ -118,6 +159,13 @@ def remove_file(path: Path) -> None:
         path.unlink(missing_ok=True)
     except OSError as error:
         raise WriteError(f"cannot remove {path}: {error.strerror}") from None
+
+
+def clear_temporaries(folder: Path, pattern: str) -> None:
+    """Remove the temporary files that a kill left of files whose names match a pattern. Raises WriteError."""
+    for path in matching(folder, pattern):
+        if path.suffix == TEMP_SUFFIX:
+            remove_file(path)
 
 
 def remove_folder(folder: Path, owned: Sequence[Path]) -> None:
@@ -137,12 +185,42 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def read_bytes(path: Path, remedy: str, absent: str = "not found") -> bytes:
-    """A file's content. Raises StoreError that says what the operating system says; `remedy` where the file is absent."""
+@contextlib.contextmanager
+def open_regular(path: Path, remedy: str, absent: str = "not found", limit: int | None = LARGEST) -> Iterator[io.BufferedReader]:
+    """Open a file for reading that is neither a pipe nor a device, and not larger than `limit` bytes.
+
+    Raises StoreError that says what the operating system says; `remedy` where the file is absent or too large.
+    """
     try:
-        return path.read_bytes()
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a pipe would wait for a writer
+            found = os.fstat(file.fileno())
+            if stat.S_ISDIR(found.st_mode):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            if not stat.S_ISREG(found.st_mode):
+                raise StoreError(f"{path}: a pipe or a device, not a file; {remedy}")
+            if limit is not None and found.st_size > limit:
+                raise StoreError(f"{path}: {gigabytes(found.st_size)}, more than such a file can have; {remedy}")
+            yield file
     except OSError as error:
         raise StoreError(f"{path}: {why_unreadable(path, error, remedy, absent)}") from None
+
+
+def read_bytes(path: Path, remedy: str, absent: str = "not found", limit: int | None = LARGEST) -> bytes:
+    """Return a file's content. Raises StoreError as `open_regular` does, and for what does not fit into memory."""
+    try:
+        with open_regular(path, remedy, absent, limit) as file:
+            return file.read()
+    except MemoryError:
+        raise StoreError(f"{path}: does not fit into memory; {remedy}") from None
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file. Raises StoreError when it cannot be read."""
+    digest = hashlib.sha256()
+    with open_regular(path, "make it anew", limit=None) as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def why_unreadable(path: Path, error: OSError, remedy: str, absent: str = "not found") -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import orjson
 
 from calibration_store.errors import StoreError
-from calibration_store.files import matching
+from calibration_store.files import clear_temporaries, matching, read_bytes
 from calibration_store.names import BLOCK_PATTERN
 from calibration_store.pictures import DRAWN_CHUNK, VARIANT_CHUNK, is_our_picture, listed_pictures
 
@@ -108,6 +108,11 @@ WRITTEN_BESIDE = {"layer_temporal_analysis.json", "layer_temporal_analysis_multi
 WRITTEN_BESIDE |= {"scale_over_sigma.png", "scale_map.png", "shift_map.png", "bit_map.png"}
 
 
+def clear_analysis_temporaries(config: Path) -> None:
+    """Remove what a kill of an analyzer left half-written beside a config."""
+    clear_temporaries(config.parent, "|".join(map(re.escape, (config.name, *WRITTEN_BESIDE))))
+
+
 def analysis_files(paths: ActivationPaths) -> list[Path]:
     """What stages 3A and 3A' made from the statistics in this folder.
 
@@ -116,12 +121,12 @@ def analysis_files(paths: ActivationPaths) -> list[Path]:
     found = []
     for config in (paths.quant_config, paths.multitier_config):
         try:
-            metadata = orjson.loads(config.read_bytes())["metadata"]
+            metadata = orjson.loads(read_bytes(config, "", limit=2**31))["metadata"]
             if not metadata["calibration_run"]:
                 continue
             names = set(metadata.get("written_with", [])) & WRITTEN_BESIDE
             files = [config, *(paths.root / name for name in sorted(names))]
-        except (OSError, ValueError, TypeError, KeyError):  # there is none, or it is not ours
+        except (StoreError, ValueError, TypeError, KeyError, RecursionError):  # there is none, or it is not ours
             continue
         found += [path for path in files if path.is_file()]
     return found
@@ -211,6 +216,13 @@ class EvaluationPaths:
         """The images and latents of one variant; identity says what they follow from."""
         return self.runs / f"{variant}_{identity[:16]}.npz"
 
+    def clear_temporaries(self) -> None:
+        """Remove what a kill left half-written, of every variant."""
+        clear_temporaries(self.root, r"metrics\.json|(grid|error_over_steps)\.png")
+        clear_temporaries(self.runs, r".+_[0-9a-f]{16}\.npz")
+        for folder, _ in self.image_folders():
+            clear_temporaries(folder, r"\d{4,}\.png")
+
     def runs_of(self, variant: str) -> list[Path]:
         """Every file of one variant, half-written temporary ones included."""
         return matching(self.runs, rf"{re.escape(variant)}_[0-9a-f]{{16}}\.npz")
@@ -222,6 +234,10 @@ class ReportPaths:
     def __init__(self, root: Path):
         self.root = root
         self.page = root / "index.html"
+
+    def clear_temporaries(self) -> None:
+        """Remove what a kill left half-written."""
+        clear_temporaries(self.root, re.escape(self.page.name))
 
 
 # hub models of which DiffusionKit has a 4-bit file, and its name
@@ -269,6 +285,10 @@ class DrawingPaths:
     def image(self, index: int, compared: bool = False) -> Path:
         """Image `index`, or that of the model that it is compared with."""
         return self.root / f"{index:04d}{'_compared' if compared else ''}.png"
+
+    def clear_temporaries(self) -> None:
+        """Remove what a kill left half-written."""
+        clear_temporaries(self.root, r"\d{4,}(_compared)?\.png|compare\.png")
 
     def refuse_foreign_files(self, count: int, compared: bool) -> None:
         """Raise StoreError where one of `count` images (or what is compared) would take the place of a file that is not ours."""

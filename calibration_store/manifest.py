@@ -12,18 +12,22 @@ from msgspec import Meta
 from calibration_store.errors import StoreError
 from calibration_store.files import sync_folder, write_json
 from calibration_store.layout import CalibrationPaths
+from calibration_store.limits import MOST_LORA_SCALE
 from calibration_store.schema import (
     Count,
     Digest,
+    Guidance,
+    Images,
     Index,
     JsonFormat,
     Name,
-    NotNegative,
     Positive,
+    Prompt,
     RelativePath,
     Seed,
     Side,
     Steps,
+    seed_fault,
 )
 
 MANIFEST_FORMAT = "calibration_manifest_v1"
@@ -32,10 +36,10 @@ GENERATE = "generate_calibration_data.py"
 
 class ImageEntry(TypedDict):
     image_id: Index
-    prompt: Name
+    prompt: Prompt
     negative_prompt: str
     seed: Seed
-    cfg_weight: NotNegative
+    cfg_weight: Guidance
     num_steps: Steps
     filename: RelativePath | None
 
@@ -44,17 +48,17 @@ class _Manifest(TypedDict):
     format: Literal["calibration_manifest_v1"]
     model_version: Name
     num_steps: Steps
-    cfg_scale: NotNegative
+    cfg_scale: Guidance
     negative_prompt: str
     latent_size: tuple[Side, Side]
     use_t5: bool
     sampler_shift: Positive
-    seed_base: Annotated[int, Meta(ge=0, le=2**31)]
+    seed_base: Seed
     activation_dtype: Literal["float16", "bfloat16", "float32"]
     stride: Steps
     batch_size: Count
     save_images: bool
-    num_images: Count
+    num_images: Images
     n_completed: Index
     prompts_sha256: Digest
     package_versions: dict[str, str]
@@ -63,7 +67,7 @@ class _Manifest(TypedDict):
 
 class LoraEntry(TypedDict):
     file: Name
-    scale: Annotated[float, Meta(ge=-1e3, le=1e3)]
+    scale: Annotated[float, Meta(ge=-MOST_LORA_SCALE, le=MOST_LORA_SCALE)]
 
 
 class Manifest(_Manifest, total=False):
@@ -82,6 +86,8 @@ SHARED_WITH_IMAGES = {"cfg_weight": "cfg_scale", "negative_prompt": "negative_pr
 def manifest_fault(manifest: Manifest) -> str | None:
     """What a manifest's entries say of each other that cannot be."""
     images = manifest["images"]
+    if seed_fault(manifest["seed_base"] + manifest["num_images"] - 1):
+        return f"seeds of {manifest['num_images']} images from {manifest['seed_base']} are above 2^64 - 1"
     if not len(images) == manifest["n_completed"] <= manifest["num_images"]:
         return f"{len(images)} images, n_completed {manifest['n_completed']}, num_images {manifest['num_images']}"
     shared = {key: manifest[name] for key, name in SHARED_WITH_IMAGES.items()}
@@ -104,7 +110,7 @@ def manifest_fault(manifest: Manifest) -> str | None:
     return None
 
 
-MANIFEST = JsonFormat(MANIFEST_FORMAT, Manifest, GENERATE, manifest_fault)
+MANIFEST = JsonFormat(MANIFEST_FORMAT, Manifest, GENERATE, manifest_fault, limit=2**30)
 
 
 def stored_dtype(activation_dtype: str) -> str:
@@ -143,8 +149,20 @@ def run_identity(manifest: Mapping[str, Any], image_ids: Iterable[int]) -> str:
     missing = [image_id for image_id in used if image_id not in prompts]
     if missing:
         raise StoreError(f"the calibration run has no image {missing[0]}; finish it with {GENERATE} --resume")
+    return _identity(manifest, [[image_id, prompts[image_id]] for image_id in used])
+
+
+def image_identity(manifest: Mapping[str, Any], image_id: int) -> str | None:
+    """Return `run_identity` of one image: what its samples follow from, however the run grows. None where the run lacks it."""
+    images = manifest["images"]
+    at_its_place = image_id < len(images) and images[image_id]["image_id"] == image_id
+    found = images[image_id : image_id + 1] if at_its_place else [i for i in images if i["image_id"] == image_id]
+    return _identity(manifest, [[image_id, found[0]["prompt"]]]) if found else None
+
+
+def _identity(manifest: Mapping[str, Any], prompts: Sequence[Sequence[int | str]]) -> str:
     keys = [list(v) if isinstance(v := manifest.get(key), tuple) else v for key in IDENTITY_KEYS]
-    return hashlib.sha256(orjson.dumps([keys, [[image_id, prompts[image_id]] for image_id in used]])).hexdigest()
+    return hashlib.sha256(orjson.dumps([keys, prompts])).hexdigest()
 
 
 def same_run(manifest: Mapping[str, Any], made_from: Mapping[str, Any]) -> bool:

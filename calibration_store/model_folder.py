@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
 
 import msgspec
+import orjson
 from msgspec import Meta
 from safetensors import SafetensorError, safe_open
 
 from calibration_store.errors import StoreError
-from calibration_store.files import read_bytes, why_unreadable
-from calibration_store.schema import Count, Digest, Index, JsonFormat, Name, NotNegative, Positive, Side, distinct
+from calibration_store.files import open_regular, read_bytes, why_unreadable
+from calibration_store.names import LayerName
+from calibration_store.schema import Count, Digest, Guidance, Index, JsonFormat, Name, Positive, Side, distinct
 
 BUNDLED_MODEL = "sd3-emoji"
 LAYOUT = f"models/{BUNDLED_MODEL} shows the layout of a model folder"
@@ -25,7 +27,9 @@ LOCAL_FILES = ("mmdit", "clip_l", "clip_g", "decoder")
 HEAD_WIDTH = 64  # of SD3's transformer and of CLIP, whatever their size
 TEXT_WIDTH = 4096  # DiffusionKit pads the features of both text encoders to it
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
-Bounded = Annotated[float, Meta(ge=-1e6, le=1e6)]
+LatentShift = Annotated[float, Meta(ge=-1e6, le=1e6)]  # of a VAE
+Shift = Annotated[float, Meta(ge=1e-3, le=1e3)]  # of a sampler's schedule
+MOST_POSITIONS = 4096  # of the table of positions, each way
 PACKED_BITS, PACKED_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)  # what MLX runs natively
 Depth = Annotated[int, Meta(ge=1, le=256)]
 
@@ -34,7 +38,7 @@ class _TransformerConfig(TypedDict):
     depth_multimodal: Depth
     num_heads: Depth
     hidden_size: Side
-    max_latent_resolution: Side
+    max_latent_resolution: Annotated[int, Meta(ge=1, le=MOST_POSITIONS)]
     pooled_text_embed_dim: Side
     token_level_text_embed_dim: Literal[4096]
     patch_size: Annotated[int, Meta(ge=1, le=16)]
@@ -75,7 +79,7 @@ class VaeConfig(TypedDict):
 
 class LatentFormat(TypedDict):
     scale_factor: Positive
-    shift_factor: Bounded
+    shift_factor: LatentShift
 
 
 class _ModelConfig(TypedDict):
@@ -85,13 +89,11 @@ class _ModelConfig(TypedDict):
     vae: VaeConfig
     latent_format: LatentFormat
     latent_size: tuple[Side, Side]
-    sampler_shift: Positive
-    default_cfg_weight: NotNegative
+    sampler_shift: Shift
+    default_cfg_weight: Guidance
 
 
-class Export(TypedDict):
-    """What stage 5 notes in config.json: what was quantized, from which model and run, and what it wrote."""
-
+class _Export(TypedDict):
     format: Literal["quantized_model_v1"]
     weights: Name  # as stage 4's variants: w4-adaround, w4-rtn-g64
     weight_bits: Literal[2, 3, 4, 5, 6, 8]
@@ -102,7 +104,15 @@ class Export(TypedDict):
     calibration_run: Digest | None
     selected_image_ids: list[Index]
     adaround_weights: Digest | None  # of the metadata.json that the codes belong to
-    files: dict[str, Digest]  # part -> fingerprint of its weight file
+    files: dict[str, Digest]  # role (`role_of`) -> fingerprint of the file
+
+
+class Export(_Export, total=False):
+    """What stage 5 notes in config.json: what was quantized, from which model and run, and what it wrote."""
+
+    config: Digest  # of config.json without this entry; exports of 0.8.0 have none
+    layer_bits: dict[LayerName, Annotated[int, Meta(ge=2, le=8)]]
+    excluded: list[LayerName]
 
 
 class ModelConfig(_ModelConfig, total=False):
@@ -169,10 +179,12 @@ VOCABULARY = JsonFormat(None, dict[str, Index], "", lambda vocabulary: distinct(
 def read_model_config(folder: Path) -> dict[str, Any]:
     """config.json, checked; keys that the toolkit does not know are kept, but in the networks' sections. Raises StoreError in one line."""
     path = config_file(folder)
-    content = read_bytes(path, LAYOUT)
-    based = b'"base_model"' in content
+    based = b'"base_model"' in read_bytes(path, LAYOUT)
     (BASED_CONFIG if based else MODEL_CONFIG).read(path, LAYOUT)
-    config = msgspec.json.decode(content)
+    try:
+        config = msgspec.json.decode(read_bytes(path, LAYOUT))
+    except (ValueError, RecursionError) as error:  # in an entry that no schema looks at
+        raise StoreError(f"{path}: not valid JSON ({error}); {LAYOUT}") from None
     for section, known in (
         () if based else (("mmdit", TransformerConfig), ("clip_l", ClipConfig), ("clip_g", ClipConfig))
     ):
@@ -222,6 +234,27 @@ def weight_file(folder: Path, part: str) -> Path:
     return folder / f"{part}.safetensors"
 
 
+DECIDING_FILES = ("vocab.json", "merges.txt", "activations.json")  # of an export's images, beside weights and config.json
+
+
+def role_of(path: Path) -> str | None:
+    """Return what a file of an export is called in its note: a part, or its name; None for one that decides no image."""
+    if path.stem in LOCAL_FILES and path.suffix == ".safetensors":
+        return path.stem
+    return path.name if path.name in DECIDING_FILES else None
+
+
+def path_of(folder: Path, role: str) -> Path:
+    """Return the file of a role: the inverse of `role_of`."""
+    return folder / role if role in DECIDING_FILES else weight_file(folder, role)
+
+
+def config_digest(config: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of config.json without its `export` entry, whatever the order of its keys."""
+    own = {key: value for key, value in config.items() if key != "export"}
+    return hashlib.sha256(orjson.dumps(own, option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
 def captions_file(folder: Path) -> Path | None:
     """Prompts that the model was made for, if it brings any."""
     path = folder / "captions.txt"
@@ -235,13 +268,44 @@ def missing_files(folder: Path, based: bool = False) -> list[str]:
 
 def check_exported(folder: Path, config: Mapping[str, Any]) -> None:
     """Whether an exported folder's weight files are those that were exported. Raises StoreError in one line."""
-    for part, digest in config.get("export", {}).get("files", {}).items():
-        path = weight_file(folder, part)
-        if weights_fingerprint({part: path}) != digest:
-            raise StoreError(
-                f"{path}: not what was exported (damaged, or exchanged); run export_quantized_model.py with --force, "
-                "or copy the whole folder again"
-            )
+    note = config.get("export", {})
+    wrong = [
+        path
+        for role, digest in note.get("files", {}).items()
+        if weights_fingerprint({role: (path := path_of(folder, role))}) != digest
+    ]
+    if note.get("config", config_digest(config)) != config_digest(config):
+        wrong.append(config_file(folder))
+    fault = packed_fault(config, weight_shapes(weight_file(folder, "mmdit"))) if note else None
+    if fault:
+        raise StoreError(f"{config_file(folder)}: {fault}; run export_quantized_model.py with --force")
+    if wrong:
+        raise StoreError(
+            f"{wrong[0]}: not what was exported (damaged, or exchanged); run export_quantized_model.py with --force, "
+            "or copy the whole folder again"
+        )
+
+
+def packed_fault(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Return what the packed arrays of an export contradict in its config.json, or None.
+
+    A layer of b bits in groups of g has 32-bit words (out, in · b / 32) and scales (out, in / g).
+    """
+    quantization, note = config["quantization"], config["export"]
+    allowed = {note["weight_bits"], *note.get("layer_bits", {}).values()}
+    rest = {"r8": 8, "all": 4}.get(note["weights"].rpartition("-")[2])
+    found = set()
+    for name, shape in shapes.items():
+        layer = name.removesuffix(".scales")
+        if layer == name or f"{layer}.weight" not in shapes:
+            continue
+        own = quantization.get(layer, quantization)
+        if not own or shapes[f"{layer}.weight"][-1] * 32 != shape[-1] * own["group_size"] * own["bits"]:
+            return f"quantization: {layer} is not packed with the bits and group size that it says"
+        found.add(own["bits"])
+    if not found <= allowed | {rest} or note["weight_bits"] not in found:
+        return f"export: weight_bits {note['weight_bits']} over layers of {', '.join(map(str, sorted(found)))} bits"
+    return None
 
 
 def check_weight_file(path: Path) -> None:
@@ -250,18 +314,29 @@ def check_weight_file(path: Path) -> None:
 
 
 def weight_sizes(path: Path) -> dict[str, tuple[str, int]]:
-    """{name: (dtype as safetensors spells it, elements)} of a safetensors file, from its header. Raises StoreError."""
+    """Return {name: (dtype as safetensors spells it, elements)} of a safetensors file, from its header. Raises StoreError."""
+    return {name: (dtype, math.prod(shape)) for name, (dtype, shape) in _weight_header(path).items()}
+
+
+def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return {name: shape} of a safetensors file, from its header. Raises StoreError."""
+    return {name: shape for name, (_, shape) in _weight_header(path).items()}
+
+
+def _weight_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    with open_regular(path, LAYOUT, limit=None):
+        pass  # no pipe, no device
     try:
         with safe_open(path, "numpy") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            sizes = {name: (each.get_dtype(), math.prod(each.get_shape())) for name, each in slices.items()}
+            header = {name: (each.get_dtype(), tuple(each.get_shape())) for name, each in slices.items()}
     except OSError as error:
         raise StoreError(f"{path}: {why_unreadable(path, error, LAYOUT)}") from None
-    except SafetensorError as error:
+    except (SafetensorError, MemoryError) as error:  # a file that claims more than can be mapped
         raise StoreError(f"{path}: truncated or damaged ({error}); copy or download it again") from None
-    if not sizes:
+    if not header:
         raise StoreError(f"{path}: holds no weights; copy or download it again")
-    return sizes
+    return header
 
 
 WHOLE_FILE = 64 * 2**20  # bytes up to which a file is hashed as a whole
@@ -276,21 +351,17 @@ def weights_fingerprint(files: Mapping[str, Path]) -> str:
     """
     digest = hashlib.sha256()
     for role in sorted(files):
-        path = files[role]
-        try:
-            size = path.stat().st_size
+        with open_regular(files[role], LAYOUT, limit=None) as file:
+            size = os.fstat(file.fileno()).st_size
             digest.update(f"{role} {size}\n".encode())
-            with path.open("rb") as file:
-                if size <= WHOLE_FILE:
-                    digest.update(file.read())
-                    continue
-                header = int.from_bytes(file.read(8), "little")
-                digest.update(file.read(min(header, WHOLE_FILE)))
-                for sample in range(SAMPLES):
-                    file.seek((size - SAMPLE_BYTES) * sample // (SAMPLES - 1), os.SEEK_SET)
-                    digest.update(file.read(SAMPLE_BYTES))
-        except OSError as error:
-            raise StoreError(f"{path}: {why_unreadable(path, error, LAYOUT)}") from None
+            if size <= WHOLE_FILE:
+                digest.update(file.read())
+                continue
+            header = int.from_bytes(file.read(8), "little")
+            digest.update(file.read(min(header, WHOLE_FILE)))
+            for sample in range(SAMPLES):
+                file.seek((size - SAMPLE_BYTES) * sample // (SAMPLES - 1), os.SEEK_SET)
+                digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from calibration_store.errors import StoreError
-from calibration_store.files import atomic_file, read_bytes, why_unreadable
+from calibration_store.files import atomic_file, open_regular, read_bytes
 
 
 def write_npz(path: Path, arrays: Mapping[str, np.ndarray], durable: bool = True) -> None:
@@ -83,27 +83,42 @@ def npz_bytes(arrays: Mapping[str, np.ndarray]) -> int:
     return size + sum(_CENTRAL_HEADER.size + len(key) + 4 for key in arrays) + 22
 
 
-# what damaged bytes raise in zipfile, NumPy's header parser and the file system
+# what damaged bytes raise in zipfile, NumPy's header parser (which runs out of memory or depth) and the file system
 NPZ_ERRORS = (
     ValueError, TypeError, IndexError, OSError, EOFError, AttributeError, RuntimeError, NotImplementedError, struct.error,
-    tokenize.TokenError, zipfile.BadZipFile, zlib.error,
+    tokenize.TokenError, zipfile.BadZipFile, zlib.error, MemoryError, RecursionError,
 )  # fmt: skip
+LARGEST_NPZ = 16 * 2**30  # bytes of a file that is read as a whole; what compressed members may unpack to is a quarter
+HEADER_BYTES = 2**14  # more than the header of an .npy file takes
+NPY_MAGIC = b"\x93NUMPY"
 
 
-def read_npz(path: Path, remedy: str, wanted: Callable[[str], bool] = lambda key: True) -> dict[str, np.ndarray]:
+def read_npz(path: Path, remedy: str, wanted: Callable[[str], bool], limit: int = LARGEST_NPZ) -> dict[str, np.ndarray]:
     """Read the arrays of an NPZ whose keys are wanted, checksums included; read-only; pickled arrays are refused.
 
-    np.load takes 0.1 ms a member, most of it for parsing headers and copying: too long for the thousands of
-    members of statistics. Raises StoreError with `remedy` (what to run) when the file is missing or damaged.
+    limit: bytes that the file may have, and that its arrays may have together; no other member is unpacked. np.load takes
+    0.1 ms a member, most of it for parsing headers and copying: too long for the thousands of members of statistics.
+    Raises StoreError with `remedy` (what to run) when the file is missing, damaged or larger.
     """
-    arrays = {}
-    content = read_bytes(path, remedy, "missing")
+    return npz_arrays(path, read_bytes(path, remedy, "missing", limit), remedy, wanted, limit // 4)
+
+
+def npz_arrays(
+    path: Path, content: bytes, remedy: str, wanted: Callable[[str], bool], limit: int
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """Return the wanted arrays of an NPZ whose content is known; limit: bytes that compressed members may unpack to."""
+    arrays, left = {}, limit
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             for member in archive.infolist():
                 key = member.filename.removesuffix(".npy")
-                if wanted(key):
-                    arrays[key] = _npy_array(_member_bytes(content, member))
+                if not wanted(key):
+                    continue
+                if member.compress_type != zipfile.ZIP_STORED:
+                    left -= member.file_size
+                if left < 0:
+                    raise ValueError("more than such a file holds")
+                arrays[key] = _npy_array(_member_bytes(content, member))
     except NPZ_ERRORS as error:
         pickled = "Object arrays cannot be loaded" in str(error)
         what = "holds a pickled array, which is not read" if pickled else "truncated or damaged"
@@ -112,11 +127,14 @@ def read_npz(path: Path, remedy: str, wanted: Callable[[str], bool] = lambda key
 
 
 def _member_bytes(content: bytes | memoryview, member: zipfile.ZipInfo, checked: bool = True) -> memoryview:
-    """The data of one member, its checksum verified."""
+    """Return the data of one member, its checksum verified. A compressed one is unpacked when its header fits its size."""
     names = struct.unpack_from("<HH", content, member.header_offset + 26)
     start = member.header_offset + _LOCAL_HEADER.size + sum(names)
     data = memoryview(content)[start : start + member.compress_size]
     if member.compress_type == zipfile.ZIP_DEFLATED:
+        head = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, HEADER_BYTES)
+        begin, shape, dtype, _ = _npy_head(memoryview(head))
+        _check_size(member.file_size - begin, shape, dtype)
         data = memoryview(zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, member.file_size + 1))
     elif member.compress_type != zipfile.ZIP_STORED:
         raise NotImplementedError(f"compression method {member.compress_type}")
@@ -125,15 +143,29 @@ def _member_bytes(content: bytes | memoryview, member: zipfile.ZipInfo, checked:
     return data
 
 
-def _npy_array(data: memoryview) -> np.ndarray:
-    """The array of a whole .npy file, without a copy."""
-    size, start = struct.unpack_from("<H", data, 8)[0] if data[6] == 1 else struct.unpack_from("<L", data, 8)[0], 10
-    start += 0 if data[6] == 1 else 2
+def _npy_head(data: memoryview) -> tuple[int, tuple[int, ...], np.dtype, bool]:
+    """Return (where the data begin, shape, dtype, Fortran order) of an .npy file."""
+    if bytes(data[:6]) != NPY_MAGIC:
+        raise ValueError("no .npy file")
+    size, start = (struct.unpack_from("<H", data, 8)[0], 10) if data[6] == 1 else (struct.unpack_from("<L", data, 8)[0], 12)
+    if size > HEADER_BYTES:
+        raise ValueError(f"a header of {size} bytes")
     shape, fortran, dtype = _npy_layout(bytes(data[: start + size]))
-    if min(shape, default=0) < 0 or len(data) - start - size != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"{len(data) - start - size} bytes for shape {shape} of {dtype}")
-    array = np.frombuffer(data, dtype, math.prod(shape), start + size)
-    return array.reshape(shape, order="F" if fortran else "C")
+    return start + size, shape, dtype, fortran
+
+
+def _check_size(found: int, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    """Raise ValueError unless an array of this shape takes the bytes that were found."""
+    if min(shape, default=0) < 0 or found != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{found} bytes for shape {shape} of {dtype}")
+
+
+def _npy_array(data: memoryview) -> np.ndarray:
+    """Return the array of a whole .npy file, without a copy; big-endian ones, which MLX does not know, are converted."""
+    begin, shape, dtype, fortran = _npy_head(data)
+    _check_size(len(data) - begin, shape, dtype)
+    array = np.frombuffer(data, dtype, math.prod(shape), begin).reshape(shape, order="F" if fortran else "C")
+    return array if dtype.isnative else array.astype(dtype.newbyteorder("="))
 
 
 @functools.lru_cache
@@ -147,25 +179,25 @@ def _npy_layout(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
     return shape, fortran, dtype
 
 
-def map_npz(path: Path, keys: Sequence[str], remedy: str, checked: bool = False) -> dict[str, np.ndarray]:
-    """Members of an uncompressed NPZ, mapped read-only where they lie in the file: only what is used is read.
+def map_npz(
+    path: Path, keys: Sequence[str], remedy: str, checked: bool = False, optional: Sequence[str] = ()
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """Return members of an uncompressed NPZ, mapped read-only where they lie in the file: only what is used is read.
 
-    checked: verify the members' checksums, which reads them. Raises StoreError when the file or a member is missing or
-    damaged, or when members are compressed.
+    checked: verify the members' checksums, which reads them. optional: members that the file may lack. Raises StoreError
+    when the file or a member is missing or damaged, or when members are compressed.
     """
     arrays = {}
     try:
-        with zipfile.ZipFile(path) as archive:
-            content = memoryview(np.memmap(path, np.uint8, "r"))
-            for key in keys:
+        with open_regular(path, remedy, "missing", None) as file, zipfile.ZipFile(file) as archive:
+            content = memoryview(np.memmap(file, np.uint8, "r"))
+            for key in [*keys, *(key for key in optional if f"{key}.npy" in archive.NameToInfo)]:
                 member = archive.getinfo(f"{key}.npy")
                 if member.compress_type != zipfile.ZIP_STORED:
                     raise StoreError(f"{path}: compressed members cannot be mapped; {remedy}")
                 arrays[key] = _npy_array(_member_bytes(content, member, checked))
     except KeyError as error:
         raise StoreError(f"{path}: {error.args[0]}; {remedy}") from None
-    except OSError as error:
-        raise StoreError(f"{path}: {why_unreadable(path, error, remedy, 'missing')}") from None
     except NPZ_ERRORS as error:
         raise StoreError(f"{path}: truncated or damaged ({error}); {remedy}") from None
     return arrays

@@ -12,11 +12,14 @@ from calibration_store.layout import ActivationPaths
 from calibration_store.names import LAYER
 from calibration_store.npz import read_npz, write_npz
 from calibration_store.schema import (
+    CALIBRATION_RUN,
     FINITE,
     NOT_NEGATIVE,
+    OF_RUN,
     POSITIVE,
-    Count,
+    TEXT,
     Digest,
+    Images,
     Index,
     JsonFormat,
     Member,
@@ -25,6 +28,8 @@ from calibration_store.schema import (
     Rule,
     Steps,
     distinct,
+    of_run,
+    run_fault,
 )
 
 PARTIAL_FORMAT = "activation_partials_v2"
@@ -33,7 +38,7 @@ PARTIAL_FORMAT = "activation_partials_v2"
 class _Collection(TypedDict):
     format: Literal["activation_partials_v2"]
     calibration_run: Digest
-    num_images: Count
+    num_images: Images
     stride: Steps
     selected_image_ids: list[Index]
     key_timesteps: list[Index]
@@ -97,7 +102,8 @@ PARTIAL = Record(
     {
         "image_id": Member(("int32",), ()),
         "step_index": Member(("int32",), ()),
-        "layers": Member(tuple(f"str{32 * n}" for n in range(1, 129)), ("layers",), (LAYERS,)),
+        CALIBRATION_RUN: OF_RUN,
+        "layers": Member(TEXT, ("layers",), (LAYERS,)),
         "inputs": Member(("int32",), ("layers",), (NOT_NEGATIVE,)),
         "channels": Member(("int32",), ("inputs",), (POSITIVE,)),
         "limits": Member(("float32",), (2, "channels"), (FINITE,)),
@@ -130,17 +136,17 @@ PARTIAL = Record(
 )  # fmt: skip
 
 
-def write_partial(paths: ActivationPaths, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write one pass's statistics (arrays: PARTIAL) where its image and step belong."""
-    write_npz(paths.partial(int(arrays["image_id"]), int(arrays["step_index"])), arrays)
+def write_partial(paths: ActivationPaths, arrays: Mapping[str, np.ndarray], run: str) -> None:
+    """Write one pass's statistics (arrays: PARTIAL) of a calibration run where its image and step belong."""
+    write_npz(paths.partial(int(arrays["image_id"]), int(arrays["step_index"])), {**arrays, **of_run(run)})
 
 
-def read_partial(paths: ActivationPaths, image_id: int, step_index: int) -> dict[str, np.ndarray]:
-    """The statistics of one pass (arrays: PARTIAL). Raises StoreError that names the file."""
+def read_partial(paths: ActivationPaths, run: str, image_id: int, step_index: int) -> dict[str, np.ndarray]:
+    """Return the statistics of one pass (arrays: PARTIAL). Raises StoreError that names the file."""
     path = paths.partial(image_id, step_index)
     remedy = f"run {COLLECT} with --resume to make it anew"
-    arrays = read_npz(path, remedy)
-    fault = PARTIAL.fault(arrays)
+    arrays = read_npz(path, remedy, PARTIAL.names)
+    fault = PARTIAL.fault(arrays) or run_fault(arrays, run)
     if fault:
         raise StoreError(f"{path}: not a partial result ({fault}); {remedy}")
     if (arrays["image_id"], arrays["step_index"]) != (image_id, step_index):
@@ -148,10 +154,12 @@ def read_partial(paths: ActivationPaths, image_id: int, step_index: int) -> dict
     return arrays
 
 
-def is_partial_complete(paths: ActivationPaths, image_id: int, step_index: int, channels_of: Mapping[str, int]) -> bool:
-    """Whether the result of one pass is on disk, valid, and of a model whose layers have these inputs."""
+def is_partial_complete(
+    paths: ActivationPaths, run: str, image_id: int, step_index: int, channels_of: Mapping[str, int]
+) -> bool:
+    """Return whether the result of one pass is on the disk, valid, of this run, and of a model whose layers have these inputs."""
     try:
-        arrays = read_partial(paths, image_id, step_index)
+        arrays = read_partial(paths, run, image_id, step_index)
     except StoreError:
         return False
     found = {str(name): int(arrays["channels"][i]) for name, i in zip(arrays["layers"], arrays["inputs"], strict=True)}

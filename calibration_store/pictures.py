@@ -1,19 +1,42 @@
 """Stage 1's pictures: each says in text chunks what it is of, which makes it ours and tells it from another image's."""
 
-from collections.abc import Mapping
+import contextlib
+import io
+import struct
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import orjson
 from PIL import Image
 
-from calibration_store.files import TEMP_SUFFIX
+from calibration_store.errors import StoreError
+from calibration_store.files import TEMP_SUFFIX, read_bytes
 
 # A picture says what it is of, in text chunks: that makes it ours, and tells one image's picture from another's.
 OUR_CHUNK = "calibration_image"
 DRAWN_CHUNK = "drawn_image"
 VARIANT_CHUNK = "variant"  # of an image that stage 4 wrote
-PICTURE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises for damaged files
+PICTURE_ERRORS = (OSError, SyntaxError, ValueError, struct.error, MemoryError)  # what PIL raises for damaged files
+PNG_HEAD = struct.Struct(">8s4x4s2L")  # signature, IHDR, width, height
+MOST_PIXELS = 2**26
+
+
+@contextlib.contextmanager
+def opened_png(path: Path, remedy: str, most_pixels: int = MOST_PIXELS) -> Iterator[Image.Image]:
+    """Open a PNG, nothing else, of at most so many pixels; it is decoded when it is used.
+
+    Raises StoreError in one line: missing, no regular file, no PNG, larger, or damaged where the block finds it so.
+    """
+    content = read_bytes(path, remedy)
+    try:
+        signature, chunk, width, height = PNG_HEAD.unpack_from(content)
+        if (signature, chunk) != (b"\x89PNG\r\n\x1a\n", b"IHDR") or width * height > most_pixels:
+            raise ValueError("no PNG of this size")
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as picture:
+            yield picture
+    except PICTURE_ERRORS:
+        raise StoreError(f"{path}: damaged, or no PNG of at most {most_pixels} pixels; {remedy}") from None
 
 
 def picture_chunks(image: Mapping[str, Any]) -> dict[str, str]:
@@ -49,9 +72,9 @@ def drawing_chunks(
 def listed_pictures(manifest: Path) -> set[str]:
     """Names of the PNG files that a manifest of any version lists."""
     try:
-        images = orjson.loads(manifest.read_bytes())["images"]
+        images = orjson.loads(read_bytes(manifest, ""))["images"]
         return {Path(image["filename"]).name for image in images if image["filename"]}
-    except (OSError, ValueError, TypeError, KeyError):  # none, or damaged: it lists nothing
+    except (StoreError, ValueError, TypeError, KeyError, RecursionError):  # none, or damaged: it lists nothing
         return set()
 
 
@@ -60,20 +83,25 @@ def is_our_picture(path: Path, chunk: str = OUR_CHUNK) -> bool:
     if path.suffix == TEMP_SUFFIX:
         return True
     try:
-        with Image.open(path) as picture:
-            return chunk in picture.text if picture.format == "PNG" else False
-    except PICTURE_ERRORS:
+        with opened_png(path, "") as picture:
+            return chunk in picture.text
+    except StoreError:
         return False
 
 
 def is_picture(path: Path, image: Mapping[str, Any], size: tuple[int, int]) -> bool:
     """Whether a file is the whole PNG of this image, size (width, height)."""
     try:
-        with Image.open(path) as picture:
-            if picture.format != "PNG" or picture.size != size or picture.mode != "RGB":
+        with opened_png(path, "", size[0] * size[1]) as picture:
+            if picture.size != size or picture.mode != "RGB":
                 return False
             picture.load()
-            chunks = picture_chunks(image)
-            return {key: picture.text.get(key) for key in chunks} == chunks
-    except PICTURE_ERRORS:
+            return is_of(picture, image)
+    except StoreError:
         return False
+
+
+def is_of(picture: Image.Image, image: Mapping[str, Any]) -> bool:
+    """Return whether a picture says that it is of this image, its entry in the manifest."""
+    chunks = picture_chunks(image)
+    return {key: picture.text.get(key) for key in chunks} == chunks

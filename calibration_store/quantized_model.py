@@ -8,11 +8,11 @@ import orjson
 from msgspec import Meta
 
 from calibration_store.errors import StoreError
-from calibration_store.files import atomic_file, read_bytes
+from calibration_store.files import read_bytes
 from calibration_store.layout import QuantizedModelPaths
 from calibration_store.model_folder import read_model_config
 from calibration_store.names import LayerName
-from calibration_store.schema import Bounded, JsonFormat, NotNegative, Positive, StepKey
+from calibration_store.schema import Bounded, JsonFormat, NotNegative, Positive, StepKey, distinct
 
 ACTIVATIONS_FORMAT = "activation_ranges_v1"
 EXPORT = "export_quantized_model.py"
@@ -49,12 +49,14 @@ def activations_fault(content: Activations) -> str | None:
     missing = [key for key in needed if not content.get(key)]
     if missing:
         return f"no {missing[0]}"
-    if content["rule"] == "static by step" and content["per_timestep"].keys() - content["sigma_map"].keys():
+    if content["rule"] != "static by step":
+        return None
+    if content["per_timestep"].keys() - content["sigma_map"].keys():
         return "'sigma_map' has not every step"
-    return None
+    return distinct([content["sigma_map"][key] for key in content["per_timestep"]], "sigma_map: sigma")
 
 
-ACTIVATIONS = JsonFormat(ACTIVATIONS_FORMAT, Activations, EXPORT, activations_fault)
+ACTIVATIONS = JsonFormat(ACTIVATIONS_FORMAT, Activations, EXPORT, activations_fault, limit=2**31)
 
 
 def read_activations(folder: Path) -> dict[str, Any]:
@@ -63,10 +65,9 @@ def read_activations(folder: Path) -> dict[str, Any]:
     return ACTIVATIONS.read(path, f"run {EXPORT} with --force and --activations")
 
 
-def write_activations(paths: QuantizedModelPaths, content: Mapping[str, Any]) -> None:
-    """Write activations.json, compact: it holds a number per channel of every post-GELU input and step."""
-    with atomic_file(paths.activations) as file:
-        file.write(orjson.dumps({"format": ACTIVATIONS_FORMAT, **content}, option=orjson.OPT_SERIALIZE_NUMPY))
+def encode_activations(content: Mapping[str, Any]) -> bytes:
+    """Return activations.json, compact: it holds a number per channel of every post-GELU input and step."""
+    return orjson.dumps({"format": ACTIVATIONS_FORMAT, **content}, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 def is_export(path: Path) -> bool:

@@ -7,10 +7,21 @@ import numpy as np
 
 from calibration_store.errors import StoreError
 from calibration_store.layout import CalibrationPaths
-from calibration_store.manifest import GENERATE, saved_steps, stored_dtype
+from calibration_store.manifest import GENERATE, image_identity, saved_steps, stored_dtype
 from calibration_store.npz import npz_bytes, read_npz, write_npz
 from calibration_store.pictures import is_picture
-from calibration_store.schema import FINITE, FLOATS, NOT_NEGATIVE, Member, Record
+from calibration_store.schema import (
+    CALIBRATION_RUN,
+    FINITE,
+    FLOATS,
+    INTEGERS,
+    NOT_NEGATIVE,
+    OF_RUN,
+    Member,
+    Record,
+    of_run,
+    run_fault,
+)
 
 
 def sample_arrays(
@@ -29,26 +40,28 @@ def sample_arrays(
 
 SAMPLE = Record(
     {
-        "image_id": Member(("int32",), ()),
-        "step_index": Member(("int32",), ()),
+        "image_id": Member(INTEGERS, ()),
+        "step_index": Member(INTEGERS, ()),
         "x": Member(FLOATS, (1, "height", "width", 16), (FINITE,)),
         "timestep": Member(FLOATS, (), (FINITE, NOT_NEGATIVE)),
-        "sigma": Member(("float32",), (), (FINITE, NOT_NEGATIVE)),
+        "sigma": Member(FLOATS, (), (FINITE, NOT_NEGATIVE)),
         "is_final": Member(("bool",), ()),
+        CALIBRATION_RUN: OF_RUN,
     }
 )
+SPARE_BYTES = 2**20  # of a sample file, beside its latent: more than headers and single numbers take
 
 
-def write_sample(paths: CalibrationPaths, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write one sample (arrays of `sample_arrays`) where its image and step belong."""
-    write_npz(paths.sample(int(arrays["image_id"]), int(arrays["step_index"])), arrays)
+def write_sample(paths: CalibrationPaths, arrays: Mapping[str, np.ndarray], run: str) -> None:
+    """Write one sample (arrays of `sample_arrays`) where its image and step belong; run: `image_identity`."""
+    write_npz(paths.sample(int(arrays["image_id"]), int(arrays["step_index"])), {**arrays, **of_run(run)})
 
 
 def sample_bytes(plan: Mapping[str, Any]) -> int:
-    """Bytes on disk of one image's samples: exact, from one sample's real layout."""
+    """Return the bytes on the disk of one image's samples: exact, from one sample's real layout."""
     x = np.zeros((1, *plan["latent_size"], 16), stored_dtype(plan["activation_dtype"]))
     steps = saved_steps(plan["num_steps"], plan["stride"])
-    return npz_bytes(sample_arrays(x, np.zeros(()), 0.0, 0, 0, False)) * len(steps)
+    return npz_bytes(sample_arrays(x, np.zeros(()), 0.0, 0, 0, False) | of_run("0" * 64)) * len(steps)
 
 
 def read_sample(
@@ -65,7 +78,8 @@ def read_sample(
     """
     path = paths.sample(image_id, step_index)
     remedy = f"run {GENERATE} with --resume to make it anew"
-    arrays = read_npz(path, remedy)
+    height, width = manifest["latent_size"]
+    arrays = read_npz(path, remedy, SAMPLE.names, 4 * (16 * height * width * 8 + SPARE_BYTES))
     fault = SAMPLE.fault(arrays)
     if fault:
         raise StoreError(f"{path}: not a calibration sample ({fault}); {remedy}")
@@ -81,6 +95,9 @@ def read_sample(
     wrong = [f"{name} {value}, expected {expected[name]}" for name, value in found.items() if value != expected[name]]
     if wrong:
         raise StoreError(f"{path}: a sample of another run ({'; '.join(wrong)}); {remedy}")
+    fault = run_fault(arrays, image_identity(manifest, image_id))
+    if fault:
+        raise StoreError(f"{path}: {fault}; {remedy}")
     return arrays
 
 

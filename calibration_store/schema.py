@@ -11,25 +11,42 @@ from typing import Annotated, Any, NamedTuple, TypedDict
 
 import msgspec
 import numpy as np
+import orjson
 from msgspec import Meta
 
-from calibration_store.errors import StoreError
-from calibration_store.files import read_bytes
+from calibration_store.errors import OptionError, StoreError
+from calibration_store.files import LARGEST, read_bytes
+from calibration_store.limits import (
+    MOST,
+    MOST_GUIDANCE,
+    MOST_IMAGES,
+    MOST_ITERATIONS,
+    MOST_RATE,
+    MOST_SEED,
+    MOST_SIDE,
+    MOST_STEPS,
+    MOST_THRESHOLD,
+)
 
 # --- JSON ---------------------------------------------------------------------------------------------------
 # msgspec decodes strictly: no booleans for numbers, no NaN or infinity, unknown keys are skipped.
 
-LIMIT = 2**31 - 1
-Count = Annotated[int, Meta(ge=1, le=LIMIT)]
-Index = Annotated[int, Meta(ge=0, le=LIMIT)]
-Seed = Annotated[int, Meta(ge=0, le=2**32 - 1)]  # what NumPy's generators take
-Steps = Annotated[int, Meta(ge=1, le=100_000)]
-Side = Annotated[int, Meta(ge=1, le=65_536)]
-NotNegative = Annotated[float, Meta(ge=0, le=1e30)]
-Positive = Annotated[float, Meta(gt=0, le=1e30)]
+
+Count = Annotated[int, Meta(ge=1, le=MOST)]
+Index = Annotated[int, Meta(ge=0, le=MOST)]
+Seed = Annotated[int, Meta(ge=0)]  # msgspec knows no bound above 63 bits: `seed_fault` has it
+Images = Annotated[int, Meta(ge=1, le=MOST_IMAGES)]
+Steps = Annotated[int, Meta(ge=1, le=MOST_STEPS)]
+Iterations = Annotated[int, Meta(ge=0, le=MOST_ITERATIONS)]
+Side = Annotated[int, Meta(ge=1, le=MOST_SIDE)]
+Guidance = Annotated[float, Meta(ge=0, le=MOST_GUIDANCE)]
+Rate = Annotated[float, Meta(ge=0, le=MOST_RATE)]
+NotNegative = Annotated[float, Meta(ge=0, le=MOST_THRESHOLD)]
+Positive = Annotated[float, Meta(gt=0, le=MOST_THRESHOLD)]
 Share = Annotated[float, Meta(ge=0, le=1)]
-Bounded = Annotated[float, Meta(ge=-1e30, le=1e30)]
-Name = Annotated[str, Meta(min_length=1)]
+Bounded = Annotated[float, Meta(ge=-MOST_THRESHOLD, le=MOST_THRESHOLD)]
+Name = Annotated[str, Meta(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]  # shown as it is
+Prompt = Annotated[str, Meta(min_length=1)]
 Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 StepKey = Annotated[str, Meta(pattern="^[0-9]{1,9}$")]
 RelativePath = Annotated[str, Meta(pattern=r"^(?!/)(?!(.*/)?\.\.(/|$))[^\x00]+$")]  # stays inside its folder
@@ -47,27 +64,56 @@ class JsonFormat:
     type: Any
     made_by: str
     fault: Callable[[Any], str | None] = lambda content: None  # of decoded content: what is wrong with it
+    limit: int = LARGEST  # bytes of a file
+    flag: str = " with --force"  # that the script needs to write over a damaged file
 
     def read(self, path: Path, remedy: str | None = None) -> Any:
-        """The checked content. Raises StoreError: one line with the file, the place in it, and what to run."""
-        remedy = remedy or f"run {self.made_by} with --force to make it anew"
-        content = read_bytes(path, f"run {self.made_by} first" if self.made_by else remedy)
+        """Return the checked content. Raises StoreError: one line with the file, the place in it, and what to run."""
+        remedy = remedy or f"run {self.made_by}{self.flag} to make it anew"
+        content = read_bytes(path, f"run {self.made_by} first" if self.made_by else remedy, limit=self.limit)
         try:
             if self.name is not None:
-                found = msgspec.json.decode(content, type=_Head).get("format")
+                found = _decoded(content, _Head).get("format")
                 if found != self.name:
                     raise StoreError(
                         f"{path}: format {found!r} is not {self.name!r}; run {self.made_by} to make it anew"
                     )
-            decoded = msgspec.json.decode(content, type=self.type)
-        except msgspec.ValidationError as error:
+            return self._checked(content)
+        except ValueError as error:  # what msgspec raises, and a fault
             raise StoreError(f"{path}: {error}; {remedy}") from None
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise StoreError(f"{path}: not valid JSON ({error}); {remedy}") from None
+        except (MemoryError, RecursionError):
+            raise StoreError(f"{path}: not valid JSON (too deep, or too large for the memory); {remedy}") from None
+
+    def encode(self, content: Mapping[str, Any]) -> bytes:
+        """Return the bytes of a file that `read` takes. Raises OptionError for content that it would refuse."""
+        try:
+            encoded = orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY) + b"\n"
+            self._checked(encoded)
+        except (TypeError, ValueError) as error:
+            raise OptionError(f"this cannot be noted for the stages after it: {error}") from None
+        return encoded
+
+    def _checked(self, content: bytes) -> Any:
+        """Decode content. Raises ValueError that says what is wrong with it."""
+        decoded = _decoded(content, self.type)
         fault = self.fault(decoded)
         if fault:
-            raise StoreError(f"{path}: {fault}; {remedy}")
+            raise ValueError(fault)
         return decoded
+
+
+def _decoded(content: bytes, kind: Any) -> Any:
+    try:
+        return msgspec.json.decode(content, type=kind)
+    except msgspec.ValidationError:
+        raise
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"not valid JSON ({error})") from None
+
+
+def seed_fault(seed: int) -> str | None:
+    """Return the fault of a seed above 64 bits, or None."""
+    return None if seed <= MOST_SEED else f"seed {seed} is above 2^64 - 1"
 
 
 def distinct(values: list, what: str) -> str | None:
@@ -89,8 +135,10 @@ class Rule(NamedTuple):
     broken: Callable[[np.ndarray], np.ndarray | None]
 
 
-def _with(value: Any) -> Callable[[np.ndarray], np.ndarray]:
-    def planted(array: np.ndarray) -> np.ndarray:
+def _with(value: Any) -> Callable[[np.ndarray], np.ndarray | None]:
+    def planted(array: np.ndarray) -> np.ndarray | None:
+        if array.dtype.kind == "u" and value < 0:
+            return None
         changed = np.array(array)
         changed.reshape(-1)[changed.size // 2] = value
         return changed
@@ -122,6 +170,7 @@ class Relation(NamedTuple):
 
 FLOATS = ("float16", "float32", "float64")
 INTEGERS = ("uint8", "int8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
+TEXT = tuple(f"str{32 * length}" for length in range(1, 129))
 
 
 class Member(NamedTuple):
@@ -133,12 +182,34 @@ class Member(NamedTuple):
     optional: bool = False
 
 
+CALIBRATION_RUN = "calibration_run"  # member of every NPZ that a stage hands on: the identity of the run that it is of
+TRAINING_RUN = "training_run"  # of stage 3W's: the digest of its plan
+OF_RUN = Member(TEXT, (), optional=True)  # files of 0.8.0 have none, and are believed by their metadata
+
+
+def of_run(run: str | None, name: str = CALIBRATION_RUN) -> dict[str, np.ndarray]:
+    """Return the member that says which run a file is of; none where no run is known."""
+    return {} if run is None else {name: np.array(run)}
+
+
+def run_fault(arrays: Mapping[str, np.ndarray], run: str | None, name: str = CALIBRATION_RUN) -> str | None:
+    """Return the fault of a file that says it is of another run, or None."""
+    if name not in arrays or run is None:
+        return None
+    own = arrays[name].dtype.name in TEXT and arrays[name].shape == () and arrays[name].item() == run
+    return None if own else f"of another {name.replace('_', ' ')}"
+
+
 @dataclass(frozen=True)
 class Record:
     """The arrays of a file, or of one layer in it."""
 
     members: Mapping[str, Member]
     relations: tuple[Relation, ...] = ()
+
+    def names(self, key: str) -> bool:
+        """Return whether a key is one of a file's arrays."""
+        return key in self.members
 
     def fault(self, arrays: Mapping[str, np.ndarray], **sizes: int) -> str | None:
         """What is wrong with the arrays, or None. sizes: lengths that are known, by their name in the shapes."""

@@ -1,13 +1,15 @@
 """The life of a stage in its folder, once: hold it, check what is there, begin or go on, work, finish."""
 
 import contextlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from calibration_store.errors import StoreError
-from calibration_store.files import TEMP_SUFFIX, locked_folder, remove_file, write_json
+from calibration_store.files import TEMP_SUFFIX, atomic_file, locked_folder, remove_file
+from calibration_store.schema import JsonFormat
 
 Item = TypeVar("Item")
 Written = TypeVar("Written")
@@ -46,8 +48,8 @@ ALONE = Alone()
 class StageFolder:
     """A stage's folder under `--resume`, `--force`, or neither.
 
-    record is the JSON file that says what the run in the folder is (its plan), read with `read`; options names the flag
-    behind each key of the plan that a run cannot change while it goes on.
+    record is the JSON file that says what the run in the folder is (its plan), of a format, read with `read`; options names
+    the flag behind each key of the plan that a run cannot change while it goes on.
 
         with folder.held(dry_run):
             folder.check(plan)
@@ -59,6 +61,7 @@ class StageFolder:
 
     paths: StagePaths
     record: Path
+    format: JsonFormat
     read: Callable[[Path], dict[str, Any]]
     options: Mapping[str, str]
     resume: bool = False
@@ -93,8 +96,9 @@ class StageFolder:
         """Whether the run may begin, go on or start over here; writes nothing. Returns the plan that it goes on with.
 
         may_change: keys of the plan that need not be as they were. Raises StoreError when the folder is used and neither
-        flag is given, or when --resume would mix two runs.
+        flag is given, or when --resume would mix two runs, and OptionError for a plan that no file can hold.
         """
+        self.format.encode(plan)
         self.refuse_used()
         if not self._is_used() or self.force:
             return None
@@ -115,16 +119,22 @@ class StageFolder:
         """The items that are left: those that are not on the disk, whole and this run's; with --force all."""
         return [item for item in items if self.force or not is_done(item)]
 
-    def begin(self, plan: Mapping[str, Any] | None, anew: bool = False) -> None:
+    def begin(self, plan: Mapping[str, Any], anew: bool = False) -> None:
         """After `check`: clear half-written files, with --force all of an earlier run's, and note what the run is.
 
-        anew: note the plan also where one is noted; without a plan the stage writes its record itself.
+        anew: note the plan also where one is noted. An earlier run goes when the new one's plan is on the disk.
         """
         self.ranks.barrier()  # every rank has looked at what was there
         if self.ranks.rank == 0:
-            clear_files(self.paths.owned_files(), self.record, self.force)
-            if plan is not None and (anew or not self.record.exists()):
-                write_json(self.record, plan)
+            owned = self.paths.owned_files()
+            if anew or self.force or not self.record.exists():
+                with atomic_file(self.record) as file:
+                    file.write(self.format.encode(plan))
+                    file.flush()
+                    os.fsync(file.fileno())
+                    clear_files(owned, self.record, self.force)
+            else:
+                clear_files(owned, self.record, everything=False)
         self.ranks.barrier()
 
     def finish(self, write: Callable[[], Written]) -> Written | None:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
 
@@ -14,16 +15,17 @@ from calibration_store.errors import StoreError
 from calibration_store.files import write_json
 from calibration_store.histograms import HISTOGRAM_BINS
 from calibration_store.layout import ActivationPaths
-from calibration_store.model_folder import Bounded
 from calibration_store.names import POST_GELU_SUFFIX, LayerName, layer_key, layer_prefix
 from calibration_store.npz import read_npz, write_npz
 from calibration_store.partials import COLLECT, _moments_within
 from calibration_store.schema import (
     ASCENDING,
+    CALIBRATION_RUN,
     FINITE,
     FLOATS,
     INTEGERS,
     NOT_NEGATIVE,
+    Bounded,
     Count,
     Digest,
     Index,
@@ -37,6 +39,8 @@ from calibration_store.schema import (
     StepKey,
     Steps,
     distinct,
+    of_run,
+    run_fault,
 )
 
 STATISTICS_FORMAT = "per_timestep_npz_v2"
@@ -112,9 +116,12 @@ class ActivationStatistics:
         index_path, path = self.timestep_dir / f"step_{key}_index.json", self.timestep_dir / f"step_{key}.npz"
         remedy = f"run {COLLECT} with --force to make it anew (TROUBLESHOOTING_GUIDE Issue 21)"
         index = STEP_INDEX.read(index_path, remedy)
-        arrays = read_npz(path, remedy)
+        arrays = read_npz(path, remedy, _is_known)
         if "step_index" in arrays and arrays.pop("step_index").tolist() != int(key):
             raise StoreError(f"{path}: of another step; {remedy}")
+        fault = run_fault(arrays, self.metadata.get(CALIBRATION_RUN))
+        if fault:
+            raise StoreError(f"{path}: {fault}; {remedy}")
         fields: dict[str, dict[str, np.ndarray]] = {}
         for member, array in arrays.items():
             prefix, _, field = member.rpartition("__")
@@ -138,6 +145,11 @@ class ActivationStatistics:
         if fields:
             raise StoreError(f"{path}: arrays of {min(fields)}, which {index_path.name} does not list; {remedy}")
         return layers
+
+
+def _is_known(key: str) -> bool:
+    """Return whether a member of a step's file is one of ours; others are not unpacked."""
+    return key in ("step_index", CALIBRATION_RUN) or key.rpartition("__")[2] in STATISTICS.members
 
 
 class IndexEntry(TypedDict, total=False):
@@ -303,20 +315,31 @@ def statistics_fault(content: Statistics) -> str | None:
     metadata = content.get("metadata", {})
     fault = distinct(keys, "step_keys: step") or metadata_fault(metadata)
     fault = fault or distinct([content["sigma_map"][key] for key in keys], "sigma_map: sigma")
-    if fault or "calibration_run" not in metadata:
+    if fault or CALIBRATION_RUN not in metadata:
         return fault
     if keys != [str(step) for step in metadata["key_timesteps"]]:
         return "step_keys are not the steps of its metadata"
-    return None if set(content["sigma_map"]) == set(keys) else "sigma_map has sigmas of other steps"
+    if set(content["sigma_map"]) != set(keys):
+        return "sigma_map has sigmas of other steps"
+    if Path(content.get("timestep_dir", "")).is_absolute():
+        return f"timestep_dir {content['timestep_dir']} is absolute, and files are beside the one that names them"
+    return sigma_fault(content["sigma_map"])
+
+
+def sigma_fault(sigma_map: Mapping[str, float]) -> str | None:
+    """Return the fault of a schedule that this toolkit's models do not have: sigmas fall from 1 at most, step after step."""
+    sigmas = [sigma_map[key] for key in sorted(sigma_map, key=int)]
+    falls = all(later < earlier for earlier, later in pairwise(sigmas)) and sigmas[0] <= 1.001
+    return None if falls else "sigma_map: sigmas do not fall from 1 step after step"
 
 
 STATISTICS_FILE = JsonFormat(STATISTICS_FORMAT, Statistics, COLLECT, statistics_fault)
 
 
 def read_statistics(path: Path) -> ActivationStatistics:
-    """Open layer_statistics.json; `timestep_dir` may be absolute, beside the file, or relative to the working folder.
+    """Open layer_statistics.json, its steps in ascending order.
 
-    Raises StoreError when the format is not per_timestep_npz_v2 or an entry is missing or cannot be.
+    Another tool's `timestep_dir` may be absolute, beside the file, or relative to the working folder. Raises StoreError when the format is not per_timestep_npz_v2 or an entry is missing or cannot be.
     """
     content = STATISTICS_FILE.read(path)
     folder = Path(content.get("timestep_dir", "timestep_stats"))
@@ -326,18 +349,19 @@ def read_statistics(path: Path) -> ActivationStatistics:
     timestep_dir = next((candidate for candidate in candidates if os.path.isdir(candidate)), None)
     if timestep_dir is None:
         raise StoreError(f"{path}: its 'timestep_dir' {folder} is neither beside it nor in the working folder")
-    keys = [str(key) for key in content["step_keys"]]
+    keys = sorted((str(key) for key in content["step_keys"]), key=int)
     sigmas = {key: content["sigma_map"][key] for key in keys}
     return ActivationStatistics(path, timestep_dir, keys, sigmas, content.get("metadata", {}))
 
 
 def write_step(
-    paths: ActivationPaths, step_index: int, layers: Mapping[str, tuple[Mapping[str, np.ndarray], Mapping[str, Any]]]
-) -> None:
-    """Write one step's statistics: {layer: (arrays by field, its entry in the index)}."""
+    paths: ActivationPaths, step_index: int, layers: Mapping[str, tuple[Mapping[str, np.ndarray], Mapping[str, Any]]],
+    run: str | None = None,
+) -> None:  # fmt: skip
+    """Write one step's statistics, {layer: (arrays by field, its entry in the index)}; run: the calibration run."""
     key = str(step_index)
     arrays = {layer_key(name, field): array for name, (fields, _) in layers.items() for field, array in fields.items()}
-    write_npz(paths.step_arrays(key), arrays | {"step_index": np.int32(step_index)})
+    write_npz(paths.step_arrays(key), arrays | {"step_index": np.int32(step_index)} | of_run(run))
     write_json(paths.step_index(key), {name: entry for name, (_, entry) in layers.items()})
 
 

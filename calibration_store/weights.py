@@ -1,31 +1,46 @@
 """Learned rounding (3W): codes, grids and ranges of every layer, losses, and the checkpoint of the unit under way."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
 
 import numpy as np
+import orjson
 from msgspec import Meta
 
 from calibration_store.errors import StoreError
-from calibration_store.files import write_json
+from calibration_store.files import file_digest, read_bytes, write_json
 from calibration_store.layout import WeightPaths
 from calibration_store.names import BlockName, LayerName, block_of, is_post_gelu, layer_key, split_key
-from calibration_store.npz import read_npz, write_npz
+from calibration_store.npz import LARGEST_NPZ, npz_arrays, write_npz
 from calibration_store.schema import (
+    CALIBRATION_RUN,
     FINITE,
+    FLOATS,
+    INTEGERS,
+    NOT_NEGATIVE,
     POSITIVE,
+    TRAINING_RUN,
     Count,
     Digest,
     Index,
+    Iterations,
     JsonFormat,
     Member,
     Name,
     NotNegative,
+    Rate,
     Record,
+    Relation,
+    Rule,
+    Seed,
     Share,
     below,
     distinct,
+    of_run,
+    run_fault,
+    seed_fault,
 )
 
 WEIGHTS_FORMAT = "adaround_weights_v1"
@@ -51,7 +66,8 @@ class _MadeFrom(TypedDict, total=False):
     range_sigmas: list[NotNegative]  # noise levels of `act_scales`, the cached steps
     schedule: list[NotNegative]  # noise levels of the calibration run's steps
     block_inputs: Literal["original", "mixed"]
-    end_to_end: Index  # iterations of the last phase
+    end_to_end: Iterations  # of the last phase
+    training_run: Digest  # of the plan: what the blocks follow from (`training_run`); files of 0.8.0 have none
     layer_bits: dict[LayerName, Bits]  # of layers whose codes are not of weight_bits
     excluded: list[LayerName]  # layers that stay as they are
     average_bits: float | None
@@ -61,14 +77,14 @@ class _MadeFrom(TypedDict, total=False):
 
 class _Training(TypedDict):
     unit: Literal["model", "block", "sublayer", "layer"]
-    iters: Count
+    iters: Iterations
     batch_size: Count
     rounding: Literal["ste", "sigmoid"]
     qdrop: Share
-    lr_alpha: NotNegative
-    lr_activation_scale: NotNegative
-    regularizer_weight: NotNegative
-    seed: Index
+    lr_alpha: Rate
+    lr_activation_scale: Rate
+    regularizer_weight: Rate
+    seed: Seed
     num_samples: Count
     selected_image_ids: list[Index]
     key_timesteps: list[Index]
@@ -100,21 +116,28 @@ class BlockLosses(TypedDict):
     stages: Annotated[list[StageLosses], Meta(min_length=1, max_length=64)]
 
 
-class BlockLossesFile(BlockLosses):
+class _BlockLossesFile(BlockLosses):
     format: Literal["adaround_losses_v1"]
+
+
+class BlockLossesFile(_BlockLossesFile, total=False):
+    """What a unit's losses are in while the others are trained."""
+
+    training_run: Digest
 
 
 class WeightsMetadata(_Weights, _MadeFrom, total=False):
     """metadata.json, written last: bits and groups; other tools' (benchmarks/gptq.py) say no more, ours the whole plan."""
 
     unit: Literal["model", "block", "sublayer", "layer"]
-    iters: Count
+    iters: Iterations
     num_samples: Count
     selected_image_ids: list[Index]
     key_timesteps: list[Index]
-    seed: Index
+    seed: Seed
     losses: dict[BlockName, BlockLosses]
     end_to_end_losses: BlockLosses
+    block_digests: dict[BlockName, Digest]  # SHA-256 of every block's file
 
 
 def weights_fault(content: WeightsPlan | WeightsMetadata) -> str | None:
@@ -125,9 +148,10 @@ def weights_fault(content: WeightsPlan | WeightsMetadata) -> str | None:
         return fault
     if content.get("num_samples", 0) != len(ids) * len(steps):
         return "num_samples is not that of selected_image_ids and key_timesteps"
-    if set(content.get("losses", content["block_names"])) != set(content["block_names"]):
-        return "losses are not those of block_names"
-    return None
+    for key in ("losses", "block_digests"):
+        if set(content.get(key, content["block_names"])) != set(content["block_names"]):
+            return f"{key} are not those of block_names"
+    return seed_fault(content.get("seed", 0))
 
 
 WEIGHTS_PLAN = JsonFormat(WEIGHTS_FORMAT, WeightsPlan, OPTIMIZE, weights_fault)
@@ -135,25 +159,51 @@ WEIGHTS_METADATA = JsonFormat(WEIGHTS_FORMAT, WeightsMetadata, OPTIMIZE, weights
 LOSSES = JsonFormat("adaround_losses_v1", BlockLossesFile, OPTIMIZE)
 
 
+def _fits_float16(array: np.ndarray) -> bool:
+    with np.errstate(over="ignore"):
+        half = array.astype(np.float16)
+    return bool((half > 0).all() and np.isfinite(half).all())
+
+
+def _minima_fit_float16(scale: np.ndarray, zero_point: np.ndarray) -> bool:
+    return bool((np.abs(scale.astype(np.float64) * zero_point) <= np.finfo(np.float16).max).all())
+
+
+DEPLOYED = Rule("is no float16 value above 0", _fits_float16, lambda a: np.full_like(a, 1e-30))
+
+
 def layer_record(bits: int) -> Record:
-    """The arrays of one layer in a block file: W (out, in) in groups of in / groups inputs."""
+    """Return the arrays of one layer in a block file: W (out, in) in groups of in / groups inputs.
+
+    Scales and minima, −scale · zero point, are deployed as float16.
+    """
+    grid, ranges = (FINITE, POSITIVE, DEPLOYED), (FINITE, POSITIVE)
+    minima = Relation(
+        "scale · zero_point does not fit float16", ("scale", "zero_point"), _minima_fit_float16,
+        lambda scale, zero_point: {"zero_point": np.full_like(zero_point, 1e30)},
+    )  # fmt: skip
     return Record(
         {
-            "q": Member(("uint8",), ("out", "in"), (below(2**bits),)),
-            "alpha": Member(("float16", "float32"), ("out", "in"), (FINITE,), optional=True),
-            "scale": Member(("float32",), ("out", "groups"), (FINITE, POSITIVE)),
-            "zero_point": Member(("float32",), ("out", "groups"), (FINITE,)),
-            "bias": Member(("float32",), ("out",), (FINITE,), optional=True),
-            "act_scale": Member(("float32",), (), (FINITE, POSITIVE), optional=True),
-            "act_scales": Member(("float32",), ("steps",), (FINITE, POSITIVE), optional=True),
-            "act_shift": Member(("float32",), ("in",), (FINITE,), optional=True),
-            "scale_before": Member(("float32",), ("out", "groups"), (FINITE, POSITIVE), optional=True),
-            "zero_point_before": Member(("float32",), ("out", "groups"), (FINITE,), optional=True),
-            "bias_before": Member(("float32",), ("out",), (FINITE,), optional=True),
-            "act_scale_before": Member(("float32",), (), (FINITE, POSITIVE), optional=True),
-            "act_scales_before": Member(("float32",), ("steps",), (FINITE, POSITIVE), optional=True),
-        }
+            "q": Member(INTEGERS, ("out", "in"), (NOT_NEGATIVE, below(2**bits))),
+            "alpha": Member(FLOATS, ("out", "in"), (FINITE,), optional=True),
+            "scale": Member(FLOATS, ("out", "groups"), grid),
+            "zero_point": Member(FLOATS, ("out", "groups"), (FINITE,)),
+            "bias": Member(FLOATS, ("out",), (FINITE,), optional=True),
+            "act_scale": Member(FLOATS, (), ranges, optional=True),
+            "act_scales": Member(FLOATS, ("steps",), ranges, optional=True),
+            "act_shift": Member(FLOATS, ("in",), (FINITE,), optional=True),
+            "scale_before": Member(FLOATS, ("out", "groups"), grid, optional=True),
+            "zero_point_before": Member(FLOATS, ("out", "groups"), (FINITE,), optional=True),
+            "bias_before": Member(FLOATS, ("out",), (FINITE,), optional=True),
+            "act_scale_before": Member(FLOATS, (), ranges, optional=True),
+            "act_scales_before": Member(FLOATS, ("steps",), ranges, optional=True),
+        },
+        (minima,),
     )
+
+
+FIELDS = frozenset(layer_record(8).members)
+FIELD_DTYPES = {"q": np.uint8, "alpha": None}  # what a reader is given; None: as the file has it; others float32
 
 
 def layer_fault(fields: Mapping[str, np.ndarray], bits: int) -> str | None:
@@ -161,20 +211,44 @@ def layer_fault(fields: Mapping[str, np.ndarray], bits: int) -> str | None:
     return layer_record(bits).fault(fields)
 
 
+def training_run(plan: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a plan: what the blocks of a run follow from. Learning rates may change after a fault."""
+    same = {key: value for key, value in plan.items() if key not in (*LEARNING_RATES, TRAINING_RUN)}
+    return hashlib.sha256(orjson.dumps(same, option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+LEARNING_RATES = ("lr_alpha", "lr_activation_scale")
+
+
+def _is_known(key: str) -> bool:
+    """Return whether a member of a block's file is one of ours; others are not unpacked."""
+    return key in (CALIBRATION_RUN, TRAINING_RUN) or key.rpartition("__")[2] in FIELDS
+
+
 def read_quantized_block(
     paths: WeightPaths, block: str, plan: Mapping[str, Any] | None = None
 ) -> dict[str, dict[str, np.ndarray]]:
-    """The learned quantization of one block: {layer: {field: array}}, fields as in FORMATS.
+    """Read the learned quantization of one block: {layer: {field: array}}; codes are uint8, α as it is, all else float32.
 
-    plan: bits and group size that it must have; by default those of metadata.json. Raises StoreError that names the file.
+    plan: what the run is, bits and group size included, and the digest of the file where metadata.json has it; by default
+    metadata.json's. Raises StoreError that names the file.
     """
     plan = plan or WEIGHTS_METADATA.read(paths.metadata)
     remedy = f"run {OPTIMIZE} with --resume to make it anew"
     path, bits = paths.block(block), plan.get("layer_bits", {})
+    content = read_bytes(path, remedy, "missing", LARGEST_NPZ)
+    arrays = npz_arrays(path, content, remedy, _is_known, LARGEST_NPZ // 4)
+    noted = plan.get("block_digests", {}).get(block)
+    fault = run_fault(arrays, plan.get(CALIBRATION_RUN)) or run_fault(arrays, plan.get(TRAINING_RUN), TRAINING_RUN)
+    if fault is None and noted is not None and hashlib.sha256(content).hexdigest() != noted:
+        fault = f"not the file that {paths.metadata.name} was written for (exchanged, or changed)"
+    if fault:
+        raise StoreError(f"{path}: {fault}; {remedy}")
     layers: dict[str, dict[str, np.ndarray]] = {}
-    for key, array in read_npz(path, remedy).items():
-        name, field = split_key(key)
-        layers.setdefault(name, {})[field] = array
+    for key, array in arrays.items():
+        if key not in (CALIBRATION_RUN, TRAINING_RUN):
+            name, field = split_key(key)
+            layers.setdefault(name, {})[field] = array
     for name, fields in layers.items():
         fault = layer_fault(fields, bits.get(name, plan["weight_bits"])) or (
             None if block_of(name) == block else f"not a layer of {block}"
@@ -189,30 +263,45 @@ def read_quantized_block(
             raise StoreError(f"{path}: {name}: {fault}; {remedy}")
     if not layers:
         raise StoreError(f"{path}: holds no layer; {remedy}")
-    return layers
+    return {name: {field: _given(field, array) for field, array in fields.items()} for name, fields in layers.items()}
 
 
-def write_quantized_block(paths: WeightPaths, block: str, layers: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-    """Write one block's layers, {layer: {field: array}}: what `read_quantized_block` reads."""
+def _given(field: str, array: np.ndarray) -> np.ndarray:
+    """Return a field as readers are given it, whatever dtype another writer chose."""
+    dtype = FIELD_DTYPES.get(field, np.float32)
+    return array if dtype is None else array.astype(dtype, copy=False)
+
+
+def write_quantized_block(
+    paths: WeightPaths, block: str, layers: Mapping[str, Mapping[str, np.ndarray]], plan: Mapping[str, Any]
+) -> None:
+    """Write one block's layers, {layer: {field: array}}, and which run they are of: what `read_quantized_block` reads."""
     fields = {layer_key(name, field): array for name, found in layers.items() for field, array in found.items()}
-    write_npz(paths.block(block), fields)
+    whose = of_run(plan.get(CALIBRATION_RUN)) | of_run(plan.get(TRAINING_RUN), TRAINING_RUN)
+    write_npz(paths.block(block), fields | whose)
 
 
-def write_losses(path: Path, unit: str, stages: Sequence[Mapping[str, Any]]) -> None:
+def write_losses(path: Path, unit: str, stages: Sequence[Mapping[str, Any]], plan: Mapping[str, Any]) -> None:
     """Write the losses of a unit, a stage of it at a time; path: of a block that was trained in it."""
-    write_json(path, {"format": LOSSES.name, "unit": unit, "stages": stages})
+    whose = {TRAINING_RUN: plan[TRAINING_RUN]} if TRAINING_RUN in plan else {}
+    write_json(path, {"format": LOSSES.name, "unit": unit, "stages": stages, **whose})
+
+
+def read_losses(path: Path, plan: Mapping[str, Any]) -> BlockLosses:
+    """Read the losses of a unit of this run. Raises StoreError that names the file."""
+    found = LOSSES.read(path)
+    if found.get(TRAINING_RUN, plan.get(TRAINING_RUN)) != plan.get(TRAINING_RUN):
+        raise StoreError(f"{path}: of another {TRAINING_RUN}; run {OPTIMIZE} with --resume to make it anew")
+    return {"unit": found["unit"], "stages": found["stages"]}
 
 
 def write_weights_metadata(paths: WeightPaths, plan: Mapping[str, Any]) -> dict[str, BlockLosses]:
-    """Write metadata.json, last; returns every block's losses, and those of the last phase by the name of its unit."""
-
-    def read(path: Path) -> dict[str, Any]:
-        found = LOSSES.read(path)
-        return {"unit": found["unit"], "stages": found["stages"]}
-
-    losses = {block: read(paths.losses(block)) for block in plan["block_names"]}
-    last = {"end_to_end_losses": read(paths.end_to_end_losses)} if plan.get("end_to_end") else {}
-    write_json(paths.metadata, {**plan, "format": WEIGHTS_FORMAT, "losses": losses, **last})
+    """Write metadata.json, last; return every block's losses, and those of the last phase by the name of its unit."""
+    losses = {block: read_losses(paths.losses(block), plan) for block in plan["block_names"]}
+    last = {"end_to_end_losses": read_losses(paths.end_to_end_losses, plan)} if plan.get("end_to_end") else {}
+    digests = {block: file_digest(paths.block(block)) for block in plan["block_names"]}
+    content = {**plan, "format": WEIGHTS_FORMAT, "losses": losses, **last, "block_digests": digests}
+    write_json(paths.metadata, content)
     return losses | {each["unit"]: each for each in last.values()}
 
 

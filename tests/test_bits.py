@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import pytest
 from conftest import folder_bytes, generate, invoke
-from finished_run import one_line
+from finished_run import note_digests, one_line
 
 from calibration_store.block_cache import read_cache_metadata
 from calibration_store.errors import OptionError
@@ -220,6 +220,7 @@ def test_a_code_above_its_own_layers_bits_is_refused(mixed, tmp_path):
     arrays = dict(np.load(path))
     arrays["mm1_txt_attn_k_proj__q"] = arrays["mm1_txt_attn_k_proj__q"] | 8
     np.savez(path, **arrays)
+    note_digests(folder / "adaround_weights")
     done = invoke("evaluate_quantization", "--calib-dir", folder, "--num-images", 1, "--variants", "w4-adaround")
     one_line(done, "mm1.txt.attn.k_proj: q holds codes above 7")
 

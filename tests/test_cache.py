@@ -51,7 +51,7 @@ def test_files_keep_their_contract(run):
     }
     for sample in metadata["samples"]:
         arrays = np.load(run / "adaround_cache" / sample["file"], allow_pickle=False)
-        assert set(arrays.files) == keys | {"image_id", "step_index"} and all(
+        assert set(arrays.files) == keys | {"image_id", "step_index", "calibration_run"} and all(
             arrays[key].dtype == np.float16 for key in keys
         )
         assert arrays["mm0__arg0"].shape == (2, 64, 1, 192) and arrays["mm3__out1"].shape == (2, 32, 1, 192)
@@ -128,6 +128,7 @@ def test_only_the_boundaries_of_the_chosen_blocks_are_stored(run, tmp_path):
             "modulation_input",
             "image_id",
             "step_index",
+            "calibration_run",
         }
         assert all(np.array_equal(some[key], whole[key]) for key in some.files)
     assert [c.step_index for c in read_cached_block(tmp_path, "mm7")] == [0, 2, 0, 2]

@@ -95,9 +95,9 @@ def refusal(path) -> str:
 
 
 def test_files_that_cannot_be_read_say_why(tmp_path):
-    assert refusal(tmp_path) == f"--prompts {tmp_path}: Is a directory"
-    assert refusal(tmp_path / "none.txt") == f"--prompts {tmp_path}/none.txt: No such file or directory"
-    assert refusal(Path("/proc/self/mem")) == "--prompts /proc/self/mem: Input/output error"
+    assert refusal(tmp_path) == f"--prompts {tmp_path}: cannot be read (Is a directory)"
+    assert refusal(tmp_path / "none.txt") == f"--prompts {tmp_path}/none.txt: not found; give a file"
+    assert refusal(Path("/proc/self/mem")) == "--prompts /proc/self/mem: cannot be read (Input/output error)"
     (tmp_path / "a.tsv").write_text("id\ttext\n")
     assert (
         refusal(tmp_path / "a.tsv")
@@ -113,7 +113,7 @@ def test_files_without_permission_say_so(tmp_path):
     if user == 0:
         os.seteuid(65534)  # root may read everything
     try:
-        assert refusal(tmp_path / "a.txt") == f"--prompts {tmp_path}/a.txt: Permission denied"
+        assert refusal(tmp_path / "a.txt") == f"--prompts {tmp_path}/a.txt: cannot be read (Permission denied)"
     finally:
         os.seteuid(user)
 

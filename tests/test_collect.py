@@ -14,7 +14,7 @@ from calibration_store.errors import StoreError
 from calibration_store.layout import ActivationPaths
 from calibration_store.manifest import read_manifest
 from calibration_store.names import layer_key
-from calibration_store.partials import read_partial
+from calibration_store.partials import COLLECTION, read_partial
 from hooks import hooked_layers
 from w4a8.model.modulation import modulation_cache
 from w4a8.model.parts import whole_model
@@ -211,11 +211,12 @@ def test_parts_merge_to_the_whole_bit_for_bit(run):
                     statistics = recorder.finish(replay.forward(sample["x"], sample["timestep"]))
             parts.append((image_id, partial_arrays(statistics, image_id, 1, "float32")))
     arrays = merged_arrays([partial for _, partial in sorted(parts, key=lambda part: part[0])])
-    assert sorted([*arrays, "step_index"]) == sorted(whole.files)
+    assert sorted([*arrays, "step_index", "calibration_run"]) == sorted(whole.files)
     moments = {key for key in arrays if key.endswith(("__mean", "__mean_square"))}
     assert all(np.array_equal(arrays[key], whole[key]) for key in arrays.keys() - moments)
     assert all(np.allclose(arrays[key], whole[key], rtol=1e-3, atol=1e-4) for key in moments)  # the twin sums otherwise
-    kept = merged_arrays([read_partial(paths, image_id, 1) for image_id in range(3)])
+    identity = COLLECTION.read(paths.collection)["calibration_run"]
+    kept = merged_arrays([read_partial(paths, identity, image_id, 1) for image_id in range(3)])
     assert all(np.array_equal(kept[key], whole[key]) for key in kept)
 
 

@@ -10,6 +10,7 @@ from conftest import folder_bytes, invoke
 from finished_run import finished_run, one_line
 from PIL import Image
 
+from calibration_store.files import file_digest
 from calibration_store.layout import QuantizedModelPaths
 from calibration_store.quantized_model import read_activations
 from w4a8.evaluation.metrics import image_metrics
@@ -271,6 +272,10 @@ def test_ranges_that_do_not_fit_are_one_line(exports, tmp_path, part, damage, me
     content = json.loads((folder / "activations.json").read_bytes())
     damage(content)
     (folder / "activations.json").write_text(json.dumps(content))
+    one_line(draw(tmp_path / "out", "--model", folder, "--activations"), "activations.json: not what was exported")
+    config = json.loads((folder / "config.json").read_bytes())
+    config["export"]["files"]["activations.json"] = file_digest(folder / "activations.json")
+    (folder / "config.json").write_text(json.dumps(config))
     one_line(draw(tmp_path / "out", "--model", folder, "--activations"), message)
     assert not (tmp_path / "out").exists()
 

@@ -9,7 +9,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import folder_bytes, invoke, start
-from finished_run import finished_run, model_copy, one_line
+from finished_run import finished_run, model_copy, note_digests, one_line
 
 from calibration_store.layout import WeightPaths
 from calibration_store.weights import read_quantized_block
@@ -43,6 +43,7 @@ def run(tmp_path_factory):
     for path in (folder / "adaround_weights").glob("mm*.npz"):
         arrays = dict(np.load(path))  # as few iterations leave the biases where float16 has them
         np.savez(path, **{key: a + np.float32(0.01) if key.endswith("__bias") else a for key, a in arrays.items()})
+    note_digests(folder / "adaround_weights")
     done = export(folder)
     assert done.exit_code == 0, done.output
     return folder
@@ -264,7 +265,7 @@ def seven_bits(folder):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (truncate, "mmdit.safetensors: not what was exported"),
+        (truncate, "mmdit.safetensors: truncated or damaged"),
         (flip_a_bit, "mmdit.safetensors: not what was exported"),
         (seven_bits, "bits 7, group_size 64"),
         (lambda folder: (folder / "config.json").unlink(), "config.json: not found"),

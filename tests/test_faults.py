@@ -148,9 +148,9 @@ def test_dry_runs_and_estimates_of_a_resumed_run_speak_of_what_is_left(run):
     assert "to do: 1 of 8 units, 10 iterations" in invoke("optimize_adaround", *arguments).stdout
 
 
-def test_ctrl_c_before_the_first_checkpoint_promises_none(run):
+@pytest.mark.parametrize("twice", [False, True])
+def test_ctrl_c_finishes_the_iteration_and_a_second_one_ends_at_once(run, twice):
     arguments = ("--iters", 5000, "--batch-size", 2, "--unit", "block", "--checkpoint-seconds", 9999)
-
     process = start("optimize_adaround", *arguments, "--calib-dir", run, "--force", preexec_fn=interruptible)
     plan = WeightPaths(run).plan
     while not plan.exists() or json.loads(plan.read_text())["iters"] != 5000:
@@ -158,8 +158,18 @@ def test_ctrl_c_before_the_first_checkpoint_promises_none(run):
         time.sleep(0.05)
     time.sleep(1)
     process.send_signal(signal.SIGINT)
+    if twice:
+        time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130 and "nothing was finished, and no checkpoint written, yet" in stderr, stderr
+    assert process.returncode == 130, stderr
+    checkpoint = WeightPaths(run).root / "checkpoint.npz"
+    if not twice:
+        assert "finishing the iteration" in stderr and "interrupted: a checkpoint kept in" in stderr, stderr
+        position = json.loads(np.load(checkpoint)["position"].tobytes())
+        assert position["job"] == "mm0" and position["iteration"] >= 1
+    else:  # before the first iteration began, between two, or within one
+        assert "Interrupted again: ended at once." in stderr or "nothing was finished" in stderr or checkpoint.exists()
 
 
 def test_an_unreadable_file_says_so(run):

@@ -16,6 +16,7 @@ import pytest
 from conftest import ROOT, folder_bytes, generate, interruptible, invoke, start
 from PIL import Image
 
+from calibration_store.manifest import run_identity
 from w4a8.cli.prompts import BUILTIN_PROMPTS, draw_builtin_prompts, read_prompt_file
 from w4a8.model.catalog import default_dtype, describe_model
 from w4a8.model.sampling import decode_latents, euler_steps, initial_noise
@@ -56,13 +57,14 @@ def test_files_keep_their_contract(clean_run):
     for name in names:
         sample = np.load(clean_run / "samples" / name, allow_pickle=False)
         image, step = map(int, re.findall(r"\d+", name)[:2])
-        assert sorted(sample.files) == ["image_id", "is_final", "sigma", "step_index", "timestep", "x"]
+        assert sorted(sample.files) == ["calibration_run", "image_id", "is_final", "sigma", "step_index", "timestep", "x"]
         assert sample["x"].shape == (1, 16, 16, 16) and sample["x"].dtype == manifest["activation_dtype"]
         assert sample["timestep"].dtype == sample["x"].dtype and sample["timestep"].shape == ()
         assert (
             sample["sigma"].dtype == np.float32 and sample["step_index"].dtype == sample["image_id"].dtype == np.int32
         )
         assert (int(sample["image_id"]), int(sample["step_index"])) == (image, step)
+        assert str(sample["calibration_run"]) == run_identity(manifest, [image])
         assert bool(sample["is_final"]) == (step == 4) and sample["is_final"].dtype == bool
         assert (float(sample["sigma"]) == 0) == (step == 4)
     assert sorted(path.name for path in clean_run.iterdir()) == ["images", "manifest.json", "samples"]
@@ -213,8 +215,8 @@ def test_sd3_mediums_size_is_known_without_its_weights(tmp_path):
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and "HF_HOME" in done.stderr
         return done.stdout
 
-    assert "500 forward passes; 510 samples (67.6 MB)" in figures("--num-images", "10")
-    assert "26000 samples (3.45 GB)" in figures("--num-images", "1000", "--stride", "2")
+    assert "500 forward passes; 510 samples (67.9 MB)" in figures("--num-images", "10")
+    assert "26000 samples (3.46 GB)" in figures("--num-images", "1000", "--stride", "2")
     assert "latents 128 x 128" in figures("--model", "argmaxinc/mlx-stable-diffusion-3.5-large")
 
 
@@ -255,7 +257,7 @@ def test_builtin_prompts_are_many_distinct_diverse_and_drawn_by_seed():
         (["--prompts", "smile.txt"], "prompt 2 'a 😀': the character '😀' is not in the tokenizer's vocabulary"),
         (["--latent-size", 15, 16], "--latent-size 15 16: both sides must be multiples of 2 from 2 to 16"),
         (["--latent-size", 32, 16], "both sides must be multiples of 2 from 2 to 16 for sd3-emoji"),
-        (["--num-steps", 0], "'--num-steps': 0 is not in the range x>=1"),
+        (["--num-steps", 0], "'--num-steps': 0 is not in the range 1<=x<=100000"),
         (["--num-images", 0], "'--num-images': 0 is not in the range"),
         (["--model", ""], "--model ''"),
         (["--model", "m" * 300], "no such folder, and not one of sd3-emoji"),
@@ -267,7 +269,7 @@ def test_builtin_prompts_are_many_distinct_diverse_and_drawn_by_seed():
         (["--num-images", 10**5, "--num-steps", 1000, "--prompts", "one.txt"], " GB, the disk has "),
         (["--cfg-weight", 1, "--negative-prompt", "red"], "--negative-prompt needs --cfg-weight above 1"),
         (["--cfg-weight", "nan"], "--cfg-weight nan: not a finite number"),
-        (["--cfg-weight", "inf"], "--cfg-weight inf: not a finite number"),
+        (["--cfg-weight", "inf"], "inf is not in the range 0<=x<=100"),
         (
             ["--negative-prompt", "日本"],
             "--negative-prompt '日本': the character '日' is not in the tokenizer's vocabulary",

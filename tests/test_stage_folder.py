@@ -3,12 +3,16 @@
 import json
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from calibration_store.errors import StoreError
 from calibration_store.files import TEMP_SUFFIX, matching, write_json
+from calibration_store.schema import JsonFormat
 from calibration_store.stage_folder import StageFolder
+
+PLAN = JsonFormat(None, dict[str, Any], "x.py")
 
 
 class Paths:
@@ -24,7 +28,7 @@ class Paths:
 
 def stage(root: Path, **flags) -> StageFolder:
     paths = Paths(root)
-    return StageFolder(paths, paths.plan, lambda path: json.loads(path.read_text()), {"size": "--size"}, **flags)
+    return StageFolder(paths, paths.plan, PLAN, lambda path: json.loads(path.read_text()), {"size": "--size"}, **flags)
 
 
 def fill(folder: StageFolder, plan: dict, items: list[int]) -> list[int]:

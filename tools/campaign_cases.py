@@ -1,5 +1,6 @@
 """Which file, damaged how, is given to which stage: the cases of tools/corruption_campaign.py."""
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,9 @@ def forced(file: str, command: tuple[str, ...], *more: str) -> Target:
 
 def all_cases(clean: Path) -> Iterator[Case]:
     """Every case, from the files of a clean run."""
-    for targets, mutations in every_format(clean):
+    from tools.border_cases import border_cases  # which builds on the commands below
+
+    for targets, mutations in itertools.chain(every_format(clean), border_cases(clean)):
         for target in targets:
             for mutation in mutations:
                 yield Case(target, mutation)
@@ -309,7 +312,7 @@ def model_folder(model: Path) -> Iterator[tuple[list[Target], list[Mutation]]]:
             ],
         ],
     )
-    broken = ("empty", "garbage", "a folder", "a link to itself", "a dangling link")
+    broken = ("empty", "garbage", "a folder", "a link to itself", "a dangling link", "a pipe", "100 GB of nothing")
     yield reads("captions.txt"), [m for m in file_mutations(model / "captions.txt", True) if m.name in broken]
     for part in LOCAL_FILES:
         name = f"{part}.safetensors"

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 
 class Mutation(NamedTuple):
@@ -16,6 +16,9 @@ class Target(NamedTuple):
     """A file below `base` (run, half or model), and the stage that must not believe it when it is damaged.
 
     resume: the stage may also make the file anew; then `result` (default: the file) must be that of the clean run.
+    expects: what is right. A refusal is one line and a non-zero exit code; with "untouched" every file must be as it was,
+    too. "success" is for what means nothing to the stage, such as a member that it does not know.
+    surroundings: what is unusual about the process, a key of SURROUNDINGS in tools/corruption_campaign.py.
     """
 
     base: str
@@ -24,6 +27,8 @@ class Target(NamedTuple):
     resume: bool = False
     result: str | None = None
     without: tuple[str, ...] = ()
+    expects: Literal["refusal", "untouched", "success"] = "refusal"
+    surroundings: str | None = None
 
 
 class Case(NamedTuple):
@@ -34,4 +39,5 @@ class Case(NamedTuple):
 
     def __str__(self) -> str:
         how = "--resume" if self.target.resume else "reads it"
+        how += "" if self.target.expects == "refusal" else f", {self.target.expects} expected"
         return f"{self.target.base}/{self.target.file} [{self.mutation.name}] {self.target.command[0]} {how}"

@@ -28,6 +28,7 @@ def main(calib_dir: Path, output: Path | None, columns: int, size: int) -> None:
 
     from calibration_store.files import atomic_file
     from calibration_store.manifest import read_manifest
+    from calibration_store.pictures import opened_png
 
     images = [image for image in read_manifest(calib_dir)["images"] if image["filename"]]
     if not images:
@@ -40,13 +41,8 @@ def main(calib_dir: Path, output: Path | None, columns: int, size: int) -> None:
     for index, image in enumerate(images):
         row, column = divmod(index, columns)
         left, top = margin + column * (size + margin), margin + row * (cell_height + margin)
-        try:
-            with Image.open(calib_dir / image["filename"]) as picture:
-                sheet.paste(picture.resize((size, size), Image.Resampling.LANCZOS), (left, top))
-        except OSError as error:
-            raise StoreError(
-                f"{calib_dir / image['filename']}: {error.strerror or 'not an image'}; run generate_calibration_data.py --resume"
-            ) from None
+        with opened_png(calib_dir / image["filename"], "run generate_calibration_data.py with --resume") as picture:
+            sheet.paste(picture.resize((size, size), Image.Resampling.LANCZOS), (left, top))
         caption = "\n".join(textwrap.wrap(image["prompt"], width=size // 7)[:2])
         draw.multiline_text((left, top + size + 4), caption, fill="black", font=font)
     output = output or calib_dir / "contact_sheet.png"

@@ -5,14 +5,19 @@ python tools/corruption_campaign.py --limit 60      # an even spread of 60
 
 The mutations are derived from the formats as calibration_store declares them (tools/mutations.py): every JSON entry
 missing, of another type, out of its range; every array missing, of another dtype or shape, not finite, or breaking the
-rule that it must keep; every file truncated, empty, flipped in a bit, a folder, a link to itself; files of another
-image or step under this one's name. A mutation is lost when a stage ends with a traceback, takes the file as good (exit
-code 0), keeps it under --resume, or runs longer than the limit. Each runs in a forked process of its own, so that a
-crash is seen as one.
+rule that it must keep; every file truncated, empty, flipped in a bit, a folder, a link to itself, a pipe, endless; files
+of another image or step under this one's name. tools/border_cases.py adds what no declaration thinks of: files of another
+run with the same shapes, archives that unpack to gigabytes, numbers that no file can hold, full and closed streams.
+
+A case is lost when a stage ends with a traceback, takes the file as good (exit code 0), keeps it under --resume, changes
+a file where it must refuse, refuses what means nothing, or runs longer than the limit. Each runs in a forked process of
+its own with 6 GB of address space, so that a crash is seen as one, and endless input does not take the machine.
 """
 
+import contextlib
 import importlib
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -30,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tools.cases import Case, Target
 from w4a8.cli import progress_bar, stage_command
+from w4a8.cli.command import open_standard_streams
 
 CLEAN = [  # what makes the clean folder, small
     ("generate_calibration_data", "--num-images", "2", "--num-steps", "3"),
@@ -38,8 +44,27 @@ CLEAN = [  # what makes the clean folder, small
     ("analyze_activations",),
     ("analyze_activations_multitier",),
     ("optimize_adaround", "--iters", "10", "--batch-size", "2", "--unit", "layer"),
+    ("export_quantized_model", "--weights", "w4-rtn", "--activations", "a8"),
     ("evaluate_quantization", "--num-images", "1", "--num-steps", "1", "--variants", "w4-rtn"),
 ]
+OTHER = {  # the same of another seed, as far as its files are put in the place of the clean run's
+    "generate_calibration_data": ("--seed", "7"), "cache_adaround_data": (), "collect_layer_activations": (),
+    "optimize_adaround": ("--blocks", "mm0"),
+}  # fmt: skip
+ADDRESS_SPACE = 6 * 10**9  # bytes that a stage may map
+
+
+def closed_streams() -> None:
+    for number in range(3):
+        os.close(number)
+    open_standard_streams()  # as where the process starts
+
+
+SURROUNDINGS = {  # what is done to a process before its stage begins
+    "no temporary folder": lambda: os.environ.update(TMPDIR="/nonexistent"),
+    "a full standard output": lambda: os.dup2(os.open("/dev/full", os.O_WRONLY), 1),
+    "no standard streams": closed_streams,
+}
 
 
 class Result(NamedTuple):
@@ -50,7 +75,7 @@ class Result(NamedTuple):
     line: str
 
 
-def stage_process(script: str, arguments: list[str], log: str | Path) -> int:
+def stage_process(script: str, arguments: list[str], log: str | Path, surroundings: str | None = None) -> int:
     """Fork a process that runs a stage, its output to `log`; returns its pid."""
     pid = os.fork()
     if pid:
@@ -60,19 +85,25 @@ def stage_process(script: str, arguments: list[str], log: str | Path) -> int:
     os.dup2(descriptor, 2)
     sys.argv, code = [f"{script}.py", *arguments], 70
     try:  # whatever happens, the parent's clean-up must not run here
+        resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
+        if surroundings is not None:
+            SURROUNDINGS[surroundings]()
         importlib.import_module(script).main(arguments)
     except SystemExit as end:
         code = end.code
     except BaseException:
         traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
 
 
-def run_stage(script: str, arguments: list[str], log: Path, limit: float) -> tuple[int | None, str]:
+def run_stage(
+    script: str, arguments: list[str], log: Path, limit: float, surroundings: str | None = None
+) -> tuple[int | None, str]:  # fmt: skip
     """Run a stage in a forked process: (exit code; None: killed after `limit` seconds), and all that it printed."""
-    pid = stage_process(script, arguments, log)
+    pid = stage_process(script, arguments, log, surroundings)
     end = time.monotonic() + limit
     while time.monotonic() < end:
         done, status = os.waitpid(pid, os.WNOHANG)
@@ -85,17 +116,27 @@ def run_stage(script: str, arguments: list[str], log: Path, limit: float) -> tup
 
 
 def fate_of(target: Target, folder: Path, clean: Path, code: int | None, output: str) -> str:
-    """fine, traceback, accepted, kept or hung."""
+    """fine, traceback, accepted, kept, changed, refused or hung."""
     if code is None:
         return "hung"
     if code < 0 or "Traceback" in output or (code and output.count("Error: ") != 1):
         return "traceback"
+    if target.expects == "success":
+        return "refused" if code else "fine"
+    if code and target.expects == "untouched" and tree(folder) != tree(clean / target.base):
+        return "changed"
     if code:
         return "fine"
     if not target.resume:
         return "accepted"
     result = target.result or target.file
     return "fine" if (folder / result).read_bytes() == (clean / target.base / result).read_bytes() else "kept"
+
+
+def tree(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every file below a folder that a stage could have changed: hard links keep their inode."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
 
 
 def run_case(case: Case, clean: Path, limit: float) -> Result:
@@ -109,15 +150,17 @@ def run_case(case: Case, clean: Path, limit: float) -> Result:
             (folder / extra).unlink(missing_ok=True)
         script, *given = target.command
         arguments = [word.replace("{run}", str(folder)).replace("{root}", str(clean)) for word in given]
-        if "--calib-dir" not in arguments:
+        if "--calib-dir" not in arguments and script != "draw_images":
             arguments += ["--calib-dir", str(folder)]
-        code, output = run_stage(script, arguments, Path(work) / "log", limit)
+        code, output = run_stage(script, arguments, Path(work) / "log", limit, target.surroundings)
         lines = output.replace("\r", "\n").strip().splitlines()
         return Result(case, fate_of(target, folder, clean, code, output), lines[-1] if lines else "")
 
 
 def make_clean(root: Path) -> None:
-    """model/: a copy of the bundled model; run/: every stage once; half/: stage 3W of a block, with its checkpoint."""
+    """model/: a copy of the bundled model; run/: every stage once; other/: with another seed; half/: stage 3W of a block, with
+    its checkpoint.
+    """
     shutil.copytree(Path(__file__).resolve().parent.parent / "models/sd3-emoji", root / "model")
     log = root / "log"
 
@@ -129,6 +172,8 @@ def make_clean(root: Path) -> None:
     for script, *arguments in CLEAN:
         model = ["--model", str(root / "model")] if script == "generate_calibration_data" else []
         run(script, *arguments, *model, "--calib-dir", str(root / "run"))
+        if script in OTHER:
+            run(script, *arguments, *model, *OTHER[script], "--calib-dir", str(root / "other"))
     for part in ("manifest.json", "samples", "adaround_cache"):
         copy = shutil.copytree if (root / "run" / part).is_dir() else shutil.copy
         (root / "half").mkdir(exist_ok=True)
@@ -187,6 +232,7 @@ def main(limit: int | None, match: str | None, seconds: float, workers: int) -> 
     click.echo(
         f"{len(results)} damaged files: {counts['traceback']} tracebacks, {counts['accepted']} accepted, "
         f"{counts['kept']} kept by --resume, {counts['hung']} above {seconds:g} s"
+        + "".join(f", {counts[fate]} {fate}" for fate in ("changed", "refused") if counts[fate])
     )
     if lost or not results:
         raise click.ClickException(f"{len(lost)} of {len(results)} cases are lost")

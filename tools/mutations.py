@@ -1,9 +1,13 @@
 """Damaged files, derived from calibration_store's formats: tools/corruption_campaign.py runs the stages on them."""
 
 import copy
+import functools
 import io
 import json
+import os
 import types
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
@@ -15,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from calibration_store.checkpoint import Position
 from calibration_store.npz import write_npz
-from calibration_store.schema import Record
+from calibration_store.schema import CALIBRATION_RUN, TRAINING_RUN, Record
 from tools.cases import Mutation
 
 RAW = {"@@NaN": "NaN", "@@1e999": "1e999"}  # what JSON has no value for
@@ -127,8 +131,9 @@ def edited(name: str, edit: Callable[[Any], Any]) -> Mutation:
 def npz_mutations(record: Record, path: Path, prefix: str = "", kept: tuple[str, ...] = ()) -> Iterator[Mutation]:
     """Every way in which the arrays at `path` (of one layer: those with the prefix) can break their record.
 
-    kept: members whose absence means nothing.
+    kept: members whose absence means nothing; so does that of a run's identity, which older files lack.
     """
+    kept = (*kept, CALIBRATION_RUN, TRAINING_RUN)
     arrays = {key: value for key, value in np.load(path).items() if key.startswith(prefix)}
     own = {key.removeprefix(prefix): value for key, value in arrays.items()}
     for name, member in record.members.items():
@@ -205,6 +210,18 @@ def file_mutations(path: Path, kept_text: bool = False, flip_at: float = 2 / 3) 
         target.unlink()
         target.symlink_to("nothing-there")
 
+    def pipe(target: Path) -> None:
+        target.unlink()
+        os.mkfifo(target)
+
+    def endless(target: Path) -> None:
+        target.unlink()
+        target.symlink_to("/dev/zero")
+
+    def sparse(target: Path) -> None:
+        replace(target, b"")
+        os.truncate(target, 10**11)
+
     yield Mutation("truncated", half)
     yield Mutation("empty", lambda target: replace(target, b""))
     yield Mutation("garbage", lambda target: replace(target, bytes(range(256)) * 8))
@@ -212,6 +229,9 @@ def file_mutations(path: Path, kept_text: bool = False, flip_at: float = 2 / 3) 
     yield Mutation("a folder", folder)
     yield Mutation("a link to itself", loop)
     yield Mutation("a dangling link", dangling)
+    yield Mutation("a pipe", pipe)
+    yield Mutation("a link to /dev/zero", endless)
+    yield Mutation("100 GB of nothing", sparse)
     if not kept_text:
         yield Mutation("a flipped bit", flipped)
     if path.suffix == ".npz":
@@ -233,6 +253,72 @@ def copied(name: str, other: Path) -> Mutation:
     """Another file's content under this one's name."""
     content = other.read_bytes()
     return Mutation(name, lambda target: replace(target, content))
+
+
+# --- what no declaration thinks of ---------------------------------------------------------------------------
+
+
+def npz_bombs(path: Path, known: str) -> Iterator[Mutation]:
+    """An array header that takes the parser's memory, and a known member that unpacks to 3.8 GB."""
+    yield Mutation("a header of 9,000 minus signs", lambda target: _with_members(target, {known: _deep_header()}))
+    yield Mutation("3.8 GB in a known member", lambda target: _with_bomb(target, known))
+
+
+def npz_oddities(path: Path) -> Iterator[Mutation]:
+    """What means nothing to a reader: a bomb under a key that it does not know, and numbers of another byte order."""
+
+    def swapped(target: Path) -> None:
+        arrays = {key: _big_endian(value) for key, value in np.load(target).items()}
+        target.unlink()
+        np.savez(target, **arrays)
+
+    yield Mutation("3.8 GB in an unknown member", lambda target: _with_bomb(target, "zzz"))
+    yield Mutation("big-endian numbers", swapped)
+
+
+def _big_endian(array: np.ndarray) -> np.ndarray:
+    return array.astype(array.dtype.newbyteorder(">")) if array.dtype.kind in "iuf" else array
+
+
+def _deep_header() -> bytes:
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (" + b"-" * 9000 + b"1,)}\n"
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+
+
+def _with_members(path: Path, changes: dict[str, bytes]) -> None:
+    """Write an NPZ again, some of its members with other bytes."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    members |= {f"{key}.npy": content for key, content in changes.items()}
+    path.unlink()
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+
+
+@functools.cache
+def _deflated_zeros() -> tuple[bytes, int]:
+    """(a deflate stream, how many zeros it unpacks to: below 4 GiB, which a ZIP notes in 32 bits)."""
+    packer, part, count = zlib.compressobj(9, zlib.DEFLATED, -15), bytes(2**26), 57
+    packer.compress(part[:1])
+    packer.flush(zlib.Z_FULL_FLUSH)
+    block = packer.compress(part) + packer.flush(zlib.Z_FULL_FLUSH)  # whole bytes that do not look back
+    return block * count + zlib.compressobj(9, zlib.DEFLATED, -15).flush(), count * len(part)
+
+
+def _with_bomb(path: Path, key: str) -> None:
+    """Put the zeros under a key: as a stored member first, whose method and size are then changed in both headers."""
+    stream, size = _deflated_zeros()
+    _with_members(path, {key: stream})
+    content, name = bytearray(path.read_bytes()), f"{key}.npy".encode()
+    for signature, method_at, size_at, name_at in ((b"PK\3\4", 8, 22, 30), (b"PK\1\2", 10, 24, 46)):
+        start = content.rindex(name)
+        while content[start - name_at : start - name_at + 4] != signature:
+            start = content.rindex(name, 0, start)
+        start -= name_at
+        content[start + method_at : start + method_at + 2] = (8).to_bytes(2, "little")
+        content[start + size_at : start + size_at + 4] = size.to_bytes(4, "little")
+    path.write_bytes(content)
 
 
 # --- checkpoints and weights --------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from w4a8.model.layers import model_layers
 from w4a8.model.loading import check_folder, load_pipeline
 from w4a8.model.needs import needs_of, refuse_too_large
 from w4a8.model.parts import TRANSFORMER, Pipeline, whole_model
-from w4a8.model.sampling import decode_latents, euler_steps, initial_noise
+from w4a8.model.sampling import check_seeds, decode_latents, euler_steps, initial_noise
 from w4a8.model.text import Texts, check_prompts
 from w4a8.quantized.activation_rules import ActivationRule
 from w4a8.quantized.exported import rule_of_export
@@ -73,8 +73,7 @@ def plan_drawing(
             raise OptionError(f"--compare {info.version}: its images have another size")
     if negative_prompt and cfg_weight <= 1:
         raise OptionError("--negative-prompt needs --cfg-weight above 1: DiffusionKit ignores it otherwise")
-    if seed + len(prompts) > 2**32:
-        raise OptionError(f"--seed {seed}: seed + image must stay below 2^32")
+    check_seeds(seed, len(prompts))
     batch_size = min(batch_size, len(prompts))
     return Plan(
         prompts,

@@ -13,7 +13,14 @@ import numpy as np
 from calibration_store.errors import OptionError, StoreError
 from calibration_store.files import BackgroundWriter, write_png
 from calibration_store.layout import CalibrationPaths
-from calibration_store.manifest import MANIFEST_FORMAT, prompts_digest, read_manifest, saved_steps, write_manifest
+from calibration_store.manifest import (
+    MANIFEST_FORMAT,
+    image_identity,
+    prompts_digest,
+    read_manifest,
+    saved_steps,
+    write_manifest,
+)
 from calibration_store.pictures import picture_chunks
 from calibration_store.samples import is_complete, sample_arrays, sample_bytes, write_sample
 from w4a8.cli.progress import ProgressBar, progress_bar
@@ -22,7 +29,7 @@ from w4a8.model.catalog import ModelInfo, choose_dtype, package_versions
 from w4a8.model.needs import needs_of, refuse_too_large
 from w4a8.model.parts import DECODER, TRANSFORMER, Pipeline, to_numpy
 from w4a8.model.runs import run_schedule
-from w4a8.model.sampling import EulerStep, decode_latents, euler_steps, initial_noise
+from w4a8.model.sampling import EulerStep, check_seeds, decode_latents, euler_steps, initial_noise
 from w4a8.model.text import Texts
 
 PNG_BYTES_PER_PIXEL = 3  # what an image takes at most
@@ -62,8 +69,7 @@ def plan_run(
     check_guidance(info, cfg_weight)
     if negative_prompt and cfg_weight <= 1:
         raise OptionError("--negative-prompt needs --cfg-weight above 1: DiffusionKit ignores it otherwise")
-    if seed + num_images > 2**32:
-        raise OptionError(f"--seed {seed}: seed + image must stay below 2^32")
+    check_seeds(seed, num_images)
     chosen = [prompts[image_id % len(prompts)] for image_id in range(num_images)]
     return {
         "format": MANIFEST_FORMAT,
@@ -101,6 +107,17 @@ def plan_run(
             for image_id, prompt in enumerate(chosen)
         ],
     }
+
+
+def begun(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the manifest of a run that has no image yet."""
+    return {**plan, "n_completed": 0, "images": []}
+
+
+def finished(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the manifest that a run will have in the end, as far as it is known before the model's files are here."""
+    known = {key: value for key, value in plan.items() if key != "weights_fingerprint" or value is not None}
+    return known | {"n_completed": plan["num_images"]}
 
 
 def check_guidance(info: ModelInfo, cfg_weight: float) -> None:
@@ -141,6 +158,7 @@ def continue_run(plan: dict[str, Any], manifest: dict[str, Any]) -> str | None:
         check_same_model(plan, manifest)
     versions = plan["package_versions"]
     plan |= {key: manifest[key] for key in ("batch_option", "batch_size", "package_versions")}
+    plan["weights_fingerprint"] = manifest["weights_fingerprint"]  # not known before the files are here, or the same
     if versions == manifest["package_versions"]:
         return None
     return (
@@ -217,7 +235,7 @@ def generate(
             with steps_bar, closing(sample_batch(pipeline, texts, plan, batch, plan["num_steps"])) as steps:
                 for step in steps:
                     if step.step_index in kept:
-                        write_step(writer, paths, batch, step, complete, plan["activation_dtype"])
+                        write_step(writer, paths, plan, batch, step, complete)
                     steps_bar.update(step.step_index > 0)
             if plan["save_images"]:
                 with decoding(pipeline, together):
@@ -294,14 +312,11 @@ def sample_batch(
 
 
 def write_step(
-    writer: BackgroundWriter,
-    paths: CalibrationPaths,
-    batch: list[dict],
-    step: EulerStep,
+    writer: BackgroundWriter, paths: CalibrationPaths, plan: Mapping[str, Any], batch: list[dict], step: EulerStep,
     complete: Container[int],
-    dtype: str,
-) -> None:
+) -> None:  # fmt: skip
     """Hand the samples of one step to the writer, in the dtype that the model is given."""
+    dtype = plan["activation_dtype"]
     x = to_numpy(step.x.astype(getattr(mx, dtype)))
     finite = np.isfinite(x).all(axis=(1, 2, 3))
     if not finite[: len(batch)].all():
@@ -316,7 +331,7 @@ def write_step(
     for row, image in enumerate(batch):
         if image["image_id"] not in complete:
             arrays = sample_arrays(x[row : row + 1], timestep, sigma, step.step_index, image["image_id"], step.is_final)
-            writer.submit(write_sample, paths, arrays)
+            writer.submit(write_sample, paths, arrays, image_identity(plan, image["image_id"]))
 
 
 def write_images(

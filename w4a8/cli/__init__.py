@@ -1,7 +1,15 @@
 """What the stages' command lines share. No NumPy: `--help` is fast."""
 
-from w4a8.cli.command import Interrupted, StageCommand, interruptible, stage_command
+from w4a8.cli.command import Interrupted, StageCommand, finishing, interruptible, stage_command
 from w4a8.cli.options import (
+    COUNT,
+    DECIBELS,
+    GUIDANCE,
+    IMAGES,
+    SEED,
+    SIDE,
+    STEPS,
+    Folder,
     ModelPlace,
     analysis_options,
     calib_dir_option,
@@ -17,12 +25,21 @@ from w4a8.cli.rounding_options import rounding_options
 from w4a8.cli.words import few, format_bytes, format_seconds, interpreter
 
 __all__ = [
+    "COUNT",
+    "DECIBELS",
+    "GUIDANCE",
+    "IMAGES",
+    "SEED",
+    "SIDE",
+    "STEPS",
+    "Folder",
     "Interrupted",
     "ModelPlace",
     "StageCommand",
     "analysis_options",
     "calib_dir_option",
     "few",
+    "finishing",
     "format_bytes",
     "format_seconds",
     "interpreter",

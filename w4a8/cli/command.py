@@ -3,6 +3,7 @@
 import atexit
 import codecs
 import contextlib
+import errno
 import io
 import math
 import os
@@ -31,7 +32,8 @@ class StageCommand(click.Command):
         for stream in (sys.stdout, sys.stderr):
             replace_what_cannot_be_encoded(stream)
         with ctrl_c_handled():
-            sys.exit(self._exit_code(*args, **kwargs))
+            code = self._exit_code(*args, **kwargs)
+            sys.exit(flush_output(code))
 
     def _exit_code(self, *args, **kwargs) -> int:
         """Run the command, say its error, wait for MLX."""
@@ -41,35 +43,115 @@ class StageCommand(click.Command):
                 code = super().main(*args, standalone_mode=False, **kwargs)
         except (UserError, click.ClickException) as error:
             message = error.message if isinstance(error, UserError) else error.format_message()
-            said, code = f"Error: {' '.join(message.split())}", error.exit_code
+            said, code = f"Error: {one_line(message)}", error.exit_code
         except click.Abort:
             said, code = "Interrupted.", 130
+        except OutputError as error:
+            said, code = f"Error: {error}", 1
         if ended(said) and said is not None:
-            click.echo(who() + said, err=True)
+            say(who() + said)
         if "mlx.core" in sys.modules:
             sys.modules["mlx.core"].synchronize()  # what an interrupted pass left running ends before the process
         return code if isinstance(code, int) else 0
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Refuse NaN and infinity: click takes both for numbers, and NaN passes every range."""
+        """Refuse what click takes: NaN and infinity, of which NaN passes every range, and text that is not UTF-8."""
         rest = super().parse_args(ctx, args)
         for parameter in self.get_params(ctx):
             value = ctx.params.get(parameter.name)
-            for number in value if isinstance(value, tuple) else (value,):
-                if isinstance(number, float) and not math.isfinite(number):
-                    raise click.UsageError(f"{max(parameter.opts, key=len)} {number}: not a finite number")
+            for part in value if isinstance(value, tuple) else (value,):
+                if isinstance(part, float) and not math.isfinite(part):
+                    raise click.UsageError(f"{max(parameter.opts, key=len)} {part}: not a finite number")
+                if not_utf8(str(part)) or (isinstance(part, Path) and not_utf8(os.path.abspath(part))):
+                    what = f"{max(parameter.opts, key=len)} {os.path.abspath(part) if isinstance(part, Path) else part}"
+                    raise click.UsageError(f"{what}: not UTF-8, as JSON and MLX need it; rename the folder or file")
         return rest
 
     def make_context(self, *args, **kwargs) -> click.Context:
-        with without_empty_line():
+        with without_empty_line(), output_errors():  # --help is printed here
             return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
-        with without_empty_line():
+        check_temporary_folder()
+        with without_empty_line(), output_errors():
             return super().invoke(ctx)
 
 
 StageCommand.command_class = StageCommand  # what click.Group makes its subcommands of
+
+
+def not_utf8(text: str) -> bool:
+    """Return whether a text holds bytes that Python could not decode, such as other systems' file names have."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+LONGEST_WORD, LONGEST_LINE = 200, 4000  # characters of a message: keys and names come from files
+
+
+def one_line(message: str) -> str:
+    """Return a message as one line: what would steer the terminal escaped, and what is longer than a name cut."""
+    words = (word if len(word) <= LONGEST_WORD else f"{word[:LONGEST_WORD]}…" for word in message.split())
+    line = "".join(c if c.isprintable() or c == " " else c.encode("unicode_escape").decode() for c in " ".join(words))
+    return line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}…"
+
+
+def check_temporary_folder() -> None:
+    """Raise UserError where $TMPDIR is no folder that can be written: MLX compiles there, and says nothing that helps."""
+    for name in ("TMPDIR", "TEMP", "TMP"):
+        folder = os.environ.get(name)
+        if folder and not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
+            raise UserError(f"{name}={folder}: no folder that can be written; set it to one, or unset it")
+
+
+class OutputError(Exception):
+    """Standard output takes no more: its disk is full, or nobody reads it."""
+
+
+@contextlib.contextmanager
+def output_errors() -> Iterator[None]:
+    """Turn a failed write to standard output into OutputError; files are atomic, and their errors are WriteError already."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno in (errno.ENOSPC, errno.EPIPE, errno.EBADF, errno.EIO, errno.EDQUOT):
+            raise OutputError(f"cannot write to standard output ({error.strerror})") from None
+        raise
+
+
+def flush_output(code: int) -> int:
+    """Write out what standard output still holds; return the exit code, 1 with a line where it takes no more.
+
+    Its descriptor is /dev/null then: Python would try again at its end, and print a trace.
+    """
+    try:
+        with output_errors():
+            sys.stdout.flush()
+    except OutputError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if not code:
+            say(f"Error: {error}")
+        return code or 1
+    return code
+
+
+def say(line: str) -> None:
+    """Print a line to standard error, if that takes one."""
+    with contextlib.suppress(OSError):
+        click.echo(line, err=True)
+
+
+def open_standard_streams() -> None:
+    """Open /dev/null in the place of a closed stdin, stdout or stderr: the next file would get its number."""
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115  (as long as the process)
 
 
 class Interrupted(UserError):
@@ -103,11 +185,11 @@ class CtrlC:
     """The handler of SIGINT: the first one raises KeyboardInterrupt, the next ends the process at once.
 
     The first one, too, while a module is imported, for imports lose exceptions: NumPy calls its installation broken, or
-    crashes.
+    crashes. While something is being finished (`finishing`) the first one is only noted.
     """
 
     def __init__(self):
-        self.interrupted = False
+        self.interrupted, self.finishing = False, None
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
         if self.interrupted:
@@ -115,7 +197,24 @@ class CtrlC:
         if importing(frame):
             end_process("Interrupted.")
         self.interrupted = True
-        raise KeyboardInterrupt
+        if self.finishing is None:
+            raise KeyboardInterrupt
+        with contextlib.suppress(OSError):
+            os.write(2, f"\nfinishing {self.finishing}; Ctrl-C again ends at once\n".encode())
+
+
+@contextlib.contextmanager
+def finishing(what: str) -> Iterator[Callable[[], bool]]:
+    """Let Ctrl-C wait in the block. Yields a function that says whether it came: who asks saves, and raises KeyboardInterrupt."""
+    handler = signal.getsignal(signal.SIGINT)
+    if not isinstance(handler, CtrlC):
+        yield lambda: False
+        return
+    handler.finishing = what
+    try:
+        yield lambda: handler.interrupted
+    finally:
+        handler.finishing = None
 
 
 @contextlib.contextmanager
@@ -191,5 +290,6 @@ def resume_command(option: str | None = "--resume") -> str:
     return shlex.join([interpreter(), sys.argv[0], *kept, *([option] if option else [])])
 
 
+open_standard_streams()
 sys.excepthook = end_on_ctrl_c
 codecs.register(plain_ascii)

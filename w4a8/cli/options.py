@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,14 +11,47 @@ from typing import Any, ClassVar
 
 import click
 
+from calibration_store.limits import (
+    MOST,
+    MOST_DECIBELS,
+    MOST_GUIDANCE,
+    MOST_IMAGES,
+    MOST_LORA_SCALE,
+    MOST_RATE,
+    MOST_SEED,
+    MOST_SIDE,
+    MOST_STEPS,
+)
+
+# What a number may be: the limits of the files, so that whatever click takes is read back.
+COUNT = click.IntRange(1, MOST)
+IMAGES = click.IntRange(1, MOST_IMAGES)
+STEPS = click.IntRange(1, MOST_STEPS)
+SIDE = click.IntRange(1, MOST_SIDE)
+SEED = click.IntRange(0, MOST_SEED)
+GUIDANCE = click.FloatRange(0, MOST_GUIDANCE)
+RATE = click.FloatRange(0, MOST_RATE)
+DECIBELS = click.FloatRange(-MOST_DECIBELS, MOST_DECIBELS)
+
+
+class Folder(click.Path):
+    """A folder that is there or will be made; an empty name, such as an unset variable gives, would be the one we stand in."""
+
+    name = "folder"
+
+    def __init__(self):
+        super().__init__(path_type=Path, file_okay=False)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        if os.fspath(value) == "":
+            self.fail("the name of the folder is empty (an unset variable?); '.' is the current one", param, ctx)
+        return super().convert(value, param, ctx)
+
 
 def calib_dir_option(function: Callable) -> Callable:
     """`--calib-dir`, where every stage reads and writes."""
     return click.option(
-        "--calib-dir",
-        type=click.Path(path_type=Path, file_okay=False),
-        default="calibration_data",
-        help="Folder that all stages share.",
+        "--calib-dir", type=Folder(), default="calibration_data", help="Folder that all stages share."
     )(function)
 
 
@@ -44,11 +78,12 @@ class LoraFile(click.ParamType):
                 file, scale = Path(before), float(after)
             except ValueError:
                 self.fail(f"{value!r}: no such file, and {after!r} is no scale such as 0.8", param, ctx)
-            if not (math.isfinite(scale) and abs(scale) <= 1000):
-                self.fail(f"{value!r}: the scale must be a number from -1000 to 1000", param, ctx)
+            if not (math.isfinite(scale) and abs(scale) <= MOST_LORA_SCALE):
+                limit = f"{MOST_LORA_SCALE:g}"
+                self.fail(f"{value!r}: the scale must be a number from -{limit} to {limit}", param, ctx)
         if not file.is_file():
             self.fail(f"{str(file)!r}: no such file", param, ctx)
-        return Lora(file.resolve(), scale)
+        return Lora(Path(os.path.realpath(file)), scale)
 
 
 def lora_option(function: Callable, now: bool = False) -> Callable:
@@ -99,7 +134,7 @@ def text_group_option(function: Callable) -> Callable:
     """`--text-group`: how many prompts the text encoders are loaded for."""
     return click.option(
         "--text-group",
-        type=click.IntRange(min=1),
+        type=COUNT,
         help="Prompts that are encoded before the text encoders make room for the transformer.  [default: by memory]",
     )(function)
 
@@ -142,6 +177,20 @@ def native_option(function: Callable) -> Callable:
     )(function)
 
 
+class NamedFile(click.Path):
+    """A file whose name must not be empty, such as an unset variable gives."""
+
+    name = "file"
+
+    def __init__(self):
+        super().__init__(path_type=Path, dir_okay=False)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        if os.fspath(value) == "":
+            self.fail("the name of the file is empty (an unset variable?)", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 def analysis_options(config: str) -> Callable:
     """What both analyzers take: `--stats`, `--output` (default: `config` beside the statistics), `--plot`, `--dry-run`."""
 
@@ -151,12 +200,12 @@ def analysis_options(config: str) -> Callable:
             click.option("--plot", "with_plot", is_flag=True, help="Also write PNG figures beside the config."),
             click.option(
                 "--output",
-                type=click.Path(path_type=Path, dir_okay=False),
+                type=NamedFile(),
                 help=f"Config to write.  [default: {config} beside the statistics]",
             ),
             click.option(
                 "--stats",
-                type=click.Path(path_type=Path, dir_okay=False),
+                type=NamedFile(),
                 help="Statistics to read.  [default: activations/layer_statistics.json below --calib-dir]",
             ),
         ):

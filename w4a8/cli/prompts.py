@@ -8,6 +8,9 @@ from pathlib import Path
 import click
 import numpy as np
 
+from calibration_store.errors import StoreError
+from calibration_store.files import read_bytes
+
 BUILTIN_PROMPTS = Path(__file__).resolve().parents[2] / "prompts" / "builtin.csv"
 PROMPT_COLUMNS = ("prompt", "caption")  # the first that a table has
 TABLE_DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -23,9 +26,9 @@ def read_prompt_file(path: Path, what: str = "--prompts") -> list[str]:
             "(column 'prompt' or 'caption')"
         )
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise click.UsageError(f"{what} {path}: {error.strerror}") from None
+        text = read_bytes(path, "give a file").decode("utf-8-sig")
+    except StoreError as error:
+        raise click.UsageError(f"{what} {error.message}") from None
     except UnicodeDecodeError as error:
         raise click.UsageError(f"{what} {path}: not UTF-8 text (byte {error.start})") from None
     lines = (

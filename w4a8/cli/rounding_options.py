@@ -4,18 +4,21 @@ from collections.abc import Callable
 
 import click
 
+from calibration_store.limits import MOST_ITERATIONS, MOST_SECONDS
+from w4a8.cli.options import COUNT, RATE, SEED
+
 OPTIONS = (
     click.option("--blocks", help="Blocks to train, such as mm0,mm5.  [default: all that are cached]"),
     click.option(
         "--iters",
-        type=click.IntRange(min=10),
+        type=click.IntRange(10, MOST_ITERATIONS),
         default=400,
         help="Iterations per unit; the last 30 % tune scales and ranges.",
     ),
-    click.option("--batch-size", type=click.IntRange(min=1), default=16, help="Cached samples per iteration."),
+    click.option("--batch-size", type=COUNT, default=16, help="Cached samples per iteration."),
     click.option(
         "--micro-batch",
-        type=click.IntRange(min=1),
+        type=COUNT,
         help="Samples of an iteration in memory at once; changes nothing but float noise.  [default: by memory]",
     ),
     click.option(
@@ -77,7 +80,7 @@ OPTIONS = (
     ),
     click.option(
         "--end-to-end",
-        type=click.IntRange(min=0),
+        type=click.IntRange(0, MOST_ITERATIONS),
         help="Iterations of a last phase: scales, zero points, biases and ranges of all blocks against the model's output.  "
         "[default: half of --iters for a model above 100 M weights, else 0]",
     ),
@@ -95,26 +98,26 @@ OPTIONS = (
     ),
     click.option(
         "--lr-alpha",
-        type=click.FloatRange(min=0),
+        type=RATE,
         default=None,
         help="Learning rate of the rounding variables.  [default: 4e-3 ste, 1e-2 sigmoid]",
     ),
     click.option(
         "--lr-activation-scale",
-        type=click.FloatRange(min=0),
+        type=RATE,
         default=5e-3,
         help="Learning rate of the (log) clipping ranges.",
     ),
     click.option(
         "--regularizer-weight",
-        type=click.FloatRange(min=0),
+        type=RATE,
         default=0.01,
         help="sigmoid: weight of the pull to 0 or 1, beside a loss of 1 for round-to-nearest.",
     ),
-    click.option("--seed", type=click.IntRange(min=0), default=0, help="Decides the batches."),
+    click.option("--seed", type=SEED, default=0, help="Decides the batches."),
     click.option(
         "--checkpoint-seconds",
-        type=click.FloatRange(min=0),
+        type=click.FloatRange(0, MOST_SECONDS),
         default=30,
         help="How much of a unit's work a kill may cost.",
     ),

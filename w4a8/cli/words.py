@@ -31,8 +31,13 @@ def format_bytes(count: float) -> str:
     return f"{count:.2f} GB"
 
 
+YEAR = 365 * 24 * 3600
+
+
 def format_seconds(seconds: float) -> str:
-    """75 -> '1 min 15 s'."""
+    """75 -> '1 min 15 s'; what is longer than a year is said so."""
+    if not seconds < YEAR:
+        return "a year or more"
     if seconds < 60:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     minutes, seconds = divmod(round(seconds), 60)

@@ -16,7 +16,7 @@ import orjson
 
 from calibration_store.errors import OptionError, StoreError
 from calibration_store.evaluation import read_variant, write_variant
-from calibration_store.files import remove_file
+from calibration_store.files import file_digest, remove_file
 from calibration_store.layout import EvaluationPaths
 from w4a8.cli.options import WHERE_IT_WAS, ModelPlace
 from w4a8.cli.progress import ProgressBar, progress_bar
@@ -28,7 +28,7 @@ from w4a8.model.catalog import ModelInfo, choose_dtype, model_fingerprint, packa
 from w4a8.model.loading import load_pipeline
 from w4a8.model.parts import DECODER, TRANSFORMER, Pipeline, whole_model
 from w4a8.model.runs import check_fingerprint, describe_run_model
-from w4a8.model.sampling import EulerStep, decode_latents, euler_steps, initial_noise
+from w4a8.model.sampling import EulerStep, check_seeds, decode_latents, euler_steps, initial_noise
 from w4a8.model.text import Texts
 from w4a8.quantized.activation_rules import ActivationRule, inputs_quantized
 
@@ -69,7 +69,7 @@ class Run:
         """SHA-256 over everything that a variant's images follow from, the content of its files included."""
         group = None if variant.weights is None else variant.weights.group_size
         parts = [asdict(self), variant.name, group, variant.scale_is, getattr(variant.weights, "way", None)]
-        parts += [hashlib.sha256(path.read_bytes()).hexdigest() for path in variant.sources]
+        parts += [file_digest(path) for path in variant.sources]
         return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
@@ -116,6 +116,7 @@ def plan_run(
     if fingerprint != manifest["weights_fingerprint"]:  # the manifest says nothing of another model
         latent_size, default_cfg, negative = info.latent_size, info.cfg_weight, ""
     cfg_weight = default_cfg if cfg_weight is None else cfg_weight
+    check_seeds(seed, len(prompts))
     return Run(
         weights_fingerprint=fingerprint,
         dtype=manifest["activation_dtype"],

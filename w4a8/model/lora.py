@@ -23,6 +23,8 @@ from w4a8.model.families import SD3, Family
 PREFIX = re.compile(
     r"^(?:base_model\.model\.|model\.diffusion_model\.|diffusion_model\.|transformer\.|lora_(?:unet|transformer)_)*"
 )
+MOST_ALPHA = 1e6
+MOST_CHANGE = 65504.0  # of a weight: the largest float16
 ADAPTER_NOTE = "lora_adapter_metadata"  # of a safetensors file that diffusers wrote
 FLAT = str.maketrans(".", "_")  # as kohya writes module names
 MULTIMODAL_BLOCK = re.compile(r"multimodal_transformer_blocks\.(\d+)\.")
@@ -87,18 +89,26 @@ def fused(weights: Mapping[str, mx.array], family: Family, loras: Sequence[Lora]
             )
         for module, parts in modules.items():
             down, up = parts.get("A"), parts.get("B")
+            key = f"--lora {lora.file}: {parts['keys'][0]}"
             if down is None or up is None or down.ndim != 2 or up.ndim != 2:
-                raise UserError(f"--lora {lora.file}: {parts['keys'][0]} has no A and B of two dimensions each")
+                raise UserError(f"{key} has no A and B of two dimensions each")
+            if down.shape[0] == 0 or up.shape[1] == 0:
+                raise UserError(f"{key} has rank 0")
+            alpha = parts.get("alpha", down.shape[0])
+            if not abs(alpha) <= MOST_ALPHA:
+                raise UserError(f"{key} has an alpha of {alpha:g}; it must be a number of at most {MOST_ALPHA:g}")
             expected = shape_of(targets[module], weights)
             if (up.shape[0], down.shape[1]) != expected or up.shape[1] != down.shape[0]:
                 raise UserError(
-                    f"--lora {lora.file}: {parts['keys'][0]}: {up.shape} x {down.shape}, and the layer is {expected}; "
-                    "it was made for another model"
+                    f"{key}: {up.shape} x {down.shape}, and the layer is {expected}; it was made for another model"
                 )
             if lora.scale == 0:
                 continue
-            factor = lora.scale * parts.get("alpha", down.shape[0]) / down.shape[0]
-            change = factor * (up.astype(mx.float32) @ down.astype(mx.float32))
+            factor, up, down = lora.scale * alpha / down.shape[0], up.astype(mx.float32), down.astype(mx.float32)
+            change = factor * (up @ down)
+            bound = abs(factor) * down.shape[0] * mx.abs(up).max().item() * mx.abs(down).max().item()
+            if not bound <= MOST_CHANGE and not (most := mx.abs(change).max().item()) <= MOST_CHANGE:
+                raise UserError(f"{key} changes weights by up to {most:g}: it holds NaN, infinity, or is damaged")
             for target in targets[module]:
                 array = found[target.name]
                 rows, columns = array.shape[0], array.size // array.shape[0]
@@ -113,7 +123,11 @@ def read_lora(lora: Lora) -> dict[str, dict]:
     """Module (dots as underscores, no prefix) -> its A (rank, in), B (out, rank), alpha, and keys. Raises UserError."""
     check_weight_file(lora.file)
     modules: dict[str, dict] = {}
-    for key, array in mx.load(str(lora.file)).items():
+    try:
+        arrays = mx.load(str(lora.file))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"--lora {lora.file}: cannot be read ({' '.join(str(error).split())[:200]})") from None
+    for key, array in arrays.items():
         matched = PART.fullmatch(PREFIX.sub("", key))
         module = matched["module"].translate(FLAT) if matched else key
         parts = modules.setdefault(module, {"keys": []})
@@ -122,6 +136,8 @@ def read_lora(lora: Lora) -> dict[str, dict]:
             continue
         kind = next(name for name in ("A", "B", "alpha") if matched[name])
         if kind == "alpha":
+            if array.size != 1:
+                raise UserError(f"--lora {lora.file}: {key} has {array.size} values, not one")
             parts[kind] = array.astype(mx.float32).item()
         else:
             parts[kind] = array.reshape(*array.shape[:2]) if math.prod(array.shape[2:]) == 1 else array

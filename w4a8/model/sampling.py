@@ -7,6 +7,8 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
+from calibration_store.errors import OptionError
+from calibration_store.limits import MOST_SEED
 from w4a8.model.catalog import ModelError
 from w4a8.model.diffusionkit import CFGDenoiser, append_dims
 from w4a8.model.modulation import modulation_cache
@@ -23,10 +25,20 @@ def sigma_schedule(pipeline: Pipeline, num_steps: int) -> tuple[mx.array, mx.arr
     return sigmas, timesteps
 
 
+def check_seeds(seed: int, images: int) -> None:
+    """Raise OptionError where the seed of the last image, seed + images − 1, has more than 64 bits."""
+    if seed + images - 1 > MOST_SEED:
+        raise OptionError(f"--seed {seed}: seed + image must stay below 2^64")
+
+
 def initial_noise(seed: int, latent_size: tuple[int, int]) -> mx.array:
-    """The noise (1, h, w, 16) float32 that DiffusionKit draws for `seed`, without reseeding NumPy's global state."""
+    """Return the noise (1, h, w, 16) float32 that DiffusionKit draws for `seed`, without reseeding NumPy's global state.
+
+    DiffusionKit takes seeds of 32 bits. One of 64 bits seeds the same generator with its two halves, the lower first.
+    """
     h, w = latent_size
-    return mx.array(np.random.RandomState(seed).randn(1, 16, h, w)).transpose(0, 2, 3, 1)
+    words = seed if seed < 2**32 else [seed % 2**32, seed >> 32]
+    return mx.array(np.random.RandomState(words).randn(1, 16, h, w)).transpose(0, 2, 3, 1)
 
 
 @dataclass(frozen=True)

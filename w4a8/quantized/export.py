@@ -1,5 +1,6 @@
 """Stage 5: pack a model's transformer a layer at a time, and write it as a model folder that MLX runs."""
 
+import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -9,20 +10,31 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import orjson
 from mlx.utils import tree_flatten, tree_unflatten
 
 from calibration_store.errors import OptionError, StoreError
-from calibration_store.files import atomic_file, remove_file, sync_folder, write_json
+from calibration_store.files import (
+    TEMP_SUFFIX,
+    Replacements,
+    file_digest,
+    open_regular,
+    remove_file,
+    replacements,
+    sync_folder,
+)
 from calibration_store.layout import QuantizedModelPaths
 from calibration_store.model_folder import (
     captions_file,
+    config_digest,
     config_file,
     folder_files,
     read_model_config,
+    role_of,
     weight_file,
     weights_fingerprint,
 )
-from calibration_store.quantized_model import EXPORT_FORMAT, is_export, write_activations
+from calibration_store.quantized_model import EXPORT_FORMAT, encode_activations, is_export
 from w4a8.cli.progress import ProgressBar
 from w4a8.model.catalog import ModelInfo
 from w4a8.model.diffusionkit import MMDiT
@@ -35,7 +47,6 @@ from w4a8.model.original import (
     hub_tokenizer,
 )
 from w4a8.quantized.activation_rules import ActivationRule
-from w4a8.quantized.exported import file_digest
 from w4a8.quantized.layer import packed_group
 from w4a8.quantized.model import GROUPS_OF_THE_REST, Codes, StoredWeights, quantized_places
 from w4a8.quantized.native import native_module
@@ -59,10 +70,15 @@ class Export:
     activations: str | None
     rule: ActivationRule | None
 
-    def note(self, files: Mapping[str, Path]) -> dict[str, Any]:
-        """config.json's `export`: where this comes from, and which weight files belong to it."""
+    def note(self, files: Mapping[Path, Path]) -> dict[str, Any]:
+        """Return config.json's `export`: where this comes from, and the digests of what decides its images.
+
+        files: path -> where it lies until it takes its place.
+        """
         learned = self.weights if isinstance(self.weights, StoredWeights) else None
         made_from = learned.metadata if learned else {}
+        ranges = self.rule.made_from[0][1] if self.rule is not None and self.rule.made_from else {}
+        run = made_from if learned else ranges
         return {
             "format": EXPORT_FORMAT,
             "weights": self.weights_name,
@@ -73,10 +89,14 @@ class Export:
             "activations": self.activations,
             "model_version": self.manifest["model_version"],
             "weights_fingerprint": self.manifest["weights_fingerprint"],
-            "calibration_run": made_from.get("calibration_run"),
-            "selected_image_ids": made_from.get("selected_image_ids", []),
+            "calibration_run": run.get("calibration_run"),
+            "selected_image_ids": run.get("selected_image_ids", []),
             "adaround_weights": learned and file_digest(learned.paths.metadata),
-            "files": {part: weights_fingerprint({part: path}) for part, path in files.items()},
+            "files": {
+                role: weights_fingerprint({role: place})
+                for path, place in files.items()
+                if (role := role_of(path)) is not None
+            },
         }
 
 
@@ -151,13 +171,16 @@ def finite(name: str, array: mx.array) -> mx.array:
     return array
 
 
-def write_arrays(path: Path, arrays: Arrays) -> None:
-    """Write a safetensors file atomically."""
-    with atomic_file(path) as file:
+def write_arrays(files: Replacements, path: Path, arrays: Arrays) -> None:
+    """Write a safetensors file, which takes its place with the others."""
+    with files.write(path) as file:
         mx.save_safetensors(file, arrays, {"format": "mlx"})
 
 
-def rest_of_model(export: Export, complete: bool) -> tuple[dict[str, Arrays], list[Path], dict[str, Any]]:
+RestOfModel = tuple[dict[str, Arrays], list[Path], dict[str, Any]]
+
+
+def rest_of_model(export: Export, complete: bool) -> RestOfModel:
     """What an exported folder holds beside the transformer: arrays by part, files to copy, and its config.json so far."""
     info = export.info
     if info.folder is not None:
@@ -178,11 +201,30 @@ def rest_of_model(export: Export, complete: bool) -> tuple[dict[str, Arrays], li
     return parts | encoders, hub_tokenizer(), complete_hub_config(info)
 
 
+def bytes_needed(export: Export, size: Size, rest: RestOfModel) -> int:
+    """Return the bytes of everything that an export writes."""
+    parts, copied, _ = rest
+    arrays = sum(array.nbytes for part in parts.values() for array in part.values())
+    ranges = 0 if export.rule is None else len(encode_activations(export.rule.exported()))
+    return size.transformer + arrays + sum(path.stat().st_size for path in copied) + ranges
+
+
+def clear_leftovers(paths: QuantizedModelPaths) -> None:
+    """Remove what a kill left: half-written files, and files of an export that has no config.json yet."""
+    for path in [*paths.owned_files(), *paths.gguf_files()]:
+        if path.suffix == TEMP_SUFFIX or (not paths.config.exists() and path not in paths.gguf_files()):
+            remove_file(path)
+
+
 def write_folder(
-    paths: QuantizedModelPaths, export: Export, mmdit: MMDiT, quantization: dict[str, Any], complete: bool
-) -> Path:
-    """Write an exported model folder, config.json last; an older export is removed first. Returns the folder."""
-    parts, copied, config = rest_of_model(export, complete)
+    paths: QuantizedModelPaths, export: Export, mmdit: MMDiT, quantization: dict[str, Any], rest: RestOfModel, hub_file: bool
+) -> Path:  # fmt: skip
+    """Write an exported model folder, and return it. An older export goes when every file of the new one is on the disk.
+
+    hub_file: write the layout of DiffusionKit's 4-bit file, too. Raises WriteError, and leaves the older export, where the disk
+    is too small for both.
+    """
+    parts, copied, config = rest
     parts = {"mmdit": dict(tree_flatten(mmdit.parameters())), **parts}
     half = getattr(mx, export.info.family.half)
     for arrays in parts.values():
@@ -190,45 +232,49 @@ def write_folder(
             finite(name, array)
             if export.info.loras and array.dtype == mx.float32:
                 arrays[name] = array.astype(half)  # what is not packed, and has a LoRA in it
-    remove_file(paths.config)  # first: there is none without its files
-    for old in paths.owned_files():
-        remove_file(old)
-    for part, arrays in parts.items():
-        write_arrays(weight_file(paths.root, part), arrays)
-    for path in copied:
-        copy_file(path, paths.root / path.name)
-    if export.rule is not None:
-        write_activations(paths, export.rule.exported())
-    written = {
-        role: path
-        for role, path in folder_files(paths.root, "base_model" in config).items()
-        if path.suffix == ".safetensors"
-    }
-    write_json(paths.config, config | {"quantization": quantization, "export": export.note(written)})
+    old = paths.owned_files()
+    with replacements() as files:
+        for part, arrays in parts.items():
+            write_arrays(files, weight_file(paths.root, part), arrays)
+        for path in copied:
+            copy_file(files, path, paths.root / path.name)
+        if export.rule is not None:
+            with files.write(paths.activations) as file:
+                file.write(encode_activations(export.rule.exported()))
+        if hub_file:
+            write_arrays(files, paths.hub_file(export.info.version), hub_arrays(export, mmdit))
+        config = config | {"quantization": quantization}
+        note = export.note(files.written) | {"config": config_digest(config)}
+        with files.write(paths.config) as file:
+            file.write(orjson.dumps(config | {"export": note}, option=orjson.OPT_INDENT_2) + b"\n")
+        stale = set(old) - set(files.written)
+        remove_file(paths.config)  # there is none without its files: from here on the old export is gone
+    for path in stale:
+        remove_file(path)
     sync_folder(paths.root)
     return paths.root
 
 
-def write_hub_file(paths: QuantizedModelPaths, export: Export, mmdit: MMDiT) -> None:
-    """The same in the layout of DiffusionKit's 4-bit file: every linear layer packed; SD3's VAE is in the same file."""
+def hub_arrays(export: Export, mmdit: MMDiT) -> Arrays:
+    """Return the same in the layout of DiffusionKit's 4-bit file: every linear layer packed; SD3's VAE is in the same file."""
     info, checkpoint = export.info, export.local_checkpoint
     arrays = {info.family.prefix + name: array for name, array in tree_flatten(mmdit.parameters())}
     if info.family.vae_inside:
         vae = {"decoder": hub_decoder(info, checkpoint), "encoder": hub_encoder(info, checkpoint)}
         for part, weights in vae.items():
             arrays |= {f"{info.family.vae_prefix}{part}.{name}": array for name, array in weights.items()}
-    write_arrays(paths.hub_file(info.version), arrays)
+    return arrays
 
 
-def copy_file(source: Path, target: Path) -> None:
-    """Copy a file atomically."""
-    with source.open("rb") as read, atomic_file(target) as file:
+def copy_file(files: Replacements, source: Path, target: Path) -> None:
+    """Copy a file, which takes its place with the others."""
+    with open_regular(source, "give the original model", limit=None) as read, files.write(target) as file:
         shutil.copyfileobj(read, file)
 
 
 def check_output(paths: QuantizedModelPaths, info: ModelInfo, layout: str, force: bool) -> None:
     """Raise StoreError where a folder holds an export and --force is not given, or files that are none of ours."""
-    if info.folder is not None and info.folder == paths.root.resolve():
+    if info.folder is not None and os.path.realpath(info.folder) == os.path.realpath(paths.root):
         raise StoreError(f"{paths.root}: is the original model; give another --output")
     owned, gguf_files = paths.owned_files(), paths.gguf_files()  # raises StoreError for a folder that cannot be read
     present = set(paths.root.iterdir()) if paths.root.is_dir() else set()

@@ -1,6 +1,5 @@
 """The model that stage 5 exported, as stage 4 measures it: the folder's own packed transformer in place of the original."""
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from calibration_store.errors import StoreError
+from calibration_store.files import file_digest
 from calibration_store.layout import QuantizedModelPaths, WeightPaths
 from calibration_store.model_folder import check_exported
 from calibration_store.quantized_model import EXPORT, read_export
@@ -67,10 +67,6 @@ class ExportedWeights(Weights):
             yield
         finally:
             pipeline.drop(TRANSFORMER)
-
-
-def file_digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def rule_of_export(content: Mapping[str, Any], path: Path) -> ActivationRule:

@@ -75,8 +75,6 @@ def write_gguf(paths: QuantizedModelPaths, export: Export, mmdit: nn.Module, bar
         tensors.setdefault(place.key, {})[place] = values
         if name.endswith("q_proj.bias"):  # DiffusionKit's k has none
             tensors[place.key][original_place(family, name.replace("q_proj", "k_proj"), hidden)] = np.zeros_like(values)
-    for old in paths.gguf_files():
-        remove_file(old)
     with atomic_path(path) as temporary:
         writer = gguf.GGUFWriter(temporary, family.name)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -88,6 +86,9 @@ def write_gguf(paths: QuantizedModelPaths, export: Export, mmdit: nn.Module, bar
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+    for old in paths.gguf_files():
+        if old != path:
+            remove_file(old)
     return path
 
 

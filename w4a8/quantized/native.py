@@ -5,12 +5,11 @@ matrix-vector product per token. So the input is flattened to two dimensions fir
 and number of rows: benchmarks/native_speed.py measures every way.
 """
 
-import os
-
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 
+from w4a8.memory import device_memory
 from w4a8.parallel import announce_compilation
 from w4a8.quantized.layer import Packed
 
@@ -123,8 +122,7 @@ def resolve(way: str, bytes_of_dense: int) -> str:
         return way
     if mx.default_device() != mx.Device(mx.cpu):
         return QUANTIZED if mx.metal.is_available() else AUTO
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return DENSE if bytes_of_dense <= MEMORY_SHARE * memory else DEQUANTIZE
+    return DENSE if bytes_of_dense <= MEMORY_SHARE * device_memory() else DEQUANTIZE
 
 
 def get_ready(model: nn.Module) -> None:

@@ -29,9 +29,9 @@ from calibration_store.layout import (
     WeightPaths,
 )
 from calibration_store.manifest import read_manifest, same_run
-from calibration_store.model_folder import weight_file, weight_sizes
+from calibration_store.model_folder import check_exported, weight_file, weight_sizes
 from calibration_store.names import block_of, layer_kind
-from calibration_store.pictures import PICTURE_ERRORS
+from calibration_store.pictures import is_of, opened_png
 from calibration_store.quantized_model import float16_bytes, read_export
 from calibration_store.sensitivity import SENSITIVITY
 from calibration_store.weights import WEIGHTS_METADATA
@@ -71,22 +71,47 @@ def describe_folder(calib_dir: Path) -> dict[str, Any]:
     page: dict[str, Any] = {"manifest": run_of(manifest), "drawn": drawn(calib_dir, manifest)}
     activations, weights = ActivationPaths(calib_dir), WeightPaths(calib_dir)
     evaluation, export = EvaluationPaths(calib_dir / "evaluation"), QuantizedModelPaths.below(calib_dir)
-    if os.path.lexists(activations.quant_config):
-        page["activations"] = ranges_of(activations)
-    if os.path.lexists(weights.metadata):
-        page["weights"] = rounding_of(WEIGHTS_METADATA.read(weights.metadata))
+
+    foreign: set[str] = set()  # sections of another run
+
+    def of_this_run(key: str, path: Path, noted: Mapping[str, Any], any_model: bool = False) -> bool:
+        of_model = any_model or noted.get("weights_fingerprint") in (None, manifest["weights_fingerprint"])
+        same = of_model and same_run(manifest, noted)
+        if not same:
+            click.echo(f"{path}: made from another calibration run, left out", err=True)
+            foreign.add(key)
+        return same
+
+    if os.path.lexists(path := activations.quant_config):
+        config = read_config(path, multitier=False)
+        tiers = None
+        if os.path.lexists(tier_path := activations.multitier_config):
+            tiers = read_config(tier_path, multitier=True)
+            tiers = tiers if of_this_run("tiers", tier_path, tiers.get("metadata") or {}) else None
+        if of_this_run("activations", path, config.get("metadata") or {}):
+            page["activations"] = ranges_of(config, tiers)
+    if os.path.lexists(path := weights.metadata):
+        metadata = WEIGHTS_METADATA.read(path)
+        if of_this_run("weights", path, metadata):
+            page["weights"] = rounding_of(metadata)
     if os.path.lexists(path := BlockCachePaths(calib_dir).sensitivity):
         sensitivity = SENSITIVITY.read(path)
-        if same_run(manifest, sensitivity):
+        if of_this_run("sensitivity", path, sensitivity):
             page["sensitivity"] = sensitivity_of(sensitivity)
-        else:
-            click.echo(f"{path}: made from another calibration run, left out", err=True)
-    if os.path.lexists(export.config):
-        page["export"] = export_of(export)
-    if os.path.lexists(evaluation.metrics):
-        bits = read_export(export.root)["export"]["weight_bits"] if "export" in page else None
-        page["comparison"] = comparison_of(evaluation, bits)
-    page["next"] = [{"script": script, "what": what} for key, script, what in STAGES if key not in page]
+    bits = None
+    if os.path.lexists(path := export.config):
+        content = read_export(export.root)
+        if of_this_run("export", path, content["export"]) and is_whole(export.root, content):
+            page["export"], bits = export_of(export, content), content["export"]["weight_bits"]
+    if os.path.lexists(path := evaluation.metrics):
+        metrics = METRICS.read(path)
+        if of_this_run("comparison", path, metrics, any_model=True):
+            page["comparison"] = comparison_of(evaluation, metrics, bits)
+    page["next"] = [
+        {"script": script, "what": what, "why": "left out: of another run" if key in foreign else "not there yet"}
+        for key, script, what in STAGES
+        if key not in page
+    ]
     return page
 
 
@@ -128,16 +153,21 @@ def drawn(calib_dir: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     pictures = []
     for image in shown:
         entry = {"prompt": image["prompt"], "seed": image["seed"], "source": None}
+        path = paths.image(image["image_id"])
         if manifest["save_images"]:
-            content = read_bytes(paths.image(image["image_id"]), "run generate_calibration_data.py with --resume")
-            try:
-                entry["source"] = picture(Image.open(io.BytesIO(content)).convert("RGB"), DRAWN_SIDE)
-            except PICTURE_ERRORS:
-                raise StoreError(
-                    f"{paths.image(image['image_id'])}: damaged; run generate_calibration_data.py with --resume"
-                ) from None
+            with opened_png(path, "run generate_calibration_data.py with --resume", most_pixels(manifest)) as png:
+                if is_of(png, image):
+                    entry["source"] = picture(png.convert("RGB"), DRAWN_SIDE)
+                else:
+                    click.echo(f"{path}: of another image or another calibration run, left out", err=True)
         pictures.append(entry)
     return {"count": len(images), "pictures": pictures}
+
+
+def most_pixels(manifest: Mapping[str, Any]) -> int:
+    """Return the pixels that an image of this run can have: no decoder makes more than 16 × 16 of an element of a latent."""
+    height, width = manifest["latent_size"]
+    return 256 * height * width
 
 
 def picture(image: Image.Image, side: int | None = None) -> str:
@@ -149,15 +179,12 @@ def picture(image: Image.Image, side: int | None = None) -> str:
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def ranges_of(paths: ActivationPaths) -> dict[str, Any]:
-    """The clipping range of every layer at every step; shifts, outlier channels, and what 3A' would give bits."""
-    config = read_config(paths.quant_config, multitier=False)
-    steps = list(config["per_timestep"])
+def ranges_of(config: Mapping[str, Any], tiers: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the clipping range of every layer at every step; shifts, outlier channels, and the bits that 3A' would give."""
+    steps = sorted(config["per_timestep"], key=config["sigma_map"].__getitem__, reverse=True)
     names = [name for name in config["per_timestep"][steps[0]] if all(name in config["per_timestep"][s] for s in steps)]
     migrated = config.get("outlier_config") or {}
-    bits: dict[str, Any] = {}
-    if os.path.lexists(paths.multitier_config):
-        bits = read_config(paths.multitier_config, multitier=True)["per_timestep"]
+    bits: Mapping[str, Any] = tiers["per_timestep"] if tiers else {}
     layers = []
     for name in names:
         entries = [config["per_timestep"][step][name] for step in steps]
@@ -215,9 +242,8 @@ def sensitivity_of(content: Mapping[str, Any]) -> dict[str, Any]:
     return {"widths": widths, "samples": content["num_samples"], "layers": layers}
 
 
-def comparison_of(paths: EvaluationPaths, exported_bits: int | None) -> dict[str, Any]:
-    """The table, and for every variant its images beside the original's, the most damaged first."""
-    metrics = METRICS.read(paths.metrics)
+def comparison_of(paths: EvaluationPaths, metrics: Mapping[str, Any], exported_bits: int | None) -> dict[str, Any]:
+    """Return the table, and for every variant its images beside the original's, the most damaged first."""
     count, variants = len(metrics["prompts"]), metrics["variants"]
     rows = [
         {
@@ -293,9 +319,18 @@ def what_it_is(variant: str) -> str:
     return ", ".join(words)
 
 
-def export_of(paths: QuantizedModelPaths) -> list[tuple[str, str]]:
-    """What stage 5 wrote, how large it is, and of what its float16 is."""
-    content = read_export(paths.root)
+def is_whole(folder: Path, content: Mapping[str, Any]) -> bool:
+    """Return whether an export's files are those that were exported; say what is left out where they are not."""
+    try:
+        check_exported(folder, content)
+    except StoreError as error:
+        click.echo(f"{error.message}; left out", err=True)
+        return False
+    return True
+
+
+def export_of(paths: QuantizedModelPaths, content: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what stage 5 wrote, how large it is, and of what its float16 is."""
     note, transformer = content["export"], weight_file(paths.root, "mmdit")
     files = [path for path in paths.owned_files() if path != paths.config] + paths.gguf_files()
     rows = [("Folder", str(paths.root)), ("Weights", f"{note['weights']}, {note['weight_bits']} bits"), ("Activations", note["activations"] or "not quantized")]  # fmt: skip

@@ -6,7 +6,15 @@ from typing import Any
 
 import click
 
-from calibration_store.layout import CalibrationPaths
+from calibration_store.layout import (
+    ActivationPaths,
+    BlockCachePaths,
+    CalibrationPaths,
+    EvaluationPaths,
+    QuantizedModelPaths,
+    ReportPaths,
+    WeightPaths,
+)
 from calibration_store.manifest import saved_steps
 from w4a8.cli.words import format_bytes
 from w4a8.generation import MANIFEST_BYTES_PER_IMAGE, batches_to_do, bytes_to_do
@@ -49,8 +57,11 @@ def say_how_many_prompts(prompts: Sequence[str], num_images: int, prompt_file: P
 
 def warn_of_old_results(paths: CalibrationPaths) -> None:
     """After --force: what later stages made from the run that is gone."""
-    old = [name for name in ("adaround_cache", "activations") if (paths.root / name).is_dir()]
+    root = paths.root
+    folders = (
+        BlockCachePaths(root), WeightPaths(root), ActivationPaths(root), EvaluationPaths(root / "evaluation"),
+        QuantizedModelPaths.below(root), ReportPaths(root / "report"),
+    )  # fmt: skip
+    old = [folder.root.name for folder in folders if folder.root.is_dir()]
     if old:
-        click.echo(
-            f"Note: {' and '.join(old)} in {paths.root} belong to the run that is gone; make them anew with --force."
-        )
+        click.echo(f"Note: {', '.join(old)} in {root} are of the run that is gone; make them anew with --force.")

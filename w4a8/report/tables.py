@@ -16,6 +16,7 @@ from calibration_store.statistics import ActivationStatistics
 from w4a8.analysis.tiers import TIERS
 from w4a8.analysis.w4a8_config import DEAD_SCALE
 from w4a8.cli.words import format_bytes, format_seconds
+from w4a8.evaluation.gate import ONLY_IMAGES_ARE_EQUAL, only_images_are_equal
 
 
 def print_w4a8_summary(summary: dict[str, Any], temporal: dict[str, dict], outlier_config: dict[str, dict]) -> None:
@@ -92,7 +93,9 @@ def print_variants(results: dict[str, dict], simulated: bool) -> None:
         click.echo("Quantized activations are simulated: these rows say nothing about speed.")
     for name, row in results.items():
         worst = row["worst_prompts"][0]
-        if worst["psnr"] is not None:
+        if only_images_are_equal(row):
+            click.echo(f"{name}: {ONLY_IMAGES_ARE_EQUAL}")
+        elif worst["psnr"] is not None:
             click.echo(
                 f"worst image of {name}: {worst['psnr']:.1f} dB, image {row['worst_image']}, {worst['prompt']!r}"
             )

@@ -1,13 +1,11 @@
 """Where the job under way stands."""
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
-import orjson
 
 from calibration_store.checkpoint import Layers, read_checkpoint, write_checkpoint
 from calibration_store.errors import StoreError
@@ -18,8 +16,6 @@ from w4a8.rounding.settings import Settings
 from w4a8.rounding.training import Training
 from w4a8.rounding.units import Job
 
-LEARNING_RATES = ("lr_alpha", "lr_activation_scale")
-
 
 class Checkpoint:
     """Where the job under way stands, on the disk; a damaged one, or one of another run, is said and left aside."""
@@ -28,8 +24,7 @@ class Checkpoint:
         """own: in a file of the job's own, beside those of jobs that other ranks are at."""
         self.job, self._places = job, (paths.checkpoint, paths.checkpoint_of(job.name))
         self._path = self._places[own]
-        same = {key: value for key, value in plan.items() if key not in LEARNING_RATES}  # may change after a fault
-        self.plan = hashlib.sha256(orjson.dumps(same, option=orjson.OPT_SORT_KEYS)).hexdigest()
+        self.plan = plan["training_run"]
 
     def save(self, index: int, training: Training, done: Layers, losses: list[dict]) -> None:
         position = {"plan": self.plan, "job": self.job.name, "stage": index, "iteration": training.iteration}

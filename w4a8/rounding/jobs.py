@@ -31,6 +31,8 @@ def run_jobs(
 ) -> None:
     """Train what is left, job by job. Ranks share every job, or, where blocks need nothing of each other, the jobs."""
     jobs, ranks, own = rounding.jobs, rounding.ranks, [job for job in rounding.jobs if rounding.is_one_ranks(job)]
+    if todo and ranks.rank == 0:
+        remove_file(rounding.paths.metadata)  # it describes files that are about to change
     bar.n = sum(rounding.iterations(job) for job in own if job not in todo)
     for number, job in enumerate(own):
         if job in todo and ranks.does(number):
@@ -88,8 +90,8 @@ def run_job(
             layers = {name: dict(fields) for name, fields in done.items() if block_of(name) == block}
             for fields in () if keep_alpha else layers.values():
                 del fields["alpha"]
-            write_quantized_block(paths, block, layers)
-            write_losses(paths.losses(block), job.name, losses)
+            write_quantized_block(paths, block, layers, plan)
+            write_losses(paths.losses(block), job.name, losses, plan)
     if ranks.rank == 0:
         checkpoint.remove()
     ranks.barrier()  # its files are there
@@ -103,8 +105,9 @@ def write_end_to_end(rounding: Rounding, job: Job, training: Training, found: Ma
     for block in rounding.trained(job):
         layers = read_quantized_block(rounding.paths, block, rounding.plan)
         after = {name: after_phase(training, name, fields) for name, fields in layers.items()}
-        write_quantized_block(rounding.paths, block, after)
-    write_losses(rounding.paths.end_to_end_losses, job.name, [{**found, "layers": len(training.unit.layers)}])
+        write_quantized_block(rounding.paths, block, after, rounding.plan)
+    stages = [{**found, "layers": len(training.unit.layers)}]
+    write_losses(rounding.paths.end_to_end_losses, job.name, stages, rounding.plan)
 
 
 def train_part(
@@ -184,7 +187,8 @@ def estimate(rounding: Rounding, todo: Sequence[Job], started: Mapping[str, Any]
     if walks:
         job = rounding.jobs[0]  # whose inputs are cached
     mmdit = rounding.opened(job)
-    samples = rounding.walk.few(mmdit, rounding.settings.batch_size) if walks else rounding.samples(mmdit, job)
+    few = min(rounding.settings.batch_size, len(rounding.cache["samples"]))
+    samples = rounding.walk.few(mmdit, few) if walks else rounding.samples(mmdit, job)
     training = rounding.training(mmdit, job, 0, samples)
     try:
         for _ in range(2):

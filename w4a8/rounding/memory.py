@@ -83,7 +83,8 @@ def choose_micro_batch(rounding: Rounding, given: int | None, before: Mapping[st
 
     Raises OptionError when not even one sample fits.
     """
-    need, memory, size = iteration_bytes(rounding), device_memory(), rounding.settings.batch_size
+    need, memory = iteration_bytes(rounding), device_memory()
+    size = min(rounding.settings.batch_size, len(rounding.cache["samples"]))  # a batch holds no sample twice
     fits = need.micro_batch(size, memory)
     micro_batch = rounding.ranks.first(min(given or (before or {}).get("micro_batch") or fits, size))
     peak = need.peak(min(micro_batch * cores(), size))

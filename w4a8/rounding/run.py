@@ -13,7 +13,7 @@ from calibration_store.checkpoint import Layers
 from calibration_store.errors import OptionError, StoreError
 from calibration_store.layout import WeightPaths
 from calibration_store.stage_folder import shown
-from calibration_store.weights import LOSSES, WEIGHTS_FORMAT, read_quantized_block
+from calibration_store.weights import WEIGHTS_FORMAT, WEIGHTS_METADATA, read_losses, read_quantized_block, training_run
 from w4a8.cli.ranks import ALONE, Alone
 from w4a8.model.layers import Layer, model_blocks, model_layers
 from w4a8.model.parts import check_finite
@@ -84,7 +84,7 @@ class Rounding:
     def plan(self) -> dict[str, Any]:
         """What the run is (plan.json), and most of metadata.json."""
         cache = self.cache
-        return {
+        plan = {
             "format": WEIGHTS_FORMAT,
             "model_version": cache.get("model_version"),
             "calibration_run": cache.get("calibration_run"),
@@ -98,16 +98,27 @@ class Rounding:
             "selected_image_ids": cache["selected_image_ids"],
             "key_timesteps": cache["key_timesteps"],
         }
+        return plan | {"training_run": training_run(plan)}
+
+    @cached_property
+    def plan_on_disk(self) -> dict[str, Any]:
+        """The plan, and where metadata.json is of this run the digests of its blocks' files."""
+        try:
+            noted = WEIGHTS_METADATA.read(self.paths.metadata)
+        except StoreError:
+            return self.plan
+        same = noted.get("training_run") == self.plan["training_run"]
+        return self.plan | ({"block_digests": noted.get("block_digests", {})} if same else {})
 
     def is_finished(self, job: Job) -> bool:
-        """Whether every block of the job is on disk, valid, and of this model's layers."""
+        """Whether every block of the job is on disk, valid, of this run, and of this model's layers."""
         last = job.name == END_TO_END
         try:
             found: Layers = {}
             for block in self.trained(job):
-                found |= read_quantized_block(self.paths, block, self.plan)
+                found |= read_quantized_block(self.paths, block, self.plan_on_disk)
             for path in [self.paths.end_to_end_losses] if last else map(self.paths.losses, self.trained(job)):
-                losses = LOSSES.read(path)
+                losses = read_losses(path, self.plan)
                 if losses["unit"] != job.name or len(losses["stages"]) != len(job.parts):
                     return False
         except StoreError:

@@ -183,7 +183,7 @@ def reader(
     """(image_id, step_index) -> the arrays of these shapes of a sample, mapped. Raises StoreError that names a missing or damaged file."""
 
     def read(place: Place) -> list[np.ndarray]:
-        arrays = check_cached_sample(paths.sample(*place), *place, shapes, False, remedy, dtype)
+        arrays = check_cached_sample(paths.sample(*place), *place, shapes, False, None, remedy, dtype)
         return [arrays[key] for key in shapes]
 
     return read
@@ -222,7 +222,8 @@ def verified(
         shapes = {key: shape for key, shape in shapes.items() if key in keys or key == "modulation_input"}
     for number in ranks.mine(len(cache["samples"])):
         sample = cache["samples"][number]
-        check_cached_sample(root / sample["file"], sample["image_id"], sample["step_index"], shapes, checked=True)
+        path, run = root / sample["file"], cache.get("calibration_run")
+        check_cached_sample(path, sample["image_id"], sample["step_index"], shapes, checked=True, run=run)
         yield
 
 

@@ -11,6 +11,7 @@ import mlx.optimizers as optimizers
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
+from w4a8.cli.command import finishing
 from w4a8.cli.progress import ProgressBar
 from w4a8.parallel import fused
 from w4a8.rounding.settings import EVALUATED, LR_SCALES, cosine, spread_over
@@ -279,18 +280,24 @@ def unflatten(arrays: Mapping[str, mx.array]) -> dict[str, Any]:
 def train(
     training: Training, bar: ProgressBar, save: Callable[[], None], checkpoint_seconds: float, count: Callable[[], None]
 ) -> dict[str, Any]:
-    """Run the training to its end, with a checkpoint now and then; returns the unit's losses. count: after an iteration."""
+    """Run the training to its end, with a checkpoint now and then; returns the unit's losses. count: after an iteration.
+
+    Ctrl-C waits for the iteration's end, and leaves a checkpoint.
+    """
     last_saved, average, changed = time.monotonic(), None, "0.0%"
-    while training.iteration < training.iters:
-        loss = training.step()
-        average = loss if average is None else 0.9 * average + 0.1 * loss
-        count()
-        if training.iteration % 10 == 0 and "alpha" in training.unit.start:
-            changed = f"{changed_share(training):.1%}"
-        bar.set_postfix(loss=f"{average:.3f}", changed=changed, refresh=False)
-        if time.monotonic() - last_saved > checkpoint_seconds:
-            save()
-            last_saved = time.monotonic()
+    with finishing("the iteration") as interrupted:
+        while training.iteration < training.iters:
+            loss = training.step()
+            average = loss if average is None else 0.9 * average + 0.1 * loss
+            count()
+            if training.iteration % 10 == 0 and "alpha" in training.unit.start:
+                changed = f"{changed_share(training):.1%}"
+            bar.set_postfix(loss=f"{average:.3f}", changed=changed, refresh=False)
+            if interrupted() or time.monotonic() - last_saved > checkpoint_seconds:
+                save()
+                last_saved = time.monotonic()
+            if interrupted():
+                raise KeyboardInterrupt
     return training.measure() | {"curve": training.mean_losses()}
 
 

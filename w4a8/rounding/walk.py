@@ -49,6 +49,7 @@ class Walk:
         """
         self.dtype = dtype
         self.cache, self.paths, self.plan, self.chunk, self.ranks = cache, paths, plan, chunk, ranks
+        self.run = cache.get("calibration_run")
         self.mixed = plan["block_inputs"] == "mixed"
         self.blocks: list[str] = cache["block_names"]
         self.shapes = boundary_shapes(cache)
@@ -97,7 +98,7 @@ class Walk:
         """What is on the disk at most while it walks: three boundaries, of the quantized blocks as many again."""
         keys = {block: self._keys(block) for block in self.blocks}
         largest = max(
-            npz_bytes(cached_sample_arrays(0, 0, {key: np.broadcast_to(np.zeros((), self.dtype), self.shapes[key]) for key in found}))
+            npz_bytes(cached_sample_arrays(0, 0, {key: np.broadcast_to(np.zeros((), self.dtype), self.shapes[key]) for key in found}, self.run))
             for found in keys.values()
         )  # fmt: skip
         return (6 if self.mixed else 3) * largest * len(self.places)
@@ -199,13 +200,14 @@ class Walk:
                 for key, array in tokens.items()
             }
             write_npz(
-                boundary.sample(*place), cached_sample_arrays(*place, rows), durable=False
+                boundary.sample(*place), cached_sample_arrays(*place, rows, self.run), durable=False
             )  # checked when it is read again
 
     def _holds(self, boundary: BoundaryPaths, keys: Sequence[str], place: Place) -> bool:
         try:
             check_cached_sample(
-                boundary.sample(*place), *place, {key: self.shapes[key] for key in keys}, checked=True, dtype=self.dtype
+                boundary.sample(*place), *place, {key: self.shapes[key] for key in keys}, checked=True, run=self.run,
+                dtype=self.dtype,
             )
         except StoreError:
             return False

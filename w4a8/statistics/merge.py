@@ -19,14 +19,14 @@ SHIFT_MOMENTUM = 0.95
 class StepPartials(Sequence):
     """The partial results of one step, in ascending image_id, read from the disk one at a time."""
 
-    def __init__(self, paths: ActivationPaths, step: int, image_ids: Sequence[int]):
-        self._paths, self._step, self._image_ids = paths, step, image_ids
+    def __init__(self, paths: ActivationPaths, run: str, step: int, image_ids: Sequence[int]):
+        self._paths, self._run, self._step, self._image_ids = paths, run, step, image_ids
 
     def __len__(self) -> int:
         return len(self._image_ids)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return read_partial(self._paths, self._image_ids[index], self._step)
+        return read_partial(self._paths, self._run, self._image_ids[index], self._step)
 
 
 def merge_partials(partials: Sequence[dict[str, np.ndarray]]) -> dict[str, tuple[dict[str, np.ndarray], dict]]:
@@ -103,5 +103,6 @@ def write_merged_statistics(
 ) -> None:
     """Merge the partial results of every step and write the stage's files, layer_statistics.json last."""
     for step in plan["key_timesteps"]:
-        write_step(paths, step, merge_partials(StepPartials(paths, step, plan["selected_image_ids"])))
+        partials = StepPartials(paths, plan["calibration_run"], step, plan["selected_image_ids"])
+        write_step(paths, step, merge_partials(partials), plan["calibration_run"])
     write_statistics(paths, manifest, plan, sigmas, SHIFT_MOMENTUM)

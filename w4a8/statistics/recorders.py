@@ -147,6 +147,8 @@ def collect_pass(one: Pass, implementation: str) -> PassStatistics:
         return recorder.finish(one.forward())
 
 
-def write_pass(paths: ActivationPaths, statistics: PassStatistics, image_id: int, step: int, dtype: str) -> None:
-    """Write one pass's partial file; runs on the writer's thread while the next pass computes."""
-    write_partial(paths, partial_arrays(statistics, image_id, step, dtype))
+def write_pass(
+    paths: ActivationPaths, run: str, statistics: PassStatistics, image_id: int, step: int, dtype: str
+) -> None:
+    """Write one pass's partial file of a calibration run; runs on the writer's thread while the next pass computes."""
+    write_partial(paths, partial_arrays(statistics, image_id, step, dtype), run)
