@@ -24,11 +24,7 @@ from calibration_store.limits import MOST_THRESHOLD
 @cli.stage_command
 @cli.calib_dir_option
 @functools.partial(cli.model_place_options, another=True)
-@click.option(
-    "--scale-is",
-    type=click.Choice(["range", "step"]),
-    help="What `scale` means in another tool's config that does not say it: the clipping range, or the integer step.",
-)
+@cli.scale_is_option
 @click.option(
     "--prompts",
     "prompt_file",

@@ -26,6 +26,7 @@ import click
     "--activations",
     help="Ranges to write along, as in stage 4: a8, a8-learned, a8-token, or none.  [default: a8 where 3A left a config, else none]",
 )
+@cli.scale_is_option
 @click.option(
     "--format", "layout", type=click.Choice(["mlx", "gguf"]), default="mlx", help="A model folder, or one file of Q4_1."
 )
@@ -56,7 +57,7 @@ def main(**options) -> None:
 
 
 def run(
-    calib_dir: Path, place: cli.ModelPlace, weights_name: str | None, activations: str | None,
+    calib_dir: Path, place: cli.ModelPlace, weights_name: str | None, activations: str | None, scale_is: str | None,
     layout: str, rest_bits: str, all_linears: bool, complete: bool, output: Path | None, force: bool, dry_run: bool,
 ) -> None:  # fmt: skip
     """Find what is exported, check it, pack the transformer a layer at a time, write the folder."""
@@ -85,7 +86,7 @@ def run(
     manifest = read_manifest(calib_dir)
     if layout == "gguf" and activations is None:
         activations = "none"
-    variant, activations = export_variant(calib_dir, weights_name, activations, int(rest_bits), all_linears)
+    variant, activations = export_variant(calib_dir, weights_name, activations, int(rest_bits), all_linears, scale_is)
     info, checkpoint = describe_run_model(manifest, place)
     check_fingerprint(manifest, info, checkpoint)
     export = Export(info, checkpoint, manifest, variant.name, variant.weights, activations, variant.rule)

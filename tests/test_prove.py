@@ -28,7 +28,7 @@ def proof(tmp_path_factory):
 
 
 def test_kills_are_counted_and_a_loss_is_told(proof):
-    while proof.tallies["2A"].kills < 1:
+    while proof.tallies["2A"].kills - proof.tallies["2A"].open_files < 1 or proof.tallies["2A"].open_files < 1:
         proof.trial("2A")
     assert proof.tallies["2A"].lost == []
     name = next(path for path in proof.expected["2A"] if path.endswith("layer_statistics.json"))

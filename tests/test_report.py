@@ -111,6 +111,24 @@ def test_prompts_are_text_and_nothing_else(reported, tmp_path):
     )
 
 
+def test_what_another_run_left_is_left_out(reported, tmp_path):
+    """As after stage 1 --force with another seed: nothing of the old run is shown as this one's."""
+    folder = shutil.copytree(reported[0], tmp_path / "run")
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    manifest["seed_base"] += 1
+    for image in manifest["images"]:
+        image["seed"] += 1
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    done = invoke("report_calibration", "--calib-dir", folder)
+    assert done.exit_code == 0, done.output
+    assert "the page holds: the run, its prompts and pictures\n" in done.stdout
+    for what in ("learned rounding", "ranges of the activations", "the model on the disk", "original against quantized"):
+        assert f"left out: of another run: {what} (" in done.stdout, done.stdout
+    assert "images/0000.png: of another image or another calibration run, left out" in done.stderr
+    data = data_of(folder / "report/index.html")
+    assert {"activations", "weights", "export", "comparison"}.isdisjoint(data) and len(data["next"]) == 4
+
+
 def test_a_foreign_page_and_damaged_files_are_one_line(reported, tmp_path):
     folder = shutil.copytree(reported[0], tmp_path / "run")
     (folder / "report/index.html").write_text("<html>mine</html>")

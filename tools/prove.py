@@ -118,9 +118,9 @@ def reliability(kills: int, corruption: int | None, seed: int, output: Path | No
     lost += [(f"full disk, {name}", why) for name, why in disks or () if why]
     lost += [(f"read-only folder, {name}", why) for name, why in read_only or () if why]
     lost += [("corruption campaign", line) for line in campaign["lost"] or [campaign["said"]]] if campaign and campaign["exit_code"] else []  # fmt: skip
-    click.echo(f"\n{'stage':12}{'trials':>8}{'kills':>8}{'lost':>8}")
+    click.echo(f"\n{'stage':12}{'trials':>8}{'kills':>8}{'in a file':>11}{'lost':>8}")
     for name, tally in proof.tallies.items():
-        click.echo(f"{name:12}{tally.trials:8}{tally.kills:8}{len(tally.lost):8}")
+        click.echo(f"{name:12}{tally.trials:8}{tally.kills:8}{tally.open_files:11}{len(tally.lost):8}")
     for what, found in (
         ("two writers", writers),
         ("full disk (Linux, root)", disks),
@@ -133,8 +133,9 @@ def reliability(kills: int, corruption: int | None, seed: int, output: Path | No
     if interrupted and output is None:
         sys.exit(130)  # the last whole proof stays
     write(output, "reliability", {
-        "seed": seed, "kills": sum(tally.kills for tally in proof.tallies.values()), "lost": len(lost), "losses": lost,
-        "stages": {name: {"trials": tally.trials, "kills": tally.kills, "lost": len(tally.lost)} for name, tally in proof.tallies.items()},
+        "seed": seed, "kills": sum(tally.kills for tally in proof.tallies.values()),
+        "kills_in_a_file": sum(tally.open_files for tally in proof.tallies.values()), "lost": len(lost), "losses": lost,
+        "stages": {name: {"trials": tally.trials, "kills": tally.kills, "in_a_file": tally.open_files, "lost": len(tally.lost)} for name, tally in proof.tallies.items()},
         "two_writers": dict(writers), "full_disk": dict(disks) if disks else None,
         "read_only": dict(read_only) if read_only else None, "corruption": campaign, "interrupted": interrupted,
     })  # fmt: skip

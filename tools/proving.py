@@ -28,6 +28,7 @@ STAGES[BLOCKS] = (
 )
 KILLED = [name for name in STAGES if name != "3A"]
 WRITERS = ("1", "2A", "2W", "3W")  # stages that write for a while
+MARKER = "a file is open"  # beside the run
 WITHOUT_RESUME = ("3A", "5")
 
 
@@ -36,6 +37,7 @@ class Tally:
     """What was tried of a stage, and what was lost: (trial, why)."""
 
     kills: int = 0
+    open_files: int = 0  # kills that hit the stage while it wrote a file
     trials: int = 0
     lost: list[tuple[str, str]] = field(default_factory=list)
 
@@ -64,14 +66,16 @@ class Proof:
         self.seconds: dict[str, float] = {}
         self.processes: list[subprocess.Popen] = []
 
-    def started(self, name: str, folder: Path, again: bool = False) -> subprocess.Popen:
+    def started(self, name: str, folder: Path, again: bool = False, pause: float | None = None) -> subprocess.Popen:
+        """Start a stage; pause: seconds after which its next write stops in the middle (tools/pausing.py)."""
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         }
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        self.processes.append(
-            subprocess.Popen(command(name, folder, again), cwd=folder.parent, env=environment, **options)
-        )
+        line = command(name, folder, again)
+        if pause is not None:
+            line[1:1] = [str(ROOT / "tools/pausing.py"), str(pause), str(folder.parent / MARKER)]
+        self.processes.append(subprocess.Popen(line, cwd=folder.parent, env=environment, **options))
         return self.processes[-1]
 
     def stop(self) -> None:
@@ -99,17 +103,25 @@ class Proof:
             self.seconds[name], self.expected[name] = time.perf_counter() - start, contents(folder)
 
     def trial(self, name: str) -> int:
-        """Kill a stage up to three times at random moments, then let it end; returns how many kills hit it."""
+        """Kill a stage up to three times, then let it end; returns how many kills hit it.
+
+        Every other kill comes at a random moment, the others while a file is open that is half written.
+        """
         tally, folder = self.tallies[name], self.base / "trial" / "run"
         self._fresh(name, folder)
         kills, tally.trials = 0, tally.trials + 1
         for attempt in range(self.random.randint(1, 3)):
-            process = self.started(name, folder, again=attempt > 0)
-            try:
-                process.wait(self.random.uniform(0.2, 1.1 * self.seconds[name]))
-            except subprocess.TimeoutExpired:
+            moment, in_a_file = self.random.uniform(0.2, 1.1 * self.seconds[name]), self.random.random() < 0.5
+            process = self.started(name, folder, again=attempt > 0, pause=moment if in_a_file else None)
+            marker = folder.parent / MARKER
+            marker.unlink(missing_ok=True)
+            while process.poll() is None and not marker.exists() and (in_a_file or moment > 0):
+                time.sleep(0.01)
+                moment -= 0.01
+            if process.poll() is None:
                 process.send_signal(signal.SIGKILL)
                 kills += 1
+                tally.open_files += in_a_file
             process.communicate()
         process = self.started(name, folder, again=True)
         _, errors = process.communicate()

@@ -18,6 +18,7 @@ from w4a8.cli.options import (
     model_place_options,
     native_option,
     resume_options,
+    scale_is_option,
     text_group_option,
 )
 from w4a8.cli.progress import progress_bar
@@ -51,6 +52,7 @@ __all__ = [
     "progress_bar",
     "resume_options",
     "rounding_options",
+    "scale_is_option",
     "stage_command",
     "text_group_option",
 ]

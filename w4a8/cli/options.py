@@ -177,6 +177,15 @@ def native_option(function: Callable) -> Callable:
     )(function)
 
 
+def scale_is_option(function: Callable) -> Callable:
+    """`--scale-is`, for configs whose writer does not say it."""
+    return click.option(
+        "--scale-is",
+        type=click.Choice(["range", "step"]),
+        help="What `scale` means in another tool's config that does not say it: the clipping range, or the integer step.",
+    )(function)
+
+
 class NamedFile(click.Path):
     """A file whose name must not be empty, such as an unset variable gives."""
 

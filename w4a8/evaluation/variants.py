@@ -122,7 +122,7 @@ def make_weights(variant: str, part: str, calib_dir: Path) -> Weights:
 
 
 def export_variant(
-    calib_dir: Path, weights: str | None, activations: str | None, rest_bits: int, all_linears: bool
+    calib_dir: Path, weights: str | None, activations: str | None, rest_bits: int, all_linears: bool, scale_is: str | None
 ) -> tuple[Variant, str | None]:
     """What stage 5 exports, checked as stage 4 does, and the name of its activation part. Defaults follow the files."""
     if weights is None:
@@ -146,7 +146,7 @@ def export_variant(
         raise OptionError(
             f"--activations {activations}: not known; there are a8, a8-learned, a8-token (other bits, too) and none"
         )
-    both = make_variant(f"{name}+{activations}", calib_dir)
+    both = make_variant(f"{name}+{activations}", calib_dir, scale_is)
     return replace(both, name=name), activations
 
 

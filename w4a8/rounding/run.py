@@ -144,15 +144,15 @@ class Rounding:
         return self.settings.end_to_end if job.name == END_TO_END else self.settings.iters * len(job.parts)
 
     def __str__(self) -> str:
-        settings = self.settings
+        settings, samples = self.settings, len(self.cache["samples"])
         counts = Counter(map(settings.bits, self.layers))
         widths = ", ".join(f"{count} at {bits} bits" for bits, count in sorted(counts.items()))
         return (
             f"{len(self.layers)} layers of {len(self.blocks)} blocks{f' ({widths})' if len(counts) > 1 else ''}, W{settings.weight_bits}"
             f"{f'A{settings.activation_bits}' if settings.activation_bits else ''}, "
             f"{f'groups of {settings.group_size}' if settings.group_size else 'per output channel'}, unit {self.unit}, "
-            f"{settings.iters} iterations of {settings.batch_size} ({settings.micro_batch} at once)"
-            f"{f', then {settings.end_to_end} end to end' if settings.end_to_end else ''}, {len(self.cache['samples'])} cached samples"
+            f"{settings.iters} iterations of {min(settings.batch_size, samples)} ({settings.micro_batch} at once)"
+            f"{f', then {settings.end_to_end} end to end' if settings.end_to_end else ''}, {samples} cached samples"
         )
 
     def opened(self, job: Job) -> nn.Module:
