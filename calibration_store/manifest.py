@@ -49,18 +49,13 @@ class _Manifest(TypedDict):
     model_version: Name
     num_steps: Steps
     cfg_scale: Guidance
-    negative_prompt: str
     latent_size: tuple[Side, Side]
     use_t5: bool
     sampler_shift: Positive
     seed_base: Seed
     activation_dtype: Literal["float16", "bfloat16", "float32"]
-    stride: Steps
-    batch_size: Count
-    save_images: bool
     num_images: Images
     n_completed: Index
-    prompts_sha256: Digest
     package_versions: dict[str, str]
     images: list[ImageEntry]
 
@@ -71,8 +66,13 @@ class LoraEntry(TypedDict):
 
 
 class Manifest(_Manifest, total=False):
-    """manifest.json; `weights_fingerprint` is not in files of version 0.2.0 and older."""
+    """manifest.json; `weights_fingerprint` is not in files of version 0.2.0 and older, and `completed` fills in the rest."""
 
+    negative_prompt: str
+    stride: Steps
+    batch_size: Count
+    save_images: bool
+    prompts_sha256: Digest
     local_checkpoint: Name | None
     architecture: Literal["sd3", "flux"]  # absent: sd3
     loras: list[LoraEntry]  # fused into the transformer's weights; absent: none
@@ -83,8 +83,22 @@ class Manifest(_Manifest, total=False):
 SHARED_WITH_IMAGES = {"cfg_weight": "cfg_scale", "negative_prompt": "negative_prompt", "num_steps": "num_steps"}
 
 
-def manifest_fault(manifest: Manifest) -> str | None:
+def completed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a manifest with every key: what other programs leave out follows from its images, or is the default of stage 1."""
+    images = manifest["images"]
+    usual = {
+        "negative_prompt": images[0]["negative_prompt"] if images else "",
+        "stride": 1,
+        "batch_size": 1,
+        "save_images": any(image["filename"] is not None for image in images),
+        "prompts_sha256": prompts_digest([image["prompt"] for image in images]),
+    }
+    return {**usual, "batch_option": manifest.get("batch_size", 1), **manifest}
+
+
+def manifest_fault(content: Manifest) -> str | None:
     """What a manifest's entries say of each other that cannot be."""
+    manifest = completed(content)
     images = manifest["images"]
     if seed_fault(manifest["seed_base"] + manifest["num_images"] - 1):
         return f"seeds of {manifest['num_images']} images from {manifest['seed_base']} are above 2^64 - 1"
@@ -98,7 +112,7 @@ def manifest_fault(manifest: Manifest) -> str | None:
         for key, expected in own.items():
             if image[key] != expected:
                 return f"image {image_id}: {key} {image[key]!r}, expected {expected!r}"
-    if manifest["batch_size"] > min(manifest.get("batch_option", manifest["batch_size"]), manifest["num_images"]):
+    if manifest["batch_size"] > min(manifest["batch_option"], manifest["num_images"]):
         return f"batch_size {manifest['batch_size']} is above what was asked for, or the number of images"
     ids = [image["image_id"] for image in images]
     if ids != sorted(set(ids)) or (ids and ids[-1] >= manifest["num_images"]):
@@ -127,12 +141,12 @@ def read_manifest(root: Path) -> dict[str, Any]:
     """Read the manifest of a calibration folder. Raises StoreError, also for one of version 0.2.0 or older."""
     path = CalibrationPaths(root).manifest
     manifest = MANIFEST.read(path)
-    if "weights_fingerprint" not in manifest or "batch_option" not in manifest:
+    if "weights_fingerprint" not in manifest:
         raise StoreError(
             f"{path}: of version 0.2.0 or older, which did not note the model's weights (and padded sd3-emoji's prompts "
             f"wrongly); run {GENERATE} with --force to make the run anew"
         )
-    return manifest
+    return completed(manifest)
 
 
 IDENTITY_KEYS = ("weights_fingerprint", "num_steps", "cfg_scale", "negative_prompt", "latent_size", "use_t5")

@@ -10,13 +10,18 @@ import shutil
 import numpy as np
 import pytest
 from conftest import invoke
-from finished_run import finished_run
+from finished_run import SMALL, finished_run
+from safetensors.numpy import load_file, save_file
 
 from calibration_store.layout import WeightPaths
 from calibration_store.weights import read_quantized_block
+from w4a8.model.catalog import BUNDLED_FOLDER
 
 OPTIONAL = {  # entries that a reader of FORMATS need not find, and that other programs do not write
-    "manifest.json": ("local_checkpoint", "loras", "architecture"),
+    "manifest.json": (
+        "local_checkpoint", "loras", "architecture", "negative_prompt", "stride", "batch_size", "batch_option", "save_images",
+        "prompts_sha256",
+    ),
     "adaround_cache/metadata.json": ("calibration_run", "boundaries"),
     "adaround_weights/metadata.json": (
         "calibration_run", "weights_fingerprint", "training_run", "block_digests", "losses", "unit", "iters", "seed",
@@ -126,6 +131,40 @@ def test_steps_in_another_order(run, copy):
     path.write_text(json.dumps(content))
     done("analyze_activations", copy, "--output", copy / "activations/theirs.json")
     assert json.loads((copy / "activations/theirs.json").read_bytes())["per_timestep"].keys() == {"0", "2"}
+
+
+def test_figures(run, copy):
+    done("evaluate_quantization", copy, "--variants", "w4-rtn,a8", "--num-images", 2, "--num-steps", 1)
+    path = copy / "evaluation/metrics.json"
+    write_json(path, ("calibration_run", "selected_image_ids", "weights_fingerprint", "model_version", "cfg_weight"))
+    shutil.rmtree(copy / "evaluation/runs")
+    assert "original against quantized" in done("report_calibration", copy).stdout.splitlines()[0]
+
+
+def test_a_model_folder(run, copy, tmp_path):
+    folder = shutil.copytree(BUNDLED_FOLDER, tmp_path / "model")
+    for name in ("config.json", "vocab.json"):
+        content = json.loads((folder / name).read_bytes())
+        turned = {key: dict(reversed(value.items())) if isinstance(value, dict) else value for key, value in reversed(content.items())}
+        own = {} if name == "vocab.json" else {"license": "other", "tags": [1]}
+        (folder / name).write_text(json.dumps(own | turned, indent=None))
+    path = folder / "mmdit.safetensors"
+    save_file(dict(reversed(load_file(path).items())), path, {"format": "pt"})
+    done("generate_calibration_data", tmp_path / "drawn", "--model", folder, *SMALL)
+    ours, theirs = (np.load(where / "samples/0000_004.npz")["x"] for where in (run, tmp_path / "drawn"))
+    assert np.array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("scales", [1, np.float64(127)])
+def test_tiers_of_another_tool(copy, scales):
+    """v3, by hand: bits of 4, 6 and 8, nothing else that ours has."""
+    steps = json.loads((copy / "activations/layer_statistics.json").read_bytes())["sigma_map"]
+    names = list(json.loads((copy / "activations/timestep_stats/step_0_index.json").read_bytes()))
+    layers = {name: {"scale": 10.0 / scales, "bits": (4, 6, 8)[i % 3], "reason": "by hand"} for i, name in enumerate(names)}
+    content = {"sigma_map": steps, "per_timestep": dict.fromkeys(steps, layers), "format": "per_timestep_quant_config_v3"}
+    (copy / "activations/quant_config_multitier.json").write_text(json.dumps(content))
+    meaning = "range" if scales == 1 else "step"
+    done("evaluate_quantization", copy, "--variants", "multitier", "--scale-is", meaning, "--num-images", 1, "--num-steps", 1)
 
 
 def test_weights(run, copy):
