@@ -283,3 +283,14 @@ def test_ranges_that_do_not_fit_are_one_line(exports, tmp_path, part, damage, me
 def test_an_export_without_ranges_is_one_line(exports, tmp_path):
     done = draw(tmp_path / "out", "--model", exports["none"], "--activations")
     one_line(done, "has no activations.json, which stage 5 writes")
+
+
+def test_seed_minus_one_draws_a_seed_and_prints_it(tmp_path):
+    drawn = []
+    for name in "ab":
+        done = draw(tmp_path / name, "--num-steps", 1, "--seed", -1, prompts=PROMPTS[:1])
+        assert done.exit_code == 0, done.output
+        with Image.open(tmp_path / name / "0000.png") as picture:
+            assert f"seed {picture.text['seed']}\n" in done.stdout
+        drawn.append(int(picture.text["seed"]))
+    assert drawn[0] != drawn[1] and 0 <= min(drawn)
