@@ -1,9 +1,12 @@
 import importlib
+import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import filelock
 import pytest
 from click.testing import CliRunner
 
@@ -17,6 +20,19 @@ ROOT = Path(__file__).resolve().parent.parent
 def emoji():
     """The bundled model, float32, shared by the tests that leave it as they found it."""
     return load_pipeline(describe_model("sd3-emoji"), whole_model("float32"))
+
+
+def made_once(base: Path, name: str, make: Callable[[Path], None]) -> Path:
+    """Return a folder that the first of the test processes makes, for all of them to read.
+
+    base: the session's temporary folder; those of pytest-xdist's workers lie in one folder.
+    """
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with filelock.FileLock(f"{folder}.lock"):
+        if not Path(f"{folder}.made").exists():
+            make(folder)
+            Path(f"{folder}.made").touch()
+    return folder
 
 
 def invoke(script: str, *arguments):

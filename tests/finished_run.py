@@ -5,7 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
-from conftest import invoke
+from conftest import invoke, made_once
 
 from calibration_store.files import file_digest
 from w4a8.model.catalog import BUNDLED_FOLDER
@@ -15,16 +15,19 @@ SMALL = ("--num-images", 3, "--num-steps", 4)
 
 @functools.cache
 def model_copy(base: Path) -> Path:
-    """A copy of the bundled model below `base`, the session's temporary folder."""
-    return shutil.copytree(BUNDLED_FOLDER, base / "finished/emoji")
+    """Return a copy of the bundled model below `base`, the session's temporary folder."""
+    return made_once(base, "finished_emoji", lambda folder: shutil.copytree(BUNDLED_FOLDER, folder))
 
 
 @functools.cache
 def finished_run(base: Path) -> Path:
-    """Every stage before evaluation, on that copy; for tests to copy in turn."""
-    folder = base / "finished/run"
+    """Return a run with every stage before evaluation, on that copy; for tests to copy in turn."""
+    return made_once(base, "finished_run", lambda folder: run_stages(folder, model_copy(base)))
+
+
+def run_stages(folder: Path, model: Path) -> None:
     for script, *arguments in (
-        ("generate_calibration_data", "--model", model_copy(base), *SMALL),
+        ("generate_calibration_data", "--model", model, *SMALL),
         ("cache_adaround_data", "--num-images", 2, "--stride", 2, "--boundaries", "all"),
         ("collect_layer_activations", "--num-images", 2, "--stride", 2),
         ("analyze_activations", "--plot"),
@@ -32,7 +35,6 @@ def finished_run(base: Path) -> Path:
     ):
         done = invoke(script, *arguments, "--calib-dir", folder)
         assert done.exit_code == 0, done.output
-    return folder
 
 
 def note_digests(weights: Path) -> None:

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 
-from conftest import ROOT
+from conftest import ROOT, made_once
 
 MEDIUM, LARGE = "argmaxinc/mlx-stable-diffusion-3-medium", "argmaxinc/mlx-stable-diffusion-3.5-large"
 SCHNELL, DEV = "argmaxinc/mlx-FLUX.1-schnell", "argmaxinc/mlx-FLUX.1-dev"
@@ -13,11 +13,13 @@ SCHNELL, DEV = "argmaxinc/mlx-FLUX.1-schnell", "argmaxinc/mlx-FLUX.1-dev"
 
 @functools.cache
 def tiny_hub(base):
-    """HF_HOME below `base`, the session's temporary folder."""
-    home = base / "tiny_hub"
-    command = [sys.executable, "tests/hub_driver.py", "write", str(home)]
-    subprocess.run(command, cwd=ROOT, check=True, env=environment(home))
-    return home
+    """Return HF_HOME below `base`, the session's temporary folder."""
+
+    def write(home):
+        command = [sys.executable, "tests/hub_driver.py", "write", str(home)]
+        subprocess.run(command, cwd=ROOT, check=True, env=environment(home))
+
+    return made_once(base, "tiny_hub", write)
 
 
 def environment(home):

@@ -3,14 +3,25 @@
 Cases of tools/corruption_campaign.py, beside those that tools/campaign_cases.py derives from the formats.
 """
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from calibration_store.npz import write_npz
-from tools.campaign_cases import CACHE, COLLECT, EVALUATE, EVALUATE_AGAIN, GENERATE, OPTIMIZE, forced, resumed
-from tools.cases import Mutation, Target
+from tools.campaign_cases import (
+    CACHE,
+    COLLECT,
+    EVALUATE,
+    EVALUATE_AGAIN,
+    GENERATE,
+    OPTIMIZE,
+    every_format,
+    forced,
+    resumed,
+)
+from tools.cases import Case, Mutation, Target
 from tools.mutations import copied, edited, file_mutations, npz_bombs, npz_oddities
 
 HUGE = "99999999999999999999"  # more than 64 bits
@@ -18,6 +29,14 @@ LEARNED = (*EVALUATE, "--variants", "w4-adaround")
 DRAW = ("draw_images", "red heart", "--num-steps", "1", "--activations", "--model", "{run}/quantized_model", "--output", "{run}/new")
 REPORT = ("report_calibration", "--output", "{run}/new")
 ANALYZE = ("analyze_activations",)
+
+
+def all_cases(clean: Path) -> Iterator[Case]:
+    """Every case of the campaign, from the files of the clean runs."""
+    for targets, mutations in itertools.chain(every_format(clean), border_cases(clean)):
+        for target in targets:
+            for mutation in mutations:
+                yield Case(target, mutation)
 
 
 def border_cases(clean: Path) -> Iterator[tuple[list[Target], list[Mutation]]]:

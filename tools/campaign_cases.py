@@ -1,6 +1,5 @@
 """Which file, damaged how, is given to which stage: the cases of tools/corruption_campaign.py."""
 
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from calibration_store.samples import SAMPLE
 from calibration_store.schema import JsonFormat, Record
 from calibration_store.statistics import STATISTICS, STATISTICS_FILE, STEP_INDEX
 from calibration_store.weights import LOSSES, WEIGHTS_METADATA, WEIGHTS_PLAN, layer_record
-from tools.cases import Case, Mutation, Target
+from tools.cases import Mutation, Target
 from tools.mutations import (
     checkpoint_mutations,
     copied,
@@ -44,16 +43,6 @@ def resumed(base: str, file: str, command: tuple[str, ...], **more: Any) -> Targ
 
 def forced(file: str, command: tuple[str, ...], *more: str) -> Target:
     return Target("run", file, (*command, *more, "--force"))
-
-
-def all_cases(clean: Path) -> Iterator[Case]:
-    """Every case, from the files of a clean run."""
-    from tools.border_cases import border_cases  # which builds on the commands below
-
-    for targets, mutations in itertools.chain(every_format(clean), border_cases(clean)):
-        for target in targets:
-            for mutation in mutations:
-                yield Case(target, mutation)
 
 
 def every_format(clean: Path) -> Iterator[tuple[list[Target], list[Mutation]]]:

@@ -215,7 +215,7 @@ def spread(cases: list[Case], limit: int | None) -> list[Case]:
 def main(limit: int | None, match: str | None, seconds: float, workers: int) -> None:
     """Damage files and see what the stages do with them."""
     import w4a8.model.loading  # noqa: F401  (loaded once; every case is forked from here, before MLX has computed anything)
-    from tools.campaign_cases import all_cases
+    from tools.border_cases import all_cases
 
     with tempfile.TemporaryDirectory(prefix="campaign") as root:
         make_clean(Path(root))
