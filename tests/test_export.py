@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -11,6 +12,8 @@ import pytest
 from conftest import folder_bytes, invoke, start
 from finished_run import finished_run, model_copy, note_digests, one_line
 
+from calibration_store.errors import WriteError
+from calibration_store.files import Replacements
 from calibration_store.layout import WeightPaths
 from calibration_store.weights import read_quantized_block
 from w4a8.evaluation.variants import make_variant
@@ -294,6 +297,33 @@ def test_an_export_of_other_learned_weights_is_no_variant(run, tmp_path):
     metadata.write_bytes(metadata.read_bytes() + b"\n")
     quick = ("--num-images", 1, "--num-steps", 1, "--variants", "native", "--calib-dir", tmp_path / "run")
     one_line(invoke("evaluate_quantization", *quick), "exported from other learned weights")
+
+
+def test_an_output_that_is_a_link_to_itself_is_one_line(run, tmp_path):
+    loop = tmp_path / "model"
+    loop.symlink_to(loop)
+    one_line(export(run, "--output", loop), "model")
+    one_line(draw(loop, "--output", tmp_path / "drawn"), "model")
+    assert loop.is_symlink()
+
+
+def test_the_old_export_stays_until_the_new_one_is_complete(run, tmp_path, monkeypatch):
+    """Every file of the new one is written first: a disk that fills up on the way changes nothing."""
+    folder = shutil.copytree(run / "quantized_model", tmp_path / "model")
+    before = folder_bytes(folder)
+    write = Replacements.write
+
+    def full(files, path, durable=True):
+        if path.name == "clip_l.safetensors":
+            raise WriteError(f"cannot write {path}: the disk is full")
+        return write(files, path, durable)
+
+    monkeypatch.setattr(Replacements, "write", full)
+    one_line(export(run, "--output", folder, "--force", "--weights", "w4-rtn"), "the disk is full")
+    assert folder_bytes(folder) == before
+    monkeypatch.setattr("calibration_store.files.shutil.disk_usage", lambda path: SimpleNamespace(free=10**7))
+    one_line(export(run, "--output", folder, "--force"), "the disk has 10.0 MB free")
+    assert folder_bytes(folder) == before
 
 
 def test_other_peoples_files_are_left_alone(run, model, folder, tmp_path):

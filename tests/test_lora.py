@@ -190,6 +190,37 @@ def test_what_is_no_lora_of_this_model_is_one_line(sd3, tmp_path, arrays, messag
     assert "\n" not in str(caught.value)
 
 
+TO_K = "transformer.transformer_blocks.0.attn.to_k"
+A, B = np.ones((2, HIDDEN), np.float32), np.ones((HIDDEN, 2), np.float32)
+
+
+def with_first(array, value):
+    changed = array.copy()
+    changed.reshape(-1)[0] = value
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("down", "up", "alpha", "message"),
+    [
+        (A[:0], B[:, :0], None, "has rank 0"),
+        (with_first(A, np.nan), B, None, "changes weights by up to nan: it holds NaN, infinity, or is damaged"),
+        (A, with_first(B, -np.inf), None, "changes weights by up to .*: it holds NaN, infinity"),
+        (A, np.full_like(B, 1e30), None, r"changes weights by up to 2e\+30"),
+        (A, B, np.float32(np.nan), "has an alpha of nan"),
+        (A, B, np.float32(1e38), r"has an alpha of 1e\+38; it must be a number of at most 1e\+06"),
+        (A, B, np.float32([1, 2]), "alpha has 2 values, not one"),
+    ],
+)
+def test_a_lora_of_no_use_is_named_with_its_key(sd3, tmp_path, down, up, alpha, message):
+    arrays = {f"{TO_K}.lora_A.weight": down, f"{TO_K}.lora_B.weight": up}
+    path = tmp_path / "lora.safetensors"
+    save_file(arrays | ({} if alpha is None else {f"{TO_K}.alpha": np.asarray(alpha)}), path)
+    with pytest.raises(UserError, match=f"--lora {path}: {TO_K}.*{message}") as caught:
+        fused(sd3, SD3, [Lora(path)])
+    assert "\n" not in str(caught.value)
+
+
 # --- through the stages -------------------------------------------------------------------------------------
 
 

@@ -138,6 +138,10 @@ def test_a_foreign_page_and_damaged_files_are_one_line(reported, tmp_path):
     metrics = folder / "evaluation/metrics.json"
     metrics.write_text(metrics.read_text().replace('"psnr"', '"snr"', 1))
     one_line(invoke("report_calibration", "--calib-dir", folder, "--force"), "metrics.json")
+    content = json.loads((reported[0] / "evaluation/metrics.json").read_bytes())
+    content["variants"]["native"]["psnr"]["worst"] = None
+    metrics.write_text(json.dumps(content))
+    one_line(invoke("report_calibration", "--calib-dir", folder, "--force"), "native: psnr has some of mean, median and worst")
     run = next((reported[0] / "evaluation/runs").glob("native_*.npz"))
     metrics.write_bytes((reported[0] / "evaluation/metrics.json").read_bytes())
     (folder / "evaluation/runs" / run.name).write_bytes(run.read_bytes()[:-400])

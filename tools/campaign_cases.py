@@ -190,6 +190,9 @@ def activation_track(run: Path) -> Iterator[tuple[list[Target], list[Mutation]]]
         edited("no sigma of a step", lambda m: m["sigma_map"].pop("1")),
         edited("two steps of one sigma", lambda m: m["sigma_map"].update({"1": m["sigma_map"]["0"]})),
         edited("a folder outside", lambda m: m.update(timestep_dir="../activations/timestep_stats")),
+        edited("an absolute folder", lambda m: m.update(timestep_dir=str(run / "activations/timestep_stats"))),
+        edited("sigmas in another order", lambda m: m.update(sigma_map=dict(zip(m["sigma_map"], reversed(m["sigma_map"].values()), strict=True)))),
+        edited("sigmas that are timesteps", lambda m: m.update(sigma_map={k: 1000 * v for k, v in m["sigma_map"].items()})),
         edited("more images than ids", lambda m: m["metadata"].update(num_images=5)),
         edited("a step less", lambda m: m["step_keys"].pop()),
     ]
