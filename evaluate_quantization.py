@@ -157,8 +157,7 @@ def run(
             "seed": seed,
             "model_version": info.version,
             "weights_fingerprint": fingerprint,
-            "calibration_run": run_identity(manifest, image_ids),
-            "selected_image_ids": image_ids,
+            **({"calibration_run": run_identity(manifest, image_ids), "selected_image_ids": image_ids} if image_ids else {}),
             "dtype": sampling.dtype,
         }
         write_metrics(paths, parameters, LOW_PSNR, results)

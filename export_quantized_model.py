@@ -108,19 +108,19 @@ def run(
     with (
         locked_folder(paths.root),
         cli.interruptible(
-            lambda: f"the export in {paths.root} is " + ("the old one" if paths.config.exists() else "not finished"),
-            "--force",
+            lambda: f"the export in {paths.root} is " + ("whole" if paths.config.exists() else "not finished"), "--force"
         ),
         cli.progress_bar(size.modules, "packing", "layer") as bar,
     ):
         clear_leftovers(paths)
-        require_space(paths.root, bytes_needed(export, size, rest), remedy)
+        hub_file = layout == "mlx" and all_linears and info.version in HUB_4BIT_FILES
+        require_space(paths.root, bytes_needed(export, size, rest, hub_file), remedy)
         if layout == "gguf":
             written = write_gguf(paths, export, mmdit, bar)
         else:
             quantization = pack_transformer(mmdit, variant.weights, bar)
-            hub_file = all_linears and info.version in HUB_4BIT_FILES
-            written = write_folder(paths, export, mmdit, quantization, rest, hub_file)
+            with cli.finishing("writing"):
+                written = write_folder(paths, export, mmdit, quantization, rest, hub_file)
     click.echo(f"wrote {written}")
     if layout == "mlx":
         click.echo(f"draw with it: {cli.interpreter()} draw_images.py --model {paths.root} PROMPT")

@@ -10,7 +10,7 @@ from msgspec import Meta
 from calibration_store.errors import StoreError
 from calibration_store.files import write_json
 from calibration_store.layout import EvaluationPaths
-from calibration_store.npz import read_npz, write_npz
+from calibration_store.npz import LARGEST_NPZ, map_npz, read_npz, write_npz
 from calibration_store.schema import (
     FINITE,
     Digest,
@@ -98,8 +98,8 @@ def read_images(paths: EvaluationPaths, variant: str, count: int) -> np.ndarray 
     """The images (N, H, W, 3) uint8 that a variant drew; None where its file is not there. Raises StoreError for a damaged one."""
     remedy = "run evaluate_quantization.py again to make it anew"
     for path in paths.runs_of(variant):
-        arrays = read_npz(path, remedy, EVALUATION_RUN.names)
-        fault = EVALUATION_RUN.fault(arrays, images=count)
+        arrays = map_npz(path, ["images"], remedy, checked=True)
+        fault = Record({"images": EVALUATION_RUN.members["images"]}).fault(arrays, images=count)
         if fault:
             raise StoreError(f"{path}: not what a variant drew ({fault}); {remedy}")
         return arrays["images"]
@@ -111,11 +111,12 @@ def read_variant(path: Path, identity: str, images: int, states: int, latent_siz
 
     identity: what they follow from (a digest); states: of a trajectory, its start included.
     """
+    height, width = latent_size
+    latents = 4 * 16 * images * states * height * width  # bytes
     try:
-        arrays = read_npz(path, "", EVALUATION_RUN.names)
+        arrays = read_npz(path, "", EVALUATION_RUN.names, max(LARGEST_NPZ, 2 * latents))
     except StoreError:  # damaged: made anew
         return None
-    height, width = latent_size
     sizes = {"images": images, "states": states, "latent height": height, "latent width": width}
     if EVALUATION_RUN.fault(arrays, **sizes) or arrays["identity"].item() != identity:
         return None

@@ -101,7 +101,7 @@ class Replacements:
 
     @contextlib.contextmanager
     def write(self, path: Path, durable: bool = True) -> Iterator[io.BufferedWriter]:
-        """Open a temporary file beside `path`; on success flush it to the disk, else remove it. Raises WriteError."""
+        """Open a temporary file beside `path`, and flush it to the disk at the end of the block. Raises WriteError."""
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMP_SUFFIX}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -132,7 +132,10 @@ class Replacements:
 
 @contextlib.contextmanager
 def replacements() -> Iterator[Replacements]:
-    """Write several files in the block; at its end all of them appear, and after an error none does. Raises WriteError."""
+    """Write several files in the block; at its end they appear, one after the other, and after an error before it none does.
+
+    Raises WriteError.
+    """
     files = Replacements()
     try:
         yield files

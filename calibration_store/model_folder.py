@@ -165,6 +165,9 @@ def config_fault(config: ModelConfig) -> str | None:
 
 def quantization_fault(quantization: Mapping[str, Any]) -> str | None:
     """What is wrong with a `quantization` entry: group_size and bits, and the same, or false, for layers by their path."""
+    for name, value in quantization.items():
+        if "." in name and value is not False and not isinstance(value, dict):
+            return f"quantization: {name}: {value!r} is neither an object nor false"
     for name, value in [("", quantization), *((n, v) for n, v in quantization.items() if isinstance(v, dict))]:
         if value.get("bits") not in PACKED_BITS or value.get("group_size") not in PACKED_GROUPS:
             return f"quantization{name and f': {name}'}: bits {value.get('bits')}, group_size {value.get('group_size')}"
@@ -183,7 +186,8 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     (BASED_CONFIG if based else MODEL_CONFIG).read(path, LAYOUT)
     try:
         config = msgspec.json.decode(read_bytes(path, LAYOUT))
-    except (ValueError, RecursionError) as error:  # in an entry that no schema looks at
+        config_digest(config)
+    except (ValueError, TypeError, RecursionError) as error:  # in an entry that no schema looks at
         raise StoreError(f"{path}: not valid JSON ({error}); {LAYOUT}") from None
     for section, known in (
         () if based else (("mmdit", TransformerConfig), ("clip_l", ClipConfig), ("clip_g", ClipConfig))
@@ -269,12 +273,14 @@ def missing_files(folder: Path, based: bool = False) -> list[str]:
 def check_exported(folder: Path, config: Mapping[str, Any]) -> None:
     """Whether an exported folder's weight files are those that were exported. Raises StoreError in one line."""
     note = config.get("export", {})
+    if note and "quantization" not in config:
+        raise StoreError(f"{config_file(folder)}: an export without 'quantization'; run export_quantized_model.py with --force")
     wrong = [
         path
         for role, digest in note.get("files", {}).items()
         if weights_fingerprint({role: (path := path_of(folder, role))}) != digest
     ]
-    if note.get("config", config_digest(config)) != config_digest(config):
+    if "config" in note and note["config"] != config_digest(config):
         wrong.append(config_file(folder))
     fault = packed_fault(config, weight_shapes(weight_file(folder, "mmdit"))) if note else None
     if fault:
@@ -300,10 +306,10 @@ def packed_fault(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]
         if layer == name or f"{layer}.weight" not in shapes:
             continue
         own = quantization.get(layer, quantization)
-        if not own or shapes[f"{layer}.weight"][-1] * 32 != shape[-1] * own["group_size"] * own["bits"]:
+        if not isinstance(own, dict) or shapes[f"{layer}.weight"][-1] * 32 != shape[-1] * own["group_size"] * own["bits"]:
             return f"quantization: {layer} is not packed with the bits and group size that it says"
         found.add(own["bits"])
-    if not found <= allowed | {rest} or note["weight_bits"] not in found:
+    if not found <= allowed | {rest} or (not note.get("layer_bits") and note["weight_bits"] not in found):
         return f"export: weight_bits {note['weight_bits']} over layers of {', '.join(map(str, sorted(found)))} bits"
     return None
 

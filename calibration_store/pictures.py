@@ -20,6 +20,7 @@ VARIANT_CHUNK = "variant"  # of an image that stage 4 wrote
 PICTURE_ERRORS = (OSError, SyntaxError, ValueError, struct.error, MemoryError)  # what PIL raises for damaged files
 PNG_HEAD = struct.Struct(">8s4x4s2L")  # signature, IHDR, width, height
 MOST_PIXELS = 2**26
+PNG_SIGNATURE, PNG_CHUNK = b"\x89PNG\r\n\x1a\n", struct.Struct(">L4s")  # and of a chunk: length of its data, type
 
 
 @contextlib.contextmanager
@@ -31,7 +32,7 @@ def opened_png(path: Path, remedy: str, most_pixels: int = MOST_PIXELS) -> Itera
     content = read_bytes(path, remedy)
     try:
         signature, chunk, width, height = PNG_HEAD.unpack_from(content)
-        if (signature, chunk) != (b"\x89PNG\r\n\x1a\n", b"IHDR") or width * height > most_pixels:
+        if (signature, chunk) != (PNG_SIGNATURE, b"IHDR") or width * height > most_pixels:
             raise ValueError("no PNG of this size")
         with Image.open(io.BytesIO(content), formats=["PNG"]) as picture:
             yield picture
@@ -83,10 +84,21 @@ def is_our_picture(path: Path, chunk: str = OUR_CHUNK) -> bool:
     if path.suffix == TEMP_SUFFIX:
         return True
     try:
-        with opened_png(path, "") as picture:
-            return chunk in picture.text
+        return chunk in text_keywords(read_bytes(path, ""))
     except StoreError:
         return False
+
+
+def text_keywords(png: bytes) -> set[str]:
+    """Return the keywords of a PNG's text chunks, without decoding its pixels; none for what is no PNG."""
+    found, at = set(), len(PNG_SIGNATURE)
+    while png.startswith(PNG_SIGNATURE) and at + PNG_CHUNK.size <= len(png):
+        size, kind = PNG_CHUNK.unpack_from(png, at)
+        if kind in (b"tEXt", b"zTXt", b"iTXt"):
+            begin = at + PNG_CHUNK.size
+            found.add(png[begin : begin + min(size, 80)].partition(b"\0")[0].decode("latin-1"))
+        at += PNG_CHUNK.size + size + 4
+    return found
 
 
 def is_picture(path: Path, image: Mapping[str, Any], size: tuple[int, int]) -> bool:

@@ -85,7 +85,7 @@ class JsonFormat:
             raise StoreError(f"{path}: not valid JSON (too deep, or too large for the memory); {remedy}") from None
 
     def encode(self, content: Mapping[str, Any]) -> bytes:
-        """Return the bytes of a file that `read` takes. Raises OptionError for content that it would refuse."""
+        """Return the bytes of a file. Raises OptionError for content that `read` would refuse."""
         try:
             encoded = orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY) + b"\n"
             self._checked(encoded)

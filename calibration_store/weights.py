@@ -212,12 +212,22 @@ def layer_fault(fields: Mapping[str, np.ndarray], bits: int) -> str | None:
 
 
 def training_run(plan: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of a plan: what the blocks of a run follow from. Learning rates may change after a fault."""
-    same = {key: value for key, value in plan.items() if key not in (*LEARNING_RATES, TRAINING_RUN)}
+    """Return the SHA-256 of a plan: what the blocks of a run follow from.
+
+    Learning rates may change after a fault. Noise levels follow from the calibration run, and devices round them differently.
+    """
+    same = {key: value for key, value in plan.items() if key not in (*LEARNING_RATES, *NOISE_LEVELS, TRAINING_RUN)}
     return hashlib.sha256(orjson.dumps(same, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
 LEARNING_RATES = ("lr_alpha", "lr_activation_scale")
+NOISE_LEVELS = ("schedule", "range_sigmas")
+
+
+def training_run_of_0_8_0(plan: Mapping[str, Any]) -> str:
+    """Return what checkpoints of 0.8.0 have in the place of `training_run`: noise levels are part of it."""
+    same = {key: value for key, value in plan.items() if key not in (*LEARNING_RATES, TRAINING_RUN)}
+    return hashlib.sha256(orjson.dumps(same, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
 def _is_known(key: str) -> bool:

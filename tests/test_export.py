@@ -15,6 +15,7 @@ from finished_run import finished_run, model_copy, note_digests, one_line
 from calibration_store.errors import WriteError
 from calibration_store.files import Replacements
 from calibration_store.layout import WeightPaths
+from calibration_store.model_folder import packed_fault
 from calibration_store.weights import read_quantized_block
 from w4a8.evaluation.variants import make_variant
 from w4a8.model.folder import load_folder_transformer
@@ -265,9 +266,32 @@ def seven_bits(folder):
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def changed(edit):
+    """A damage of config.json."""
+
+    def apply(folder):
+        config = config_of(folder)
+        edit(config)
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return apply
+
+
+def test_bits_by_layer_need_not_hold_the_usual_ones():
+    """After --bits '*=8' no layer has --weight-bits: that is no contradiction."""
+    config = {"quantization": {"bits": 8, "group_size": 64}, "export": {"weights": "w4-adaround", "weight_bits": 4, "layer_bits": {"a": 8}}}
+    shapes = {"a.weight": (64, 16), "a.scales": (64, 1)}
+    assert packed_fault(config, shapes) is None
+    config["export"]["layer_bits"] = {}
+    assert "weight_bits 4 over layers of 8 bits" in packed_fault(config, shapes)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (changed(lambda c: c.pop("quantization")), "an export without 'quantization'"),
+        (changed(lambda c: c["quantization"].update({"a.layer": True})), "a.layer: True is neither an object nor false"),
+        (changed(lambda c: c.update(other=10**30)), "config.json: not valid JSON"),
         (truncate, "mmdit.safetensors: truncated or damaged"),
         (flip_a_bit, "mmdit.safetensors: not what was exported"),
         (seven_bits, "bits 7, group_size 64"),
@@ -327,6 +351,10 @@ def test_the_old_export_stays_until_the_new_one_is_complete(run, tmp_path, monke
 
 
 def test_other_peoples_files_are_left_alone(run, model, folder, tmp_path):
+    (tmp_path / "named").mkdir()  # as one of an export's files, where there is no export
+    (tmp_path / "named/captions.txt").write_text("mine")
+    export(run, "--output", tmp_path / "named", "--format", "gguf", "--weights", "w4-rtn-g32")
+    assert (tmp_path / "named/captions.txt").read_text() == "mine"
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("mine")
     (tmp_path / "other").mkdir()  # another model, whose files have the names of an export's

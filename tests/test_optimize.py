@@ -387,3 +387,13 @@ def test_other_parameters_are_not_resumed(copy):
 def test_no_cache_is_one_line(tmp_path):
     done = optimize(tmp_path)
     assert done.exit_code == 2 and "not found; run cache_adaround_data.py first" in done.stderr
+
+
+def test_a_micro_batch_that_an_older_run_noted_is_kept(copy):
+    """0.8.0 noted more samples at once than there are: --resume goes on with that."""
+    arguments = ("--calib-dir", copy, "--iters", 10, "--unit", "layer", "--blocks", "mm0", "--batch-size", 64)
+    assert invoke("optimize_adaround", *arguments).exit_code == 0
+    path = WeightPaths(copy).plan
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | {"micro_batch": 64}))
+    done = invoke("optimize_adaround", *arguments, "--resume", "--dry-run")
+    assert done.exit_code == 0, done.output

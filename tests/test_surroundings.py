@@ -85,6 +85,8 @@ def test_what_would_steer_the_terminal_is_escaped_and_long_names_are_cut(tmp_pat
     assert as_one_line("a\x1b]0;x\x07b\nc") == "a\\x1b]0;x\\x07b c"
     assert as_one_line("é×–") == "é×–"
     assert len(as_one_line("k" * 10**6)) == LONGEST_WORD + 1 and len(as_one_line("k " * 10**6)) == LONGEST_LINE + 1
+    path = "/folder" * 60  # 420 characters that people can paste
+    assert as_one_line(f"{path}: gone") == f"{path}: gone" and as_one_line("k" * 10**6, whole=True) == "k" * 10**6
     save_file({"\x1b]0;owned\x07" + "k" * 10**5: np.zeros((4, 192), np.float32)}, tmp_path / "lora.safetensors")
     done = invoke("draw_images", "cat", "--lora", tmp_path / "lora.safetensors", "--output", tmp_path / "out")
     one_line(done, "\\x1b]0;owned\\x07kkk")

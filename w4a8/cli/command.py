@@ -43,7 +43,7 @@ class StageCommand(click.Command):
                 code = super().main(*args, standalone_mode=False, **kwargs)
         except (UserError, click.ClickException) as error:
             message = error.message if isinstance(error, UserError) else error.format_message()
-            said, code = f"Error: {one_line(message)}", error.exit_code
+            said, code = f"Error: {one_line(message, whole=isinstance(error, Interrupted))}", error.exit_code
         except click.Abort:
             said, code = "Interrupted.", 130
         except OutputError as error:
@@ -89,22 +89,34 @@ def not_utf8(text: str) -> bool:
     return False
 
 
-LONGEST_WORD, LONGEST_LINE = 200, 4000  # characters of a message: keys and names come from files
+LONGEST_WORD, LONGEST_PATH, LONGEST_LINE = 200, 4096, 12_000  # characters of a message: keys and names come from files
 
 
-def one_line(message: str) -> str:
-    """Return a message as one line: what would steer the terminal escaped, and what is longer than a name cut."""
-    words = (word if len(word) <= LONGEST_WORD else f"{word[:LONGEST_WORD]}…" for word in message.split())
+def one_line(message: str, whole: bool = False) -> str:
+    """Return a message as one line: what would steer the terminal escaped, and what is longer than a name or a path cut.
+
+    whole: nothing is cut, as in the command that goes on after Ctrl-C.
+    """
+    words = message.split()
+    if not whole:
+        words = [cut(word, LONGEST_PATH if word.startswith(os.sep) else LONGEST_WORD) for word in words]
     line = "".join(c if c.isprintable() or c == " " else c.encode("unicode_escape").decode() for c in " ".join(words))
-    return line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}…"
+    return line if whole else cut(line, LONGEST_LINE)
+
+
+def cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[:length]}…"
 
 
 def check_temporary_folder() -> None:
-    """Raise UserError where $TMPDIR is no folder that can be written: MLX compiles there, and says nothing that helps."""
-    for name in ("TMPDIR", "TEMP", "TMP"):
-        folder = os.environ.get(name)
-        if folder and not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
-            raise UserError(f"{name}={folder}: no folder that can be written; set it to one, or unset it")
+    """Raise UserError where $TMPDIR is no folder that can be written: MLX compiles there, and says nothing that helps.
+
+    The first that is set decides, in the order of C++'s std::filesystem::temp_directory_path.
+    """
+    name = next((name for name in ("TMPDIR", "TMP", "TEMP", "TEMPDIR") if name in os.environ), None)
+    folder = os.environ[name] if name else None
+    if folder and not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
+        raise UserError(f"{name}={folder}: no folder that can be written; set it to one, or unset it")
 
 
 class OutputError(Exception):
@@ -205,7 +217,10 @@ class CtrlC:
 
 @contextlib.contextmanager
 def finishing(what: str) -> Iterator[Callable[[], bool]]:
-    """Let Ctrl-C wait in the block. Yields a function that says whether it came: who asks saves, and raises KeyboardInterrupt."""
+    """Let Ctrl-C wait in the block, whose end raises KeyboardInterrupt then.
+
+    Yields a function that says whether it came: who asks saves, and raises KeyboardInterrupt at once.
+    """
     handler = signal.getsignal(signal.SIGINT)
     if not isinstance(handler, CtrlC):
         yield lambda: False
@@ -215,6 +230,8 @@ def finishing(what: str) -> Iterator[Callable[[], bool]]:
         yield lambda: handler.interrupted
     finally:
         handler.finishing = None
+    if handler.interrupted:
+        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager

@@ -201,18 +201,19 @@ def rest_of_model(export: Export, complete: bool) -> RestOfModel:
     return parts | encoders, hub_tokenizer(), complete_hub_config(info)
 
 
-def bytes_needed(export: Export, size: Size, rest: RestOfModel) -> int:
-    """Return the bytes of everything that an export writes."""
+def bytes_needed(export: Export, size: Size, rest: RestOfModel, hub_file: bool) -> int:
+    """Return the bytes of everything that an export writes; hub_file: the transformer once more, with SD3's whole VAE."""
     parts, copied, _ = rest
-    arrays = sum(array.nbytes for part in parts.values() for array in part.values())
+    arrays = {name: sum(array.nbytes for array in part.values()) for name, part in parts.items()}
     ranges = 0 if export.rule is None else len(encode_activations(export.rule.exported()))
-    return size.transformer + arrays + sum(path.stat().st_size for path in copied) + ranges
+    again = size.transformer + 2 * arrays.get("decoder", 0) if hub_file else 0
+    return size.transformer + sum(arrays.values()) + sum(path.stat().st_size for path in copied) + ranges + again
 
 
 def clear_leftovers(paths: QuantizedModelPaths) -> None:
-    """Remove what a kill left: half-written files, and files of an export that has no config.json yet."""
+    """Remove the half-written files that a kill left."""
     for path in [*paths.owned_files(), *paths.gguf_files()]:
-        if path.suffix == TEMP_SUFFIX or (not paths.config.exists() and path not in paths.gguf_files()):
+        if path.suffix == TEMP_SUFFIX:
             remove_file(path)
 
 
@@ -247,10 +248,9 @@ def write_folder(
         note = export.note(files.written) | {"config": config_digest(config)}
         with files.write(paths.config) as file:
             file.write(orjson.dumps(config | {"export": note}, option=orjson.OPT_INDENT_2) + b"\n")
-        stale = set(old) - set(files.written)
         remove_file(paths.config)  # there is none without its files: from here on the old export is gone
-    for path in stale:
-        remove_file(path)
+        for path in set(old) - set(files.written):
+            remove_file(path)
     sync_folder(paths.root)
     return paths.root
 

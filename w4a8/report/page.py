@@ -31,7 +31,7 @@ from calibration_store.layout import (
 from calibration_store.manifest import read_manifest, same_run
 from calibration_store.model_folder import check_exported, weight_file, weight_sizes
 from calibration_store.names import block_of, layer_kind
-from calibration_store.pictures import is_of, opened_png
+from calibration_store.pictures import MOST_PIXELS, is_of, opened_png
 from calibration_store.quantized_model import float16_bytes, read_export
 from calibration_store.sensitivity import SENSITIVITY
 from calibration_store.weights import WEIGHTS_METADATA
@@ -72,14 +72,14 @@ def describe_folder(calib_dir: Path) -> dict[str, Any]:
     activations, weights = ActivationPaths(calib_dir), WeightPaths(calib_dir)
     evaluation, export = EvaluationPaths(calib_dir / "evaluation"), QuantizedModelPaths.below(calib_dir)
 
-    foreign: set[str] = set()  # sections of another run
+    left_out: dict[str, str] = {}  # section -> why
 
     def of_this_run(key: str, path: Path, noted: Mapping[str, Any], any_model: bool = False) -> bool:
         of_model = any_model or noted.get("weights_fingerprint") in (None, manifest["weights_fingerprint"])
         same = of_model and same_run(manifest, noted)
         if not same:
             click.echo(f"{path}: made from another calibration run, left out", err=True)
-            foreign.add(key)
+            left_out[key] = "left out: of another run"
         return same
 
     if os.path.lexists(path := activations.quant_config):
@@ -101,14 +101,17 @@ def describe_folder(calib_dir: Path) -> dict[str, Any]:
     bits = None
     if os.path.lexists(path := export.config):
         content = read_export(export.root)
-        if of_this_run("export", path, content["export"]) and is_whole(export.root, content):
-            page["export"], bits = export_of(export, content), content["export"]["weight_bits"]
+        if of_this_run("export", path, content["export"]):
+            if is_whole(export.root, content):
+                page["export"], bits = export_of(export, content), content["export"]["weight_bits"]
+            else:
+                left_out["export"] = "left out: damaged"
     if os.path.lexists(path := evaluation.metrics):
         metrics = METRICS.read(path)
         if of_this_run("comparison", path, metrics, any_model=True):
             page["comparison"] = comparison_of(evaluation, metrics, bits)
     page["next"] = [
-        {"script": script, "what": what, "why": "left out: of another run" if key in foreign else "not there yet"}
+        {"script": script, "what": what, "why": left_out.get(key, "not there yet")}
         for key, script, what in STAGES
         if key not in page
     ]
@@ -165,9 +168,9 @@ def drawn(calib_dir: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def most_pixels(manifest: Mapping[str, Any]) -> int:
-    """Return the pixels that an image of this run can have: no decoder makes more than 16 × 16 of an element of a latent."""
+    """Return the pixels that an image of this run can have: no decoder makes more than 128 × 128 of an element of a latent."""
     height, width = manifest["latent_size"]
-    return 256 * height * width
+    return min(2**14 * height * width, MOST_PIXELS)
 
 
 def picture(image: Image.Image, side: int | None = None) -> str:

@@ -64,4 +64,4 @@ def warn_of_old_results(paths: CalibrationPaths) -> None:
     )  # fmt: skip
     old = [folder.root.name for folder in folders if folder.root.is_dir()]
     if old:
-        click.echo(f"Note: {', '.join(old)} in {root} are of the run that is gone; make them anew with --force.")
+        click.echo(f"Note: {', '.join(old)} in {root} are of the run that is gone; make them anew (with --force where the script has it).")

@@ -11,7 +11,7 @@ from calibration_store.checkpoint import Layers, read_checkpoint, write_checkpoi
 from calibration_store.errors import StoreError
 from calibration_store.files import remove_file
 from calibration_store.layout import WeightPaths
-from calibration_store.weights import layer_fault
+from calibration_store.weights import layer_fault, training_run_of_0_8_0
 from w4a8.rounding.settings import Settings
 from w4a8.rounding.training import Training
 from w4a8.rounding.units import Job
@@ -24,7 +24,7 @@ class Checkpoint:
         """own: in a file of the job's own, beside those of jobs that other ranks are at."""
         self.job, self._places = job, (paths.checkpoint, paths.checkpoint_of(job.name))
         self._path = self._places[own]
-        self.plan = plan["training_run"]
+        self.plan, self._older_plan = plan["training_run"], training_run_of_0_8_0(plan)
 
     def save(self, index: int, training: Training, done: Layers, losses: list[dict]) -> None:
         position = {"plan": self.plan, "job": self.job.name, "stage": index, "iteration": training.iteration}
@@ -42,7 +42,7 @@ class Checkpoint:
             if found is None:
                 return None
             position, arrays, done = found
-            if (position["plan"], position["job"]) != (self.plan, self.job.name):
+            if position["plan"] not in (self.plan, self._older_plan) or position["job"] != self.job.name:
                 return None
             if not position["stage"] < len(self.job.parts) or len(position["losses"]) != position["stage"]:
                 raise ValueError(f"stage {position['stage']}")

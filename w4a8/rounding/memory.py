@@ -86,7 +86,8 @@ def choose_micro_batch(rounding: Rounding, given: int | None, before: Mapping[st
     need, memory = iteration_bytes(rounding), device_memory()
     size = min(rounding.settings.batch_size, len(rounding.cache["samples"]))  # a batch holds no sample twice
     fits = need.micro_batch(size, memory)
-    micro_batch = rounding.ranks.first(min(given or (before or {}).get("micro_batch") or fits, size))
+    noted = (before or {}).get("micro_batch")  # 0.8.0 noted more than there are samples
+    micro_batch = noted if noted and given in (None, noted) else rounding.ranks.first(min(given or fits, size))
     peak = need.peak(min(micro_batch * cores(), size))
     if peak > memory:
         way = f"--micro-batch {fits}" if micro_batch > fits else SMALLER[rounding.unit]
