@@ -5,6 +5,7 @@ import functools
 import io
 import json
 import os
+import re
 import types
 import zipfile
 import zlib
@@ -84,8 +85,10 @@ def _plain_values(kind: Any, bounds: list[Meta], where: str) -> Iterator[tuple[s
     elif kind is str:
         yield f"{where}: a number", 5
         for bound in bounds:
-            if bound.pattern is not None:
+            if bound.pattern is not None and not re.search(bound.pattern, "../../x"):
                 yield f"{where}: leaves its folder", "../../x"
+            elif bound.pattern is not None:
+                yield f"{where}: steers the terminal", "\x1b]0;x\x07"
             if bound.min_length:
                 yield f"{where}: empty", ""
 
