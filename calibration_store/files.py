@@ -78,7 +78,9 @@ def require_space(
 
 
 def gigabytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+    """1234567 -> '1.2 MB' (decimal units)."""
+    unit, size = next(((unit, size) for unit, size in (("GB", 1e9), ("MB", 1e6)) if count >= size), ("kB", 1e3))
+    return f"{count / size:.2f} GB" if unit == "GB" else f"{count / size:.1f} {unit}"
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from calibration_store.block_cache import read_cache_metadata
 from calibration_store.errors import OptionError
 from calibration_store.layout import WeightPaths
 from calibration_store.manifest import read_manifest
+from calibration_store.model_folder import packed_fault
 from calibration_store.sensitivity import read_sensitivity, write_sensitivity
 from calibration_store.weights import read_quantized_block
 from w4a8.analysis.allocation import allocate
@@ -321,3 +322,12 @@ def test_the_worst_image_is_named_and_drawn():
     assert row["share_below_30_db"] == 0.05 and len(row["images"]) == 20
     assert not FLIP_INSTALLED or row["flip"]["worst"] == max(image["flip"] for image in row["images"])
     assert grid_rows(20, [13, 17, 13]) == [0, 1, 2, 3, 4, 5, 13, 17] and grid_rows(3, [2]) == [0, 1, 2]
+
+
+def test_bits_by_layer_need_not_hold_the_usual_ones():
+    """After --bits '*=8' no layer has --weight-bits: that is no contradiction."""
+    config = {"quantization": {"bits": 8, "group_size": 64}, "export": {"weights": "w4-adaround", "weight_bits": 4, "layer_bits": {"a": 8}}}
+    shapes = {"a.weight": (64, 16), "a.scales": (64, 1)}
+    assert packed_fault(config, shapes) is None
+    config["export"]["layer_bits"] = {}
+    assert "weight_bits 4 over layers of 8 bits" in packed_fault(config, shapes)

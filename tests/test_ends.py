@@ -314,15 +314,15 @@ def test_slopes_block_by_block_are_those_of_the_whole(copy, rule):
 
 def test_kills_in_every_phase_leave_the_same_files(copy):
     command = [*QUICK, "--unit", "block", "--end-to-end", 12, "--block-inputs", "mixed", "--checkpoint-seconds", 0.3]
-    command += ["--exclude", "mm[23456].*"]
+    command += ["--exclude", "mm[123456].*"]
     done = invoke("optimize_adaround", "--calib-dir", copy, *command)
     assert done.exit_code == 0, done.output
     expected = folder_bytes(copy / "adaround_weights")
     shutil.rmtree(copy / "adaround_weights")
     generator, kills = random.Random(3), 0
-    for attempt in range(40):
+    for attempt in range(7):
         process = start("optimize_adaround", "--calib-dir", copy, *command, "--resume")
-        deadline = time.monotonic() + (generator.uniform(2.5, 7) if attempt < 30 else 600)
+        deadline = time.monotonic() + (generator.uniform(2.5, 7) if attempt < 6 else 600)
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
         if process.poll() is not None:

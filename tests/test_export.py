@@ -15,7 +15,6 @@ from finished_run import finished_run, model_copy, note_digests, one_line
 from calibration_store.errors import WriteError
 from calibration_store.files import Replacements
 from calibration_store.layout import WeightPaths
-from calibration_store.model_folder import packed_fault
 from calibration_store.weights import read_quantized_block
 from w4a8.evaluation.variants import make_variant
 from w4a8.model.folder import load_folder_transformer
@@ -275,15 +274,6 @@ def changed(edit):
         (folder / "config.json").write_text(json.dumps(config))
 
     return apply
-
-
-def test_bits_by_layer_need_not_hold_the_usual_ones():
-    """After --bits '*=8' no layer has --weight-bits: that is no contradiction."""
-    config = {"quantization": {"bits": 8, "group_size": 64}, "export": {"weights": "w4-adaround", "weight_bits": 4, "layer_bits": {"a": 8}}}
-    shapes = {"a.weight": (64, 16), "a.scales": (64, 1)}
-    assert packed_fault(config, shapes) is None
-    config["export"]["layer_bits"] = {}
-    assert "weight_bits 4 over layers of 8 bits" in packed_fault(config, shapes)
 
 
 @pytest.mark.parametrize(

@@ -239,7 +239,7 @@ def test_no_alpha_leaves_it_out_and_nothing_else(run):
 def test_a_budget_is_kept(run, script, arguments):
     before = sorted(path for path in run.rglob("*") if path.is_file())
     one_line(
-        invoke(script, "--calib-dir", run, *arguments, "--force", "--max-bytes", "10kB"), "--max-bytes allows 0.01 MB"
+        invoke(script, "--calib-dir", run, *arguments, "--force", "--max-bytes", "10kB"), "--max-bytes allows 10.0 kB"
     )
     assert sorted(path for path in run.rglob("*") if path.is_file()) == before
 

@@ -57,7 +57,7 @@ def test_tokens_are_quantized_as_deployed_and_gradients_pass():
     assert np.array_equal(np.array(slope), np.array(weights))
 
 
-QUICK = ("--iters", 10, "--batch-size", 2, "--unit", "block", "--end-to-end", 0, "--exclude", "mm[01345].*")
+QUICK = ("--iters", 10, "--batch-size", 2, "--unit", "block", "--end-to-end", 0, "--exclude", "mm[0134567].*")
 
 
 def test_inputs_are_quantized_late_and_as_asked(tmp_path):
