@@ -52,7 +52,7 @@ from calibration_store.limits import MOST_SEED
 @click.option("--activations", is_flag=True, help="Simulate the quantized activations that the export has ranges for.")
 @cli.native_option
 @click.option(
-    "--output", type=cli.Folder(), default="drawn", help="Folder of the PNG files."
+    "--output", type=cli.FOLDER, default="drawn", help="Folder of the PNG files."
 )
 def main(**options) -> None:
     """Draw prompts to PNG files, from any model."""

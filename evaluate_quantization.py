@@ -53,7 +53,7 @@ from calibration_store.limits import MOST_THRESHOLD
 )
 @click.option(
     "--output",
-    type=cli.Folder(),
+    type=cli.FOLDER,
     help="Folder to write to.  [default: evaluation/ below --calib-dir]",
 )
 @click.option(

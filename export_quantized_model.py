@@ -46,7 +46,7 @@ import click
 )
 @click.option(
     "--output",
-    type=cli.Folder(),
+    type=cli.FOLDER,
     help="Folder to write to.  [default: quantized_model/ below --calib-dir]",
 )
 @click.option("--force", is_flag=True, help="Make an export anew: delete what this stage wrote to the folder.")
@@ -72,7 +72,6 @@ def run(
         Export,
         bytes_needed,
         check_output,
-        clear_leftovers,
         estimated_seconds,
         pack_transformer,
         packed_size,
@@ -112,7 +111,7 @@ def run(
         ),
         cli.progress_bar(size.modules, "packing", "layer") as bar,
     ):
-        clear_leftovers(paths)
+        paths.clear_temporaries()
         hub_file = layout == "mlx" and all_linears and info.version in HUB_4BIT_FILES
         require_space(paths.root, bytes_needed(export, size, rest, hub_file), remedy)
         if layout == "gguf":

@@ -17,7 +17,7 @@ import click
 @cli.calib_dir_option
 @click.option(
     "--output",
-    type=cli.Folder(),
+    type=cli.FOLDER,
     help="Folder to write to.  [default: report/ below --calib-dir]",
 )
 @click.option("--force", is_flag=True, help="Write over an index.html that is not this script's.")

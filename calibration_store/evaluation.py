@@ -70,16 +70,16 @@ class _Metrics(TypedDict):
 
 
 class Metrics(_Metrics, total=False):
-    """metrics.json, what is read of it; it says more."""
+    """The entries of metrics.json that are read; the file has more."""
 
-    calibration_run: Digest  # of the images in selected_image_ids: all that the run had; files of 0.8.0 have neither
+    calibration_run: Digest  # identity of the run with the images in selected_image_ids; files of 0.8.0 have neither key
     selected_image_ids: list[Index]
     weights_fingerprint: Digest | None
     model_version: Name
 
 
 def metrics_fault(metrics: Metrics) -> str | None:
-    """Return what metrics.json's entries say of each other that cannot be."""
+    """Return the first contradiction between entries of metrics.json, or None."""
     count = len(metrics["prompts"])
     for name, variant in metrics["variants"].items():
         if len(variant["images"]) != count or variant["worst_image"] >= count:

@@ -20,6 +20,7 @@ import orjson
 from PIL import Image, PngImagePlugin
 
 from calibration_store.errors import StoreError, WriteError
+from calibration_store.sizes import format_bytes
 
 TEMP_SUFFIX = ".tmp"
 LARGEST = 256 * 2**20  # bytes of a file that is read as a whole, unless its kind has another limit
@@ -68,19 +69,13 @@ def require_space(
 ) -> None:
     """Raise StoreError when num_bytes more are above the budget, or than the disk of `folder` (which need not exist yet) can hold."""
     if budget is not None and num_bytes > budget:
-        raise StoreError(f"{folder}: needs {gigabytes(num_bytes)}, --max-bytes allows {gigabytes(budget)}; {remedy}")
+        raise StoreError(f"{folder}: needs {format_bytes(num_bytes)}, --max-bytes allows {format_bytes(budget)}; {remedy}")
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if num_bytes > free:
         raise StoreError(
-            f"{folder}: needs {gigabytes(num_bytes)}, the disk has {gigabytes(free)} free; free some, or {remedy}"
+            f"{folder}: needs {format_bytes(num_bytes)}, the disk has {format_bytes(free)} free; free some, or {remedy}"
         )
-
-
-def gigabytes(count: int) -> str:
-    """1234567 -> '1.2 MB' (decimal units)."""
-    unit, size = next(((unit, size) for unit, size in (("GB", 1e9), ("MB", 1e6)) if count >= size), ("kB", 1e3))
-    return f"{count / size:.2f} GB" if unit == "GB" else f"{count / size:.1f} {unit}"
 
 
 @contextlib.contextmanager
@@ -96,7 +91,7 @@ def atomic_file(path: Path, durable: bool = True) -> Iterator[io.BufferedWriter]
 
 
 class Replacements:
-    """Files that take the places of others together: each is on the disk, under a temporary name, before the first is renamed."""
+    """Several files that are written under temporary names first, and renamed when all of them are on the disk."""
 
     def __init__(self) -> None:
         self.written: dict[Path, Path] = {}  # path -> the temporary file beside it, until they are renamed
@@ -134,7 +129,7 @@ class Replacements:
 
 @contextlib.contextmanager
 def replacements() -> Iterator[Replacements]:
-    """Write several files in the block; at its end they appear, one after the other, and after an error before it none does.
+    """Collect the files that the block writes, and rename them into place at its end; after an error remove them instead.
 
     Raises WriteError.
     """
@@ -147,7 +142,7 @@ def replacements() -> Iterator[Replacements]:
 
 
 def refusal(error: OSError) -> str:
-    """Return what the operating system says, a full disk in plain words."""
+    """Return the operating system's message; a full disk in plain words."""
     return "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error.strerror)
 
 
@@ -204,7 +199,7 @@ def open_regular(path: Path, remedy: str, absent: str = "not found", limit: int 
             if not stat.S_ISREG(found.st_mode):
                 raise StoreError(f"{path}: a pipe or a device, not a file; {remedy}")
             if limit is not None and found.st_size > limit:
-                raise StoreError(f"{path}: {gigabytes(found.st_size)}, more than such a file can have; {remedy}")
+                raise StoreError(f"{path}: {format_bytes(found.st_size)}, more than such a file can have; {remedy}")
             yield file
     except OSError as error:
         raise StoreError(f"{path}: {why_unreadable(path, error, remedy, absent)}") from None

@@ -247,6 +247,11 @@ HUB_4BIT_FILES = {
 }
 
 
+EXPORTED = r"config\.json|activations\.json|(mmdit|clip_l|clip_g|decoder)\.safetensors|vocab\.json|merges\.txt|captions\.txt|"
+EXPORTED += "|".join(map(re.escape, HUB_4BIT_FILES.values()))
+EXPORTED_GGUF = r".+-q4_1\.gguf"
+
+
 class QuantizedModelPaths:
     """Stage 5; `root` is quantized_model/ below the folder that all stages share, or --output."""
 
@@ -268,11 +273,14 @@ class QuantizedModelPaths:
 
     def owned_files(self) -> list[Path]:
         """Of an exported model folder; another model's folder has no such files, or a config.json of its own."""
-        names = r"config\.json|activations\.json|(mmdit|clip_l|clip_g|decoder)\.safetensors|vocab\.json|merges\.txt|captions\.txt"
-        return matching(self.root, rf"{names}|{'|'.join(map(re.escape, HUB_4BIT_FILES.values()))}")
+        return matching(self.root, EXPORTED)
 
     def gguf_files(self) -> list[Path]:
-        return matching(self.root, r".+-q4_1\.gguf")
+        return matching(self.root, EXPORTED_GGUF)
+
+    def clear_temporaries(self) -> None:
+        """Remove what a kill left half-written."""
+        clear_temporaries(self.root, f"{EXPORTED}|{EXPORTED_GGUF}")
 
 
 class DrawingPaths:

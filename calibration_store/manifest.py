@@ -66,7 +66,7 @@ class LoraEntry(TypedDict):
 
 
 class Manifest(_Manifest, total=False):
-    """manifest.json; `weights_fingerprint` is not in files of version 0.2.0 and older, and `completed` fills in the rest."""
+    """The entries of manifest.json. Files of version 0.2.0 have no `weights_fingerprint`; `completed` adds what else may lack."""
 
     negative_prompt: str
     stride: Steps
@@ -84,14 +84,14 @@ SHARED_WITH_IMAGES = {"cfg_weight": "cfg_scale", "negative_prompt": "negative_pr
 
 
 def completed(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a manifest with every key: what other programs leave out follows from its images, or is the default of stage 1."""
+    """Return a manifest with every key. Keys that other programs leave out are derived from the images, or get stage 1's defaults."""
     images = manifest["images"]
     usual = {
         "negative_prompt": images[0]["negative_prompt"] if images else "",
         "stride": 1,
         "batch_size": 1,
         "save_images": any(image["filename"] is not None for image in images),
-        "prompts_sha256": prompts_digest([image["prompt"] for image in images]),
+        "prompts_sha256": manifest.get("prompts_sha256") or prompts_digest([image["prompt"] for image in images]),
     }
     return {**usual, "batch_option": manifest.get("batch_size", 1), **manifest}
 
@@ -167,7 +167,7 @@ def run_identity(manifest: Mapping[str, Any], image_ids: Iterable[int]) -> str:
 
 
 def image_identity(manifest: Mapping[str, Any], image_id: int) -> str | None:
-    """Return `run_identity` of one image: what its samples follow from, however the run grows. None where the run lacks it."""
+    """Return `run_identity` of one image, which stays the same when the run grows; None where the run lacks the image."""
     images = manifest["images"]
     at_its_place = image_id < len(images) and images[image_id]["image_id"] == image_id
     found = images[image_id : image_id + 1] if at_its_place else [i for i in images if i["image_id"] == image_id]

@@ -27,9 +27,9 @@ LOCAL_FILES = ("mmdit", "clip_l", "clip_g", "decoder")
 HEAD_WIDTH = 64  # of SD3's transformer and of CLIP, whatever their size
 TEXT_WIDTH = 4096  # DiffusionKit pads the features of both text encoders to it
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
-LatentShift = Annotated[float, Meta(ge=-1e6, le=1e6)]  # of a VAE
-Shift = Annotated[float, Meta(ge=1e-3, le=1e3)]  # of a sampler's schedule
-MOST_POSITIONS = 4096  # of the table of positions, each way
+LatentShift = Annotated[float, Meta(ge=-1e6, le=1e6)]  # shift_factor of a VAE
+Shift = Annotated[float, Meta(ge=1e-3, le=1e3)]  # shift of a sampler's schedule
+MOST_POSITIONS = 4096  # rows, and columns, of the table of positions
 PACKED_BITS, PACKED_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)  # what MLX runs natively
 Depth = Annotated[int, Meta(ge=1, le=256)]
 
@@ -108,7 +108,7 @@ class _Export(TypedDict):
 
 
 class Export(_Export, total=False):
-    """What stage 5 notes in config.json: what was quantized, from which model and run, and what it wrote."""
+    """The `export` entry of config.json: what was quantized, the model and run it came from, and digests of the written files."""
 
     config: Digest  # of config.json without this entry; exports of 0.8.0 have none
     layer_bits: dict[LayerName, Annotated[int, Meta(ge=2, le=8)]]
@@ -238,11 +238,11 @@ def weight_file(folder: Path, part: str) -> Path:
     return folder / f"{part}.safetensors"
 
 
-DECIDING_FILES = ("vocab.json", "merges.txt", "activations.json")  # of an export's images, beside weights and config.json
+DECIDING_FILES = ("vocab.json", "merges.txt", "activations.json")  # decide the images, beside weights and config.json
 
 
 def role_of(path: Path) -> str | None:
-    """Return what a file of an export is called in its note: a part, or its name; None for one that decides no image."""
+    """Return the key of a file in `export.files`: a part, or the file's name; None for a file that decides no image."""
     if path.stem in LOCAL_FILES and path.suffix == ".safetensors":
         return path.stem
     return path.name if path.name in DECIDING_FILES else None
@@ -293,7 +293,7 @@ def check_exported(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def packed_fault(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """Return what the packed arrays of an export contradict in its config.json, or None.
+    """Return the first contradiction between an export's packed arrays and its config.json, or None.
 
     A layer of b bits in groups of g has 32-bit words (out, in · b / 32) and scales (out, in / g).
     """

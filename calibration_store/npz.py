@@ -88,7 +88,7 @@ NPZ_ERRORS = (
     ValueError, TypeError, IndexError, OSError, EOFError, AttributeError, RuntimeError, NotImplementedError, struct.error,
     tokenize.TokenError, zipfile.BadZipFile, zlib.error, MemoryError, RecursionError,
 )  # fmt: skip
-LARGEST_NPZ = 16 * 2**30  # bytes of a file that is read as a whole; what compressed members may unpack to is a quarter
+LARGEST_NPZ = 16 * 2**30  # bytes of a file that is read as a whole; its compressed members may unpack to a quarter of that
 HEADER_BYTES = 2**14  # more than the header of an .npy file takes
 NPY_MAGIC = b"\x93NUMPY"
 

@@ -20,12 +20,12 @@ VARIANT_CHUNK = "variant"  # of an image that stage 4 wrote
 PICTURE_ERRORS = (OSError, SyntaxError, ValueError, struct.error, MemoryError)  # what PIL raises for damaged files
 PNG_HEAD = struct.Struct(">8s4x4s2L")  # signature, IHDR, width, height
 MOST_PIXELS = 2**26
-PNG_SIGNATURE, PNG_CHUNK = b"\x89PNG\r\n\x1a\n", struct.Struct(">L4s")  # and of a chunk: length of its data, type
+PNG_SIGNATURE, PNG_CHUNK = b"\x89PNG\r\n\x1a\n", struct.Struct(">L4s")  # a chunk begins with the length of its data and its type
 
 
 @contextlib.contextmanager
 def opened_png(path: Path, remedy: str, most_pixels: int = MOST_PIXELS) -> Iterator[Image.Image]:
-    """Open a PNG, nothing else, of at most so many pixels; it is decoded when it is used.
+    """Open a PNG of at most `most_pixels` pixels, and no other format; PIL decodes it when it is used.
 
     Raises StoreError in one line: missing, no regular file, no PNG, larger, or damaged where the block finds it so.
     """
@@ -90,7 +90,7 @@ def is_our_picture(path: Path, chunk: str = OUR_CHUNK) -> bool:
 
 
 def text_keywords(png: bytes) -> set[str]:
-    """Return the keywords of a PNG's text chunks, without decoding its pixels; none for what is no PNG."""
+    """Return the keywords of a PNG's text chunks, without decoding its pixels; the empty set for other files."""
     found, at = set(), len(PNG_SIGNATURE)
     while png.startswith(PNG_SIGNATURE) and at + PNG_CHUNK.size <= len(png):
         size, kind = PNG_CHUNK.unpack_from(png, at)

@@ -49,7 +49,7 @@ SAMPLE = Record(
         CALIBRATION_RUN: OF_RUN,
     }
 )
-SPARE_BYTES = 2**20  # of a sample file, beside its latent: more than headers and single numbers take
+SPARE_BYTES = 2**20  # room for a sample file's headers and single numbers, beside its latent
 
 
 def write_sample(paths: CalibrationPaths, arrays: Mapping[str, np.ndarray], run: str) -> None:

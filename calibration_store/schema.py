@@ -65,7 +65,7 @@ class JsonFormat:
     made_by: str
     fault: Callable[[Any], str | None] = lambda content: None  # of decoded content: what is wrong with it
     limit: int = LARGEST  # bytes of a file
-    flag: str = " with --force"  # that the script needs to write over a damaged file
+    flag: str = " with --force"  # the script needs this flag to write over a damaged file
 
     def read(self, path: Path, remedy: str | None = None) -> Any:
         """Return the checked content. Raises StoreError: one line with the file, the place in it, and what to run."""
@@ -182,8 +182,8 @@ class Member(NamedTuple):
     optional: bool = False
 
 
-CALIBRATION_RUN = "calibration_run"  # member of every NPZ that a stage hands on: the identity of the run that it is of
-TRAINING_RUN = "training_run"  # of stage 3W's: the digest of its plan
+CALIBRATION_RUN = "calibration_run"  # member of every NPZ that a stage hands on: the identity of its calibration run
+TRAINING_RUN = "training_run"  # member of the files of stage 3W: the digest of their plan
 OF_RUN = Member(TEXT, (), optional=True)  # files of 0.8.0 have none, and are believed by their metadata
 
 

@@ -327,7 +327,7 @@ def statistics_fault(content: Statistics) -> str | None:
 
 
 def sigma_fault(sigma_map: Mapping[str, float]) -> str | None:
-    """Return the fault of a schedule that this toolkit's models do not have: sigmas fall from 1 at most, step after step."""
+    """Return the fault of a schedule whose sigmas do not fall, step after step, from at most 1; None for a sound one."""
     sigmas = [sigma_map[key] for key in sorted(sigma_map, key=int)]
     falls = all(later < earlier for earlier, later in pairwise(sigmas)) and sigmas[0] <= 1.001
     return None if falls else "sigma_map: sigmas do not fall from 1 step after step"

@@ -66,8 +66,8 @@ class _MadeFrom(TypedDict, total=False):
     range_sigmas: list[NotNegative]  # noise levels of `act_scales`, the cached steps
     schedule: list[NotNegative]  # noise levels of the calibration run's steps
     block_inputs: Literal["original", "mixed"]
-    end_to_end: Iterations  # of the last phase
-    training_run: Digest  # of the plan: what the blocks follow from (`training_run`); files of 0.8.0 have none
+    end_to_end: Iterations  # iterations of the last phase
+    training_run: Digest  # digest of the plan (function `training_run`); files of 0.8.0 have none
     layer_bits: dict[LayerName, Bits]  # of layers whose codes are not of weight_bits
     excluded: list[LayerName]  # layers that stay as they are
     average_bits: float | None
@@ -121,7 +121,7 @@ class _BlockLossesFile(BlockLosses):
 
 
 class BlockLossesFile(_BlockLossesFile, total=False):
-    """What a unit's losses are in while the others are trained."""
+    """The losses of one unit, kept in a file of their own until metadata.json is written."""
 
     training_run: Digest
 
@@ -203,7 +203,7 @@ def layer_record(bits: int) -> Record:
 
 
 FIELDS = frozenset(layer_record(8).members)
-FIELD_DTYPES = {"q": np.uint8, "alpha": None}  # what a reader is given; None: as the file has it; others float32
+FIELD_DTYPES = {"q": np.uint8, "alpha": None}  # dtypes that readers get; None: the file's own; all other fields float32
 
 
 def layer_fault(fields: Mapping[str, np.ndarray], bits: int) -> str | None:
@@ -212,12 +212,11 @@ def layer_fault(fields: Mapping[str, np.ndarray], bits: int) -> str | None:
 
 
 def training_run(plan: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of a plan: what the blocks of a run follow from.
+    """Return the SHA-256 of a plan, without what may differ within one run.
 
     Learning rates may change after a fault. Noise levels follow from the calibration run, and devices round them differently.
     """
-    same = {key: value for key, value in plan.items() if key not in (*LEARNING_RATES, *NOISE_LEVELS, TRAINING_RUN)}
-    return hashlib.sha256(orjson.dumps(same, option=orjson.OPT_SORT_KEYS)).hexdigest()
+    return _plan_digest(plan, (*LEARNING_RATES, *NOISE_LEVELS))
 
 
 LEARNING_RATES = ("lr_alpha", "lr_activation_scale")
@@ -225,8 +224,12 @@ NOISE_LEVELS = ("schedule", "range_sigmas")
 
 
 def training_run_of_0_8_0(plan: Mapping[str, Any]) -> str:
-    """Return what checkpoints of 0.8.0 have in the place of `training_run`: noise levels are part of it."""
-    same = {key: value for key, value in plan.items() if key not in (*LEARNING_RATES, TRAINING_RUN)}
+    """Return the digest that checkpoints of 0.8.0 have in the place of `training_run`; it includes the noise levels."""
+    return _plan_digest(plan, LEARNING_RATES)
+
+
+def _plan_digest(plan: Mapping[str, Any], without: Sequence[str]) -> str:
+    same = {key: value for key, value in plan.items() if key not in (*without, TRAINING_RUN)}
     return hashlib.sha256(orjson.dumps(same, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 

@@ -1,12 +1,14 @@
+import contextlib
 import importlib
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import filelock
+import mlx.core as mx
 import pytest
 from click.testing import CliRunner
 
@@ -33,6 +35,18 @@ def made_once(base: Path, name: str, make: Callable[[Path], None]) -> Path:
             make(folder)
             Path(f"{folder}.made").touch()
     return folder
+
+
+@contextlib.contextmanager
+def memory_limit(num_bytes: int) -> Iterator[None]:
+    """Compute on the CPU, with so much memory for MLX."""
+    device, before = mx.default_device(), mx.set_memory_limit(num_bytes)
+    mx.set_default_device(mx.cpu)
+    try:
+        yield
+    finally:
+        mx.set_default_device(device)
+        mx.set_memory_limit(before)
 
 
 def invoke(script: str, *arguments):

@@ -325,7 +325,7 @@ def test_the_worst_image_is_named_and_drawn():
 
 
 def test_bits_by_layer_need_not_hold_the_usual_ones():
-    """After --bits '*=8' no layer has --weight-bits: that is no contradiction."""
+    """Accept an export in which every layer has bits of its own (--bits '*=8'), and none has --weight-bits."""
     config = {"quantization": {"bits": 8, "group_size": 64}, "export": {"weights": "w4-adaround", "weight_bits": 4, "layer_bits": {"a": 8}}}
     shapes = {"a.weight": (64, 16), "a.scales": (64, 1)}
     assert packed_fault(config, shapes) is None

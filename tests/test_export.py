@@ -1,9 +1,10 @@
 """export_quantized_model.py: the folder holds what stage 4 measured, bit for bit, every stage takes it, nothing half-written is read."""
 
+import functools
 import json
+import resource
 import shutil
 import time
-from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,10 +13,9 @@ import pytest
 from conftest import folder_bytes, invoke, start
 from finished_run import finished_run, model_copy, note_digests, one_line
 
-from calibration_store.errors import WriteError
-from calibration_store.files import Replacements
 from calibration_store.layout import WeightPaths
 from calibration_store.weights import read_quantized_block
+from tools.proving import small_disk
 from w4a8.evaluation.variants import make_variant
 from w4a8.model.folder import load_folder_transformer
 from w4a8.model.layers import model_layers
@@ -266,7 +266,7 @@ def seven_bits(folder):
 
 
 def changed(edit):
-    """A damage of config.json."""
+    """Return a function that damages config.json of a folder by an edit."""
 
     def apply(folder):
         config = config_of(folder)
@@ -321,27 +321,24 @@ def test_an_output_that_is_a_link_to_itself_is_one_line(run, tmp_path):
     assert loop.is_symlink()
 
 
-def test_the_old_export_stays_until_the_new_one_is_complete(run, tmp_path, monkeypatch):
-    """Every file of the new one is written first: a disk that fills up on the way changes nothing."""
-    folder = shutil.copytree(run / "quantized_model", tmp_path / "model")
-    before = folder_bytes(folder)
-    write = Replacements.write
-
-    def full(files, path, durable=True):
-        if path.name == "clip_l.safetensors":
-            raise WriteError(f"cannot write {path}: the disk is full")
-        return write(files, path, durable)
-
-    monkeypatch.setattr(Replacements, "write", full)
-    one_line(export(run, "--output", folder, "--force", "--weights", "w4-rtn"), "the disk is full")
+def test_the_old_export_stays_until_the_new_one_is_complete(run, tmp_path):
+    """Write an export over an old one where the system refuses a large file, and on a disk that is too small for both."""
+    folder = shutil.copytree(run / "quantized_model", tmp_path / "disk/model")
+    before, command = folder_bytes(folder), ("export_quantized_model", "--calib-dir", run, "--force", "--weights", "w4-rtn", "--output")
+    refuse = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (10**6, 10**6))
+    process = start(*command, folder, preexec_fn=refuse)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1 and "cannot write" in stderr and "File too large" in stderr, stderr
     assert folder_bytes(folder) == before
-    monkeypatch.setattr("calibration_store.files.shutil.disk_usage", lambda path: SimpleNamespace(free=10**7))
-    one_line(export(run, "--output", folder, "--force"), "the disk has 10.0 MB free")
-    assert folder_bytes(folder) == before
+    with small_disk(tmp_path / "disk", sum(map(len, before.values())) + 10**7) as made:
+        if made:  # only root may make one
+            shutil.copytree(run / "quantized_model", folder)
+            one_line(invoke(*command, folder), "the old export stays until the new one is complete")
+            assert folder_bytes(folder) == before
 
 
 def test_other_peoples_files_are_left_alone(run, model, folder, tmp_path):
-    (tmp_path / "named").mkdir()  # as one of an export's files, where there is no export
+    (tmp_path / "named").mkdir()  # holds a file with the name of an export's, and no export
     (tmp_path / "named/captions.txt").write_text("mine")
     export(run, "--output", tmp_path / "named", "--format", "gguf", "--weights", "w4-rtn-g32")
     assert (tmp_path / "named/captions.txt").read_text() == "mine"

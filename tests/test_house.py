@@ -89,7 +89,7 @@ def test_help_loads_nothing_heavy_and_is_fast():
 
 
 def fault_of_help(path: Path) -> object:
-    """Return what `-h` loads and should not, or its processor seconds: other work on the machine does not count."""
+    """Return the heavy modules that `-h` loads, or its processor seconds where it is slow; None for a good script."""
     code = (
         f"import sys; sys.argv = ['{path.name}', '-h']\n"
         f"import atexit; atexit.register(lambda: print('LOADED', *sys.modules))\n"
@@ -168,7 +168,7 @@ print(best(lambda: a @ a) / best(lambda: mx.eval(b @ b)))
 
 
 def test_matrix_products_are_fast():
-    """MLX's own BLAS is 60 times slower than NumPy's; the one that w4a8/blas.py puts in its place is of its class."""
+    """Compare MLX with NumPy. MLX's own BLAS is 60 times slower; w4a8/blas.py replaces it with one that is as fast."""
     done = subprocess.run([sys.executable, "-c", FAST_BLAS], cwd=ROOT, capture_output=True, text=True, check=True)
     assert float(done.stdout) > 0.1
 

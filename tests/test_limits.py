@@ -1,4 +1,4 @@
-"""One set of limits: the least and the largest number that an option takes is read back from the file that notes it."""
+"""Options and files have one set of limits: a file that notes an option takes the least and the largest number that click takes."""
 
 import importlib
 import json
@@ -38,7 +38,7 @@ FIGURES = {
 
 
 def at(key, content):
-    """A file's content with the value at a key; a dot leads into an object."""
+    """Return a function that puts a value at a key of a file's content; a dot leads into an object."""
 
     def noted(value):
         outer, _, inner = key.rpartition(".")
@@ -89,7 +89,7 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem != "hooks"
 
 
 def numbers(script):
-    """The options of a script that take numbers."""
+    """Return the options of a script that take numbers."""
     kinds = (click.types.IntParamType, click.types.FloatParamType)
     return [option for option in importlib.import_module(script).main.params if isinstance(option.type, kinds)]
 

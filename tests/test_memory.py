@@ -12,7 +12,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT, folder_bytes, invoke
+from conftest import ROOT, folder_bytes, invoke, memory_limit
 from finished_run import finished_run, one_line
 from mlx.utils import tree_flatten
 
@@ -304,9 +304,9 @@ def test_what_cannot_fit_is_said_before_it_is_loaded(tmp_path):
     assert not (tmp_path / "new/samples").exists()
 
 
-def test_samples_that_do_not_fit_at_once_are_refused(run, monkeypatch):
-    monkeypatch.setattr("w4a8.rounding.memory.device_memory", lambda: 3 * 10**8)
-    done = invoke("optimize_adaround", "--calib-dir", run, "--force", "--batch-size", 500, "--micro-batch", 500)
+def test_samples_that_do_not_fit_at_once_are_refused(run):
+    with memory_limit(3 * 10**8):
+        done = invoke("optimize_adaround", "--calib-dir", run, "--force", "--batch-size", 500, "--micro-batch", 500)
     assert done.exit_code == 2, done.output
     assert re.search(r"Error: .* 300.0 MB are there: --micro-batch \d takes less\n$", done.stderr), done.stderr
     assert list((run / "adaround_weights").iterdir())

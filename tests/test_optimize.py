@@ -390,7 +390,7 @@ def test_no_cache_is_one_line(tmp_path):
 
 
 def test_a_micro_batch_that_an_older_run_noted_is_kept(copy):
-    """0.8.0 noted more samples at once than there are: --resume goes on with that."""
+    """Go on with a run of 0.8.0, whose plan may note a larger micro-batch than there are samples."""
     arguments = ("--calib-dir", copy, "--iters", 10, "--unit", "layer", "--blocks", "mm0", "--batch-size", 64)
     assert invoke("optimize_adaround", *arguments).exit_code == 0
     path = WeightPaths(copy).plan

@@ -1,4 +1,4 @@
-"""Strict with damage, not with others: files of every format as another program might write them are read.
+"""Read files of every format as another program might write them.
 
 The numbers are a finished run's; json and NumPy write them here, with keys in another order and keys of their own, in
 float64 and big-endian, compressed, and without the entries that FORMATS calls optional.
@@ -44,7 +44,7 @@ def copy(run, tmp_path):
 
 
 def rewritten(content):
-    """JSON with its keys in reverse order, and one of the writer's own in every object that has a fixed set of keys."""
+    """Return JSON with its keys in reverse order, and with a key of another writer beside every `format`."""
     if isinstance(content, dict):
         turned = {key: rewritten(value) for key, value in reversed(content.items())}
         return turned | {"written_by": {"program": "another"}} if "format" in content else turned
@@ -57,7 +57,7 @@ def write_json(path, drop=()):
 
 
 def write_npz(path, exact=(), compressed=True):
-    """exact: members whose dtype the format names. Without the member that says whose file it is."""
+    """Write an NPZ again without the run's identity, in wide big-endian dtypes; exact: members that keep their dtype."""
     arrays = {key: array for key, array in np.load(path).items() if not key.endswith("_run")}
     wide = {key: a.astype(np.float64 if a.dtype.kind == "f" else a.dtype) for key, a in arrays.items() if key not in exact}
     foreign = {key: a.astype(a.dtype.newbyteorder(">")) for key, a in wide.items()}
@@ -73,7 +73,7 @@ def done(script, folder, *arguments):
 
 
 def same_numbers(one, other):
-    """Whether two JSON files say the same, but for the digests of what they were made from."""
+    """Return whether two JSON files are equal, leaving out the digests of the files that they were made from."""
     skipped = ("calibration_run", "weights_fingerprint", "written_with")
 
     def plain(content):
@@ -97,7 +97,7 @@ def test_samples_and_their_manifest(run, copy):
 
 
 def test_the_cache(run, copy):
-    """float16, uncompressed: the format says so, and stage 3W maps its samples."""
+    """Keep float16 and no compression, which the format demands, since stage 3W maps these samples."""
     write_json(copy / "adaround_cache/metadata.json", OPTIONAL["adaround_cache/metadata.json"])
     for path in (copy / "adaround_cache/samples").iterdir():
         arrays = {key: array for key, array in np.load(path).items() if not key.endswith("_run")}
@@ -157,7 +157,7 @@ def test_a_model_folder(run, copy, tmp_path):
 
 @pytest.mark.parametrize("scales", [1, np.float64(127)])
 def test_tiers_of_another_tool(copy, scales):
-    """v3, by hand: bits of 4, 6 and 8, nothing else that ours has."""
+    """Read a config of version 3 that has bits of 4, 6 and 8, and no entry of ours beside."""
     steps = json.loads((copy / "activations/layer_statistics.json").read_bytes())["sigma_map"]
     names = list(json.loads((copy / "activations/timestep_stats/step_0_index.json").read_bytes()))
     layers = {name: {"scale": 10.0 / scales, "bits": (4, 6, 8)[i % 3], "reason": "by hand"} for i, name in enumerate(names)}
@@ -178,7 +178,7 @@ def test_weights(run, copy):
 
 
 def foreign_config(path, **changes):
-    """quant_config.json (v4) as another tool writes it: no clipping_range, no metadata of ours."""
+    """Write quant_config.json (version 4) as another tool does: without clipping_range and without our metadata."""
     config = json.loads(path.read_bytes())
     layers = {
         step: {name: {key: entry[key] for key in ("bits", "scale", "shift", "shifted_scale") if key in entry}
@@ -190,13 +190,13 @@ def foreign_config(path, **changes):
 
 
 def migration(channels, wide=()):
-    """Listed outliers of fc2, some of whose rounded multipliers are 1."""
+    """Return an `outlier_config` entry that lists three channels; those in `wide` have the multiplier 4, all others 1."""
     multipliers = [4.0 if channel in wide else 1.0 for channel in range(channels)]
     return {"outlier_indices": [3, 7, 20], "multiplier_vector": multipliers, "scale_normal": 1.0, "scale_outlier": 4.0}
 
 
 def test_the_config_of_the_tool_whose_format_this_is(run, copy):
-    """README's `--scale-is` reads it: steps and ranges give what our own config gives."""
+    """Measure a foreign config with `--scale-is`, which comes close to our own config's figure."""
     done("evaluate_quantization", run, "--variants", "a8", "--num-images", 1, "--num-steps", 1, "--output", run / "ours")
     foreign_config(copy / "activations/quant_config.json", outlier_config={"mm0.img.attn.q_proj": migration(192, (7,))})
     asked = ("--variants", "a8", "--num-images", 1, "--num-steps", 1)

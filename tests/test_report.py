@@ -15,8 +15,8 @@ from PIL import Image
 from calibration_store.layout import ReportPaths
 from calibration_store.model_folder import weight_sizes
 from calibration_store.sensitivity import write_sensitivity
+from calibration_store.sizes import format_bytes
 from tools.browser import find_browser
-from w4a8.cli.words import format_bytes
 from w4a8.model.catalog import BUNDLED_FOLDER
 from w4a8.report.page import PICTURE_BYTES, describe_folder, picture, verdict_on, what_it_is, write_page
 
@@ -112,7 +112,7 @@ def test_prompts_are_text_and_nothing_else(reported, tmp_path):
 
 
 def test_what_another_run_left_is_left_out(reported, tmp_path):
-    """As after stage 1 --force with another seed: nothing of the old run is shown as this one's."""
+    """Give the run another seed, as stage 1 --force does: the report shows no result of the old run."""
     folder = shutil.copytree(reported[0], tmp_path / "run")
     manifest = json.loads((folder / "manifest.json").read_bytes())
     manifest["seed_base"] += 1

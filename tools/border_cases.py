@@ -1,6 +1,6 @@
-"""What no declaration thinks of: another run's files, bombs, numbers that no file holds, odd surroundings.
+"""Add cases to tools/corruption_campaign.py that no format's declaration implies.
 
-Cases of tools/corruption_campaign.py, beside those that tools/campaign_cases.py derives from the formats.
+They are files of another run, archives that unpack to gigabytes, numbers that no file can hold, and odd surroundings.
 """
 
 import itertools
@@ -32,7 +32,7 @@ ANALYZE = ("analyze_activations",)
 
 
 def all_cases(clean: Path) -> Iterator[Case]:
-    """Every case of the campaign, from the files of the clean runs."""
+    """Yield every case of the campaign, from the files of the clean runs."""
     for targets, mutations in itertools.chain(every_format(clean), border_cases(clean)):
         for target in targets:
             for mutation in mutations:
@@ -40,7 +40,7 @@ def all_cases(clean: Path) -> Iterator[Case]:
 
 
 def border_cases(clean: Path) -> Iterator[tuple[list[Target], list[Mutation]]]:
-    """(targets, mutations), from the files of the clean runs: run/, and other/ with another seed."""
+    """Yield (targets, mutations) from the files of the clean runs: run/, and other/ with another seed."""
     yield from foreign_files(clean / "run", clean / "other")
     yield from bombs(clean / "run")
     yield from exported(clean / "run")
@@ -49,7 +49,7 @@ def border_cases(clean: Path) -> Iterator[tuple[list[Target], list[Mutation]]]:
 
 
 def foreign_files(run: Path, other: Path) -> Iterator[tuple[list[Target], list[Mutation]]]:
-    """Files of equal shapes from another run, and this run's exchanged."""
+    """Yield files of equal shapes from another run, and a file of this run with its rows exchanged."""
     losses = resumed(
         "run", "adaround_weights/mm0_losses.json", OPTIMIZE, result="adaround_weights/metadata.json",
         without=("adaround_weights/metadata.json",),
@@ -77,7 +77,7 @@ def reversed_rows(path: Path) -> None:
 
 
 def bombs(run: Path) -> Iterator[tuple[list[Target], list[Mutation]]]:
-    """A member for each kind of NPZ that is opened whole; what a stage does not know means nothing to it."""
+    """Yield bombs for each kind of NPZ: refused in a known member, ignored in a member that the stage does not know."""
     again = str(next((run / "evaluation/runs").glob("w4-rtn*")).relative_to(run))
     for name, known, target in (
         ("samples/0000_000.npz", "x", forced("", COLLECT, "--dry-run")),
@@ -86,16 +86,16 @@ def bombs(run: Path) -> Iterator[tuple[list[Target], list[Mutation]]]:
         ("activations/timestep_stats/step_1.npz", "mm0_img_attn_q_proj__avg_min", Target("run", "", ANALYZE)),
         (again, "latents", resumed("run", "", EVALUATE_AGAIN)),
     ):
-        yield [target._replace(file=name)], list(npz_bombs(run / name, known))
-        yield [target._replace(file=name, resume=False, expects="success")], list(npz_oddities(run / name))
-    name = "adaround_weights/mm0.npz"  # whose digest is noted: nothing else may be in it
+        yield [target._replace(file=name)], list(npz_bombs(known))
+        yield [target._replace(file=name, resume=False, expects="success")], list(npz_oddities())
+    name = "adaround_weights/mm0.npz"  # metadata.json notes its digest, so that any change is refused
     known = next(key for key in np.load(run / name).files if key.endswith("__q"))
-    mutations = [*npz_bombs(run / name, known), *npz_oddities(run / name)]
+    mutations = [*npz_bombs(known), *npz_oddities()]
     yield [Target("run", name, LEARNED), resumed("run", name, OPTIMIZE)], mutations
 
 
 def exported(run: Path) -> Iterator[tuple[list[Target], list[Mutation]]]:
-    """The folder of stage 5, which notes digests of all that decides its pictures."""
+    """Yield damage of a folder of stage 5, which notes digests of all files that decide its pictures."""
 
     def exchanged(vocabulary: dict) -> None:
         first, second = list(vocabulary)[:2]
@@ -127,11 +127,11 @@ def exported(run: Path) -> Iterator[tuple[list[Target], list[Mutation]]]:
 
 
 def nothing(path: Path) -> None:
-    """Leave the file as it is: the case is in the command."""
+    """Leave the file as it is, since the case is in the command."""
 
 
 def limits() -> Iterator[tuple[list[Target], list[Mutation]]]:
-    """Numbers and names that no file can hold: refused before anything is deleted."""
+    """Yield commands with numbers and names that no file can hold; they must be refused before anything is deleted."""
     for command in (
         *((*GENERATE, option, HUGE) for option in ("--seed", "--stride", "--num-steps", "--batch-size", "--num-images", "--latent-size")),
         *((*GENERATE, "--cfg-weight", value) for value in ("1e20", "1e39")),
@@ -153,7 +153,7 @@ def limits() -> Iterator[tuple[list[Target], list[Mutation]]]:
 
 
 def surroundings() -> Iterator[tuple[list[Target], list[Mutation]]]:
-    """Nothing is wrong with the files, but with where the process runs."""
+    """Yield commands with sound files in odd surroundings."""
     here = [Mutation("as it is", nothing)]
 
     def target(command: tuple[str, ...], around: str, expects: str) -> Target:

@@ -47,7 +47,7 @@ CLEAN = [  # what makes the clean folder, small
     ("export_quantized_model", "--weights", "w4-rtn", "--activations", "a8"),
     ("evaluate_quantization", "--num-images", "1", "--num-steps", "1", "--variants", "w4-rtn"),
 ]
-OTHER = {  # the same of another seed, as far as its files are put in the place of the clean run's
+OTHER = {  # options of the stages that make a second run, whose files take the places of the clean run's
     "generate_calibration_data": ("--seed", "7"), "cache_adaround_data": (), "collect_layer_activations": (),
     "optimize_adaround": ("--blocks", "mm0"),
 }  # fmt: skip
@@ -57,7 +57,7 @@ ADDRESS_SPACE = 6 * 10**9  # bytes that a stage may map
 def closed_streams() -> None:
     for number in range(3):
         os.close(number)
-    open_standard_streams()  # as where the process starts
+    open_standard_streams()  # what importing w4a8.cli does in a process that starts this way
 
 
 SURROUNDINGS = {  # what is done to a process before its stage begins
@@ -116,7 +116,7 @@ def run_stage(
 
 
 def fate_of(target: Target, folder: Path, clean: Path, code: int | None, output: str) -> str:
-    """fine, traceback, accepted, kept, changed, refused or hung."""
+    """Return fine, traceback, accepted, kept, changed, refused or hung."""
     if code is None:
         return "hung"
     if code < 0 or "Traceback" in output or (code and output.count("Error: ") != 1):
@@ -134,7 +134,7 @@ def fate_of(target: Target, folder: Path, clean: Path, code: int | None, output:
 
 
 def tree(folder: Path) -> dict[str, tuple[int, int]]:
-    """Every file below a folder that a stage could have changed: hard links keep their inode."""
+    """Return the inode and time of every file below a folder: a hard link that nobody changed keeps both."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
 
@@ -158,8 +158,10 @@ def run_case(case: Case, clean: Path, limit: float) -> Result:
 
 
 def make_clean(root: Path) -> None:
-    """model/: a copy of the bundled model; run/: every stage once; other/: with another seed; half/: stage 3W of a block, with
-    its checkpoint.
+    """Make the folders that the cases start from.
+
+    model/ is a copy of the bundled model, run/ has every stage once, other/ is a run with another seed, and half/ has stage
+    3W of a block with its checkpoint.
     """
     shutil.copytree(Path(__file__).resolve().parent.parent / "models/sd3-emoji", root / "model")
     log = root / "log"

@@ -258,17 +258,17 @@ def copied(name: str, other: Path) -> Mutation:
     return Mutation(name, lambda target: replace(target, content))
 
 
-# --- what no declaration thinks of ---------------------------------------------------------------------------
+# --- damage that no declaration implies ---------------------------------------------------------------------------
 
 
-def npz_bombs(path: Path, known: str) -> Iterator[Mutation]:
-    """An array header that takes the parser's memory, and a known member that unpacks to 3.8 GB."""
+def npz_bombs(known: str) -> Iterator[Mutation]:
+    """Yield an array header that takes the parser's memory, and a known member that unpacks to 3.8 GB."""
     yield Mutation("a header of 9,000 minus signs", lambda target: _with_members(target, {known: _deep_header()}))
     yield Mutation("3.8 GB in a known member", lambda target: _with_bomb(target, known))
 
 
-def npz_oddities(path: Path) -> Iterator[Mutation]:
-    """What means nothing to a reader: a bomb under a key that it does not know, and numbers of another byte order."""
+def npz_oddities() -> Iterator[Mutation]:
+    """Yield changes that a reader must accept: a bomb in a member that it does not know, and numbers of another byte order."""
 
     def swapped(target: Path) -> None:
         arrays = {key: _big_endian(value) for key, value in np.load(target).items()}
@@ -301,16 +301,16 @@ def _with_members(path: Path, changes: dict[str, bytes]) -> None:
 
 @functools.cache
 def _deflated_zeros() -> tuple[bytes, int]:
-    """(a deflate stream, how many zeros it unpacks to: below 4 GiB, which a ZIP notes in 32 bits)."""
+    """Return a deflate stream and the number of zeros that it unpacks to, below the 4 GiB that a ZIP notes in 32 bits."""
     packer, part, count = zlib.compressobj(9, zlib.DEFLATED, -15), bytes(2**26), 57
     packer.compress(part[:1])
     packer.flush(zlib.Z_FULL_FLUSH)
-    block = packer.compress(part) + packer.flush(zlib.Z_FULL_FLUSH)  # whole bytes that do not look back
+    block = packer.compress(part) + packer.flush(zlib.Z_FULL_FLUSH)  # ends at a byte, and refers to nothing before it
     return block * count + zlib.compressobj(9, zlib.DEFLATED, -15).flush(), count * len(part)
 
 
 def _with_bomb(path: Path, key: str) -> None:
-    """Put the zeros under a key: as a stored member first, whose method and size are then changed in both headers."""
+    """Put the zeros under a key: write the stream as a stored member, then change method and size in both headers."""
     stream, size = _deflated_zeros()
     _with_members(path, {key: stream})
     content, name = bytearray(path.read_bytes()), f"{key}.npy".encode()

@@ -19,7 +19,7 @@ from calibration_store import files
 
 
 class Pausing(io.BufferedWriter):
-    """A file that stops in the middle of a write."""
+    """A file whose first write after `begin` stops half-way, with half of the bytes on the disk."""
 
     begin: float
     marker: Path

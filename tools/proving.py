@@ -37,7 +37,7 @@ class Tally:
     """What was tried of a stage, and what was lost: (trial, why)."""
 
     kills: int = 0
-    open_files: int = 0  # kills that hit the stage while it wrote a file
+    open_files: int = 0  # number of kills that came while a file was half written
     trials: int = 0
     lost: list[tuple[str, str]] = field(default_factory=list)
 

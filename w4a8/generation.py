@@ -115,7 +115,7 @@ def begun(plan: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def finished(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the manifest that a run will have in the end, as far as it is known before the model's files are here."""
+    """Return the manifest of the finished run, without the entries that need the model's files."""
     known = {key: value for key, value in plan.items() if key != "weights_fingerprint" or value is not None}
     return known | {"n_completed": plan["num_images"]}
 

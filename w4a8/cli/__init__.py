@@ -1,15 +1,16 @@
 """What the stages' command lines share. No NumPy: `--help` is fast."""
 
+from calibration_store.sizes import format_bytes
 from w4a8.cli.command import Interrupted, StageCommand, finishing, interruptible, stage_command
 from w4a8.cli.options import (
     COUNT,
     DECIBELS,
+    FOLDER,
     GUIDANCE,
     IMAGES,
     SEED,
     SIDE,
     STEPS,
-    Folder,
     ModelPlace,
     analysis_options,
     calib_dir_option,
@@ -23,17 +24,17 @@ from w4a8.cli.options import (
 )
 from w4a8.cli.progress import progress_bar
 from w4a8.cli.rounding_options import rounding_options
-from w4a8.cli.words import few, format_bytes, format_seconds, interpreter
+from w4a8.cli.words import few, format_seconds, interpreter
 
 __all__ = [
     "COUNT",
     "DECIBELS",
+    "FOLDER",
     "GUIDANCE",
     "IMAGES",
     "SEED",
     "SIDE",
     "STEPS",
-    "Folder",
     "Interrupted",
     "ModelPlace",
     "StageCommand",

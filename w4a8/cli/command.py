@@ -55,7 +55,7 @@ class StageCommand(click.Command):
         return code if isinstance(code, int) else 0
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Refuse what click takes: NaN and infinity, of which NaN passes every range, and text that is not UTF-8."""
+        """Refuse NaN and infinity, since NaN passes every range of click, and text that is not UTF-8."""
         rest = super().parse_args(ctx, args)
         for parameter in self.get_params(ctx):
             value = ctx.params.get(parameter.name)
@@ -81,7 +81,7 @@ StageCommand.command_class = StageCommand  # what click.Group makes its subcomma
 
 
 def not_utf8(text: str) -> bool:
-    """Return whether a text holds bytes that Python could not decode, such as other systems' file names have."""
+    """Return whether a text holds bytes that Python could not decode, as file names of other systems may."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -93,7 +93,7 @@ LONGEST_WORD, LONGEST_PATH, LONGEST_LINE = 200, 4096, 12_000  # characters of a 
 
 
 def one_line(message: str, whole: bool = False) -> str:
-    """Return a message as one line: what would steer the terminal escaped, and what is longer than a name or a path cut.
+    """Return a message as one line: escape characters that steer the terminal, and cut words that are too long.
 
     whole: nothing is cut, as in the command that goes on after Ctrl-C.
     """
@@ -109,7 +109,7 @@ def cut(text: str, length: int) -> str:
 
 
 def check_temporary_folder() -> None:
-    """Raise UserError where $TMPDIR is no folder that can be written: MLX compiles there, and says nothing that helps.
+    """Raise UserError where $TMPDIR is no folder that can be written: MLX compiles there, and its own message helps nobody.
 
     The first that is set decides, in the order of C++'s std::filesystem::temp_directory_path.
     """
@@ -135,9 +135,9 @@ def output_errors() -> Iterator[None]:
 
 
 def flush_output(code: int) -> int:
-    """Write out what standard output still holds; return the exit code, 1 with a line where it takes no more.
+    """Flush standard output, and return the exit code: 1, with a line on standard error, where the flush fails.
 
-    Its descriptor is /dev/null then: Python would try again at its end, and print a trace.
+    After a failure the descriptor leads to /dev/null, because Python would try again at its end, and print a trace.
     """
     try:
         with output_errors():

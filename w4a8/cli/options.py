@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import click
 
@@ -23,7 +23,7 @@ from calibration_store.limits import (
     MOST_STEPS,
 )
 
-# What a number may be: the limits of the files, so that whatever click takes is read back.
+# click takes exactly the numbers that the files can hold, so that every noted option is read back.
 COUNT = click.IntRange(1, MOST)
 IMAGES = click.IntRange(1, MOST_IMAGES)
 STEPS = click.IntRange(1, MOST_STEPS)
@@ -34,24 +34,26 @@ RATE = click.FloatRange(0, MOST_RATE)
 DECIBELS = click.FloatRange(-MOST_DECIBELS, MOST_DECIBELS)
 
 
-class Folder(click.Path):
-    """A folder that is there or will be made; an empty name, such as an unset variable gives, would be the one we stand in."""
+class NamedPath(click.Path):
+    """A folder or a file whose name must not be empty, as it is where a variable is not set; '' would be the current folder."""
 
-    name = "folder"
-
-    def __init__(self):
-        super().__init__(path_type=Path, file_okay=False)
+    def __init__(self, kind: Literal["folder", "file"]):
+        super().__init__(path_type=Path, file_okay=kind == "file", dir_okay=kind == "folder")
+        self.name = kind
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         if os.fspath(value) == "":
-            self.fail("the name of the folder is empty (an unset variable?); '.' is the current one", param, ctx)
+            self.fail(f"the name of the {self.name} is empty (an unset variable?)", param, ctx)
         return super().convert(value, param, ctx)
+
+
+FOLDER, FILE = NamedPath("folder"), NamedPath("file")
 
 
 def calib_dir_option(function: Callable) -> Callable:
     """`--calib-dir`, where every stage reads and writes."""
     return click.option(
-        "--calib-dir", type=Folder(), default="calibration_data", help="Folder that all stages share."
+        "--calib-dir", type=FOLDER, default="calibration_data", help="Folder that all stages share."
     )(function)
 
 
@@ -186,20 +188,6 @@ def scale_is_option(function: Callable) -> Callable:
     )(function)
 
 
-class NamedFile(click.Path):
-    """A file whose name must not be empty, such as an unset variable gives."""
-
-    name = "file"
-
-    def __init__(self):
-        super().__init__(path_type=Path, dir_okay=False)
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        if os.fspath(value) == "":
-            self.fail("the name of the file is empty (an unset variable?)", param, ctx)
-        return super().convert(value, param, ctx)
-
-
 def analysis_options(config: str) -> Callable:
     """What both analyzers take: `--stats`, `--output` (default: `config` beside the statistics), `--plot`, `--dry-run`."""
 
@@ -209,12 +197,12 @@ def analysis_options(config: str) -> Callable:
             click.option("--plot", "with_plot", is_flag=True, help="Also write PNG figures beside the config."),
             click.option(
                 "--output",
-                type=NamedFile(),
+                type=FILE,
                 help=f"Config to write.  [default: {config} beside the statistics]",
             ),
             click.option(
                 "--stats",
-                type=NamedFile(),
+                type=FILE,
                 help="Statistics to read.  [default: activations/layer_statistics.json below --calib-dir]",
             ),
         ):

@@ -22,20 +22,11 @@ def interpreter() -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def format_bytes(count: float) -> str:
-    """1234567 -> '1.2 MB' (decimal units)."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
-
-
 YEAR = 365 * 24 * 3600
 
 
 def format_seconds(seconds: float) -> str:
-    """75 -> '1 min 15 s'; what is longer than a year is said so."""
+    """Return a duration in words: 75 -> '1 min 15 s', and 'a year or more' from a year on."""
     if not seconds < YEAR:
         return "a year or more"
     if seconds < 60:

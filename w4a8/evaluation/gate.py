@@ -16,7 +16,7 @@ ONLY_IMAGES_ARE_EQUAL = "every image equals the original's, but the latents do n
 
 
 def only_images_are_equal(row: Mapping[str, Any]) -> bool:
-    """Return whether a variant's images equal the original's although its latents differ: black images are equal, too."""
+    """Return whether all images equal the original's although the latents differ, as black images of two broken models do."""
     return row["psnr"]["mean"] is None and row["max_step_error"] != 0
 
 

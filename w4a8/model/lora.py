@@ -24,7 +24,7 @@ PREFIX = re.compile(
     r"^(?:base_model\.model\.|model\.diffusion_model\.|diffusion_model\.|transformer\.|lora_(?:unet|transformer)_)*"
 )
 MOST_ALPHA = 1e6
-MOST_CHANGE = 65504.0  # of a weight: the largest float16
+MOST_CHANGE = 65504.0  # largest change of a weight: the largest float16
 ADAPTER_NOTE = "lora_adapter_metadata"  # of a safetensors file that diffusers wrote
 FLAT = str.maketrans(".", "_")  # as kohya writes module names
 MULTIMODAL_BLOCK = re.compile(r"multimodal_transformer_blocks\.(\d+)\.")

@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from calibration_store.errors import OptionError
 from calibration_store.model_folder import read_model_config, weight_sizes
-from w4a8.cli.words import format_bytes
+from calibration_store.sizes import format_bytes
 from w4a8.memory import device_memory
 from w4a8.model.catalog import model_files
 from w4a8.model.diffusionkit import HUB_MMDIT_CONFIGS, MMDiTConfig, VAEDecoderConfig

@@ -15,7 +15,6 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from calibration_store.errors import OptionError, StoreError
 from calibration_store.files import (
-    TEMP_SUFFIX,
     Replacements,
     file_digest,
     open_regular,
@@ -71,7 +70,7 @@ class Export:
     rule: ActivationRule | None
 
     def note(self, files: Mapping[Path, Path]) -> dict[str, Any]:
-        """Return config.json's `export`: where this comes from, and the digests of what decides its images.
+        """Return the `export` entry of config.json: the origin of the weights, and digests of the files that decide the images.
 
         files: path -> where it lies until it takes its place.
         """
@@ -202,19 +201,12 @@ def rest_of_model(export: Export, complete: bool) -> RestOfModel:
 
 
 def bytes_needed(export: Export, size: Size, rest: RestOfModel, hub_file: bool) -> int:
-    """Return the bytes of everything that an export writes; hub_file: the transformer once more, with SD3's whole VAE."""
+    """Return the bytes that an export writes in all; hub_file adds the transformer a second time, and SD3's whole VAE."""
     parts, copied, _ = rest
     arrays = {name: sum(array.nbytes for array in part.values()) for name, part in parts.items()}
     ranges = 0 if export.rule is None else len(encode_activations(export.rule.exported()))
     again = size.transformer + 2 * arrays.get("decoder", 0) if hub_file else 0
     return size.transformer + sum(arrays.values()) + sum(path.stat().st_size for path in copied) + ranges + again
-
-
-def clear_leftovers(paths: QuantizedModelPaths) -> None:
-    """Remove the half-written files that a kill left."""
-    for path in [*paths.owned_files(), *paths.gguf_files()]:
-        if path.suffix == TEMP_SUFFIX:
-            remove_file(path)
 
 
 def write_folder(
@@ -248,7 +240,7 @@ def write_folder(
         note = export.note(files.written) | {"config": config_digest(config)}
         with files.write(paths.config) as file:
             file.write(orjson.dumps(config | {"export": note}, option=orjson.OPT_INDENT_2) + b"\n")
-        remove_file(paths.config)  # there is none without its files: from here on the old export is gone
+        remove_file(paths.config)  # config.json never stands beside another export's files; the old export ends here
         for path in set(old) - set(files.written):
             remove_file(path)
     sync_folder(paths.root)
@@ -256,7 +248,7 @@ def write_folder(
 
 
 def hub_arrays(export: Export, mmdit: MMDiT) -> Arrays:
-    """Return the same in the layout of DiffusionKit's 4-bit file: every linear layer packed; SD3's VAE is in the same file."""
+    """Return the transformer in the layout of DiffusionKit's 4-bit file, with SD3's VAE, which that file holds, too."""
     info, checkpoint = export.info, export.local_checkpoint
     arrays = {info.family.prefix + name: array for name, array in tree_flatten(mmdit.parameters())}
     if info.family.vae_inside:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import click
 import numpy as np
 
-from w4a8.cli.words import format_bytes
+from calibration_store.sizes import format_bytes
 from w4a8.drawing import Drawing
 from w4a8.quantized.export import Export, Size
 

@@ -34,8 +34,8 @@ from calibration_store.names import block_of, layer_kind
 from calibration_store.pictures import MOST_PIXELS, is_of, opened_png
 from calibration_store.quantized_model import float16_bytes, read_export
 from calibration_store.sensitivity import SENSITIVITY
+from calibration_store.sizes import format_bytes
 from calibration_store.weights import WEIGHTS_METADATA
-from w4a8.cli.words import format_bytes
 from w4a8.report.tables import held_out_losses
 
 TEMPLATES = Path(__file__).parent / "page"
@@ -333,7 +333,7 @@ def is_whole(folder: Path, content: Mapping[str, Any]) -> bool:
 
 
 def export_of(paths: QuantizedModelPaths, content: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return what stage 5 wrote, how large it is, and of what its float16 is."""
+    """Return rows on the exported folder: its files, their sizes, and the size of the same model in float16."""
     note, transformer = content["export"], weight_file(paths.root, "mmdit")
     files = [path for path in paths.owned_files() if path != paths.config] + paths.gguf_files()
     rows = [("Folder", str(paths.root)), ("Weights", f"{note['weights']}, {note['weight_bits']} bits"), ("Activations", note["activations"] or "not quantized")]  # fmt: skip

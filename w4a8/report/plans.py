@@ -16,7 +16,7 @@ from calibration_store.layout import (
     WeightPaths,
 )
 from calibration_store.manifest import saved_steps
-from w4a8.cli.words import format_bytes
+from calibration_store.sizes import format_bytes
 from w4a8.generation import MANIFEST_BYTES_PER_IMAGE, batches_to_do, bytes_to_do
 from w4a8.model.catalog import ModelInfo
 

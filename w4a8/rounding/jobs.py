@@ -187,8 +187,7 @@ def estimate(rounding: Rounding, todo: Sequence[Job], started: Mapping[str, Any]
     if walks:
         job = rounding.jobs[0]  # whose inputs are cached
     mmdit = rounding.opened(job)
-    few = min(rounding.settings.batch_size, len(rounding.cache["samples"]))
-    samples = rounding.walk.few(mmdit, few) if walks else rounding.samples(mmdit, job)
+    samples = rounding.walk.few(mmdit, rounding.settings.batch_size) if walks else rounding.samples(mmdit, job)
     training = rounding.training(mmdit, job, 0, samples)
     try:
         for _ in range(2):

@@ -9,7 +9,7 @@ import numpy as np
 
 from calibration_store.block_cache import VELOCITY, block_keys, boundary_shapes, holds_ends, stored_shapes
 from calibration_store.errors import OptionError
-from w4a8.cli.words import format_bytes
+from calibration_store.sizes import format_bytes
 from w4a8.memory import device_memory
 from w4a8.parallel import cores
 from w4a8.rounding.kinds import MODEL, UNITS

@@ -102,7 +102,7 @@ class Rounding:
 
     @cached_property
     def plan_on_disk(self) -> dict[str, Any]:
-        """The plan, and where metadata.json is of this run the digests of its blocks' files."""
+        """Return the plan, with the digests of the blocks' files where metadata.json is of this run."""
         try:
             noted = WEIGHTS_METADATA.read(self.paths.metadata)
         except StoreError:
