@@ -62,7 +62,14 @@ def run(
     from calibration_store.layout import ActivationPaths, clear_analysis_temporaries
     from calibration_store.sensitivity import read_sensitivity
     from calibration_store.statistics import ActivationStatistics, read_statistics
-    from w4a8.analysis.tiers import check_policy, config_steps, decide, measure_steps, summarize, temporal_analysis
+    from w4a8.analysis.tiers import (
+        check_policy,
+        decide,
+        measure_steps,
+        summarize_tiers,
+        tier_config_steps,
+        tier_temporal_analysis,
+    )
     from w4a8.report.tables import print_analysis_plan, print_tier_summary
 
     chosen = check_policy(policy, min_sqnr, average_bits, thresholds)
@@ -79,11 +86,11 @@ def run(
         return steps
 
     if dry_run:
-        print_analysis_plan(statistics, output, decided, config_steps)
+        print_analysis_plan(statistics, output, decided, tier_config_steps)
         return
     steps = decided(statistics)
-    temporal = temporal_analysis(steps)
-    summary = summarize(steps, temporal)
+    temporal = tier_temporal_analysis(steps)
+    summary = summarize_tiers(steps, temporal)
     written = [output, output.parent / paths.multitier_temporal_analysis.name]
     written += [output.parent / "bit_map.png"] if with_plot else []
     head = {
@@ -98,7 +105,7 @@ def run(
     with locked_folder(output.parent):
         clear_analysis_temporaries(output)
         write_temporal_analysis(written[1], statistics.sigma_map, temporal)
-        write_quant_config(output, head, config_steps(steps))
+        write_quant_config(output, head, tier_config_steps(steps))
     print_tier_summary(summary)
     if average_bits is not None:
         gap = chosen["optimality_gap"]

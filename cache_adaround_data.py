@@ -24,7 +24,7 @@ OPTIONS = {
 
 @cli.stage_command
 @cli.calib_dir_option
-@cli.model_place_options
+@cli.model_location_options
 @click.option(
     "--num-images",
     type=cli.IMAGES,
@@ -53,7 +53,7 @@ def main(**options) -> None:
 
 
 def run(
-    calib_dir: Path, place: cli.ModelPlace, num_images: int | None, stride: int | None, steps: str | None,
+    calib_dir: Path, location: cli.ModelLocation, num_images: int | None, stride: int | None, steps: str | None,
     blocks: str | None, boundaries: str | None, text_group: int | None, max_bytes: int | None, resume: bool, force: bool, dry_run: bool,
 ) -> None:  # fmt: skip
     """Plan, load, probe, record what is left, describe the cache."""
@@ -72,12 +72,11 @@ def run(
     from calibration_store.manifest import read_manifest
     from calibration_store.npz import npz_bytes
     from calibration_store.stage_folder import StageFolder
-    from w4a8.boundaries import Recording
-    from w4a8.cli.ranks import those_of
+    from w4a8.backend.launched import join
+    from w4a8.block_recording import Recording
     from w4a8.model.parts import TEXT, TRANSFORMER
     from w4a8.model.runs import load_run_pipeline
     from w4a8.passes import StoredPasses, choose_amount, chosen_steps, places_of, select_passes
-    from w4a8.ranks import join
 
     manifest, paths = read_manifest(calib_dir), BlockCachePaths(calib_dir)
     ranks = join(calib_dir)
@@ -86,7 +85,7 @@ def run(
     boundaries = choose_boundaries(boundaries, blocks, before)
     with folder.held(dry_run):
         dtype = manifest["activation_dtype"]
-        pipeline = load_run_pipeline(manifest, {TRANSFORMER: dtype, TEXT: dtype}, place)
+        pipeline = load_run_pipeline(manifest, {TRANSFORMER: dtype, TEXT: dtype}, location)
         recording = Recording(pipeline.mmdit, blocks, boundaries == ENDS)
         if before is not None and max_bytes is not None:  # chosen already
             num_images, stride = num_images or before["num_images"], stride or before["stride"]
@@ -97,7 +96,7 @@ def run(
         plan = plan_cache(selection, blocks, boundaries)
         places = places_of(plan)
         click.echo(
-            f"{manifest['model_version']}: images {cli.few(plan['selected_image_ids'])}, {len(plan['key_timesteps'])} steps each, "
+            f"{manifest['model_version']}: images {cli.shortened(plan['selected_image_ids'])}, {len(plan['key_timesteps'])} steps each, "
             f"{len(places)} samples, {boundaries} of the boundaries"
         )
         folder.check(plan)
@@ -115,18 +114,18 @@ def run(
         )
         require_space(paths.root, size * len(todo), budget=max_bytes)
         if dry_run:
-            ranks.say_shares([len(those_of(one, todo, places)) for one in ranks.each()], "samples")
+            ranks.print_shares([len(one.owned_items(todo, places)) for one in ranks.every_rank()], "samples")
             return
         folder.begin(plan)
         with cli.interruptible(lambda: f"finished samples are kept in {paths.samples}"):
             with (
                 cli.progress_bar(len(places), "samples", "sample", initial=len(places) - len(todo)) as bar,
                 BackgroundWriter(pending=0) as writer,  # one sample being written, one being made
-                closing(recording.record_all(passes, those_of(ranks, todo, places))) as left,
+                closing(recording.record_all(passes, ranks.owned_items(todo, places))) as left,
             ):
                 for place, arrays in left:
                     writer.submit(write_cached_sample, paths, run_id, *place, arrays)
-                    ranks.count(bar)
+                    ranks.advance(bar)
                 writer.drain()
                 ranks.complete(bar)
             folder.finish(lambda: write_cache_metadata(paths, manifest, plan, recording.blocks, recording.keys, shapes))

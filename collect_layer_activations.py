@@ -20,7 +20,7 @@ STEP_FILE_SIZES = 4  # of a partial result, that a step's files take: an array a
 
 @cli.stage_command
 @cli.calib_dir_option
-@cli.model_place_options
+@cli.model_location_options
 @click.option(
     "--num-images", type=cli.IMAGES, default=5, help="Images to use, evenly over the whole calibration run."
 )
@@ -34,7 +34,7 @@ def main(**options) -> None:
 
 
 def run(
-    calib_dir: Path, place: cli.ModelPlace, num_images: int, stride: int,
+    calib_dir: Path, location: cli.ModelLocation, num_images: int, stride: int,
     text_group: int | None, max_bytes: int | None, resume: bool, force: bool, dry_run: bool,
 ) -> None:  # fmt: skip
     """Plan, load, probe, collect what is left, merge it step by step."""
@@ -47,12 +47,11 @@ def run(
     from calibration_store.partials import COLLECTION, PARTIAL_FORMAT, is_partial_complete
     from calibration_store.schema import of_run
     from calibration_store.stage_folder import StageFolder
-    from w4a8.cli.ranks import those_of
+    from w4a8.backend.launched import join
     from w4a8.model.layers import model_layers
     from w4a8.model.parts import TEXT, TRANSFORMER
     from w4a8.model.runs import load_run_pipeline, run_schedule
     from w4a8.passes import StoredPasses, places_of, select_passes
-    from w4a8.ranks import join
     from w4a8.statistics.kernels import choose_statistics
     from w4a8.statistics.merge import write_merged_statistics
     from w4a8.statistics.recorders import collect_pass, partial_arrays, write_pass
@@ -64,12 +63,12 @@ def run(
     plan = {"format": PARTIAL_FORMAT, **selection}
     places, dtype = places_of(plan), manifest["activation_dtype"]
     click.echo(
-        f"{manifest['model_version']}: images {cli.few(plan['selected_image_ids'])}, {len(plan['key_timesteps'])} steps each, "
+        f"{manifest['model_version']}: images {cli.shortened(plan['selected_image_ids'])}, {len(plan['key_timesteps'])} steps each, "
         f"{len(places)} passes, {dtype}"
     )
     with folder.held(dry_run):
         folder.check(plan)
-        pipeline = load_run_pipeline(manifest, {TRANSFORMER: dtype, TEXT: dtype}, place)
+        pipeline = load_run_pipeline(manifest, {TRANSFORMER: dtype, TEXT: dtype}, location)
         passes, way = (
             StoredPasses(pipeline, calib_dir, manifest, images, 1 if dry_run else text_group),
             choose_statistics(),
@@ -78,7 +77,7 @@ def run(
         todo = folder.todo(places, lambda place: is_partial_complete(paths, plan["calibration_run"], *place, widths))
         seconds, found = passes.probe(plan["key_timesteps"][0], lambda one: collect_pass(one, way))
         size = npz_bytes(partial_arrays(found, *places[0], dtype) | of_run(plan["calibration_run"]))
-        done, mine = len(places) - len(todo), those_of(ranks, todo, places)
+        done, mine = len(places) - len(todo), ranks.owned_items(todo, places)
         total = size * (len(todo) + STEP_FILE_SIZES * len(plan["key_timesteps"]))
         click.echo(
             f"to do: {len(todo)} of {len(places)} passes, about {cli.format_seconds(seconds * len(todo) / ranks.size)} on this machine, "
@@ -86,7 +85,7 @@ def run(
         )
         require_space(paths.root, total, budget=max_bytes)
         if dry_run:
-            ranks.say_shares([len(those_of(one, todo, places)) for one in ranks.each()], "passes")
+            ranks.print_shares([len(one.owned_items(todo, places)) for one in ranks.every_rank()], "passes")
             return
         folder.begin(plan)
         with cli.interruptible(lambda: f"finished passes are kept in {paths.partials}"):
@@ -97,7 +96,7 @@ def run(
             ):
                 for one in left:
                     writer.submit(write_pass, paths, plan["calibration_run"], collect_pass(one, way), one.image_id, one.step, dtype)
-                    ranks.count(bar)
+                    ranks.advance(bar)
                 writer.drain()
                 ranks.complete(bar)
             folder.finish(lambda: write_merged_statistics(paths, manifest, plan, run_schedule(manifest)[0]))

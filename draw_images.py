@@ -67,10 +67,10 @@ def run(
     """Load, check the prompts, draw with one model, then with the other, write, compare."""
     from calibration_store.files import locked_folder
     from calibration_store.layout import DrawingPaths
-    from w4a8.cli.prompts import read_prompt_file
     from w4a8.drawing import Drawing, compare_drawings, draw, load_model, plan_drawing, transformer_bytes
     from w4a8.model.catalog import describe_model
-    from w4a8.quantized.native import prefer
+    from w4a8.model.packed import prefer
+    from w4a8.model.prompts import read_prompt_file
     from w4a8.report.drawing_sheet import draw_pairs
     from w4a8.report.model_tables import print_comparison, print_drawing
 

@@ -23,7 +23,7 @@ from calibration_store.limits import MOST_THRESHOLD
 
 @cli.stage_command
 @cli.calib_dir_option
-@functools.partial(cli.model_place_options, another=True)
+@functools.partial(cli.model_location_options, another=True)
 @cli.scale_is_option
 @click.option(
     "--prompts",
@@ -76,7 +76,7 @@ def main(**options) -> None:
 
 
 def run(
-    calib_dir: Path, place: cli.ModelPlace, scale_is: str | None, prompt_file: Path | None,
+    calib_dir: Path, location: cli.ModelLocation, scale_is: str | None, prompt_file: Path | None,
     num_images: int, num_steps: int | None, cfg_weight: float | None, seed: int, batch_size: int, variants: str | None,
     min_psnr: float | None, max_step_error: float | None, output: Path | None, grid_map: str, native: str,
     text_group: int | None, dry_run: bool, resume: bool,
@@ -88,17 +88,17 @@ def run(
     from calibration_store.files import locked_folder
     from calibration_store.layout import EvaluationPaths
     from calibration_store.manifest import read_manifest, run_identity
-    from w4a8.cli.prompts import read_prompt_file
+    from w4a8.backend.launched import join
+    from w4a8.evaluation.drawn_images import choose_prompts, evaluate, load_evaluated, plan_evaluation, probe
     from w4a8.evaluation.gate import check_gate
     from w4a8.evaluation.metrics import LOW_PSNR
-    from w4a8.evaluation.sampling import choose_prompts, evaluate, load_evaluated, plan_run, probe
     from w4a8.evaluation.variants import default_variants, make_variant
     from w4a8.model.layers import model_layers
-    from w4a8.model.needs import needs_of, refuse_too_large
-    from w4a8.model.text import Texts, check_prompts
-    from w4a8.quantized.native import prefer
-    from w4a8.ranks import join
-    from w4a8.report.evaluation_figures import draw_grid, plot_errors, write_images
+    from w4a8.model.memory_needs import needs_of, refuse_too_large
+    from w4a8.model.packed import prefer
+    from w4a8.model.prompt_encoder import PromptEncoder, check_prompts
+    from w4a8.model.prompts import read_prompt_file
+    from w4a8.report.evaluation_figures import draw_grid, plot_errors, write_sheets
     from w4a8.report.tables import print_variants
 
     prefer(native)
@@ -107,13 +107,13 @@ def run(
     names = [name.strip() for name in variants.split(",")] if variants is not None else default_variants(calib_dir)
     chosen = [make_variant(name, calib_dir, scale_is) for name in dict.fromkeys(["fp", *names])]
     given_prompts = read_prompt_file(prompt_file) if prompt_file else None
-    pipeline, info, fingerprint = load_evaluated(manifest, place)
+    pipeline, info, fingerprint = load_evaluated(manifest, location)
     prompts, overlap = choose_prompts(manifest, info.captions, given_prompts, num_images, seed)
     if given_prompts is not None and len(given_prompts) < num_images:
         click.echo(f"{len(prompts)} prompts in the file: {len(prompts)} images instead of {num_images}.")
     elif given_prompts is not None and len(given_prompts) > num_images:
         click.echo(f"{num_images} of {len(given_prompts)} prompts used: raise --num-images for more.")
-    sampling = plan_run(manifest, info, fingerprint, pipeline.use_t5, prompts, num_steps, cfg_weight, seed, batch_size)
+    sampling = plan_evaluation(manifest, info, fingerprint, pipeline.use_t5, prompts, num_steps, cfg_weight, seed, batch_size)
     paths = EvaluationPaths(output or calib_dir / "evaluation")
     click.echo(f"{info.version}: {sampling}; {overlap} of the prompts were used in calibration")
     cut = check_prompts(pipeline, prompts, "prompt")
@@ -124,14 +124,14 @@ def run(
         variant.check(manifest, fingerprint, model_layers(pipeline.mmdit))
     needs = needs_of(pipeline, sampling.latent_size, batch_size, sampling.cfg_weight > 0, sampling.num_steps + 1)
     refuse_too_large(pipeline, needs, batch_size, ("--batch-size",))
-    texts = Texts(pipeline, prompts, sampling.cfg_weight, sampling.negative_prompt, text_group)
+    texts = PromptEncoder(pipeline, prompts, sampling.cfg_weight, sampling.negative_prompt, text_group)
     if dry_run:
         seconds, size = probe(pipeline, sampling, chosen)
         click.echo(
             f"to do: {len(chosen)} variants, about {cli.format_seconds(seconds / ranks.size)} on this machine, at most "
             f"{cli.format_bytes(size)} in {paths.root}, {cli.format_bytes(mx.get_peak_memory())} of memory at the peak"
         )
-        ranks.say_shares([sampling.images_of(one) for one in ranks.each()], "images of each variant")
+        ranks.print_shares([sampling.images_of(one) for one in ranks.every_rank()], "images of each variant")
         return
     paths.refuse_foreign_images([variant.name for variant in chosen], len(prompts))
     with contextlib.nullcontext() if ranks.rank else locked_folder(paths.root):
@@ -146,7 +146,7 @@ def run(
             del images["fp"], results["fp"]
         draw_grid(paths.grid, prompts, original, images, results, grid_map == "flip")
         plot_errors(paths.error_plot, results)
-        write_images(paths, prompts, seed, original, images)
+        write_sheets(paths, prompts, seed, original, images)
         image_ids = [image["image_id"] for image in manifest["images"]]
         parameters = {
             "prompts": prompts,

@@ -18,7 +18,7 @@ import click
 
 @cli.stage_command
 @cli.calib_dir_option
-@cli.model_place_options
+@cli.model_location_options
 @click.option(
     "--weights", "weights_name", help="As in stage 4: w4-adaround, w4-rtn, w3-rtn-g32, …  [default: what stage 3W left]"
 )
@@ -57,7 +57,7 @@ def main(**options) -> None:
 
 
 def run(
-    calib_dir: Path, place: cli.ModelPlace, weights_name: str | None, activations: str | None, scale_is: str | None,
+    calib_dir: Path, location: cli.ModelLocation, weights_name: str | None, activations: str | None, scale_is: str | None,
     layout: str, rest_bits: str, all_linears: bool, complete: bool, output: Path | None, force: bool, dry_run: bool,
 ) -> None:  # fmt: skip
     """Find what is exported, check it, pack the transformer a layer at a time, write the folder."""
@@ -69,7 +69,7 @@ def run(
     from w4a8.model.runs import check_fingerprint, describe_run_model
     from w4a8.model.transformer import open_transformer
     from w4a8.quantized.export import (
-        Export,
+        ExportSource,
         bytes_needed,
         check_output,
         estimated_seconds,
@@ -86,9 +86,9 @@ def run(
     if layout == "gguf" and activations is None:
         activations = "none"
     variant, activations = export_variant(calib_dir, weights_name, activations, int(rest_bits), all_linears, scale_is)
-    info, checkpoint = describe_run_model(manifest, place)
+    info, checkpoint = describe_run_model(manifest, location)
     check_fingerprint(manifest, info, checkpoint)
-    export = Export(info, checkpoint, manifest, variant.name, variant.weights, activations, variant.rule)
+    export = ExportSource(info, checkpoint, manifest, variant.name, variant.weights, activations, variant.rule)
     refuse_options(export, layout, complete)
     paths = QuantizedModelPaths(output) if output else QuantizedModelPaths.below(calib_dir)
     check_output(paths, info, layout, force)

@@ -78,7 +78,7 @@ def run(
     from calibration_store.layout import CalibrationPaths
     from calibration_store.manifest import MANIFEST, read_manifest, write_manifest
     from calibration_store.stage_folder import StageFolder
-    from w4a8.cli.prompts import draw_builtin_prompts, read_prompt_file
+    from w4a8.backend.launched import join
     from w4a8.generation import (
         RUN_OPTIONS,
         batches_to_do,
@@ -97,8 +97,8 @@ def run(
     )
     from w4a8.model.catalog import describe_model, model_fingerprint
     from w4a8.model.loading import load_pipeline, whole_model
-    from w4a8.model.text import check_prompts
-    from w4a8.ranks import join
+    from w4a8.model.prompt_encoder import check_prompts
+    from w4a8.model.prompts import draw_builtin_prompts, read_prompt_file
     from w4a8.report.plans import print_plan, say_how_many_prompts, warn_of_old_results
 
     ranks = join(calib_dir)
@@ -153,7 +153,7 @@ def run(
                 f"time: about {cli.format_seconds(seconds)} on this machine, "
                 f"{cli.format_bytes(mx.get_peak_memory())} of memory at the peak"
             )
-            ranks.say_shares([sum(map(len, batches_to_do(plan, complete, one))) for one in ranks.each()], "images")
+            ranks.print_shares([sum(map(len, batches_to_do(plan, complete, one))) for one in ranks.every_rank()], "images")
             return
         folder.begin(begun(plan))  # the manifest is the record, and grows
         if force:

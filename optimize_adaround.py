@@ -30,7 +30,7 @@ OPTIONS = {
 
 @cli.stage_command
 @cli.calib_dir_option
-@cli.model_place_options
+@cli.model_location_options
 @cli.rounding_options
 @cli.max_bytes_option
 @cli.resume_options
@@ -42,7 +42,7 @@ def main(**options) -> None:
 
 
 def run(
-    calib_dir: Path, place: cli.ModelPlace, blocks: str | None, unit: str | None,
+    calib_dir: Path, location: cli.ModelLocation, blocks: str | None, unit: str | None,
     end_to_end: int | None, micro_batch: int | None, lr_alpha: float | None, checkpoint_seconds: float, alpha: bool,
     average_bits: float | None, bit_choices: str, bits: tuple[str, ...], exclude: tuple[str, ...], sensitivity_only: bool,
     max_bytes: int | None, resume: bool, force: bool, dry_run: bool, **options,
@@ -54,18 +54,18 @@ def run(
     from calibration_store.manifest import read_manifest
     from calibration_store.stage_folder import StageFolder
     from calibration_store.weights import LEARNING_RATES, WEIGHTS_PLAN, write_weights_metadata
+    from w4a8.backend.launched import join
+    from w4a8.backend.parallel import run_cpu_streams_side_by_side
     from w4a8.model.runs import run_schedule, run_transformer
-    from w4a8.parallel import run_cpu_streams_side_by_side
-    from w4a8.ranks import join
     from w4a8.report.tables import print_losses
-    from w4a8.rounding.checkpoint import Checkpoint
+    from w4a8.rounding.job_checkpoint import JobCheckpoint
     from w4a8.rounding.jobs import estimate, kept_after_interrupt, run_jobs, say_shares
-    from w4a8.rounding.memory import choose_micro_batch
     from w4a8.rounding.methods import METHODS
-    from w4a8.rounding.run import Rounding, choose_end_to_end, choose_unit
-    from w4a8.rounding.samples import verified
+    from w4a8.rounding.micro_batches import choose_micro_batch
+    from w4a8.rounding.run import RoundingRun, choose_end_to_end, choose_unit
     from w4a8.rounding.sensitivity import BitOptions, choose_bits, note_sensitivity
     from w4a8.rounding.settings import Settings
+    from w4a8.rounding.training_samples import verified
 
     run_cpu_streams_side_by_side()  # before the schedule is evaluated
     if lr_alpha is None:
@@ -76,12 +76,12 @@ def run(
     settings = Settings(lr_alpha=lr_alpha, **options)
     folder = StageFolder(paths, paths.plan, WEIGHTS_PLAN, WEIGHTS_PLAN.read, OPTIONS, resume, force, ranks)
     with folder.held(dry_run):
-        opened = run_transformer(manifest, place)
+        opened = run_transformer(manifest, location)
         mmdit = opened()
         unit, blocks = choose_unit(mmdit, cache["block_names"], blocks, unit, settings.group_size)
         before = folder.before()
         settings = replace(settings, end_to_end=choose_end_to_end(end_to_end, unit, blocks, mmdit, settings.iters))
-        rounding = Rounding(opened, mmdit, paths, cache, schedule, settings, unit, blocks, ranks)
+        rounding = RoundingRun(opened, mmdit, paths, cache, schedule, settings, unit, blocks, ranks)
         rounding = choose_micro_batch(rounding, micro_batch, before)
         if sensitivity_only:
             with cli.interruptible(lambda: "the measurement begins anew"):
@@ -102,7 +102,7 @@ def run(
             click.echo(f"nothing to do: all {len(jobs)} units are finished in {paths.root}")
             return
         if dry_run:
-            started = None if force else Checkpoint(paths, todo[0], plan).load(settings)
+            started = None if force else JobCheckpoint(paths, todo[0], plan).load(settings)
             left = estimate(rounding, todo, started and started[0])
             click.echo(
                 f"to do: {len(todo)} of {len(jobs)} units, {left.iterations} iterations: about {cli.format_seconds(left.seconds)}, "
@@ -115,7 +115,7 @@ def run(
         with cli.interruptible(lambda: kept_after_interrupt(paths)):
             with cli.progress_bar(len(cache["samples"]), "checking the cache", "sample", leave=False) as bar:
                 for _ in verified(calib_dir, cache, [job.blocks for job in todo], ranks):
-                    ranks.count(bar)
+                    ranks.advance(bar)
                 ranks.complete(bar)
             with cli.progress_bar(sum(map(rounding.iterations, jobs)), jobs[0].name, "it") as bar:
                 run_jobs(rounding, todo, bar, checkpoint_seconds, alpha)

@@ -11,14 +11,14 @@ import numpy as np
 
 from calibration_store.names import is_post_gelu
 from calibration_store.statistics import LayerStatistics
-from hooks import hooked_layers
-from w4a8.cli.prompts import draw_builtin_prompts
+from w4a8.analysis.clipping_ranges import expected_sqnrs, unmigrated_clipping_ranges
 from w4a8.model.catalog import describe_model
+from w4a8.model.hooks import hooked_layers
 from w4a8.model.parts import Pipeline
+from w4a8.model.prompt_encoder import encode_prompts
+from w4a8.model.prompts import draw_builtin_prompts
 from w4a8.model.replay import replaying
 from w4a8.model.sampling import euler_steps, initial_noise
-from w4a8.model.text import encode_prompts
-from w4a8.quantized.ranges import expected_sqnrs, unmigrated_clipping_ranges
 
 TIERS = (4, 6, 8)
 

@@ -59,8 +59,8 @@ def main(model: str, num_steps: int, repeats: int, batch_sizes: str, use_t5: boo
 
     from w4a8.model.catalog import default_dtype, describe_model
     from w4a8.model.loading import TEXT, TRANSFORMER, load_pipeline
+    from w4a8.model.prompt_encoder import encode_prompts
     from w4a8.model.sampling import euler_steps, initial_noise
-    from w4a8.model.text import encode_prompts
 
     if mx.default_device() == mx.Device(mx.cpu):
         stock, fast = matmul_gflops(""), matmul_gflops("import w4a8")

@@ -45,8 +45,8 @@ def run(calib_dir: Path, output: Path, bits: int, group_size: int) -> None:
     from w4a8.model.parts import TRANSFORMER
     from w4a8.model.runs import load_run_pipeline
     from w4a8.rounding.kinds import LayerUnit
-    from w4a8.rounding.samples import Samples
     from w4a8.rounding.settings import Settings
+    from w4a8.rounding.training_samples import Samples
 
     cache = read_cache_metadata(calib_dir)
     blocks = cache["block_names"]

@@ -16,9 +16,9 @@ from mlx.utils import tree_flatten
 from sentencepiece import SentencePieceTrainer
 
 from w4a8.model.catalog import BUNDLED_FOLDER
-from w4a8.model.checkpoints import original_place
 from w4a8.model.diffusionkit import HUB_MMDIT_CONFIGS, HUB_MMDIT_FILES, MMDiT, MMDiTConfig, VAEDecoder, VAEEncoder
 from w4a8.model.families import SD3, Family, family_of
+from w4a8.model.original_checkpoint import checkpoint_slice
 
 SD3_MEDIUM = "argmaxinc/mlx-stable-diffusion-3-medium"
 TEXT_ENCODERS = "argmaxinc/stable-diffusion"
@@ -83,7 +83,7 @@ def random_transformer_weights(config: MMDiTConfig, family: Family, guided: bool
     """
     ends: dict[str, list[int]] = {}
     for name, array in tree_flatten(MMDiT(config).parameters()):
-        place, shape = original_place(family, name, config.hidden_size), list(array.shape)
+        place, shape = checkpoint_slice(family, name, config.hidden_size), list(array.shape)
         if name == "x_embedder.proj.weight":
             shape = [shape[0], shape[3], *shape[1:3]] if family is SD3 else [shape[0], shape[3]]
         if "pos_embed" in name:

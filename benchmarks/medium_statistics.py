@@ -9,7 +9,7 @@ from calibration_store.histograms import histogram_edges, histogram_grid
 from calibration_store.layout import ActivationPaths
 from calibration_store.names import input_owner, is_post_gelu
 from calibration_store.statistics import STATISTICS_FORMAT, write_step
-from w4a8.quantized.ranges import absolute_histogram, histogram_percentile
+from w4a8.analysis.clipping_ranges import absolute_histogram, histogram_percentile
 
 BLOCKS, HIDDEN, STEPS = 24, 1536, 25
 LINEARS = ("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.o_proj", "mlp.fc1", "mlp.fc2")

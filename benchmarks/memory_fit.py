@@ -7,14 +7,14 @@ from mlx.utils import tree_flatten
 
 from benchmarks.random_block import RandomSamples
 from benchmarks.random_transformer import random_transformer
-from w4a8 import blas
+from w4a8.backend import blas
+from w4a8.backend.parallel import run_cpu_streams_side_by_side
 from w4a8.model.diffusionkit import VAEDecoder, VAEDecoderConfig
 from w4a8.model.layers import model_blocks, model_layers
-from w4a8.parallel import run_cpu_streams_side_by_side
 from w4a8.rounding.kinds import BlockUnit
 from w4a8.rounding.settings import Settings
 from w4a8.rounding.training import Training
-from w4a8.rounding.units import Job, Part
+from w4a8.rounding.units import Job, UnitSpec
 
 TEXT = 154
 
@@ -84,7 +84,7 @@ def fit_iterations() -> None:
         for samples in (2, 4):
             settings = Settings(1000, samples, 4, 8, 64, "ste", 0.5, 3e-3, 1e-3, 0.01, 0)
             training = Training(
-                BlockUnit(mmdit, Job("unit", names, [Part("unit", layers)]), Part("unit", layers), data, settings)
+                BlockUnit(mmdit, Job("unit", names, [UnitSpec("unit", layers)]), UnitSpec("unit", layers), data, settings)
             )
             for _ in range(3):
                 training.step()

@@ -12,8 +12,8 @@ from benchmarks.pass_timing import compare, one_pass
 from w4a8.cli import format_bytes
 from w4a8.model.catalog import default_dtype
 from w4a8.model.layers import model_layers
+from w4a8.model.packed import AUTO, DEQUANTIZE, QUANTIZED, NativeLinear, adopt, get_ready, resolve
 from w4a8.quantized.layer import Packed
-from w4a8.quantized.native import AUTO, DEQUANTIZE, QUANTIZED, NativeLinear, adopt, get_ready, resolve
 
 ROWS = (1, 8, 77, 154, 308, 1024, 4096)
 BOUNDS = {"sd3-emoji": 1.3, "sd3-medium": 1.15}

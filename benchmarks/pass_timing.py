@@ -17,15 +17,15 @@ from benchmarks.random_transformer import random_transformer
 from calibration_store.block_cache import write_cached_sample
 from calibration_store.files import BackgroundWriter, atomic_file
 from calibration_store.layout import ActivationPaths, BlockCachePaths
-from hooks import hooked_layers
-from w4a8.boundaries import Boundaries
+from w4a8.block_recording import Boundaries
 from w4a8.cli import format_bytes
 from w4a8.model.catalog import default_dtype, describe_model
+from w4a8.model.hooks import hooked_layers
 from w4a8.model.loading import TEXT, TRANSFORMER, Pipeline, load_pipeline
 from w4a8.model.modulation import modulation_cache
+from w4a8.model.prompt_encoder import TextConditioning, encode_prompts
 from w4a8.model.replay import Replay
 from w4a8.model.sampling import initial_noise, sigma_schedule
-from w4a8.model.text import TextConditioning, encode_prompts
 from w4a8.passes import Pass
 from w4a8.statistics.kernels import choose_statistics
 from w4a8.statistics.recorders import collect_pass, write_pass

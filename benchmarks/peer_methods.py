@@ -10,11 +10,11 @@ import numpy as np
 
 from benchmarks.error_feedback import gptq_layer
 from w4a8.cli import progress_bar
+from w4a8.evaluation.drawn_images import choose_prompts, load_evaluated, plan_evaluation, sample
 from w4a8.evaluation.metrics import describe_variant
-from w4a8.evaluation.sampling import choose_prompts, load_evaluated, plan_run, sample
 from w4a8.model.layers import model_layers
 from w4a8.model.parts import TRANSFORMER, Pipeline
-from w4a8.model.text import Texts
+from w4a8.model.prompt_encoder import PromptEncoder
 from w4a8.quantized.layer import QuantizedLayer
 from w4a8.rounding.settings import spread_over
 from w4a8.rounding.training import Training
@@ -146,8 +146,8 @@ def drawn(manifest: Mapping[str, Any], ways: Mapping[str, Dense], num_images: in
 
     pipeline, info, fingerprint = load_evaluated(manifest)
     prompts, _ = choose_prompts(manifest, info.captions, None, num_images, 10_000)
-    run = plan_run(manifest, info, fingerprint, pipeline.use_t5, prompts, 20, None, 10_000, min(num_images, 64))
-    texts = Texts(pipeline, prompts, run.cfg_weight, run.negative_prompt, None)
+    run = plan_evaluation(manifest, info, fingerprint, pipeline.use_t5, prompts, 20, None, 10_000, min(num_images, 64))
+    texts = PromptEncoder(pipeline, prompts, run.cfg_weight, run.negative_prompt, None)
     found = {}
     with progress_bar(0, "sampling", "step", leave=False) as bar:
         original = sample(pipeline, texts, run, Dressed("original"), bar)

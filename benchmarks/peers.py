@@ -36,10 +36,10 @@ def run(calib_dir: Path, iters: int, batch_size: int, group_size: int, num_image
     from calibration_store.block_cache import read_cache_metadata
     from calibration_store.layout import WeightPaths
     from calibration_store.manifest import read_manifest
+    from w4a8.backend.parallel import run_cpu_streams_side_by_side
     from w4a8.model.layers import model_blocks
     from w4a8.model.runs import run_schedule, run_transformer
-    from w4a8.parallel import run_cpu_streams_side_by_side
-    from w4a8.rounding.run import Rounding
+    from w4a8.rounding.run import RoundingRun
     from w4a8.rounding.settings import Settings
 
     run_cpu_streams_side_by_side()
@@ -48,7 +48,7 @@ def run(calib_dir: Path, iters: int, batch_size: int, group_size: int, num_image
     mmdit = opened()
     at_once = min(batch_size, 8)
     settings = Settings(iters, batch_size, BITS, 0, group_size, "ste", 0.0, 4e-3, 5e-3, 0.01, 0, at_once)
-    rounding = Rounding(
+    rounding = RoundingRun(
         opened, mmdit, WeightPaths(calib_dir), cache, schedule, settings, "model", list(model_blocks(mmdit))
     )
     unit = rounding.unit_class(mmdit, rounding.jobs[0], rounding.jobs[0].parts[0], rounding.whole_samples(), settings)

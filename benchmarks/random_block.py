@@ -8,8 +8,8 @@ import mlx.core as mx
 import numpy as np
 
 from w4a8.model.layers import Block
-from w4a8.rounding.samples import Batch
 from w4a8.rounding.training import Training
+from w4a8.rounding.training_samples import SampleBatch
 
 
 class RandomSamples:
@@ -37,11 +37,11 @@ class RandomSamples:
         """As stage 3W's Samples: all are of one step."""
         return np.zeros(len(indices), np.int64)
 
-    def batch(self, indices: Sequence[int], key: mx.array | None = None) -> Batch:
+    def batch(self, indices: Sequence[int], key: mx.array | None = None) -> SampleBatch:
         """As stage 3W's Samples."""
         picked = (array[indices] for array in self.arrays)
         found = [mx.array(array.reshape(-1, *array.shape[2:])).astype(mx.float32) for array in picked]
-        return Batch(found[:2], found[2], found[3:])
+        return SampleBatch(found[:2], found[2], found[3:])
 
     def keep(self, indices: Sequence[int]) -> None:
         """As stage 3W's Samples: all are in memory."""

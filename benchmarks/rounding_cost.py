@@ -34,8 +34,8 @@ def main(hidden: int, tokens: int, text_tokens: int, samples: int, batch_size: i
 
     from benchmarks.random_block import RandomSamples, profile
     from benchmarks.random_transformer import random_transformer
+    from w4a8.backend.parallel import run_cpu_streams_side_by_side
     from w4a8.model.layers import model_blocks, model_layers
-    from w4a8.parallel import run_cpu_streams_side_by_side
     from w4a8.rounding.kinds import BlockUnit
     from w4a8.rounding.settings import ITERS, TUNE_SHARE, Settings
     from w4a8.rounding.training import Training

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.figures import record
-from benchmarks.memory import run, stages
+from benchmarks.peak_memory import run, stages
 from w4a8.cli import stage_command
 
 UNTIL_FIRST_PASS = """

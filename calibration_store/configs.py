@@ -56,7 +56,7 @@ class Config(_Config, total=False):
     thresholds: dict[str, Any] | None
 
 
-def config_fault(config: Config) -> str | None:
+def quant_config_fault(config: Config) -> str | None:
     """What the entries of a config say of each other that cannot be."""
     metadata = config.get("metadata") or {}
     if metadata.get("scale_meaning", "range") not in ("range", "step"):
@@ -80,8 +80,8 @@ def config_fault(config: Config) -> str | None:
     return sigma_fault({key: config["sigma_map"][key] for key in config["per_timestep"]})
 
 
-W4A8_CONFIG = JsonFormat(W4A8_FORMAT, Config, "analyze_activations.py", config_fault, limit=2**31)
-MULTITIER_CONFIG = JsonFormat(MULTITIER_FORMAT, Config, "analyze_activations_multitier.py", config_fault, limit=2**31)
+W4A8_CONFIG = JsonFormat(W4A8_FORMAT, Config, "analyze_activations.py", quant_config_fault, limit=2**31)
+MULTITIER_CONFIG = JsonFormat(MULTITIER_FORMAT, Config, "analyze_activations_multitier.py", quant_config_fault, limit=2**31)
 ANALYZED_AGAIN = "run {} again to make it anew"
 
 

@@ -26,7 +26,7 @@ TEMP_SUFFIX = ".tmp"
 LARGEST = 256 * 2**20  # bytes of a file that is read as a whole, unless its kind has another limit
 
 
-def matching(folder: Path, pattern: str) -> list[Path]:
+def files_matching(folder: Path, pattern: str) -> list[Path]:
     """Return the files in a folder whose names match a pattern, and the temporary ones of such names, sorted."""
     if not os.path.isdir(folder):
         return []
@@ -163,7 +163,7 @@ def remove_file(path: Path) -> None:
 
 def clear_temporaries(folder: Path, pattern: str) -> None:
     """Remove the temporary files that a kill left of files whose names match a pattern. Raises WriteError."""
-    for path in matching(folder, pattern):
+    for path in files_matching(folder, pattern):
         if path.suffix == TEMP_SUFFIX:
             remove_file(path)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import orjson
 
 from calibration_store.errors import StoreError
-from calibration_store.files import clear_temporaries, matching, read_bytes
+from calibration_store.files import clear_temporaries, files_matching, read_bytes
 from calibration_store.names import BLOCK_PATTERN
 from calibration_store.pictures import DRAWN_CHUNK, VARIANT_CHUNK, is_our_picture, listed_pictures
 
@@ -23,7 +23,7 @@ def _sample_name(image_id: int, step_index: int) -> str:
 
 
 def _owned(patterns: dict[Path, str]) -> list[Path]:
-    return [path for folder, pattern in patterns.items() for path in matching(folder, pattern)]
+    return [path for folder, pattern in patterns.items() for path in files_matching(folder, pattern)]
 
 
 class CalibrationPaths:
@@ -45,7 +45,7 @@ class CalibrationPaths:
         """A PNG is ours when it says so itself or the manifest lists it: people keep their own 0001.png."""
         listed = listed_pictures(self.manifest)
         pictures = [
-            path for path in matching(self.images, r"\d{4,}\.png") if path.name in listed or is_our_picture(path)
+            path for path in files_matching(self.images, r"\d{4,}\.png") if path.name in listed or is_our_picture(path)
         ]
         return _owned({self.root: r"manifest\.json", self.samples: SAMPLE_PATTERN}) + pictures
 
@@ -66,7 +66,7 @@ class BlockCachePaths:
 
     def owned_files(self) -> list[Path]:
         owned = _owned({self.root: r"(metadata|plan)\.json", self.samples: SAMPLE_PATTERN})
-        return owned + (matching(self.root, r"sensitivity\.json") if owned else [])
+        return owned + (files_matching(self.root, r"sensitivity\.json") if owned else [])
 
 
 class ActivationPaths:
@@ -166,7 +166,7 @@ class WeightPaths:
 
     def owned_files(self) -> list[Path]:
         names = rf"(metadata|plan|end_to_end_losses)\.json|checkpoint(_{BLOCK_PATTERN})?\.npz|{BLOCK_PATTERN}(\.npz|_losses\.json)"
-        return matching(self.root, names) + [path for each in self.boundaries for path in each.owned_files()]
+        return files_matching(self.root, names) + [path for each in self.boundaries for path in each.owned_files()]
 
 
 class BoundaryPaths:
@@ -179,7 +179,7 @@ class BoundaryPaths:
         return self.root / _sample_name(image_id, step_index)
 
     def owned_files(self) -> list[Path]:
-        return matching(self.root, SAMPLE_PATTERN)
+        return files_matching(self.root, SAMPLE_PATTERN)
 
 
 class EvaluationPaths:
@@ -200,7 +200,7 @@ class EvaluationPaths:
     def image_folders(self) -> list[tuple[Path, list[Path]]]:
         """Every variant's folder of images, and our files in it: those that name the variant, and half-written ones."""
         folders = sorted(path for path in self.images.glob("*") if path.is_dir() and not path.is_symlink())
-        found = [(folder, matching(folder, r"\d{4,}\.png")) for folder in folders]
+        found = [(folder, files_matching(folder, r"\d{4,}\.png")) for folder in folders]
         return [(folder, [path for path in files if is_our_picture(path, VARIANT_CHUNK)]) for folder, files in found]
 
     def refuse_foreign_images(self, variants: Sequence[str], count: int) -> None:
@@ -210,7 +210,7 @@ class EvaluationPaths:
                 raise StoreError(f"{path}: not written by this stage; move it, or give another --output")
 
     def owned_files(self) -> list[Path]:
-        return matching(self.root, r"metrics\.json|(grid|error_over_steps)\.png")
+        return files_matching(self.root, r"metrics\.json|(grid|error_over_steps)\.png")
 
     def run(self, variant: str, identity: str) -> Path:
         """The images and latents of one variant; identity says what they follow from."""
@@ -225,7 +225,7 @@ class EvaluationPaths:
 
     def runs_of(self, variant: str) -> list[Path]:
         """Every file of one variant, half-written temporary ones included."""
-        return matching(self.runs, rf"{re.escape(variant)}_[0-9a-f]{{16}}\.npz")
+        return files_matching(self.runs, rf"{re.escape(variant)}_[0-9a-f]{{16}}\.npz")
 
 
 class ReportPaths:
@@ -273,10 +273,10 @@ class QuantizedModelPaths:
 
     def owned_files(self) -> list[Path]:
         """Of an exported model folder; another model's folder has no such files, or a config.json of its own."""
-        return matching(self.root, EXPORTED)
+        return files_matching(self.root, EXPORTED)
 
     def gguf_files(self) -> list[Path]:
-        return matching(self.root, EXPORTED_GGUF)
+        return files_matching(self.root, EXPORTED_GGUF)
 
     def clear_temporaries(self) -> None:
         """Remove what a kill left half-written."""

@@ -170,7 +170,7 @@ class Relation(NamedTuple):
 
 FLOATS = ("float16", "float32", "float64")
 INTEGERS = ("uint8", "int8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
-TEXT = tuple(f"str{32 * length}" for length in range(1, 129))
+TEXT_DTYPES = tuple(f"str{32 * length}" for length in range(1, 129))
 
 
 class Member(NamedTuple):
@@ -184,7 +184,7 @@ class Member(NamedTuple):
 
 CALIBRATION_RUN = "calibration_run"  # member of every NPZ that a stage hands on: the identity of its calibration run
 TRAINING_RUN = "training_run"  # member of the files of stage 3W: the digest of their plan
-OF_RUN = Member(TEXT, (), optional=True)  # files of 0.8.0 have none, and are believed by their metadata
+OF_RUN = Member(TEXT_DTYPES, (), optional=True)  # files of 0.8.0 have none, and are believed by their metadata
 
 
 def of_run(run: str | None, name: str = CALIBRATION_RUN) -> dict[str, np.ndarray]:
@@ -196,7 +196,7 @@ def run_fault(arrays: Mapping[str, np.ndarray], run: str | None, name: str = CAL
     """Return the fault of a file that says it is of another run, or None."""
     if name not in arrays or run is None:
         return None
-    own = arrays[name].dtype.name in TEXT and arrays[name].shape == () and arrays[name].item() == run
+    own = arrays[name].dtype.name in TEXT_DTYPES and arrays[name].shape == () and arrays[name].item() == run
     return None if own else f"of another {name.replace('_', ' ')}"
 
 

@@ -15,13 +15,13 @@ from calibration_store.schema import Count, Digest, Index, JsonFormat, NotNegati
 
 SENSITIVITY_FORMAT = "layer_sensitivity_v1"
 MEASURE = "optimize_adaround.py --sensitivity-only"
-Bits = Literal["2", "3", "4", "5", "6", "8"]
+BitsKey = Literal["2", "3", "4", "5", "6", "8"]
 
 
 class LayerSensitivity(TypedDict):
     """Mean squared error of the velocity, relative to its mean square, when this layer's weight alone is rounded to nearest."""
 
-    weights: Annotated[dict[Bits, NotNegative], Meta(min_length=1)]
+    weights: Annotated[dict[BitsKey, NotNegative], Meta(min_length=1)]
     size: Count  # of the weight
 
 

@@ -11,8 +11,8 @@ from calibration_store.errors import StoreError
 from calibration_store.files import TEMP_SUFFIX, atomic_file, locked_folder, remove_file
 from calibration_store.schema import JsonFormat
 
-Item = TypeVar("Item")
-Written = TypeVar("Written")
+_Item = TypeVar("_Item")
+_Written = TypeVar("_Written")
 
 
 class StagePaths(Protocol):
@@ -24,24 +24,12 @@ class StagePaths(Protocol):
     def owned_files(self) -> list[Path]: ...
 
 
-class Ranks(Protocol):
+class Processes(Protocol):
     """The processes that share a folder: rank 0 creates, notes and finishes; the others wait for it."""
 
     rank: int
 
     def barrier(self) -> None: ...
-
-
-class Alone:
-    """The only process."""
-
-    rank = 0
-
-    def barrier(self) -> None:
-        pass
-
-
-ALONE = Alone()
 
 
 @dataclass(frozen=True)
@@ -66,7 +54,7 @@ class StageFolder:
     options: Mapping[str, str]
     resume: bool = False
     force: bool = False
-    ranks: Ranks = ALONE
+    ranks: Processes | None = None  # None: one process alone
     what: str = "files"  # that lie in the folder
 
     @contextlib.contextmanager
@@ -75,7 +63,7 @@ class StageFolder:
 
         Raises StoreError when another process is at work here, or the folder cannot be written.
         """
-        with contextlib.nullcontext() if dry_run or self.ranks.rank else locked_folder(self.paths.root):
+        with contextlib.nullcontext() if dry_run or not self._is_first else locked_folder(self.paths.root):
             yield
 
     def before(self, **options: Any) -> dict[str, Any] | None:
@@ -115,7 +103,7 @@ class StageFolder:
             raise StoreError(f"--resume: {self.paths.root} was made from another calibration run; use --force")
         return before
 
-    def todo(self, items: Iterable[Item], is_done: Callable[[Item], bool]) -> list[Item]:
+    def todo(self, items: Iterable[_Item], is_done: Callable[[_Item], bool]) -> list[_Item]:
         """The items that are left: those that are not on the disk, whole and this run's; with --force all."""
         return [item for item in items if self.force or not is_done(item)]
 
@@ -124,8 +112,8 @@ class StageFolder:
 
         anew: note the plan also where one is noted. An earlier run goes when the new one's plan is on the disk.
         """
-        self.ranks.barrier()  # every rank has looked at what was there
-        if self.ranks.rank == 0:
+        self._barrier()  # every rank has looked at what was there
+        if self._is_first:
             owned = self.paths.owned_files()
             if anew or self.force or not self.record.exists():
                 with atomic_file(self.record) as file:
@@ -135,12 +123,20 @@ class StageFolder:
                     clear_files(owned, self.record, self.force)
             else:
                 clear_files(owned, self.record, everything=False)
-        self.ranks.barrier()
+        self._barrier()
 
-    def finish(self, write: Callable[[], Written]) -> Written | None:
+    def finish(self, write: Callable[[], _Written]) -> _Written | None:
         """Write what says that the stage is complete, once every rank's items are on the disk; rank 0 does."""
-        self.ranks.barrier()
-        return write() if self.ranks.rank == 0 else None
+        self._barrier()
+        return write() if self._is_first else None
+
+    @property
+    def _is_first(self) -> bool:
+        return self.ranks is None or self.ranks.rank == 0
+
+    def _barrier(self) -> None:
+        if self.ranks is not None:
+            self.ranks.barrier()
 
     def _is_used(self) -> bool:
         return any(path.suffix != TEMP_SUFFIX for path in self.paths.owned_files())

@@ -32,8 +32,8 @@ from calibration_store.samples import read_sample
 from w4a8.model.diffusionkit import FluxPipeline, MMDiT, model_io
 from w4a8.model.layers import model_layers
 from w4a8.model.loading import diffusionkit_pipeline
+from w4a8.model.packed import NativeLinear
 from w4a8.model.t5 import T5Encoder
-from w4a8.quantized.native import NativeLinear
 
 LARGE = "argmaxinc/mlx-stable-diffusion-3.5-large"
 SCHNELL, DEV = "argmaxinc/mlx-FLUX.1-schnell", "argmaxinc/mlx-FLUX.1-dev"

@@ -12,8 +12,7 @@ import pytest
 from conftest import ROOT, folder_bytes, generate, invoke
 
 from calibration_store.histograms import histogram_edges, histogram_grid
-from w4a8.analysis.tiers import Decision, decide_by_average
-from w4a8.quantized.ranges import (
+from w4a8.analysis.clipping_ranges import (
     absolute_histogram,
     centred_histogram,
     clipping_fraction,
@@ -21,6 +20,7 @@ from w4a8.quantized.ranges import (
     expected_sqnrs,
     histogram_percentile,
 )
+from w4a8.analysis.tiers import Decision, decide_by_average
 
 IMAGES, STEPS = 3, 4
 

@@ -18,17 +18,17 @@ from calibration_store.manifest import read_manifest
 from calibration_store.model_folder import packed_fault
 from calibration_store.sensitivity import read_sensitivity, write_sensitivity
 from calibration_store.weights import read_quantized_block
-from w4a8.analysis.allocation import allocate
+from w4a8.analysis.bit_allocation import allocate
 from w4a8.evaluation.metrics import FLIP_INSTALLED, describe_variant, flip_map, image_metrics
 from w4a8.model.layers import model_layers
 from w4a8.model.runs import run_schedule, run_transformer
 from w4a8.quantized.gguf_file import packed_blocks
 from w4a8.quantized.layer import QuantizedLayer
 from w4a8.report.evaluation_figures import grid_rows
-from w4a8.rounding.run import Rounding
+from w4a8.rounding.quantized_forward import QuantizedForward
+from w4a8.rounding.run import RoundingRun
 from w4a8.rounding.sensitivity import bit_choices, bits_by_hand, measure_sensitivity
 from w4a8.rounding.settings import Settings
-from w4a8.rounding.substitution import Substitution
 
 QUICK = ("--iters", 10, "--batch-size", 2)
 
@@ -48,7 +48,7 @@ def rounding_of(folder):
     opened, schedule = run_transformer(manifest), run_schedule(manifest)[0]
     settings = Settings(10, 2, 4, 8, 32, "ste", 0.0, 4e-3, 5e-3, 0.01, 0, micro_batch=2, activation_rule="token")
     blocks = [f"mm{index}" for index in range(8)]
-    return Rounding(
+    return RoundingRun(
         opened, opened(), WeightPaths(folder), read_cache_metadata(folder), schedule, settings, "model", blocks
     )
 
@@ -121,7 +121,7 @@ def test_sensitivity_against_the_model_itself(measured):
         stand_in[name] = QuantizedLayer.nearest(weight, 4, 32).as_mlx().weight
 
         def velocity(weights):
-            given = unit.outputs(samples.batch(samples.training), Substitution(weights, unit.biases))
+            given = unit.outputs(samples.batch(samples.training), QuantizedForward(weights, unit.biases))
             return np.array(given[0], np.float64)
 
         reference = velocity({other: one.weight for other, one in layers.items()})

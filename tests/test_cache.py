@@ -11,10 +11,10 @@ from conftest import folder_bytes, generate, invoke
 from calibration_store.block_cache import boundary_keys, read_cached_block
 from calibration_store.errors import StoreError
 from calibration_store.manifest import read_manifest
-from w4a8.boundaries import BlockRecorder
+from w4a8.block_recording import BlockRecorder
 from w4a8.model.modulation import modulation_cache
+from w4a8.model.prompt_encoder import encode_prompts
 from w4a8.model.replay import Replay
-from w4a8.model.text import encode_prompts
 
 ARGUMENTS = ["--num-images", 2, "--stride", 2, "--boundaries", "all"]
 

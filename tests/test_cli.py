@@ -20,10 +20,10 @@ import pytest
 from conftest import ROOT, generate, interruptible, invoke, start
 
 from calibration_store.stage_folder import shown
+from w4a8.backend.progress import ProgressLines, progress_bar
+from w4a8.backend.words import interpreter
 from w4a8.cli.command import resume_command
-from w4a8.cli.progress import ProgressLines, progress_bar
-from w4a8.cli.prompts import read_prompt_file
-from w4a8.cli.words import interpreter
+from w4a8.model.prompts import read_prompt_file
 
 SCRIPTS = (
     "generate_calibration_data", "cache_adaround_data", "collect_layer_activations", "analyze_activations",

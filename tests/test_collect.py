@@ -15,12 +15,12 @@ from calibration_store.layout import ActivationPaths
 from calibration_store.manifest import read_manifest
 from calibration_store.names import layer_key
 from calibration_store.partials import COLLECTION, read_partial
-from hooks import hooked_layers
+from w4a8.model.hooks import hooked_layers
 from w4a8.model.modulation import modulation_cache
 from w4a8.model.parts import whole_model
+from w4a8.model.prompt_encoder import encode_prompts
 from w4a8.model.replay import replaying
 from w4a8.model.runs import load_run_pipeline
-from w4a8.model.text import encode_prompts
 from w4a8.statistics.kernel_source import KERNEL_FUNCTIONS, KERNEL_HEADER, MERGE_KERNEL, TILE_KERNEL
 from w4a8.statistics.kernels import cpu_statistics, gpu_statistics, kernel_self_check, mlx_statistics
 from w4a8.statistics.merge import merge_partials

@@ -12,14 +12,14 @@ from conftest import ROOT
 from mlx.utils import tree_flatten
 
 from calibration_store.errors import StoreError
-from w4a8 import blas
+from w4a8.backend import blas
 from w4a8.model.catalog import BUNDLED_FOLDER, ModelError, describe_model
 from w4a8.model.diffusionkit import SD3T5Encoder
 from w4a8.model.loading import load_pipeline, whole_model
 from w4a8.model.modulation import modulation_cache
+from w4a8.model.prompt_encoder import check_prompts, encode_prompts
 from w4a8.model.sampling import decode_latents, euler_steps, initial_noise, sigma_schedule
 from w4a8.model.t5 import T5Config, T5Encoder
-from w4a8.model.text import check_prompts, encode_prompts
 
 SIZE = (16, 16)
 
@@ -212,7 +212,7 @@ import w4a8.model.diffusionkit
 import ctypes
 import mlx.core as mx
 import numpy as np
-from w4a8 import blas
+from w4a8.backend import blas
 
 a, b = (np.random.default_rng(seed).standard_normal((160, 160), np.float32) for seed in (0, 1))
 exact = (a[:, :, None].astype(np.float64) * b[None]).sum(1)  # without any BLAS

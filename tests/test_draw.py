@@ -16,8 +16,8 @@ from calibration_store.quantized_model import read_activations
 from w4a8.evaluation.metrics import image_metrics
 from w4a8.evaluation.variants import make_variant
 from w4a8.model.layers import model_layers
+from w4a8.model.packed import prefer
 from w4a8.quantized.exported import rule_of_export
-from w4a8.quantized.native import prefer
 
 PROMPTS = ("red heart", "rocket")
 QUICK = ("--num-steps", 2)

@@ -18,18 +18,18 @@ from calibration_store.errors import StoreError
 from calibration_store.layout import WeightPaths
 from calibration_store.manifest import read_manifest
 from calibration_store.weights import read_quantized_block
-from w4a8.boundaries import Recording
+from w4a8.block_recording import Recording
 from w4a8.cli import progress_bar
 from w4a8.model.parts import TEXT, TRANSFORMER
 from w4a8.model.runs import load_run_pipeline, run_schedule, run_transformer
 from w4a8.passes import StoredPasses, choose_amount
-from w4a8.rounding.end_to_end import WholeModel
+from w4a8.rounding.block_boundaries import BlockBoundaries
+from w4a8.rounding.final_phase import WholeModel
 from w4a8.rounding.jobs import run_jobs, trained_layers
-from w4a8.rounding.run import Rounding
-from w4a8.rounding.samples import patches
+from w4a8.rounding.run import RoundingRun
 from w4a8.rounding.settings import Settings
 from w4a8.rounding.training import Training, grid_slopes
-from w4a8.rounding.walk import Walk
+from w4a8.rounding.training_samples import patches
 
 BLOCKS = [f"mm{index}" for index in range(8)]
 CACHE = ("--num-images", 3, "--stride", 2)
@@ -190,7 +190,7 @@ def rounding_of(folder, settings, unit="block"):
     manifest = read_manifest(folder)
     opened = run_transformer(manifest)
     cache, schedule = read_cache_metadata(folder), run_schedule(manifest)[0]
-    return Rounding(opened, opened(), WeightPaths(folder), cache, schedule, settings, unit, BLOCKS)
+    return RoundingRun(opened, opened(), WeightPaths(folder), cache, schedule, settings, unit, BLOCKS)
 
 
 SETTINGS = Settings(
@@ -222,7 +222,7 @@ def test_a_damaged_boundary_is_made_anew(copy):
     before = folder_bytes(boundary)
     (boundary / "0001_002.npz").write_bytes(b"no")
     (boundary / "0002_000.npz").unlink()
-    again = Walk(rounding.cache, rounding.paths, rounding.plan, 1)
+    again = BlockBoundaries(rounding.cache, rounding.paths, rounding.plan, 1)
     again.samples(rounding.open(), "mm1")
     assert folder_bytes(boundary) == before
 

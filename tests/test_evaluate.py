@@ -14,15 +14,15 @@ from PIL import Image
 from calibration_store.layout import WeightPaths
 from calibration_store.manifest import read_manifest
 from calibration_store.weights import read_quantized_block
+from w4a8.evaluation.drawn_images import plan_evaluation, sample
 from w4a8.evaluation.gate import GateFailure, check_gate
 from w4a8.evaluation.metrics import bootstrap_interval
-from w4a8.evaluation.sampling import plan_run, sample
 from w4a8.evaluation.variants import default_variants, make_variant
 from w4a8.model.catalog import describe_model
 from w4a8.model.layers import model_layers
 from w4a8.model.parts import TRANSFORMER, whole_model
+from w4a8.model.prompt_encoder import PromptEncoder
 from w4a8.model.runs import load_run_pipeline
-from w4a8.model.text import Texts
 from w4a8.quantized.activation_rules import DynamicPerTensor
 from w4a8.quantized.arithmetic import min_max_grid, nearest_codes
 from w4a8.quantized.layer import deployed_grid
@@ -59,7 +59,7 @@ def evaluate(folder, *arguments):
 
 def plan_of(manifest):
     info, fingerprint = describe_model("sd3-emoji"), manifest["weights_fingerprint"]
-    return plan_run(manifest, info, fingerprint, False, ["rocket", "swan"], 3, None, 5, 2)
+    return plan_evaluation(manifest, info, fingerprint, False, ["rocket", "swan"], 3, None, 5, 2)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_original_is_bit_for_bit_the_same_after_every_variant(run, results):
     pipeline = load_run_pipeline(manifest, whole_model("float32"))
     before = [(name, array, np.array(array)) for name, array in tree_flatten(pipeline.mmdit.parameters())]
     plan = plan_of(manifest)
-    texts = Texts(pipeline, plan.prompts, plan.cfg_weight, plan.negative_prompt, None)
+    texts = PromptEncoder(pipeline, plan.prompts, plan.cfg_weight, plan.negative_prompt, None)
     first = sample(pipeline, texts, plan, make_variant("fp", run), NoBar())
     for name in results[1]["variants"]:
         found = sample(pipeline, texts, plan, make_variant(name, run), NoBar())

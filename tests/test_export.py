@@ -19,9 +19,9 @@ from tools.proving import small_disk
 from w4a8.evaluation.variants import make_variant
 from w4a8.model.folder import load_folder_transformer
 from w4a8.model.layers import model_layers
+from w4a8.model.packed import NativeEmbedding, NativeLinear, prefer
+from w4a8.model.prompt_encoder import encode_prompts
 from w4a8.model.sampling import euler_steps, initial_noise
-from w4a8.model.text import encode_prompts
-from w4a8.quantized.native import NativeEmbedding, NativeLinear, prefer
 
 QUANTIZED_LAYERS = 93
 

@@ -17,10 +17,10 @@ from conftest import ROOT, folder_bytes, generate, interruptible, invoke, start
 from PIL import Image
 
 from calibration_store.manifest import run_identity
-from w4a8.cli.prompts import BUILTIN_PROMPTS, draw_builtin_prompts, read_prompt_file
 from w4a8.model.catalog import default_dtype, describe_model
+from w4a8.model.prompt_encoder import encode_prompts
+from w4a8.model.prompts import BUILTIN_PROMPTS, draw_builtin_prompts, read_prompt_file
 from w4a8.model.sampling import decode_latents, euler_steps, initial_noise
-from w4a8.model.text import encode_prompts
 
 SMALL = ["--num-images", 3, "--num-steps", 4]
 

@@ -7,13 +7,13 @@ import pytest
 from diffusionkit.mlx.config import FLUX_SCHNELL
 from mlx.utils import tree_flatten, tree_unflatten
 
-from hooks import BlockHook, LiveHooksError, _HookedLayer, hooked_blocks, hooked_layers
 from w4a8.model.diffusionkit import MMDiT
+from w4a8.model.hooks import BlockHook, LiveHooksError, _HookedLayer, hooked_blocks, hooked_layers
 from w4a8.model.layers import model_blocks, model_layers
 from w4a8.model.modulation import modulation_cache
+from w4a8.model.prompt_encoder import TextConditioning, encode_prompts
 from w4a8.model.replay import Replay
 from w4a8.model.sampling import initial_noise, sigma_schedule
-from w4a8.model.text import TextConditioning, encode_prompts
 from w4a8.statistics.kernels import INPUTS_PER_KERNEL
 from w4a8.statistics.recorders import LazyRecorder, StreamingRecorder
 

@@ -149,7 +149,7 @@ def test_public_functions_are_typed():
 
 FAST_BLAS = """
 import sys, time
-import w4a8.evaluation.sampling
+import w4a8.evaluation.drawn_images
 import mlx.core as mx
 import numpy as np
 
@@ -168,7 +168,7 @@ print(best(lambda: a @ a) / best(lambda: mx.eval(b @ b)))
 
 
 def test_matrix_products_are_fast():
-    """Compare MLX with NumPy. MLX's own BLAS is 60 times slower; w4a8/blas.py replaces it with one that is as fast."""
+    """Compare MLX with NumPy. MLX's own BLAS is 60 times slower; w4a8/backend/blas.py replaces it with one that is as fast."""
     done = subprocess.run([sys.executable, "-c", FAST_BLAS], cwd=ROOT, capture_output=True, text=True, check=True)
     assert float(done.stdout) > 0.1
 

@@ -15,7 +15,7 @@ from calibration_store.errors import UserError
 from w4a8.cli.options import Lora
 from w4a8.model.catalog import BUNDLED_FOLDER, describe_model, model_fingerprint
 from w4a8.model.families import FLUX, SD3
-from w4a8.model.lora import fused
+from w4a8.model.lora import with_loras
 
 HIDDEN, RANK = 8, 2
 MM, UNI = "multimodal_transformer_blocks", "unified_transformer_blocks"
@@ -121,7 +121,7 @@ def test_every_module_of_every_layout_against_float64(sd3, flux, tmp_path, layou
     change = (
         0.5 * (alpha or RANK) / RANK * lora_file(tmp_path / "lora.safetensors", module, rows, columns, layout, alpha)
     )
-    found = fused(weights, family, [Lora(tmp_path / "lora.safetensors", 0.5)])
+    found = with_loras(weights, family, [Lora(tmp_path / "lora.safetensors", 0.5)])
     assert found.keys() == weights.keys()
     for name, array in weights.items():
         place = where.get(name.removesuffix(".weight"))
@@ -138,7 +138,7 @@ def test_every_module_of_every_layout_against_float64(sd3, flux, tmp_path, layou
 ])  # fmt: skip
 def test_diffusers_keeps_scale_before_shift(sd3, tmp_path, module, name):
     change = lora_file(tmp_path / "lora.safetensors", module, 2 * H, H, "diffusers")
-    found = fused(sd3, SD3, [Lora(tmp_path / "lora.safetensors")])[f"{name}.weight"]
+    found = with_loras(sd3, SD3, [Lora(tmp_path / "lora.safetensors")])[f"{name}.weight"]
     expected = np.array(sd3[f"{name}.weight"], np.float64) + np.concatenate([change[H:], change[:H]])
     np.testing.assert_allclose(np.array(found), expected, rtol=1e-5, atol=1e-5)
 
@@ -154,10 +154,10 @@ def test_the_alpha_that_diffusers_notes(sd3, tmp_path, config, factor):
     change = lora_file(path, "transformer_blocks.0.attn.to_q", H, H, "diffusers")
     save_file(load_file(path), path, {"lora_adapter_metadata": json.dumps(config)})
     expected = np.array(sd3[name], np.float64) + factor * change
-    np.testing.assert_allclose(np.array(fused(sd3, SD3, [Lora(path)])[name]), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(np.array(with_loras(sd3, SD3, [Lora(path)])[name]), expected, rtol=1e-5, atol=1e-5)
     save_file(load_file(path), path, {"lora_adapter_metadata": "[]"})
     with pytest.raises(UserError, match="is not the config of an adapter"):
-        fused(sd3, SD3, [Lora(path)])
+        with_loras(sd3, SD3, [Lora(path)])
 
 
 def test_loras_add_up_and_scale_0_changes_nothing(sd3, tmp_path):
@@ -165,11 +165,11 @@ def test_loras_add_up_and_scale_0_changes_nothing(sd3, tmp_path):
     module = "transformer_blocks.0.attn.to_q"
     changes = [lora_file(path, module, H, H, "diffusers", seed=seed) for seed, path in enumerate(files)]
     name = f"{IMAGE}.attn.q_proj.weight"
-    both = fused(sd3, SD3, [Lora(files[0], 2.0), Lora(files[1], -1.0)])[name]
+    both = with_loras(sd3, SD3, [Lora(files[0], 2.0), Lora(files[1], -1.0)])[name]
     expected = np.array(sd3[name], np.float64) + 2 * changes[0] - changes[1]
     np.testing.assert_allclose(np.array(both), expected, rtol=1e-5, atol=1e-5)
     assert both.dtype == mx.float32
-    assert all(array is sd3[key] for key, array in fused(sd3, SD3, [Lora(files[0], 0.0)]).items())
+    assert all(array is sd3[key] for key, array in with_loras(sd3, SD3, [Lora(files[0], 0.0)]).items())
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_loras_add_up_and_scale_0_changes_nothing(sd3, tmp_path):
 def test_what_is_no_lora_of_this_model_is_one_line(sd3, tmp_path, arrays, message):
     save_file({key: np.zeros(shape, np.float32) for key, shape in arrays.items()}, tmp_path / "lora.safetensors")
     with pytest.raises(UserError, match=message) as caught:
-        fused(sd3, SD3, [Lora(tmp_path / "lora.safetensors")])
+        with_loras(sd3, SD3, [Lora(tmp_path / "lora.safetensors")])
     assert "\n" not in str(caught.value)
 
 
@@ -217,7 +217,7 @@ def test_a_lora_of_no_use_is_named_with_its_key(sd3, tmp_path, down, up, alpha, 
     path = tmp_path / "lora.safetensors"
     save_file(arrays | ({} if alpha is None else {f"{TO_K}.alpha": np.asarray(alpha)}), path)
     with pytest.raises(UserError, match=f"--lora {path}: {TO_K}.*{message}") as caught:
-        fused(sd3, SD3, [Lora(path)])
+        with_loras(sd3, SD3, [Lora(path)])
     assert "\n" not in str(caught.value)
 
 

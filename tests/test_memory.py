@@ -16,7 +16,7 @@ from conftest import ROOT, folder_bytes, invoke, memory_limit
 from finished_run import finished_run, one_line
 from mlx.utils import tree_flatten
 
-import w4a8.rounding.samples as samples_module
+import w4a8.rounding.training_samples as samples_module
 from calibration_store.block_cache import read_cache_metadata
 from calibration_store.layout import WeightPaths
 from calibration_store.manifest import read_manifest
@@ -27,13 +27,13 @@ from w4a8.model.catalog import BUNDLED_FOLDER, describe_model
 from w4a8.model.layers import model_layers
 from w4a8.model.loading import load_pipeline
 from w4a8.model.parts import DECODER, TEXT, TRANSFORMER, whole_model
+from w4a8.model.prompt_encoder import PromptEncoder, encode_prompts
 from w4a8.model.runs import run_transformer
-from w4a8.model.text import Texts, encode_prompts
 from w4a8.rounding.jobs import half_alpha
 from w4a8.rounding.kinds import BlockUnit
-from w4a8.rounding.memory import IterationBytes
-from w4a8.rounding.samples import Samples
+from w4a8.rounding.micro_batches import IterationBytes
 from w4a8.rounding.settings import Settings
+from w4a8.rounding.training_samples import Samples
 
 PROMISE = 0.15  # how far the measured peak may be from what the dry run says
 TOOK = re.compile(r"\[took\] [\d.]+ s, (\d+) bytes MLX")
@@ -73,7 +73,7 @@ def test_parts_come_when_they_are_used_and_go():
 @pytest.mark.parametrize("group", [1, 2, None])
 def test_texts_are_those_of_single_prompts_whatever_the_group(emoji, group):
     pipeline, prompts = lazy(), ["rocket", "red heart", "mango", "rocket"]
-    texts = Texts(pipeline, prompts, 4.0, "", group)
+    texts = PromptEncoder(pipeline, prompts, 4.0, "", group)
     pipeline.load(TRANSFORMER)
     for some in (prompts[:1], prompts[:2], prompts[2:]):
         found, expected = texts.of(some), encode_prompts(emoji, some, 4.0)
@@ -159,7 +159,7 @@ def test_how_many_work_side_by_side_changes_nothing_at_all(finished, monkeypatch
     found = {}
     for cores in (1, 2, 3):
         monkeypatch.setattr(blas, "cores", lambda cores=cores: cores)
-        assert parallel.cores() == cores
+        assert parallel.working_cores() == cores
         found[cores] = [np.array(array) for _, array in tree_flatten(list(gradients_of(unit_of(finished, 1), True)))]
     for cores in (2, 3):
         assert all(np.array_equal(a, b) for a, b in zip(found[1], found[cores], strict=True))
@@ -332,7 +332,7 @@ def test_one_thread_is_one_thread():
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="macOS has no affinity")
 def test_threads_follow_the_affinity():
-    code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); import w4a8.parallel as p; print(p.cores())"
+    code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); import w4a8.backend.parallel as p; print(p.working_cores())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "1\n"
 

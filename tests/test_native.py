@@ -1,4 +1,4 @@
-"""w4a8/quantized/native.py: every way of multiplying packed weights, against float64 and against a dense layer."""
+"""w4a8/model/packed.py: every way of multiplying packed weights, against float64 and against a dense layer."""
 
 import itertools
 
@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 
 from calibration_store.model_folder import PACKED_BITS
-from w4a8.quantized.arithmetic import pack_codes
-from w4a8.quantized.layer import Packed, QuantizedLayer
-from w4a8.quantized.native import (
+from w4a8.model.packed import (
     DENSE,
     DEQUANTIZE,
     QUANTIZED,
@@ -24,6 +22,8 @@ from w4a8.quantized.native import (
     prefer,
     resolve,
 )
+from w4a8.quantized.arithmetic import pack_codes
+from w4a8.quantized.layer import Packed, QuantizedLayer
 
 OUT, IN = 48, 192
 SHAPES = ((4, 6, 1, IN), (13, IN), (1, IN))

@@ -29,9 +29,9 @@ from w4a8.quantized.differentiable import (
 )
 from w4a8.quantized.layer import QuantizedLayer, deployed, deployed_grid
 from w4a8.rounding.kinds import BlockUnit
-from w4a8.rounding.samples import Samples
 from w4a8.rounding.settings import EVALUATED, Settings, spread_over
 from w4a8.rounding.training import Training
+from w4a8.rounding.training_samples import Samples
 from w4a8.rounding.units import QuantizedUnit
 
 QUICK = ("--iters", 10, "--batch-size", 2)

@@ -25,11 +25,11 @@ from tools.planting import (
     to_float16,
     weight,
 )
-from w4a8.cli.prompts import draw_builtin_prompts
 from w4a8.model.catalog import BUNDLED_FOLDER, HUB_MODELS, describe_model
 from w4a8.model.loading import load_pipeline, whole_model
+from w4a8.model.prompt_encoder import encode_prompts
+from w4a8.model.prompts import draw_builtin_prompts
 from w4a8.model.sampling import euler_steps, initial_noise
-from w4a8.model.text import encode_prompts
 
 SCRIPT = "tools.plant_outliers"
 SMALL = ("--model", "sd3-emoji", "--seed", 5, "--calibration-images", 8, "--num-images", 2, "--num-steps", 5)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from calibration_store.histograms import histogram_edges, histogram_grid, regrid_histogram
-from w4a8.quantized.ranges import absolute_histogram, histogram_percentile
+from w4a8.analysis.clipping_ranges import absolute_histogram, histogram_percentile
 
 
 def histogram(values, grid):

@@ -12,7 +12,7 @@ from calibration_store.files import write_json
 from calibration_store.histograms import histogram_edges
 from calibration_store.layout import ActivationPaths
 from calibration_store.statistics import write_step
-from w4a8.quantized.ranges import clipping_fraction, unmigrated_clipping_ranges
+from w4a8.analysis.clipping_ranges import clipping_fraction, unmigrated_clipping_ranges
 from w4a8.statistics.kernels import cpu_statistics
 from w4a8.statistics.merge import merge_partials
 from w4a8.statistics.recorders import PassStatistics, partial_arrays

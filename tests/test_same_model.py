@@ -15,7 +15,7 @@ from calibration_store.model_folder import weights_fingerprint
 from w4a8.evaluation.variants import make_variant
 from w4a8.model.catalog import describe_model
 from w4a8.model.loading import load_pipeline, whole_model
-from w4a8.model.text import encode_prompts
+from w4a8.model.prompt_encoder import encode_prompts
 
 
 @pytest.fixture

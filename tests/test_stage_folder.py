@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from calibration_store.errors import StoreError
-from calibration_store.files import TEMP_SUFFIX, matching, write_json
+from calibration_store.files import TEMP_SUFFIX, files_matching, write_json
 from calibration_store.schema import JsonFormat
 from calibration_store.stage_folder import StageFolder
 
@@ -23,7 +23,7 @@ class Paths:
         self.plan = root / "plan.json"
 
     def owned_files(self) -> list[Path]:
-        return matching(self.root, r"plan\.json|done\.json|item_\d\.json")
+        return files_matching(self.root, r"plan\.json|done\.json|item_\d\.json")
 
 
 def stage(root: Path, **flags) -> StageFolder:

@@ -13,11 +13,11 @@ from conftest import ROOT, invoke, memory_limit
 from finished_run import finished_run, one_line
 from safetensors.numpy import save_file
 
+from w4a8.backend.words import format_seconds
 from w4a8.cli.command import LONGEST_LINE, LONGEST_WORD
 from w4a8.cli.command import one_line as as_one_line
-from w4a8.cli.words import format_seconds
 from w4a8.evaluation.gate import ONLY_IMAGES_ARE_EQUAL
-from w4a8.quantized import native
+from w4a8.model import packed as native
 from w4a8.report.tables import print_variants
 
 

@@ -10,7 +10,7 @@ from conftest import folder_bytes, invoke
 from finished_run import finished_run
 from mlx.utils import tree_flatten
 
-import w4a8.rounding.samples as samples_module
+import w4a8.rounding.training_samples as samples_module
 from calibration_store.block_cache import read_cache_metadata
 from calibration_store.layout import WeightPaths
 from calibration_store.manifest import read_manifest
@@ -18,9 +18,9 @@ from w4a8.model.layers import model_blocks, model_layers
 from w4a8.model.parts import TRANSFORMER
 from w4a8.model.runs import load_run_pipeline
 from w4a8.rounding.kinds import BlockUnit
-from w4a8.rounding.samples import Samples
 from w4a8.rounding.settings import Settings
 from w4a8.rounding.training import Training
+from w4a8.rounding.training_samples import Samples
 
 
 @pytest.fixture

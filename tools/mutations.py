@@ -18,8 +18,8 @@ import orjson
 from msgspec import Meta
 from safetensors.numpy import load_file, save_file
 
-from calibration_store.checkpoint import Position
 from calibration_store.npz import write_npz
+from calibration_store.rounding_checkpoint import Position
 from calibration_store.schema import CALIBRATION_RUN, TRAINING_RUN, Record
 from tools.cases import Mutation
 

@@ -47,10 +47,10 @@ def main(
     from mlx.utils import tree_flatten
 
     from tools.planting import observe, plant, real_ratios, report, write_variant
-    from w4a8.cli.prompts import draw_builtin_prompts
     from w4a8.model.catalog import describe_model
     from w4a8.model.loading import load_pipeline, whole_model
-    from w4a8.model.text import check_prompts
+    from w4a8.model.prompt_encoder import check_prompts
+    from w4a8.model.prompts import draw_builtin_prompts
 
     if output.exists() and any(output.iterdir()):
         raise StoreError(f"{output} is not empty: give a new folder")

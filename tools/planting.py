@@ -19,11 +19,11 @@ from safetensors.numpy import save
 from calibration_store.errors import StoreError, WriteError
 from calibration_store.files import atomic_file
 from calibration_store.names import layer_kind, layers_by_kind
-from hooks import hooked_layers
 from w4a8.model.folder import FolderPipeline
+from w4a8.model.hooks import hooked_layers
 from w4a8.model.layers import model_layers
+from w4a8.model.prompt_encoder import encode_prompts
 from w4a8.model.sampling import decode_latents, euler_steps, initial_noise
-from w4a8.model.text import encode_prompts
 
 TABLE = Path(__file__).resolve().parent / "sd3_medium_extremes.json"
 REAL_BLOCKS = (23, 22, 0, 14, 20, 8, 3, 11, 17, 5, 21, 1, 12, 6, 18, 9, 2, 15, 4, 16, 7, 19, 10, 13)  # wild ones early

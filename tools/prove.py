@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from calibration_store.files import atomic_file
 from tools.proving import Proof, bytes_below
-from w4a8.cli import few, format_bytes, progress_bar
+from w4a8.cli import format_bytes, progress_bar, shortened
 
 SD3_MEDIUM = "argmaxinc/mlx-stable-diffusion-3-medium"
 AGAIN = {
@@ -126,7 +126,7 @@ def reliability(kills: int, corruption: int | None, seed: int, output: Path | No
         ("full disk (Linux, root)", disks),
         ("read-only folder (Linux, root)", read_only),
     ):
-        click.echo(f"{what}: {few([name for name, _ in found]) if found else 'not tried'}")
+        click.echo(f"{what}: {shortened([name for name, _ in found]) if found else 'not tried'}")
     click.echo(f"damaged files: {campaign['said'] if campaign else 'not tried'}")
     for what, why in lost:
         click.echo(f"lost: {what}: {why} (seed {seed})", err=True)

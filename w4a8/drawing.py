@@ -15,17 +15,17 @@ from calibration_store.files import write_png
 from calibration_store.layout import DrawingPaths, QuantizedModelPaths
 from calibration_store.pictures import drawing_chunks
 from calibration_store.quantized_model import EXPORT, read_activations
-from w4a8.cli.progress import ProgressBar
+from w4a8.backend.progress import ProgressBar
+from w4a8.evaluation.drawn_images import quantized_steps
 from w4a8.evaluation.metrics import image_metrics
-from w4a8.evaluation.sampling import quantized_steps
 from w4a8.generation import check_guidance, check_latent_size, decoding
 from w4a8.model.catalog import ModelInfo, choose_dtype, model_files
 from w4a8.model.layers import model_layers
 from w4a8.model.loading import check_folder, load_pipeline
-from w4a8.model.needs import needs_of, refuse_too_large
+from w4a8.model.memory_needs import needs_of, refuse_too_large
 from w4a8.model.parts import TRANSFORMER, Pipeline, whole_model
+from w4a8.model.prompt_encoder import PromptEncoder, check_prompts
 from w4a8.model.sampling import check_seeds, decode_latents, euler_steps, initial_noise
-from w4a8.model.text import Texts, check_prompts
 from w4a8.quantized.activation_rules import ActivationRule
 from w4a8.quantized.exported import rule_of_export
 
@@ -116,7 +116,7 @@ def draw(
     images: list[np.ndarray] = []
     needs = needs_of(pipeline, plan.latent_size, plan.batch_size, plan.cfg_weight > 0, plan.num_steps + 1)
     together = refuse_too_large(pipeline, needs, plan.batch_size, ("--batch-size", "--no-t5", "--latent-size"))
-    texts = Texts(pipeline, plan.prompts, plan.cfg_weight, plan.negative_prompt, None)
+    texts = PromptEncoder(pipeline, plan.prompts, plan.cfg_weight, plan.negative_prompt, None)
     texts.of(plan.prompts[:1])
     pipeline.load(TRANSFORMER)
     marks = [time.perf_counter()]

@@ -23,14 +23,14 @@ from calibration_store.manifest import (
 )
 from calibration_store.pictures import picture_chunks
 from calibration_store.samples import is_complete, sample_arrays, sample_bytes, write_sample
-from w4a8.cli.progress import ProgressBar, progress_bar
-from w4a8.cli.ranks import ALONE, Alone
+from w4a8.backend.processes import SINGLE_PROCESS, SingleProcess
+from w4a8.backend.progress import ProgressBar, progress_bar
 from w4a8.model.catalog import ModelInfo, choose_dtype, package_versions
-from w4a8.model.needs import needs_of, refuse_too_large
+from w4a8.model.memory_needs import needs_of, refuse_too_large
 from w4a8.model.parts import DECODER, TRANSFORMER, Pipeline, to_numpy
+from w4a8.model.prompt_encoder import PromptEncoder
 from w4a8.model.runs import run_schedule
 from w4a8.model.sampling import EulerStep, check_seeds, decode_latents, euler_steps, initial_noise
-from w4a8.model.text import Texts
 
 PNG_BYTES_PER_PIXEL = 3  # what an image takes at most
 MANIFEST_BYTES_PER_IMAGE = 400
@@ -210,17 +210,17 @@ def refuse_foreign_pictures(paths: CalibrationPaths, plan: dict[str, Any], compl
             raise StoreError(f"{path}: not written by this stage; move it, or use another --calib-dir")
 
 
-def batches_to_do(plan: dict[str, Any], complete: dict[int, dict], ranks: Alone = ALONE) -> list[list[dict]]:
+def batches_to_do(plan: dict[str, Any], complete: dict[int, dict], ranks: SingleProcess = SINGLE_PROCESS) -> list[list[dict]]:
     """This rank's batches at fixed places in the list: a resumed run samples an image beside the same neighbours."""
     size = plan["batch_size"]
     batches = [plan["images"][start : start + size] for start in range(0, plan["num_images"], size)]
-    mine = [batch for number, batch in enumerate(batches) if ranks.does(number)]
+    mine = [batch for number, batch in enumerate(batches) if ranks.owns(number)]
     return [batch for batch in mine if any(image["image_id"] not in complete for image in batch)]
 
 
 def generate(
-    pipeline: Pipeline, texts: Texts, paths: CalibrationPaths, plan: dict[str, Any], complete: dict[int, dict],
-    together: bool, bar: ProgressBar, ranks: Alone = ALONE,
+    pipeline: Pipeline, texts: PromptEncoder, paths: CalibrationPaths, plan: dict[str, Any], complete: dict[int, dict],
+    together: bool, bar: ProgressBar, ranks: SingleProcess = SINGLE_PROCESS,
 ) -> None:  # fmt: skip
     """Sample every incomplete batch; the manifest lists an image, and `complete` has it, once its files are on the disk.
 
@@ -235,7 +235,7 @@ def generate(
             with steps_bar, closing(sample_batch(pipeline, texts, plan, batch, plan["num_steps"])) as steps:
                 for step in steps:
                     if step.step_index in kept:
-                        write_step(writer, paths, plan, batch, step, complete)
+                        write_latents(writer, paths, plan, batch, step, complete)
                     steps_bar.update(step.step_index > 0)
             if plan["save_images"]:
                 with decoding(pipeline, together):
@@ -245,7 +245,7 @@ def generate(
             complete.update(new)
             if ranks.rank == 0:
                 write_manifest(paths, plan, complete)
-            ranks.count(bar, len(new))
+            ranks.advance(bar, len(new))
     if ranks.size > 1:
         ranks.complete(bar)
         complete.update({image["image_id"]: image for image in plan["images"]})
@@ -255,7 +255,7 @@ def generate(
 
 def prepare(
     pipeline: Pipeline, plan: Mapping[str, Any], batches: Sequence[Sequence[dict]], text_group: int | None
-) -> tuple[Texts, bool]:
+) -> tuple[PromptEncoder, bool]:
     """Read every part once, the first prompts encoded; whether transformer and decoder fit into memory together.
 
     Before anything is deleted or written: what cannot fit, and damaged weights, raise a UserError here.
@@ -263,7 +263,7 @@ def prepare(
     guidance, size = plan["cfg_scale"], plan["batch_size"]
     needs = needs_of(pipeline, plan["latent_size"], size, guidance > 0, plan["num_steps"] + 1)
     together = refuse_too_large(pipeline, needs, size, what_takes_less(plan))
-    texts = Texts(pipeline, prompts_of(batches), guidance, plan["negative_prompt"], text_group)
+    texts = PromptEncoder(pipeline, prompts_of(batches), guidance, plan["negative_prompt"], text_group)
     texts.of(prompts_of(batches[:1]))
     if plan["save_images"]:
         pipeline.load(DECODER)
@@ -297,7 +297,7 @@ def bytes_to_do(plan: dict[str, Any], info: ModelInfo, missing: int) -> tuple[in
 
 
 def sample_batch(
-    pipeline: Pipeline, texts: Texts, plan: dict[str, Any], batch: list[dict], num_steps: int
+    pipeline: Pipeline, texts: PromptEncoder, plan: dict[str, Any], batch: list[dict], num_steps: int
 ) -> Iterator[EulerStep]:
     """The Euler steps of one batch of images, as a generator.
 
@@ -311,7 +311,7 @@ def sample_batch(
     return euler_steps(pipeline, text, noise, num_steps, cfg_weight)
 
 
-def write_step(
+def write_latents(
     writer: BackgroundWriter, paths: CalibrationPaths, plan: Mapping[str, Any], batch: list[dict], step: EulerStep,
     complete: Container[int],
 ) -> None:  # fmt: skip
@@ -354,7 +354,7 @@ def prompts_of(batches: Sequence[Sequence[dict]]) -> list[str]:
 
 
 def probe_seconds(
-    pipeline: Pipeline, texts: Texts, plan: dict[str, Any], batches: list[list[dict]], together: bool
+    pipeline: Pipeline, texts: PromptEncoder, plan: dict[str, Any], batches: list[list[dict]], together: bool
 ) -> float:
     """Seconds that `batches` will take, from a short run of the first one: set-up, two steps, one decoded image."""
     if not batches:

@@ -17,16 +17,16 @@ from calibration_store.errors import OptionError
 from calibration_store.layout import CalibrationPaths
 from calibration_store.manifest import run_identity, select_images, select_steps
 from calibration_store.samples import read_sample
-from w4a8.cli.words import few
-from w4a8.model.needs import config_of, needs_of, refuse_too_large
+from w4a8.backend.parallel import threads_for
+from w4a8.backend.words import shortened
+from w4a8.model.memory_needs import config_of, needs_of, refuse_too_large
 from w4a8.model.parts import Pipeline
+from w4a8.model.prompt_encoder import PromptEncoder, TextConditioning, text_tokens
 from w4a8.model.replay import Replay, modulated, replaying
 from w4a8.model.runs import run_schedule
-from w4a8.model.text import TextConditioning, Texts, text_tokens
-from w4a8.parallel import threads_for
 
-Result = TypeVar("Result")
-Place = tuple[int, int]  # (image_id, step_index)
+_Result = TypeVar("_Result")
+SampleId = tuple[int, int]  # (image_id, step_index)
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,14 @@ class Pass:
 
 
 @dataclass(frozen=True)
-class Batch:
+class PassBatch:
     """Several samples in one pass, of any images and steps: row r·samples + i of its arrays is of sample i.
 
     Its figures differ from those of each sample's own pass by float noise.
     """
 
     pipeline: Pipeline
-    places: Sequence[Place]
+    places: Sequence[SampleId]
     samples: Sequence[Mapping[str, np.ndarray]]
     text: TextConditioning
 
@@ -119,11 +119,11 @@ class StoredPasses:
         self.texts.of([self.images[0]["prompt"]])
 
     @cached_property
-    def texts(self) -> Texts:
+    def texts(self) -> PromptEncoder:
         manifest, prompts = self.manifest, [image["prompt"] for image in self.images]
-        return Texts(self.pipeline, prompts, manifest["cfg_scale"], manifest["negative_prompt"], self.text_group)
+        return PromptEncoder(self.pipeline, prompts, manifest["cfg_scale"], manifest["negative_prompt"], self.text_group)
 
-    def over(self, places: Sequence[Place]) -> Iterator[Pass]:
+    def over(self, places: Sequence[SampleId]) -> Iterator[Pass]:
         """A pass for every place (ordered by image). Hooks go inside the loop; close the iterator when you leave early."""
         images = {image["image_id"]: image for image in self.images}
         schedule, paths = run_schedule(self.manifest), CalibrationPaths(self.calib_dir)
@@ -147,16 +147,16 @@ class StoredPasses:
         rows = 2 if self.manifest["cfg_scale"] > 0 else 1
         return max(1, min(MOST_AT_ONCE, LAUNCH_BOUND // (rows * tokens * config.hidden_size)))
 
-    def batches(self, places: Sequence[Place], size: int) -> Iterator[Batch]:
+    def batches(self, places: Sequence[SampleId], size: int) -> Iterator[PassBatch]:
         """Passes over so many places at once, which need not be of one image."""
         prompts = {image["image_id"]: image["prompt"] for image in self.images}
         schedule, paths = run_schedule(self.manifest), CalibrationPaths(self.calib_dir)
         for start in range(0, len(places), size):
             chosen = places[start : start + size]
             samples = [read_sample(paths, self.manifest, *place, schedule) for place in chosen]
-            yield Batch(self.pipeline, chosen, samples, self.texts.of([prompts[image_id] for image_id, _ in chosen]))
+            yield PassBatch(self.pipeline, chosen, samples, self.texts.of([prompts[image_id] for image_id, _ in chosen]))
 
-    def probe(self, step: int, work: Callable[[Pass], Result]) -> tuple[float, Result]:
+    def probe(self, step: int, work: Callable[[Pass], _Result]) -> tuple[float, _Result]:
         """Seconds of `work` on the first image's pass at a step (the second of two times), and what it gave."""
         with closing(self.over([(self.images[0]["image_id"], step)])) as passes:
             first = next(passes)
@@ -202,7 +202,7 @@ def chosen_steps(manifest: Mapping[str, Any], text: str | None) -> list[int] | N
     lacking = sorted(found - set(saved))
     if lacking or not found:
         raise OptionError(
-            f"--steps {text}: step {lacking[0] if lacking else '?'} was not saved; there are {few(saved)}"
+            f"--steps {text}: step {lacking[0] if lacking else '?'} was not saved; there are {shortened(saved)}"
         )
     return sorted(found)
 
@@ -234,6 +234,6 @@ def choose_amount(
     return num_images, stride
 
 
-def places_of(plan: Mapping[str, Any]) -> list[Place]:
+def places_of(plan: Mapping[str, Any]) -> list[SampleId]:
     """Every (image_id, step) of a plan, image by image."""
     return [(image_id, step) for image_id in plan["selected_image_ids"] for step in plan["key_timesteps"]]

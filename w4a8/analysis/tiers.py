@@ -11,9 +11,9 @@ from calibration_store.errors import OptionError, StoreError
 from calibration_store.names import layer_kind
 from calibration_store.sensitivity import input_gain
 from calibration_store.statistics import ActivationStatistics, LayerStatistics
-from w4a8.analysis.allocation import allocate
+from w4a8.analysis.bit_allocation import allocate
+from w4a8.analysis.clipping_ranges import expected_sqnrs, mean_square, unmigrated_clipping_ranges
 from w4a8.analysis.w4a8_config import DEAD_SCALE
-from w4a8.quantized.ranges import expected_sqnrs, mean_square, unmigrated_clipping_ranges
 
 TIERS = (4, 6, 8)
 
@@ -32,7 +32,7 @@ class Decision:
     reason: str = ""
 
 
-def measure(layer: LayerStatistics, with_sqnr: bool) -> Decision:
+def measure_layer(layer: LayerStatistics, with_sqnr: bool) -> Decision:
     """A layer's ranges at one step, and its expected SQNR at every tier. Raises ValueError without a histogram."""
     shift = None if layer.shift is None else np.array(layer.shift, np.float32)
     shifted_scale = None if shift is None else float(layer.reach().max()) or DEAD_SCALE
@@ -55,7 +55,7 @@ def measure_steps(statistics: ActivationStatistics, with_sqnr: bool) -> dict[str
         for name, layer in statistics.read_step(key).items():
             same_input = (layer.avg_min.tobytes(), layer.avg_max.tobytes())  # q, k and v of a stream share theirs
             try:
-                seen[same_input] = seen.get(same_input) or measure(layer, with_sqnr)
+                seen[same_input] = seen.get(same_input) or measure_layer(layer, with_sqnr)
                 steps[key][name] = replace(seen[same_input])
             except ValueError as error:
                 raise StoreError(f"{statistics.timestep_dir}/step_{key}.npz: {name}: {error}") from None
@@ -104,7 +104,7 @@ def decide_by_average(decisions: list[Decision], average_bits: float, gains: Seq
     return gap
 
 
-def config_steps(steps: dict[str, dict[str, Decision]]) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
+def tier_config_steps(steps: dict[str, dict[str, Decision]]) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
     """`per_timestep` of the config, a step at a time."""
     for key, layers in steps.items():
         entries = {}
@@ -118,7 +118,7 @@ def config_steps(steps: dict[str, dict[str, Decision]]) -> Iterator[tuple[str, d
         yield key, entries
 
 
-def temporal_analysis(steps: dict[str, dict[str, Decision]]) -> dict[str, dict[str, Any]]:
+def tier_temporal_analysis(steps: dict[str, dict[str, Decision]]) -> dict[str, dict[str, Any]]:
     """Per layer: how many steps have which bits, and the steps at which they change."""
     layers: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(name for step in steps.values() for name in step):
@@ -132,7 +132,7 @@ def temporal_analysis(steps: dict[str, dict[str, Decision]]) -> dict[str, dict[s
     return layers
 
 
-def summarize(steps: dict[str, dict[str, Decision]], temporal: dict[str, dict]) -> dict[str, Any]:
+def summarize_tiers(steps: dict[str, dict[str, Decision]], temporal: dict[str, dict]) -> dict[str, Any]:
     """The config's `summary`: average bits, shares by kind of layer and third of the schedule, what switches."""
     rows: dict[str, list[int]] = {}
     for position, layers in enumerate(steps.values()):

@@ -8,7 +8,7 @@ import numpy as np
 
 from calibration_store.errors import StoreError
 from calibration_store.statistics import ActivationStatistics, LayerStatistics
-from w4a8.quantized.ranges import (
+from w4a8.analysis.clipping_ranges import (
     absolute_histogram,
     centred_histogram,
     channel_clipping_range,

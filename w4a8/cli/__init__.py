@@ -1,7 +1,10 @@
 """What the stages' command lines share. No NumPy: `--help` is fast."""
 
 from calibration_store.sizes import format_bytes
-from w4a8.cli.command import Interrupted, StageCommand, finishing, interruptible, stage_command
+from w4a8.backend.interrupts import finishing
+from w4a8.backend.progress import progress_bar
+from w4a8.backend.words import format_seconds, interpreter, shortened
+from w4a8.cli.command import Interrupted, StageCommand, interruptible, stage_command
 from w4a8.cli.options import (
     COUNT,
     DECIBELS,
@@ -11,20 +14,18 @@ from w4a8.cli.options import (
     SEED,
     SIDE,
     STEPS,
-    ModelPlace,
     analysis_options,
     calib_dir_option,
     lora_option,
     max_bytes_option,
-    model_place_options,
+    model_location_options,
     native_option,
     resume_options,
     scale_is_option,
     text_group_option,
 )
-from w4a8.cli.progress import progress_bar
 from w4a8.cli.rounding_options import rounding_options
-from w4a8.cli.words import few, format_seconds, interpreter
+from w4a8.model.location import ModelLocation
 
 __all__ = [
     "COUNT",
@@ -36,11 +37,10 @@ __all__ = [
     "SIDE",
     "STEPS",
     "Interrupted",
-    "ModelPlace",
+    "ModelLocation",
     "StageCommand",
     "analysis_options",
     "calib_dir_option",
-    "few",
     "finishing",
     "format_bytes",
     "format_seconds",
@@ -48,12 +48,13 @@ __all__ = [
     "interruptible",
     "lora_option",
     "max_bytes_option",
-    "model_place_options",
+    "model_location_options",
     "native_option",
     "progress_bar",
     "resume_options",
     "rounding_options",
     "scale_is_option",
+    "shortened",
     "stage_command",
     "text_group_option",
 ]

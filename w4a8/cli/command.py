@@ -1,6 +1,5 @@
 """A stage's command: one-line errors, and what Ctrl-C does."""
 
-import atexit
 import codecs
 import contextlib
 import errno
@@ -8,19 +7,18 @@ import io
 import math
 import os
 import shlex
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, NoReturn
+from types import TracebackType
+from typing import Any
 
 import click
 
 from calibration_store.errors import UserError
-from w4a8.cli.ranks import ended, silenced, who
-from w4a8.cli.words import interpreter
+from w4a8.backend.interrupts import ctrl_c_handled, end_process
+from w4a8.backend.processes import end_processes, only_rank_0_speaks, rank_prefix
+from w4a8.backend.words import interpreter
 
 
 class StageCommand(click.Command):
@@ -39,7 +37,7 @@ class StageCommand(click.Command):
         """Run the command, say its error, wait for MLX."""
         said = None
         try:
-            with silenced(Path(sys.argv[0]).name):
+            with only_rank_0_speaks(Path(sys.argv[0]).name):
                 code = super().main(*args, standalone_mode=False, **kwargs)
         except (UserError, click.ClickException) as error:
             message = error.message if isinstance(error, UserError) else error.format_message()
@@ -48,8 +46,8 @@ class StageCommand(click.Command):
             said, code = "Interrupted.", 130
         except OutputError as error:
             said, code = f"Error: {error}", 1
-        if ended(said) and said is not None:
-            say(who() + said)
+        if end_processes(said) and said is not None:
+            say(rank_prefix() + said)
         if "mlx.core" in sys.modules:
             sys.modules["mlx.core"].synchronize()  # what an interrupted pass left running ends before the process
         return code if isinstance(code, int) else 0
@@ -166,72 +164,12 @@ def open_standard_streams() -> None:
             setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115  (as long as the process)
 
 
-class Interrupted(UserError):
-    """Ctrl-C, with a message that says what was left and how to go on."""
-
-    exit_code = 130
 
 
-@contextlib.contextmanager
-def ctrl_c_handled() -> Iterator[None]:
-    """Use CtrlC in place of Python's own handler; one that somebody else set, and `nohup`'s SIG_IGN, are left alone.
-
-    After an interrupt the handler stays: the process is about to end, and a second Ctrl-C may come until it has.
-    """
-    on_main_thread = threading.current_thread() is threading.main_thread()
-    if not on_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
-    handler = CtrlC()
-    signal.signal(signal.SIGINT, handler)
-    atexit.unregister(ignore_ctrl_c)
-    atexit.register(ignore_ctrl_c)
-    try:
-        yield
-    finally:
-        if not handler.interrupted:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-class CtrlC:
-    """The handler of SIGINT: the first one raises KeyboardInterrupt, the next ends the process at once.
-
-    The first one, too, while a module is imported, for imports lose exceptions: NumPy calls its installation broken, or
-    crashes. While something is being finished (`finishing`) the first one is only noted.
-    """
-
-    def __init__(self):
-        self.interrupted, self.finishing = False, None
-
-    def __call__(self, signum: int, frame: FrameType | None) -> None:
-        if self.interrupted:
-            end_process("Interrupted again: ended at once.")
-        if importing(frame):
-            end_process("Interrupted.")
-        self.interrupted = True
-        if self.finishing is None:
-            raise KeyboardInterrupt
-        with contextlib.suppress(OSError):
-            os.write(2, f"\nfinishing {self.finishing}; Ctrl-C again ends at once\n".encode())
 
 
-@contextlib.contextmanager
-def finishing(what: str) -> Iterator[Callable[[], bool]]:
-    """Let Ctrl-C wait in the block, whose end raises KeyboardInterrupt then.
-
-    Yields a function that says whether it came: who asks saves, and raises KeyboardInterrupt at once.
-    """
-    handler = signal.getsignal(signal.SIGINT)
-    if not isinstance(handler, CtrlC):
-        yield lambda: False
-        return
-    handler.finishing = what
-    try:
-        yield lambda: handler.interrupted
-    finally:
-        handler.finishing = None
-    if handler.interrupted:
-        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
@@ -243,25 +181,10 @@ def without_empty_line() -> Iterator[None]:
         raise click.Abort from None
 
 
-def importing(frame: FrameType | None) -> bool:
-    """Whether `frame` runs below an import statement."""
-    while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib."):
-            return True
-        frame = frame.f_back
-    return False
 
 
-def end_process(message: str) -> NoReturn:
-    """Leave with one line and exit code 130, whatever is going on. Files are written atomically: none is left half."""
-    with contextlib.suppress(OSError):  # nobody reads stderr any more
-        os.write(2, f"\n{message}\n".encode() if os.isatty(2) else f"{message}\n".encode())  # below a progress bar
-    os._exit(130)
 
 
-def ignore_ctrl_c() -> None:
-    """At exit: all is said and done, and Python would print what an interrupt breaks while it takes itself apart."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def end_on_ctrl_c(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -290,6 +213,16 @@ def replace_what_cannot_be_encoded(stream: Any) -> None:
     if isinstance(stream, io.TextIOWrapper):
         is_ascii = codecs.lookup(stream.encoding).name == "ascii"
         stream.reconfigure(encoding="plain_ascii" if is_ascii else None, errors="replace")
+
+
+
+
+
+
+class Interrupted(UserError):
+    """Ctrl-C, with a message that says what was left and how to go on."""
+
+    exit_code = 130
 
 
 @contextlib.contextmanager

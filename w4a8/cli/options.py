@@ -5,7 +5,6 @@ import math
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -22,6 +21,7 @@ from calibration_store.limits import (
     MOST_SIDE,
     MOST_STEPS,
 )
+from w4a8.model.location import Lora, ModelLocation
 
 # click takes exactly the numbers that the files can hold, so that every noted option is read back.
 COUNT = click.IntRange(1, MOST)
@@ -57,12 +57,6 @@ def calib_dir_option(function: Callable) -> Callable:
     )(function)
 
 
-@dataclass(frozen=True)
-class Lora:
-    """`--lora FILE[:scale]`."""
-
-    file: Path
-    scale: float = 1.0
 
 
 class LoraFile(click.ParamType):
@@ -95,20 +89,12 @@ def lora_option(function: Callable, now: bool = False) -> Callable:
     return click.option("--lora", "loras", type=LoraFile(), multiple=True, help=where if now else what)(function)
 
 
-@dataclass(frozen=True)
-class ModelPlace:
-    """Where a calibration run's model is now; what is not given is where it was."""
-
-    model: str | None = None
-    local_checkpoint: Path | None = None
-    loras: tuple[Lora, ...] = ()
 
 
-WHERE_IT_WAS = ModelPlace()
 
 
-def model_place_options(function: Callable, another: bool = False) -> Callable:
-    """`--model`, `--local-checkpoint` and `--lora`, given on as `place`: where the calibration run's model is now.
+def model_location_options(function: Callable, another: bool = False) -> Callable:
+    """`--model`, `--local-checkpoint` and `--lora`, given on as `location`: where the calibration run's model is now.
 
     another: --model may name another one.
     """
@@ -117,7 +103,7 @@ def model_place_options(function: Callable, another: bool = False) -> Callable:
 
     @functools.wraps(function)
     def placed(*args, model: str | None, local_checkpoint: Path | None, loras: tuple[Lora, ...], **kwargs):
-        return function(*args, place=ModelPlace(model, local_checkpoint, loras), **kwargs)
+        return function(*args, location=ModelLocation(model, local_checkpoint, loras), **kwargs)
 
     placed = lora_option(placed, now=True)
     for decorator in (

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from w4a8.parallel import on_every_core
+from w4a8.backend.parallel import on_every_core
 
 LOW_PSNR, HIGH_PSNR = 30.0, 40.0  # dB: images below, and from here on, are counted
 FLIP_INSTALLED = importlib.util.find_spec("flip_evaluator") is not None  # no wheel for Linux on ARM
@@ -71,10 +71,10 @@ def describe_variant(
         "share_below_30_db": float((psnr < LOW_PSNR).mean()),
         "equal_images": int(np.isinf(psnr).sum()),
         "step_error": {"mean": errors.mean(axis=0).tolist(), "worst": errors.max(axis=0).tolist()},
-        "max_step_error": finite(errors.mean(axis=0).max()),
-        "worst_prompts": [{"prompt": prompts[i], "seed": seed + int(i), "psnr": finite(psnr[i])} for i in order[:3]],
+        "max_step_error": finite_or_none(errors.mean(axis=0).max()),
+        "worst_prompts": [{"prompt": prompts[i], "seed": seed + int(i), "psnr": finite_or_none(psnr[i])} for i in order[:3]],
         "images": [
-            {"prompt": p, "psnr": finite(a), "ssim": float(b), "flip": finite(c)}
+            {"prompt": p, "psnr": finite_or_none(a), "ssim": float(b), "flip": finite_or_none(c)}
             for p, a, b, c in zip(prompts, psnr, ssim, flip, strict=True)
         ],
         "worst_image": int(order[0]),
@@ -86,9 +86,9 @@ def summary(values: np.ndarray, sign: int = 1) -> dict[str, float | None]:
     if not values.size:
         return dict.fromkeys(("mean", "median", "worst"))
     found = {"mean": values.mean(), "median": np.median(values), "worst": values.min()}
-    return {name: finite(sign * value) for name, value in found.items()}
+    return {name: finite_or_none(sign * value) for name, value in found.items()}
 
 
-def finite(value: float) -> float | None:
+def finite_or_none(value: float) -> float | None:
     """JSON has no infinity: None."""
     return float(value) if math.isfinite(value) else None

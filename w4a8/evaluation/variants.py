@@ -16,20 +16,20 @@ from w4a8.model.layers import Layer
 from w4a8.model.parts import Pipeline
 from w4a8.quantized.activation_rules import RULES, ActivationRule, rule_of
 from w4a8.quantized.exported import ExportedWeights
-from w4a8.quantized.model import NearestWeights, Rest, StoredWeights, Weights
+from w4a8.quantized.model import NearestWeights, OtherLayers, StoredWeights, Weights
 
 WEIGHT_PART = re.compile(
     r"w(?P<bits>[2-68])-(?:(?P<method>adaround)|(?P<nearest>rtn)(?:-g(?P<group>0|32|64|128))?)(?:-(?P<rest>r8|all))?"
 )
-REST = {None: None, "r8": Rest(8), "all": Rest(4, all_linears=True)}
-NATIVE = "native"
+REST = {None: None, "r8": OtherLayers(8), "all": OtherLayers(4, all_linears=True)}
+NATIVE_VARIANT = "native"
 DEFAULT_GROUP_SIZE = 64
 WEIGHT_VOCABULARY = (
     "w4-adaround, w4-rtn, w4-rtn-g0 (2, 3, 4, 5, 6 or 8 bits, groups of 32, 64, 128 or 0: what MLX runs natively), the same with "
     "-r8 (adaLN and embedders at 8 bits) or -all (every linear layer at 4)"
 )
-VOCABULARY = (
-    f"fp, {WEIGHT_VOCABULARY}, {NATIVE} (the folder that export_quantized_model.py wrote), "
+VARIANT_WORDS = (
+    f"fp, {WEIGHT_VOCABULARY}, {NATIVE_VARIANT} (the folder that export_quantized_model.py wrote), "
     f"{', '.join(rule.spelled for rule in RULES)}, and products such as w4-adaround+a8"
 )
 
@@ -88,9 +88,9 @@ def make_variant(name: str, calib_dir: Path, scale_is: str | None = None) -> Var
         elif found_rule and rule_part is None:
             rule_part = found_rule
         else:
-            near = difflib.get_close_matches(part, ("fp", NATIVE, "w4-adaround", "w4-rtn", *(rule.spelled.split()[0] for rule in RULES)), 1)  # fmt: skip
+            near = difflib.get_close_matches(part, ("fp", NATIVE_VARIANT, "w4-adaround", "w4-rtn", *(rule.spelled.split()[0] for rule in RULES)), 1)  # fmt: skip
             meant = f" (did you mean {near[0]}?)" if near and near[0] != part else ""
-            raise OptionError(f"--variants: {name!r} is not known{meant}; there are {VOCABULARY}")
+            raise OptionError(f"--variants: {name!r} is not known{meant}; there are {VARIANT_WORDS}")
     weights = make_weights(name, weight_part, calib_dir) if weight_part else None
     rule = None
     if rule_part is not None:
@@ -100,12 +100,12 @@ def make_variant(name: str, calib_dir: Path, scale_is: str | None = None) -> Var
 
 
 def is_weight_part(part: str) -> bool:
-    return part == NATIVE or WEIGHT_PART.fullmatch(part) is not None
+    return part == NATIVE_VARIANT or WEIGHT_PART.fullmatch(part) is not None
 
 
 def make_weights(variant: str, part: str, calib_dir: Path) -> Weights:
     """The weights of a variant's weight part. Without a group of its own nearest rounding has the learned weights'."""
-    if part == NATIVE:
+    if part == NATIVE_VARIANT:
         return ExportedWeights(calib_dir)
     found = WEIGHT_PART.fullmatch(part).groupdict()
     bits, rest = int(found["bits"]), REST[found["rest"]]
@@ -132,7 +132,7 @@ def export_variant(
         weights = f"w{WEIGHTS_METADATA.read(learned)['weight_bits']}-adaround"
     if rest_bits != 16 and all_linears:
         raise OptionError("--all-linears and --rest-bits exclude each other: the former has 4 bits everywhere")
-    if weights == NATIVE or not is_weight_part(weights) or WEIGHT_PART.fullmatch(weights)["rest"]:
+    if weights == NATIVE_VARIANT or not is_weight_part(weights) or WEIGHT_PART.fullmatch(weights)["rest"]:
         raise OptionError(
             f"--weights {weights}: not known; there are w4-adaround, w4-rtn, w4-rtn-g32 and other bits and groups"
         )
@@ -156,7 +156,7 @@ def default_variants(calib_dir: Path) -> list[str]:
     bits = WEIGHTS_METADATA.read(learned)["weight_bits"] if learned.exists() else 4
     weights = [f"w{bits}-rtn", *([f"w{bits}-adaround"] if learned.exists() else [])]
     if QuantizedModelPaths.below(calib_dir).config.exists():
-        weights.append(NATIVE)
+        weights.append(NATIVE_VARIANT)
     activations = (
         ["a8", *(f"{name}+a8" for name in weights[1:2] if learned.exists())] if configs.quant_config.exists() else []
     )

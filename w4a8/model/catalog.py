@@ -20,7 +20,6 @@ from calibration_store.model_folder import (
     read_model_config,
     weights_fingerprint,
 )
-from w4a8.cli.options import Lora
 from w4a8.model.diffusionkit import (
     HEIGHT,
     HUB_MMDIT_CONFIGS,
@@ -34,6 +33,7 @@ from w4a8.model.diffusionkit import (
     hf_hub_download,
 )
 from w4a8.model.families import Family, family_of
+from w4a8.model.location import Lora
 
 BUNDLED_FOLDER = Path(__file__).resolve().parents[2] / "models" / BUNDLED_MODEL
 HUB_MODELS = tuple(key for key in MMDIT_CKPT if "4bit" not in key)

@@ -6,8 +6,8 @@ need not be installed. What DiffusionKit takes from transformers, T5's config an
 
 import logging
 
+from w4a8.backend.lazy_imports import deferred
 from w4a8.model import t5
-from w4a8.model.deferred import deferred
 
 with deferred("coremltools", "torch", transformers=t5):
     from diffusionkit.mlx import (

@@ -16,7 +16,6 @@ from calibration_store.model_folder import (
     read_tokenizer_files,
     weight_file,
 )
-from w4a8.cli.options import Lora
 from w4a8.model.catalog import ModelError, ModelInfo
 from w4a8.model.diffusionkit import (
     HUB_MMDIT_CONFIGS,
@@ -27,8 +26,9 @@ from w4a8.model.diffusionkit import (
     Tokenizer,
     VAEDecoder,
 )
+from w4a8.model.location import Lora
+from w4a8.model.packed import get_ready
 from w4a8.model.parts import TEXT, TRANSFORMER, Parts, Pipeline, cast, load_weights
-from w4a8.quantized.native import get_ready
 
 
 class FolderPipeline(Pipeline):

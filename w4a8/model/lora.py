@@ -15,10 +15,10 @@ from safetensors import safe_open
 
 from calibration_store.errors import UserError
 from calibration_store.model_folder import check_weight_file
-from w4a8.cli.options import Lora
-from w4a8.cli.words import few
-from w4a8.model.checkpoints import original_place
+from w4a8.backend.words import shortened
 from w4a8.model.families import SD3, Family
+from w4a8.model.location import Lora
+from w4a8.model.original_checkpoint import checkpoint_slice
 
 PREFIX = re.compile(
     r"^(?:base_model\.model\.|model\.diffusion_model\.|diffusion_model\.|transformer\.|lora_(?:unet|transformer)_)*"
@@ -72,7 +72,7 @@ class Target:
     swapped: bool = False  # diffusers keeps (scale, shift) where the original has (shift, scale)
 
 
-def fused(weights: Mapping[str, mx.array], family: Family, loras: Sequence[Lora]) -> dict[str, mx.array]:
+def with_loras(weights: Mapping[str, mx.array], family: Family, loras: Sequence[Lora]) -> dict[str, mx.array]:
     """The weights with these LoRAs, changed ones float32, lazily; weights: under DiffusionKit's names.
 
     Raises UserError for a file that is no LoRA of this model, and lists the keys that are none of its layers'.
@@ -85,7 +85,7 @@ def fused(weights: Mapping[str, mx.array], family: Family, loras: Sequence[Lora]
         if unknown:
             raise UserError(
                 f"--lora {lora.file}: {len(unknown)} of its keys are no layer of this model's transformer "
-                f"({few(unknown)}); text encoders' LoRAs, LoHa, LoKr and DoRA are not supported"
+                f"({shortened(unknown)}); text encoders' LoRAs, LoHa, LoKr and DoRA are not supported"
             )
         for module, parts in modules.items():
             down, up = parts.get("A"), parts.get("B")
@@ -174,7 +174,7 @@ def targets_of(weights: Mapping[str, mx.array], family: Family) -> dict[str, lis
         path = name.removesuffix(".weight")
         if path == name or array.size != array.shape[0] * array.shape[-1] or array.ndim == 1 or "pos_embed" in name:
             continue
-        place = original_place(family, name, hidden)
+        place = checkpoint_slice(family, name, hidden)
         module = place.key.removesuffix(".weight").translate(FLAT)
         found.setdefault(module, []).append(Target(name, place.row, place.column))
         theirs = path

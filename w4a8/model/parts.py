@@ -13,7 +13,6 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from calibration_store.model_folder import check_weight_file
-from w4a8.cli.options import Lora
 from w4a8.model.catalog import ModelError, ModelInfo
 from w4a8.model.diffusionkit import (
     CLIPTextModel,
@@ -27,9 +26,10 @@ from w4a8.model.diffusionkit import (
     VAEDecoder,
 )
 from w4a8.model.families import SD3
-from w4a8.model.lora import fused
+from w4a8.model.location import Lora
+from w4a8.model.lora import with_loras
+from w4a8.model.packed import adopt
 from w4a8.model.t5 import T5Encoder
-from w4a8.quantized.native import adopt
 
 TRANSFORMER, TEXT, DECODER = "transformer", "text encoders", "VAE decoder"
 Parts = Mapping[str, str]  # part -> "float16" ("bfloat16" where that is the model's) or "float32"
@@ -141,7 +141,7 @@ def load_weights(
                 class_predicate=lambda name, module: quantization.get(name, f"{name}.scales" in scales),
             )  # fmt: skip
             adopt(model)
-        weights = fused(weights, SD3, loras)
+        weights = with_loras(weights, SD3, loras)
         model.load_weights([(key, cast(weights.pop(key), dtype)) for key in list(weights)])
     except (RuntimeError, ValueError) as error:
         raise ModelError(f"cannot load {path}: {' '.join(str(error).split())[:200]}") from None

@@ -11,7 +11,7 @@ import numpy as np
 from w4a8.model.layers import model_blocks
 from w4a8.model.modulation import modulation_cache
 from w4a8.model.parts import Pipeline
-from w4a8.model.text import TextConditioning, Texts, encode_prompts
+from w4a8.model.prompt_encoder import PromptEncoder, TextConditioning, encode_prompts
 
 
 class Replay:
@@ -45,7 +45,7 @@ class Replay:
 
 @contextlib.contextmanager
 def replaying(
-    pipeline: Pipeline, image: dict[str, Any], timesteps: Sequence[np.ndarray], texts: Texts | None = None
+    pipeline: Pipeline, image: dict[str, Any], timesteps: Sequence[np.ndarray], texts: PromptEncoder | None = None
 ) -> Iterator[Replay]:
     """Replay `image` (an entry of the manifest) with its own prompt and guidance: R = 2 rows with guidance
     (conditional, unconditional), else 1.

@@ -8,22 +8,22 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_map
 
-from w4a8.cli.options import WHERE_IT_WAS, Lora, ModelPlace
 from w4a8.model.catalog import ModelError, ModelInfo, describe_model, model_fingerprint
 from w4a8.model.diffusionkit import DiffusionPipeline, MMDiT
 from w4a8.model.families import FAMILIES, SD3
 from w4a8.model.layers import note_latent_size
 from w4a8.model.loading import check_folder, load_pipeline
+from w4a8.model.location import UNCHANGED_LOCATION, Lora, ModelLocation
 from w4a8.model.parts import TEXT, TRANSFORMER, Parts, Pipeline
-from w4a8.model.text import check_prompts
+from w4a8.model.prompt_encoder import check_prompts
 from w4a8.model.transformer import open_transformer
 
 
-def describe_run_model(manifest: dict[str, Any], place: ModelPlace = WHERE_IT_WAS) -> tuple[ModelInfo, Path | None]:
+def describe_run_model(manifest: dict[str, Any], location: ModelLocation = UNCHANGED_LOCATION) -> tuple[ModelInfo, Path | None]:
     """Where a calibration run's model is: as the manifest says, or where the options say it is now."""
-    model, local_checkpoint = place.model, place.local_checkpoint
+    model, local_checkpoint = location.model, location.local_checkpoint
     same = model in (None, manifest["model_version"])
-    loras = place.loras or (noted_loras(manifest) if same else ())
+    loras = location.loras or (noted_loras(manifest) if same else ())
     noted = manifest.get("local_checkpoint") if same else None
     checkpoint = local_checkpoint or (Path(noted) if noted else None)
     if checkpoint is not None and not os.path.isfile(checkpoint):
@@ -52,13 +52,13 @@ def noted_loras(manifest: dict[str, Any]) -> tuple[Lora, ...]:
     return loras
 
 
-def load_run_pipeline(manifest: dict[str, Any], parts: Parts, place: ModelPlace = WHERE_IT_WAS) -> Pipeline:
+def load_run_pipeline(manifest: dict[str, Any], parts: Parts, location: ModelLocation = UNCHANGED_LOCATION) -> Pipeline:
     """The asked parts of a calibration run's model, {TRANSFORMER: manifest["activation_dtype"], …}, each read when it is used.
 
     Raises ModelError when it is not there, when its weights are not those that the run was made with, or when the manifest
     holds a prompt that it cannot read.
     """
-    info, checkpoint = describe_run_model(manifest, place)
+    info, checkpoint = describe_run_model(manifest, location)
     check_shift(manifest, info)
     if info.hub_id is None:
         check_fingerprint(manifest, info, checkpoint)
@@ -73,12 +73,12 @@ def load_run_pipeline(manifest: dict[str, Any], parts: Parts, place: ModelPlace 
     return pipeline
 
 
-def run_transformer(manifest: dict[str, Any], place: ModelPlace = WHERE_IT_WAS) -> Callable[[], MMDiT]:
+def run_transformer(manifest: dict[str, Any], location: ModelLocation = UNCHANGED_LOCATION) -> Callable[[], MMDiT]:
     """A function that opens a calibration run's transformer, float32, its weights read when they are used.
 
     Raises ModelError as `load_run_pipeline` does, and for weights that are packed.
     """
-    info, checkpoint = describe_run_model(manifest, place)
+    info, checkpoint = describe_run_model(manifest, location)
     check_shift(manifest, info)
     check_folder(info, manifest["use_t5"], checkpoint)
     if info.hub_id is not None:

@@ -9,12 +9,12 @@ from PIL import Image
 
 from calibration_store.errors import OptionError
 from calibration_store.limits import MOST_SEED
+from w4a8.backend.parallel import row_groups, side_by_side
 from w4a8.model.catalog import ModelError
 from w4a8.model.diffusionkit import CFGDenoiser, append_dims
 from w4a8.model.modulation import modulation_cache
 from w4a8.model.parts import Pipeline
-from w4a8.model.text import TextConditioning
-from w4a8.parallel import row_groups, side_by_side
+from w4a8.model.prompt_encoder import TextConditioning
 
 
 def sigma_schedule(pipeline: Pipeline, num_steps: int) -> tuple[mx.array, mx.array]:

@@ -15,7 +15,7 @@ import numpy as np
 from huggingface_hub import hf_hub_download
 
 from calibration_store.model_folder import CONFIG_FILE
-from w4a8.model.deferred import deferred
+from w4a8.backend.lazy_imports import deferred
 
 with deferred("sentencepiece"):
     from sentencepiece import SentencePieceProcessor

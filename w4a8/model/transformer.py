@@ -7,10 +7,10 @@ import mlx.core as mx
 
 from calibration_store.model_folder import check_weight_file, read_model_config, weight_file
 from w4a8.model.catalog import ModelError, ModelInfo, model_files
-from w4a8.model.checkpoints import read_checkpoint
 from w4a8.model.diffusionkit import HUB_MMDIT_CONFIGS, MMDiT
 from w4a8.model.folder import transformer_config
-from w4a8.model.lora import fused
+from w4a8.model.lora import with_loras
+from w4a8.model.original_checkpoint import read_original_checkpoint
 
 
 def open_transformer(info: ModelInfo, local_checkpoint: Path | None) -> MMDiT:
@@ -29,8 +29,8 @@ def open_transformer(info: ModelInfo, local_checkpoint: Path | None) -> MMDiT:
         path = local_checkpoint or model_files(info, use_t5=False)["mmdit"]
         model = MMDiT(dataclasses.replace(HUB_MMDIT_CONFIGS[info.version], low_memory_mode=False))
     try:
-        weights = mx.load(str(path)) if info.folder is not None else read_checkpoint(path, info.family, model.config)
-        model.load_weights(list(fused(weights, info.family, info.loras).items()))
+        weights = mx.load(str(path)) if info.folder is not None else read_original_checkpoint(path, info.family, model.config)
+        model.load_weights(list(with_loras(weights, info.family, info.loras).items()))
     except (RuntimeError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load {path}: {' '.join(str(error).split())[:200]}") from None
     return model

@@ -19,11 +19,11 @@ from calibration_store.configs import read_config
 from calibration_store.errors import OptionError, StoreError
 from calibration_store.layout import ActivationPaths
 from calibration_store.names import is_post_gelu
-from hooks import hooked_layers
+from w4a8.analysis.clipping_ranges import levels
+from w4a8.model.hooks import hooked_layers
 from w4a8.model.layers import Layer
 from w4a8.quantized.differentiable import fake_quantize
 from w4a8.quantized.model import StoredWeights, check_coverage
-from w4a8.quantized.ranges import levels
 
 STATIC_BY_STEP, STATIC, DYNAMIC_PER_TOKEN = (
     "static by step",

@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 
-from w4a8.quantized.ranges import levels
+from w4a8.analysis.clipping_ranges import levels
 
 ZETA, GAMMA = 1.1, -0.1  # AdaRound (Nagel et al. 2020), equation 23
 

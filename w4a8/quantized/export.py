@@ -34,31 +34,31 @@ from calibration_store.model_folder import (
     weights_fingerprint,
 )
 from calibration_store.quantized_model import EXPORT_FORMAT, encode_activations, is_export
-from w4a8.cli.progress import ProgressBar
+from w4a8.backend.progress import ProgressBar
 from w4a8.model.catalog import ModelInfo
 from w4a8.model.diffusionkit import MMDiT
-from w4a8.model.layers import model_layers
-from w4a8.model.original import (
+from w4a8.model.hub_export import (
     complete_hub_config,
     hub_decoder,
     hub_encoder,
     hub_text_encoders,
     hub_tokenizer,
 )
+from w4a8.model.layers import model_layers
+from w4a8.model.packed import native_module
 from w4a8.quantized.activation_rules import ActivationRule
 from w4a8.quantized.layer import packed_group
-from w4a8.quantized.model import GROUPS_OF_THE_REST, Codes, StoredWeights, quantized_places
-from w4a8.quantized.native import native_module
+from w4a8.quantized.model import GROUPS_OF_THE_REST, Codes, StoredWeights, quantized_modules
 
 NO_GGUF = {
     "argmaxinc/mlx-FLUX.1-dev": "DiffusionKit leaves FLUX.1-dev's guidance embedding out, which other programs need"
 }
 GGUF_BITS = 5  # codes of more have no exact form there: those layers are float16
-Arrays = dict[str, mx.array]
+NamedArrays = dict[str, mx.array]
 
 
 @dataclass(frozen=True)
-class Export:
+class ExportSource:
     """What is exported: a model, its quantized weights and the rule for its inputs; names as in stage 4's variants."""
 
     info: ModelInfo
@@ -148,7 +148,7 @@ def pack_transformer(mmdit: MMDiT, weights: Codes, bar: ProgressBar) -> dict[str
     """
     modules = {path: m for path, m in mmdit.named_modules() if isinstance(m, (nn.Linear, nn.Embedding))}
     entry: dict[str, Any] = {}
-    for place in quantized_places(mmdit, weights):
+    for place in quantized_modules(mmdit, weights):
         packed = place.quantized.packed(place.bits)
         if place.quantized.bias is not None:
             place.module["bias"] = mx.array(place.quantized.bias).astype(mx.float16)
@@ -163,23 +163,23 @@ def pack_transformer(mmdit: MMDiT, weights: Codes, bar: ProgressBar) -> dict[str
     return entry | {path: False for path in modules if path not in entry}
 
 
-def finite(name: str, array: mx.array) -> mx.array:
+def refuse_overflow(name: str, array: mx.array) -> mx.array:
     """The array. Raises StoreError where it is not finite."""
     if array.dtype != mx.uint32 and not mx.isfinite(array).all().item():
         raise StoreError(f"{name} holds NaN or infinity; it is not exported")
     return array
 
 
-def write_arrays(files: Replacements, path: Path, arrays: Arrays) -> None:
+def write_arrays(files: Replacements, path: Path, arrays: NamedArrays) -> None:
     """Write a safetensors file, which takes its place with the others."""
     with files.write(path) as file:
         mx.save_safetensors(file, arrays, {"format": "mlx"})
 
 
-RestOfModel = tuple[dict[str, Arrays], list[Path], dict[str, Any]]
+RestOfModel = tuple[dict[str, NamedArrays], list[Path], dict[str, Any]]
 
 
-def rest_of_model(export: Export, complete: bool) -> RestOfModel:
+def rest_of_model(export: ExportSource, complete: bool) -> RestOfModel:
     """What an exported folder holds beside the transformer: arrays by part, files to copy, and its config.json so far."""
     info = export.info
     if info.folder is not None:
@@ -200,7 +200,7 @@ def rest_of_model(export: Export, complete: bool) -> RestOfModel:
     return parts | encoders, hub_tokenizer(), complete_hub_config(info)
 
 
-def bytes_needed(export: Export, size: Size, rest: RestOfModel, hub_file: bool) -> int:
+def bytes_needed(export: ExportSource, size: Size, rest: RestOfModel, hub_file: bool) -> int:
     """Return the bytes that an export writes in all; hub_file adds the transformer a second time, and SD3's whole VAE."""
     parts, copied, _ = rest
     arrays = {name: sum(array.nbytes for array in part.values()) for name, part in parts.items()}
@@ -210,7 +210,7 @@ def bytes_needed(export: Export, size: Size, rest: RestOfModel, hub_file: bool) 
 
 
 def write_folder(
-    paths: QuantizedModelPaths, export: Export, mmdit: MMDiT, quantization: dict[str, Any], rest: RestOfModel, hub_file: bool
+    paths: QuantizedModelPaths, export: ExportSource, mmdit: MMDiT, quantization: dict[str, Any], rest: RestOfModel, hub_file: bool
 ) -> Path:  # fmt: skip
     """Write an exported model folder, and return it. An older export goes when every file of the new one is on the disk.
 
@@ -222,7 +222,7 @@ def write_folder(
     half = getattr(mx, export.info.family.half)
     for arrays in parts.values():
         for name, array in arrays.items():
-            finite(name, array)
+            refuse_overflow(name, array)
             if export.info.loras and array.dtype == mx.float32:
                 arrays[name] = array.astype(half)  # what is not packed, and has a LoRA in it
     old = paths.owned_files()
@@ -247,7 +247,7 @@ def write_folder(
     return paths.root
 
 
-def hub_arrays(export: Export, mmdit: MMDiT) -> Arrays:
+def hub_arrays(export: ExportSource, mmdit: MMDiT) -> NamedArrays:
     """Return the transformer in the layout of DiffusionKit's 4-bit file, with SD3's VAE, which that file holds, too."""
     info, checkpoint = export.info, export.local_checkpoint
     arrays = {info.family.prefix + name: array for name, array in tree_flatten(mmdit.parameters())}
@@ -281,7 +281,7 @@ def check_output(paths: QuantizedModelPaths, info: ModelInfo, layout: str, force
 
 def estimated_seconds(mmdit: MMDiT, weights: Codes, size: Size) -> float:
     """Seconds that packing takes, from the second layer's: the first pays for what is set up once."""
-    places = quantized_places(mmdit, weights)
+    places = quantized_modules(mmdit, weights)
     next(places)
     begin = time.perf_counter()
     second = next(places)
@@ -289,7 +289,7 @@ def estimated_seconds(mmdit: MMDiT, weights: Codes, size: Size) -> float:
     return (time.perf_counter() - begin) * size.quantized_float16 / (2 * second.quantized.codes.size)
 
 
-def refuse_options(export: Export, layout: str, complete: bool) -> None:
+def refuse_options(export: ExportSource, layout: str, complete: bool) -> None:
     """What a layout cannot hold, and options that would change nothing. Raises OptionError."""
     weights, rest = export.weights, export.weights.rest
     if layout == "gguf" and (weights.bits > GGUF_BITS or weights.group_size != 32):

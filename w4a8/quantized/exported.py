@@ -15,6 +15,7 @@ from calibration_store.model_folder import check_exported
 from calibration_store.quantized_model import EXPORT, read_export
 from w4a8.model.folder import load_folder_transformer
 from w4a8.model.layers import Layer, model_layers
+from w4a8.model.packed import PREFERRED
 from w4a8.model.parts import TRANSFORMER, Pipeline
 from w4a8.quantized.activation_rules import (
     DYNAMIC_PER_TOKEN,
@@ -25,7 +26,6 @@ from w4a8.quantized.activation_rules import (
     StaticByStep,
 )
 from w4a8.quantized.model import Weights
-from w4a8.quantized.native import PREFERRED
 
 
 class ExportedWeights(Weights):

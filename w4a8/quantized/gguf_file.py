@@ -15,13 +15,13 @@ from mlx.utils import tree_flatten
 
 from calibration_store.files import atomic_path, remove_file
 from calibration_store.layout import QuantizedModelPaths
-from w4a8.cli.progress import ProgressBar
-from w4a8.model.checkpoints import Place, original_place
+from w4a8.backend.progress import ProgressBar
 from w4a8.model.families import SD3, Family
 from w4a8.model.layers import UnifiedBlock, model_layers
-from w4a8.quantized.export import GGUF_BITS, Export, finite
+from w4a8.model.original_checkpoint import CheckpointSlice, checkpoint_slice
+from w4a8.quantized.export import GGUF_BITS, ExportSource, refuse_overflow
 from w4a8.quantized.layer import QuantizedLayer, deployed
-from w4a8.quantized.model import Codes, quantized_places
+from w4a8.quantized.model import Codes, quantized_modules
 
 UNIFIED_BLOCKS = UnifiedBlock.attribute
 KINDS = {4: gguf.GGMLQuantizationType.Q4_1, 5: gguf.GGMLQuantizationType.Q5_1}
@@ -43,14 +43,14 @@ def packed_blocks(layer: QuantizedLayer, bits: int) -> np.ndarray:
     return blocks.reshape(len(layer.codes), -1)
 
 
-def write_gguf(paths: QuantizedModelPaths, export: Export, mmdit: nn.Module, bar: ProgressBar) -> Path:
+def write_gguf(paths: QuantizedModelPaths, export: ExportSource, mmdit: nn.Module, bar: ProgressBar) -> Path:
     """Write the transformer; everything but the blocks' layers is float16, what has one dimension float32."""
     info, family, hidden = export.info, export.info.family, mmdit.config.hidden_size
     path = paths.gguf(info.folder.name if info.folder is not None else info.version.rpartition("/")[2])
-    tensors: dict[str, dict[Place, np.ndarray]] = {}  # by key: the parts that are joined, by where they are
+    tensors: dict[str, dict[CheckpointSlice, np.ndarray]] = {}  # by key: the parts that are joined, by where they are
     width_of = joined_widths(mmdit, export.weights, family)  # what is joined has one width
-    for module in quantized_places(mmdit, export.weights):
-        place = original_place(family, f"{module.path}.weight", hidden)
+    for module in quantized_modules(mmdit, export.weights):
+        place = checkpoint_slice(family, f"{module.path}.weight", hidden)
         width = width_of[place.key]
         if width is None:
             module.module["weight"] = module.quantized.packed(module.bits).dense(mx.float16)
@@ -64,8 +64,8 @@ def write_gguf(paths: QuantizedModelPaths, export: Export, mmdit: nn.Module, bar
     parameters = dict(tree_flatten(mmdit.parameters()))
     mmdit.clear()
     for name in list(parameters):
-        array, place = parameters.pop(name), original_place(family, name, hidden)
-        values = np.array(finite(name, array.astype(mx.float32 if array.ndim == 1 else mx.float16)))
+        array, place = parameters.pop(name), checkpoint_slice(family, name, hidden)
+        values = np.array(refuse_overflow(name, array.astype(mx.float32 if array.ndim == 1 else mx.float16)))
         if name == "x_embedder.proj.weight":
             values = values.transpose(0, 3, 1, 2) if family is SD3 else values[:, 0, 0]
         elif name == "x_pos_embedder.pos_embed.weight":
@@ -74,14 +74,14 @@ def write_gguf(paths: QuantizedModelPaths, export: Export, mmdit: nn.Module, bar
             continue  # one bias in the file, and DiffusionKit uses that of o_proj
         tensors.setdefault(place.key, {})[place] = values
         if name.endswith("q_proj.bias"):  # DiffusionKit's k has none
-            tensors[place.key][original_place(family, name.replace("q_proj", "k_proj"), hidden)] = np.zeros_like(values)
+            tensors[place.key][checkpoint_slice(family, name.replace("q_proj", "k_proj"), hidden)] = np.zeros_like(values)
     with atomic_path(path) as temporary:
         writer = gguf.GGUFWriter(temporary, family.name)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_1)
         for key in sorted(tensors):
             kind = KINDS[width_of[key]] if key in packed else None
-            writer.add_tensor(key, joined(tensors.pop(key)), raw_dtype=kind)
+            writer.add_tensor(key, joined_slices(tensors.pop(key)), raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -98,12 +98,12 @@ def joined_widths(mmdit: nn.Module, weights: Codes, family: Family) -> dict[str,
     found: dict[str, set[int]] = {}
     for name, layer in model_layers(mmdit).items():
         bits = weights.bits_of(name) if name not in weights.excluded else 16
-        key = original_place(family, f"{path_of[id(layer.module)]}.weight", mmdit.config.hidden_size).key
+        key = checkpoint_slice(family, f"{path_of[id(layer.module)]}.weight", mmdit.config.hidden_size).key
         found.setdefault(key, set()).add(bits)
     return {key: None if max(bits) > GGUF_BITS else max(4, max(bits)) for key, bits in found.items()}
 
 
-def joined(parts: Mapping[Place, np.ndarray]) -> np.ndarray:
+def joined_slices(parts: Mapping[CheckpointSlice, np.ndarray]) -> np.ndarray:
     """The parts of a tensor, in the order of their rows, or of their columns."""
     places = sorted(parts)
     return np.concatenate([parts[place] for place in places], axis=1 if places[-1].column else 0)

@@ -9,7 +9,8 @@ import mlx.core as mx
 import numpy as np
 
 from calibration_store.model_folder import PACKED_GROUPS
-from w4a8.parallel import fused
+from w4a8.backend.parallel import compiled
+from w4a8.model.packed import Packed
 from w4a8.quantized.arithmetic import dequantize, min_max_grid, nearest_codes, pack_codes
 
 SMALLEST_SCALE = 2.0**-24  # the smallest float16 above 0
@@ -42,7 +43,7 @@ def deployed_grid(scale: Any, zero_point: Any) -> tuple[Any, Any]:
 @functools.cache
 def fused_weight() -> Callable:
     """(codes float32, scale, zero point) -> Ŵ on the grid that is deployed; MLX."""
-    return fused(lambda codes, scale, zero_point: dequantize(codes, *deployed(scale, zero_point)))
+    return compiled(lambda codes, scale, zero_point: dequantize(codes, *deployed(scale, zero_point)))
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class QuantizedLayer:
         scale, zero_point = deployed_grid(np.array(self.scale), np.array(self.zero_point))
         return bias | {"q": np.array(self.codes).astype(np.uint8), "scale": scale, "zero_point": zero_point}
 
-    def packed(self, bits: int) -> "Packed":
+    def packed(self, bits: int) -> Packed:
         """As MLX runs it; codes are uint8."""
         scale, minimum = deployed(self.scale, self.zero_point)
         width = self.codes.shape[1]
@@ -112,17 +113,3 @@ def packed_group(width: int, group_size: int) -> int:
     )
 
 
-@dataclass(frozen=True)
-class Packed:
-    """A layer as `mx.quantized_matmul` takes it: codes uint32 (out, in·bits / 32), scales and biases (out, groups) float16."""
-
-    codes: mx.array
-    scales: mx.array
-    biases: mx.array
-    bits: int
-    group_size: int
-
-    def dense(self, dtype: mx.Dtype) -> mx.array:
-        """Ŵ (out, in) as a model of this precision unpacks it."""
-        scales, biases = self.scales.astype(dtype), self.biases.astype(dtype)
-        return mx.dequantize(self.codes, scales, biases, self.group_size, self.bits)

@@ -21,16 +21,16 @@ from calibration_store.errors import OptionError, StoreError
 from calibration_store.layout import WeightPaths
 from calibration_store.names import block_of
 from calibration_store.weights import WEIGHTS_METADATA, read_quantized_block
+from w4a8.backend.parallel import on_every_core
 from w4a8.model.layers import Layer, model_layers
 from w4a8.model.parts import TRANSFORMER, Pipeline
-from w4a8.parallel import on_every_core
 from w4a8.quantized.layer import QuantizedLayer
 
 GROUPS_OF_THE_REST = 64
 
 
 @dataclass(frozen=True)
-class Rest:
+class OtherLayers:
     """What else is quantized, to nearest in groups of 64: adaLN and embedders, or every linear layer there is."""
 
     bits: int
@@ -49,7 +49,7 @@ class Weights(ABC):
 
     bits: int
     group_size: int
-    rest: Rest | None
+    rest: OtherLayers | None
     sources: list[Path]
     made_from: list[tuple[Path, Mapping[str, Any]]]
     remedy: str  # what to run for files of another run
@@ -96,7 +96,7 @@ class NearestWeights(Codes):
 
     bits: int
     group_size: int
-    rest: Rest | None = None
+    rest: OtherLayers | None = None
     sources: tuple = ()
     made_from: tuple = ()
     remedy: str = ""
@@ -121,7 +121,7 @@ class StoredWeights(Codes):
 
     remedy = "run cache_adaround_data.py and optimize_adaround.py with --force"
 
-    def __init__(self, calib_dir: Path, rest: Rest | None = None):
+    def __init__(self, calib_dir: Path, rest: OtherLayers | None = None):
         self.rest = rest
         self.paths = WeightPaths(calib_dir)
         self.metadata = WEIGHTS_METADATA.read(self.paths.metadata)
@@ -180,7 +180,7 @@ def refuse_packed(layers: Mapping[str, Layer]) -> None:
 
 
 @dataclass(frozen=True)
-class Place:
+class QuantizedModule:
     """A module that is to be quantized: its path in the model, and what it becomes."""
 
     path: str  # multimodal_transformer_blocks.0.image_transformer_block.attn.q_proj
@@ -189,7 +189,7 @@ class Place:
     bits: int
 
 
-def quantized_places(mmdit: nn.Module, weights: Codes) -> Iterator[Place]:
+def quantized_modules(mmdit: nn.Module, weights: Codes) -> Iterator[QuantizedModule]:
     """Everything that these weights quantize, one after the other: the layers of the blocks, then the rest.
 
     Raises OptionError for a model that is quantized already.
@@ -201,7 +201,7 @@ def quantized_places(mmdit: nn.Module, weights: Codes) -> Iterator[Place]:
     in_blocks = {path_of[id(layer.module)] for layer in layers.values()}
     for name, quantized in weights.quantized(layers):
         module = layers[name].module
-        yield Place(path_of[id(module)], module, quantized, weights.bits_of(name))
+        yield QuantizedModule(path_of[id(module)], module, quantized, weights.bits_of(name))
     for path, module in modules.items():
         if path in in_blocks or weights.rest is None or not weights.rest.holds(path, module):
             continue
@@ -209,12 +209,12 @@ def quantized_places(mmdit: nn.Module, weights: Codes) -> Iterator[Place]:
         if weight.shape[1] % GROUPS_OF_THE_REST:
             raise OptionError(f"groups of {GROUPS_OF_THE_REST} do not divide the {weight.shape[1]} inputs of {path}")
         nearest = QuantizedLayer.nearest(np.array(weight.astype(mx.float32)), weights.rest.bits, GROUPS_OF_THE_REST)
-        yield Place(path, module, nearest, weights.rest.bits)
+        yield QuantizedModule(path, module, nearest, weights.rest.bits)
 
 
 def put_in_place(mmdit: nn.Module, weights: Codes) -> None:
     """Replace weights (and corrected biases) by quantized ones, unpacked as the exported model unpacks them."""
-    for place in quantized_places(mmdit, weights):
+    for place in quantized_modules(mmdit, weights):
         module, bias = place.module, place.quantized.deployed_bias
         dtype = module["weight"].dtype
         module["weight"] = place.quantized.packed(place.bits).dense(dtype)

@@ -12,7 +12,7 @@ from calibration_store.files import write_png
 from calibration_store.pictures import DRAWN_CHUNK
 from w4a8.drawing import Drawing
 
-GAP, TITLE, SMALLEST, LARGEST = 8, 26, 192, 512  # pixels; a cell is as large as the images within these
+GAP, TITLE, SMALLEST_DRAWN, LARGEST_DRAWN = 8, 26, 192, 512  # pixels; a cell is as large as the images within these
 
 
 def draw_pairs(
@@ -20,7 +20,7 @@ def draw_pairs(
 ) -> None:
     """Write the sheet: a row a prompt, a column a model, prompt and figures below."""
     height, width = drawings[0].images.shape[1:3]
-    scale = min(max(SMALLEST / width, 1), LARGEST / width)
+    scale = min(max(SMALLEST_DRAWN / width, 1), LARGEST_DRAWN / width)
     cell = (round(width * scale), round(height * scale))
     font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), size)
     captions = [

@@ -69,7 +69,7 @@ def cell_size(height: int, width: int) -> tuple[int, int]:
     return round(width * scale), round(height * scale)
 
 
-def write_images(
+def write_sheets(
     paths: EvaluationPaths, prompts: list[str], seed: int, original: np.ndarray, found: dict[str, np.ndarray]
 ) -> None:
     """Write every image at its full size, the original's in fp/; those of an earlier run are removed first."""

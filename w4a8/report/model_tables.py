@@ -7,10 +7,10 @@ import numpy as np
 
 from calibration_store.sizes import format_bytes
 from w4a8.drawing import Drawing
-from w4a8.quantized.export import Export, Size
+from w4a8.quantized.export import ExportSource, Size
 
 
-def print_export(export: Export, size: Size, layout: str) -> None:
+def print_export(export: ExportSource, size: Size, layout: str) -> None:
     """What stage 5 writes, and how much smaller it is than float16."""
     weights = export.weights
     rest = (

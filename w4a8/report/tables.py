@@ -16,7 +16,7 @@ from calibration_store.sizes import format_bytes
 from calibration_store.statistics import ActivationStatistics
 from w4a8.analysis.tiers import TIERS
 from w4a8.analysis.w4a8_config import DEAD_SCALE
-from w4a8.cli.words import format_seconds
+from w4a8.backend.words import format_seconds
 from w4a8.evaluation.gate import ONLY_IMAGES_ARE_EQUAL, only_images_are_equal
 
 

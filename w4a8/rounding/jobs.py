@@ -10,24 +10,24 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from calibration_store.checkpoint import Layers
 from calibration_store.errors import OptionError, StoreError
 from calibration_store.files import remove_file, write_json
 from calibration_store.layout import WeightPaths
 from calibration_store.names import block_of
+from calibration_store.rounding_checkpoint import Layers
 from calibration_store.weights import read_quantized_block, write_losses, write_quantized_block
-from w4a8.cli.progress import ProgressBar
+from w4a8.backend.progress import ProgressBar
 from w4a8.quantized.arithmetic import grid_position
-from w4a8.rounding.checkpoint import Checkpoint
-from w4a8.rounding.end_to_end import after_phase
-from w4a8.rounding.memory import end_to_end_bytes, samples_bytes
-from w4a8.rounding.run import END_TO_END, Rounding
+from w4a8.rounding.final_phase import after_phase
+from w4a8.rounding.job_checkpoint import JobCheckpoint
+from w4a8.rounding.micro_batches import end_to_end_bytes, samples_bytes
+from w4a8.rounding.run import END_TO_END, RoundingRun
 from w4a8.rounding.training import NotFiniteError, Training, train
 from w4a8.rounding.units import Job
 
 
 def run_jobs(
-    rounding: Rounding, todo: Sequence[Job], bar: ProgressBar, checkpoint_seconds: float, keep_alpha: bool
+    rounding: RoundingRun, todo: Sequence[Job], bar: ProgressBar, checkpoint_seconds: float, keep_alpha: bool
 ) -> None:
     """Train what is left, job by job. Ranks share every job, or, where blocks need nothing of each other, the jobs."""
     jobs, ranks, own = rounding.jobs, rounding.ranks, [job for job in rounding.jobs if rounding.is_one_ranks(job)]
@@ -35,9 +35,9 @@ def run_jobs(
         remove_file(rounding.paths.metadata)  # it describes files that are about to change
     bar.n = sum(rounding.iterations(job) for job in own if job not in todo)
     for number, job in enumerate(own):
-        if job in todo and ranks.does(number):
+        if job in todo and ranks.owns(number):
             bar.set_description(job.name)
-            run_job(rounding.alone, job, bar, partial(ranks.count, bar), checkpoint_seconds, keep_alpha, own=True)
+            run_job(rounding.alone, job, bar, partial(ranks.advance, bar), checkpoint_seconds, keep_alpha, own=True)
     ranks.barrier()
     for number, job in list(enumerate(jobs))[len(own) :]:
         bar.n = sum(map(rounding.iterations, jobs[:number]))
@@ -50,7 +50,7 @@ def run_jobs(
 
 
 def run_job(
-    rounding: Rounding, job: Job, bar: ProgressBar, count: Callable[[], None], checkpoint_seconds: float, keep_alpha: bool,
+    rounding: RoundingRun, job: Job, bar: ProgressBar, count: Callable[[], None], checkpoint_seconds: float, keep_alpha: bool,
     own: bool = False,
 ) -> None:  # fmt: skip
     """Train a job's parts, from its checkpoint if there is one, and write its blocks' files; rank 0 does.
@@ -58,7 +58,7 @@ def run_job(
     count: after every iteration; own: the ranks have a job each.
     """
     paths, settings, ranks, plan = rounding.paths, rounding.settings, rounding.ranks, rounding.plan
-    mmdit, checkpoint = rounding.opened(job), Checkpoint(paths, job, plan, own)
+    mmdit, checkpoint = rounding.opened(job), JobCheckpoint(paths, job, plan, own)
     samples = rounding.samples(mmdit, job)
     position, saved, done = checkpoint.load(settings) or ({"stage": 0, "losses": []}, {}, {})
     ranks.barrier()  # every rank has read it
@@ -100,7 +100,7 @@ def run_job(
     mx.clear_cache()
 
 
-def write_end_to_end(rounding: Rounding, job: Job, training: Training, found: Mapping[str, Any]) -> None:
+def write_end_to_end(rounding: RoundingRun, job: Job, training: Training, found: Mapping[str, Any]) -> None:
     """Apply the last phase to every block's file, where it made the held-out samples better."""
     for block in rounding.trained(job):
         layers = read_quantized_block(rounding.paths, block, rounding.plan)
@@ -111,7 +111,7 @@ def write_end_to_end(rounding: Rounding, job: Job, training: Training, found: Ma
 
 
 def train_part(
-    rounding: Rounding, training: Training, bar: ProgressBar, save: Callable[[], None], checkpoint_seconds: float,
+    rounding: RoundingRun, training: Training, bar: ProgressBar, save: Callable[[], None], checkpoint_seconds: float,
     count: Callable[[], None],
 ) -> dict[str, Any]:  # fmt: skip
     """`train`; a loss that is not finite leaves the last good state on the disk and ends the stage in a line."""
@@ -177,7 +177,7 @@ END_TO_END_COST = (
 )  # iterations of a block that one of the last phase takes for each block: it runs them twice forwards
 
 
-def estimate(rounding: Rounding, todo: Sequence[Job], started: Mapping[str, Any] | None) -> Estimate:
+def estimate(rounding: RoundingRun, todo: Sequence[Job], started: Mapping[str, Any] | None) -> Estimate:
     """started: the position of the first job's checkpoint. Raises OptionError when nothing can be learned."""
     mx.reset_peak_memory()
     job, at_once = todo[0], 1
@@ -209,14 +209,14 @@ def estimate(rounding: Rounding, todo: Sequence[Job], started: Mapping[str, Any]
     return Estimate(left, seconds * costs / at_once, peak + samples.held_bytes)
 
 
-def say_shares(rounding: Rounding, todo: Sequence[Job]) -> None:
+def say_shares(rounding: RoundingRun, todo: Sequence[Job]) -> None:
     """Of a dry run: who does what."""
     ranks, own = rounding.ranks, [job for job in rounding.jobs if rounding.is_one_ranks(job)]
     if own:
-        ranks.say_shares([sum(own[number] in todo for number in one.mine(len(own))) for one in ranks.each()], "blocks")
+        ranks.print_shares([sum(own[number] in todo for number in one.owned_indices(len(own))) for one in ranks.every_rank()], "blocks")
     else:
         parts = rounding.settings.micro_batches(range(rounding.settings.batch_size))
-        ranks.say_shares([len(one.mine(len(parts))) for one in ranks.each()], "micro-batches of an iteration")
+        ranks.print_shares([len(one.owned_indices(len(parts))) for one in ranks.every_rank()], "micro-batches of an iteration")
 
 
 class NothingLearned(OptionError):

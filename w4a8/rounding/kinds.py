@@ -8,12 +8,12 @@ import mlx.nn as nn
 import numpy as np
 
 from calibration_store.names import layer_role
-from w4a8.cli.ranks import ALONE, Alone
+from w4a8.backend.processes import SINGLE_PROCESS, SingleProcess
 from w4a8.model.layers import Layer, run_final_layer
-from w4a8.rounding.samples import Batch, TrainingSamples
+from w4a8.rounding.quantized_forward import QuantizedForward
 from w4a8.rounding.settings import Settings
-from w4a8.rounding.substitution import Substitution
-from w4a8.rounding.units import Arrays, Gradients, Job, Part, QuantizedUnit, Unit
+from w4a8.rounding.training_samples import SampleBatch, TrainingSamples
+from w4a8.rounding.units import Arrays, Gradients, Job, QuantizedUnit, Unit, UnitSpec
 
 
 class BlockUnit(Unit):
@@ -25,12 +25,12 @@ class ModelUnit(Unit):
 
     @classmethod
     def jobs(cls, layers: Mapping[str, Layer], blocks: Sequence[str]) -> list[Job]:
-        return [Job("model", list(blocks), [Part("model", list(layers))])]
+        return [Job("model", list(blocks), [UnitSpec("model", list(layers))])]
 
-    def outputs(self, batch: Batch, stand_in: Substitution) -> list[mx.array]:
+    def outputs(self, batch: SampleBatch, stand_in: QuantizedForward) -> list[mx.array]:
         return [run_final_layer(self.mmdit, self.run(batch, stand_in)[0], batch.modulation)]
 
-    def targets(self, batch: Batch) -> list[mx.array]:
+    def targets(self, batch: SampleBatch) -> list[mx.array]:
         given = batch.outputs[0]
         return [given if self.samples.holds_velocity else run_final_layer(self.mmdit, given, batch.modulation)]
 
@@ -41,9 +41,9 @@ class SublayerUnit(Unit):
     last_roles: ClassVar[tuple[str, ...]] = ("attn.o_proj", "mlp.fc2")
 
     @classmethod
-    def parts(cls, block: str, layers: Mapping[str, Layer], names: list[str]) -> list[Part]:
+    def parts(cls, block: str, layers: Mapping[str, Layer], names: list[str]) -> list[UnitSpec]:
         return [
-            Part(f"{block} {what}", [name for name in names if layers[name].role.startswith(f"{module}.")])
+            UnitSpec(f"{block} {what}", [name for name in names if layers[name].role.startswith(f"{module}.")])
             for what, module in (("attention", "attn"), ("MLP", "mlp"))
         ]
 
@@ -51,20 +51,20 @@ class SublayerUnit(Unit):
     def last_layers(self) -> list[str]:
         return [name for name in self.layers if layer_role(name) in self.last_roles]
 
-    def outputs(self, batch: Batch, stand_in: Substitution) -> list[mx.array]:
+    def outputs(self, batch: SampleBatch, stand_in: QuantizedForward) -> list[mx.array]:
         stand_in.keep(self.last_layers)
         self.run(batch, stand_in)
         return [stand_in.outputs.pop(name) for name in self.last_layers]
 
-    def targets(self, batch: Batch) -> list[mx.array]:
-        return self.outputs(batch, Substitution({}, {}))
+    def targets(self, batch: SampleBatch) -> list[mx.array]:
+        return self.outputs(batch, QuantizedForward({}, {}))
 
 
 class LayerUnit(Unit):
     """Layers of a block that are each trained for their own output: ‖(Ŵ − W)·X‖² = tr(E·XXᵀ·Eᵀ) needs only XXᵀ."""
 
     def __init__(
-        self, mmdit: nn.Module, job: Job, part: Part, samples: TrainingSamples, settings: Settings, ranks: Alone = ALONE
+        self, mmdit: nn.Module, job: Job, part: UnitSpec, samples: TrainingSamples, settings: Settings, ranks: SingleProcess = SINGLE_PROCESS
     ):
         self._grams: dict[tuple[int, ...], Arrays] = {}
         super().__init__(mmdit, job, part, samples, settings, ranks)

@@ -9,21 +9,21 @@ from typing import Any
 import mlx.nn as nn
 
 from calibration_store.block_cache import holds_ends
-from calibration_store.checkpoint import Layers
 from calibration_store.errors import OptionError, StoreError
 from calibration_store.layout import WeightPaths
+from calibration_store.rounding_checkpoint import Layers
 from calibration_store.stage_folder import shown
 from calibration_store.weights import WEIGHTS_FORMAT, WEIGHTS_METADATA, read_losses, read_quantized_block, training_run
-from w4a8.cli.ranks import ALONE, Alone
+from w4a8.backend.processes import SINGLE_PROCESS, SingleProcess
 from w4a8.model.layers import Layer, model_blocks, model_layers
 from w4a8.model.parts import check_finite
-from w4a8.rounding.end_to_end import EndToEnd, WholeModel, before_phase
+from w4a8.rounding.block_boundaries import BlockBoundaries
+from w4a8.rounding.final_phase import EndToEnd, WholeModel, before_phase
 from w4a8.rounding.kinds import MODEL, UNITS
-from w4a8.rounding.samples import Samples
 from w4a8.rounding.settings import Settings
 from w4a8.rounding.training import Training
-from w4a8.rounding.units import Job, Part, Unit
-from w4a8.rounding.walk import Walk
+from w4a8.rounding.training_samples import Samples
+from w4a8.rounding.units import Job, Unit, UnitSpec
 
 MODEL_UNIT_LIMIT = 100_000_000  # weights up to which the default unit is the whole model
 BYTES_PER_WEIGHT = 3 + 2 * 16  # codes and alpha, and a checkpoint being replaced by the next
@@ -31,7 +31,7 @@ END_TO_END = "end to end"
 
 
 @dataclass(frozen=True)
-class Rounding:
+class RoundingRun:
     """A run of stage 3W: the model, what is trained in which pieces, and from what."""
 
     open: Callable[[], nn.Module]  # the transformer, float32, whose weights are read when they are used
@@ -42,7 +42,7 @@ class Rounding:
     settings: Settings
     unit: str  # a name of units.UNITS
     blocks: list[str]
-    ranks: Alone = ALONE
+    ranks: SingleProcess = SINGLE_PROCESS
 
     @property
     def unit_class(self) -> type[Unit]:
@@ -61,7 +61,7 @@ class Rounding:
         jobs = self.unit_class.jobs(self.layers, self.blocks)
         jobs = [replace(job, parts=[part for part in job.parts if part.layers]) for job in jobs]
         if self.settings.end_to_end:
-            jobs.append(Job(END_TO_END, self.blocks, [Part(END_TO_END, list(self.layers))]))
+            jobs.append(Job(END_TO_END, self.blocks, [UnitSpec(END_TO_END, list(self.layers))]))
         return [job for job in jobs if job.parts]
 
     def trained(self, job: Job) -> list[str]:
@@ -74,11 +74,11 @@ class Rounding:
         return "float32" if self.mmdit.config.depth_unified else "float16"
 
     @cached_property
-    def walk(self) -> Walk | None:
+    def walk(self) -> BlockBoundaries | None:
         """How the boundaries between blocks are made, where they are needed and not cached."""
         if self.unit == MODEL or not holds_ends(self.cache):
             return None
-        return Walk(self.cache, self.paths, self.plan, self.settings.chunk, self.ranks, self.boundary_dtype)
+        return BlockBoundaries(self.cache, self.paths, self.plan, self.settings.chunk, self.ranks, self.boundary_dtype)
 
     @cached_property
     def plan(self) -> dict[str, Any]:
@@ -176,9 +176,9 @@ class Rounding:
         return self.ranks.size > 1 and not holds_ends(self.cache) and self.unit != MODEL and job.name != END_TO_END
 
     @cached_property
-    def alone(self) -> "Rounding":
+    def alone(self) -> "RoundingRun":
         """The run without other ranks."""
-        return replace(self, ranks=ALONE)
+        return replace(self, ranks=SINGLE_PROCESS)
 
     def finished_layers(self, blocks: Sequence[str]) -> Layers:
         """What the files of these blocks say, as it was before the last phase."""

@@ -14,23 +14,23 @@ import numpy as np
 from calibration_store.errors import OptionError, StoreError
 from calibration_store.layout import BlockCachePaths
 from calibration_store.sensitivity import SENSITIVITY, write_sensitivity
-from hooks import substituted_layers
-from w4a8.analysis.allocation import allocate
-from w4a8.cli.progress import progress_bar
+from w4a8.analysis.bit_allocation import allocate
+from w4a8.backend.parallel import streams_for
+from w4a8.backend.progress import progress_bar
+from w4a8.model.hooks import substituted_layers
 from w4a8.model.layers import Layer, model_blocks, run_final_layer
-from w4a8.parallel import streams_for
 from w4a8.quantized.layer import QuantizedLayer
-from w4a8.rounding.run import MODEL_UNIT_LIMIT, Rounding, num_weights
-from w4a8.rounding.samples import TrainingSamples, verified
+from w4a8.rounding.quantized_forward import QuantizedForward
+from w4a8.rounding.run import MODEL_UNIT_LIMIT, RoundingRun, num_weights
 from w4a8.rounding.settings import spread_over
-from w4a8.rounding.substitution import Substitution
+from w4a8.rounding.training_samples import TrainingSamples, verified
 
 NATIVE_BITS = (2, 3, 4, 5, 6, 8)
 MEASURED_ON, AT_ONCE = (32, 8), (16, 2)  # samples, for small models and for large ones
 INPUT_NOISE = 0.02  # of an input's root mean square: small enough for the output to follow linearly
 
 
-def known_sensitivity(rounding: Rounding, choices: Sequence[int]) -> dict[str, Any] | None:
+def known_sensitivity(rounding: RoundingRun, choices: Sequence[int]) -> dict[str, Any] | None:
     """What was measured before on this cache, of this model, at these bits; None where that is to be done."""
     path = BlockCachePaths(rounding.paths.calib_dir).sensitivity
     if not os.path.lexists(path):
@@ -45,7 +45,7 @@ def known_sensitivity(rounding: Rounding, choices: Sequence[int]) -> dict[str, A
     return found if same and whole and set(found["layers"]) >= set(rounding.layers) else None
 
 
-def described(rounding: Rounding) -> dict[str, Any]:
+def described(rounding: RoundingRun) -> dict[str, Any]:
     """What a measurement is of."""
     cache = rounding.cache
     made_from = {key: cache.get(key) for key in ("calibration_run", "weights_fingerprint")}
@@ -53,14 +53,14 @@ def described(rounding: Rounding) -> dict[str, Any]:
     return made_from | {"group_size": rounding.settings.group_size}
 
 
-def note_sensitivity(rounding: Rounding, choices: Sequence[int]) -> None:
+def note_sensitivity(rounding: RoundingRun, choices: Sequence[int]) -> None:
     """Measure it and write it down; rank 0 does, the others wait."""
     if rounding.ranks.rank == 0:
         write_sensitivity(rounding.paths.calib_dir, measure_sensitivity(rounding, choices))
     rounding.ranks.barrier()
 
 
-def measure_sensitivity(rounding: Rounding, choices: Sequence[int]) -> dict[str, Any]:
+def measure_sensitivity(rounding: RoundingRun, choices: Sequence[int]) -> dict[str, Any]:
     """The content of sensitivity.json: every layer's weight at each of these bits, and every input, one at a time."""
     mmdit, layers = rounding.open(), rounding.layers
     for _ in verified(rounding.paths.calib_dir, rounding.cache, [rounding.blocks]):
@@ -68,7 +68,7 @@ def measure_sensitivity(rounding: Rounding, choices: Sequence[int]) -> dict[str,
     samples = rounding.whole_samples()
     large = num_weights(layers.values()) > MODEL_UNIT_LIMIT
     chosen, chunk = spread_over(samples.training, MEASURED_ON[large]), AT_ONCE[large]
-    probe = Probe(mmdit, rounding.blocks, samples, [chosen[i : i + chunk] for i in range(0, len(chosen), chunk)])
+    probe = SensitivityProbe(mmdit, rounding.blocks, samples, [chosen[i : i + chunk] for i in range(0, len(chosen), chunk)])
     found: dict[str, Any] = {name: {"weights": {}, "size": int(np.prod(one.shape))} for name, one in layers.items()}
     inputs: dict[str, list[float]] = {}
     owners = {layer.input_owner for layer in layers.values()}
@@ -88,7 +88,7 @@ def measure_sensitivity(rounding: Rounding, choices: Sequence[int]) -> dict[str,
     return described(rounding) | {"num_samples": len(chosen), "sigmas": sigmas, "layers": found, "inputs": inputs}
 
 
-class Probe:
+class SensitivityProbe:
     """The model run on from the block that is being measured: what comes before is not run again."""
 
     def __init__(
@@ -101,7 +101,7 @@ class Probe:
         self._steps = np.concatenate([samples.steps(chunk) for chunk in chunks])
         self._every_step = len(samples.all_steps)
         self._counts = [len(chunk) for chunk in chunks]
-        self._outputs = [self._output(index, Substitution({}, {})) for index in range(len(chunks))]
+        self._outputs = [self._output(index, QuantizedForward({}, {})) for index in range(len(chunks))]
         mx.eval(self._tokens, self._modulations, self._outputs)
         self._power = float(np.mean([mx.mean(mx.square(output)).item() for output in self._outputs]))
 
@@ -117,7 +117,7 @@ class Probe:
         """The output's squared error, relative to its mean square, with this layer rounded to nearest: (samples,)."""
         weight = QuantizedLayer.nearest(np.array(layer.weight, np.float32), bits, group_size).as_mlx().weight
         biases = {} if layer.bias is None else {layer.name: layer.bias}
-        return self._errors(lambda: Substitution({layer.name: weight}, biases))
+        return self._errors(lambda: QuantizedForward({layer.name: weight}, biases))
 
     def of_input(self, layer: Layer) -> list[float]:
         """The output's relative squared error for each unit of squared error of the layer's input, at every cached step."""
@@ -132,7 +132,7 @@ class Probe:
         sharing = [one for one in self._blocks[self._at].layers if one.input_owner == layer.input_owner]
         weights = {one.name: one.weight for one in sharing}
         biases = {one.name: one.bias for one in sharing if one.bias is not None}
-        errors = self._errors(lambda: Substitution(weights, biases, noisy))
+        errors = self._errors(lambda: QuantizedForward(weights, biases, noisy))
         energy = np.repeat([each.item() for each in energies], self._counts)
         gains = errors / np.maximum(energy, 1e-30)
         every = [gains[self._steps == step] for step in range(self._every_step)]
@@ -150,7 +150,7 @@ class Probe:
                     mx.eval(errors)
         return np.concatenate([np.array(each, np.float64) for each in errors]) / self._power
 
-    def _output(self, index: int, stand_in: Substitution) -> mx.array:
+    def _output(self, index: int, stand_in: QuantizedForward) -> mx.array:
         """The velocity of a chunk of samples, run on from here."""
         tokens, modulation = self._tokens[index], self._modulations[index]
         with substituted_layers(self.mmdit, stand_in.compute):
@@ -162,7 +162,7 @@ class Probe:
 # --- who gets how many bits ---------------------------------------------------------------------------------
 
 
-def matching(layers: Iterable[str], pattern: str, option: str) -> list[str]:
+def layers_matching(layers: Iterable[str], pattern: str, option: str) -> list[str]:
     """The layers that a pattern of an option names (`*` and `?` as in a shell). Raises OptionError for one that names none."""
     found = [name for name in layers if fnmatchcase(name, pattern)]
     if not found:
@@ -179,7 +179,7 @@ def bits_by_hand(layers: Sequence[str], given: Sequence[str]) -> dict[str, int]:
         pattern, _, bits = option.rpartition("=")
         if not pattern or bits not in map(str, NATIVE_BITS):
             raise OptionError(f"--bits {option}: PATTERN=BITS with 2, 3, 4, 5, 6 or 8 bits, such as '*.mlp.fc2=8'")
-        chosen |= dict.fromkeys(matching(layers, pattern, "--bits"), int(bits))
+        chosen |= dict.fromkeys(layers_matching(layers, pattern, "--bits"), int(bits))
     return chosen
 
 
@@ -223,10 +223,10 @@ class BitOptions:
     exclude: Sequence[str]
 
 
-def choose_bits(rounding: Rounding, options: BitOptions, dry_run: bool) -> Rounding:
+def choose_bits(rounding: RoundingRun, options: BitOptions, dry_run: bool) -> RoundingRun:
     """The run with bits for every layer; measures what is not known yet, but not in a dry run. Raises OptionError."""
     every = list(rounding.layers)
-    excluded = [name for pattern in options.exclude for name in matching(every, pattern, "--exclude")]
+    excluded = [name for pattern in options.exclude for name in layers_matching(every, pattern, "--exclude")]
     layers = [name for name in every if name not in excluded]
     if not layers:
         raise OptionError("--exclude leaves no layer")
@@ -238,7 +238,7 @@ def choose_bits(rounding: Rounding, options: BitOptions, dry_run: bool) -> Round
             raise OptionError("--average-bits is of the whole model: leave --blocks out")
         settings = replace(settings, average_bits=options.average_bits, bit_choices=choices)
         sensitivity = known_sensitivity(rounding, choices)
-        if not rounding.ranks.first(sensitivity is not None) and not dry_run:
+        if not rounding.ranks.from_rank_0(sensitivity is not None) and not dry_run:
             note_sensitivity(rounding, choices)
             sensitivity = known_sensitivity(rounding, choices)
         if sensitivity is not None:

@@ -11,7 +11,7 @@ INPUTS_FROM = 0.5  # share of the iterations after which inputs are quantized, t
 LR_SCALES = 1e-3
 ITERS = 400
 EVALUATED = 64  # samples that a loss is measured on
-TOKEN, STATIC = "token", "static"  # rules of the inputs: dynamic per token; a learned range for each noise level
+TOKEN_RULE, STATIC_RULE = "token", "static"  # rules of the inputs: dynamic per token; a learned range for each noise level
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Settings:
     seed: int
     micro_batch: int = 0  # samples whose gradients are made at once; 0: the whole batch
     window: int = 0  # samples that an iteration draws from, a window that moves over them all; 0: all of them
-    activation_rule: str = STATIC
+    activation_rule: str = STATIC_RULE
     block_inputs: str = "original"  # or "mixed": half of the elements as the quantized blocks before give them
     end_to_end: int = 0  # iterations of the last phase, all blocks' grids against the model's output
     layer_bits: Mapping[str, int] = field(default_factory=dict)  # of layers whose codes are not of weight_bits

@@ -11,9 +11,9 @@ import mlx.optimizers as optimizers
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
-from w4a8.cli.command import finishing
-from w4a8.cli.progress import ProgressBar
-from w4a8.parallel import fused
+from w4a8.backend.interrupts import finishing
+from w4a8.backend.parallel import compiled
+from w4a8.backend.progress import ProgressBar
 from w4a8.rounding.settings import EVALUATED, LR_SCALES, cosine, spread_over
 from w4a8.rounding.units import Arrays, Gradients, Unit
 
@@ -39,7 +39,7 @@ class Adam(optimizers.Adam):
                 self._state = known
             return moved, within["m"], within["v"]
 
-        return fused(update)
+        return compiled(update)
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> mx.array:
         """The moved parameter; state holds its moments."""
@@ -79,9 +79,9 @@ class Training:
         """What the method keeps beside α."""
         return self.unit.method.begin(self.state["alpha"])
 
-    def measure(self) -> dict[str, Any]:
+    def final_losses(self) -> dict[str, Any]:
         """The losses of the finished training."""
-        return measure(self)
+        return final_losses(self)
 
     # what a checkpoint holds
 
@@ -301,7 +301,7 @@ def train(
     return training.measure() | {"curve": training.mean_losses()}
 
 
-def measure(training: Training) -> dict[str, Any]:
+def final_losses(training: Training) -> dict[str, Any]:
     """The losses of a finished training on held-out samples, and at its end on those that it was trained on."""
     unit, state = training.unit, training.state
     held_out, chosen = (spread_over(ids, EVALUATED) for ids in (unit.samples.held_out, unit.samples.training))

@@ -9,28 +9,27 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
 
-from hooks import substituted_layers
-from w4a8.cli.ranks import ALONE, Alone
+from w4a8.analysis.clipping_ranges import channel_clipping_range
+from w4a8.backend.parallel import compiled, on_every_core, streams_for
+from w4a8.backend.processes import SINGLE_PROCESS, SingleProcess
+from w4a8.backend.sums import summed
+from w4a8.model.hooks import substituted_layers
 from w4a8.model.layers import Layer, model_blocks, model_layers
-from w4a8.parallel import fused, on_every_core, streams_for
 from w4a8.quantized.activation_rules import DynamicPerToken, Learned
 from w4a8.quantized.arithmetic import grid_position, searched_grid
 from w4a8.quantized.layer import QuantizedLayer, deployed_grid
-from w4a8.quantized.ranges import channel_clipping_range
-from w4a8.rounding.methods import METHODS
-from w4a8.rounding.samples import Batch, TrainingSamples
-from w4a8.rounding.settings import EVALUATED, STATIC, Settings, spread_over
-from w4a8.rounding.substitution import Substitution
-from w4a8.rounding.sums import summed
+from w4a8.rounding.methods import METHODS, Arrays
+from w4a8.rounding.quantized_forward import QuantizedForward
+from w4a8.rounding.settings import EVALUATED, STATIC_RULE, Settings, spread_over
+from w4a8.rounding.training_samples import SampleBatch, TrainingSamples
 
-Arrays = dict[str, mx.array]  # by layer
-FIELDS = ("alpha", "scale", "zero_point", "bias", "range")
+STATE_KEYS = ("alpha", "scale", "zero_point", "bias", "range")
 Gradients = dict[str, Arrays]  # of weights, biases and ranges
 SMALLEST_RANGE, SMALLEST_ERROR = 1e-8, 1e-20
 
 
 @dataclass(frozen=True)
-class Part:
+class UnitSpec:
     """Layers of a stretch of blocks that are trained together."""
 
     name: str
@@ -43,7 +42,7 @@ class Job:
 
     name: str
     blocks: list[str]
-    parts: list[Part]
+    parts: list[UnitSpec]
 
 
 @dataclass(frozen=True)
@@ -70,14 +69,14 @@ class Unit:
     """Layers, the loss of what they give, and the pieces that their training starts from. Subclasses say what they give."""
 
     def __init__(
-        self, mmdit: nn.Module, job: Job, part: Part, samples: TrainingSamples, settings: Settings, ranks: Alone = ALONE
+        self, mmdit: nn.Module, job: Job, part: UnitSpec, samples: TrainingSamples, settings: Settings, ranks: SingleProcess = SINGLE_PROCESS
     ):
         """ranks: those that share the work on this unit."""
         self.mmdit, self.samples, self.settings, self.ranks = mmdit, samples, settings, ranks
         self.name, self.layers = part.name, part.layers
         self.method = METHODS[settings.rounding](settings)
-        self._decided = fused(lambda floor, alpha, top: mx.clip(floor + (alpha >= 0).astype(mx.float32), 0, top))
-        self._undecided = fused(lambda floor, alpha, top: mx.clip(floor + self.method.up(alpha), 0, top))
+        self._decided = compiled(lambda floor, alpha, top: mx.clip(floor + (alpha >= 0).astype(mx.float32), 0, top))
+        self._undecided = compiled(lambda floor, alpha, top: mx.clip(floor + self.method.up(alpha), 0, top))
         blocks, layers = model_blocks(mmdit), model_layers(mmdit)
         self._blocks = [blocks[name] for name in job.blocks]
         linears: dict[str, Layer] = {name: layers[name] for name in self.layers}
@@ -86,7 +85,7 @@ class Unit:
         self.biases = {name: layer.bias for name, layer in linears.items() if layer.bias is not None}
         self.nearest: dict[str, QuantizedLayer] = {}
         self._floor: Arrays = {}
-        start: dict[str, Arrays] = {key: {} for key in FIELDS}
+        start: dict[str, Arrays] = {key: {} for key in STATE_KEYS}
         dense = {name: np.array(weight, np.float32) for name, weight in self.weights.items()}
 
         def grids(name: str) -> tuple[QuantizedLayer, np.ndarray, np.ndarray]:
@@ -115,12 +114,12 @@ class Unit:
         return [Job(block, [block], cls.parts(block, layers, names)) for block, names in of_block.items()]
 
     @classmethod
-    def parts(cls, block: str, layers: Mapping[str, Layer], names: list[str]) -> list[Part]:
-        return [Part(block, names)]
+    def parts(cls, block: str, layers: Mapping[str, Layer], names: list[str]) -> list[UnitSpec]:
+        return [UnitSpec(block, names)]
 
     # what the unit gives, quantized and not
 
-    def run(self, batch: Batch, stand_in: Substitution) -> list[mx.array]:
+    def run(self, batch: SampleBatch, stand_in: QuantizedForward) -> list[mx.array]:
         """The tokens that the last block gives for a batch, with substituted layers."""
         tokens = batch.tokens
         with substituted_layers(self.mmdit, stand_in.compute):
@@ -129,22 +128,22 @@ class Unit:
         stand_in.let_go()
         return tokens
 
-    def outputs(self, batch: Batch, stand_in: Substitution) -> list[mx.array]:
+    def outputs(self, batch: SampleBatch, stand_in: QuantizedForward) -> list[mx.array]:
         """What the loss is measured on: here the block's outputs."""
         return self.run(batch, stand_in)
 
-    def targets(self, batch: Batch) -> list[mx.array]:
+    def targets(self, batch: SampleBatch) -> list[mx.array]:
         """What the unquantized unit gives: here what the cache holds."""
         return batch.outputs
 
     # the loss
 
-    def square_parts(self, stand_in: Substitution, batch: Batch) -> list[mx.array]:
+    def square_parts(self, stand_in: QuantizedForward, batch: SampleBatch) -> list[mx.array]:
         """Mean squared error of each output, unevaluated."""
         targets, given = self.targets(batch), self.outputs(batch, stand_in)
         return [mx.mean(mx.square(a - b)) for a, b in zip(given, targets, strict=True)]
 
-    def loss_parts(self, stand_in: Substitution, batch: Batch) -> list[mx.array]:
+    def loss_parts(self, stand_in: QuantizedForward, batch: SampleBatch) -> list[mx.array]:
         """The same, relative to round-to-nearest."""
         return [square / norm for square, norm in zip(self.square_parts(stand_in, batch), self.norms, strict=True)]
 
@@ -170,7 +169,7 @@ class Unit:
             quantize = (
                 None if state.rule is None else state.rule.of_rows(step_rows(self.samples, chosen, batch.modulation))
             )
-            found = parts(Substitution(weights, biases, quantize), batch)
+            found = parts(QuantizedForward(weights, biases, quantize), batch)
             mx.eval(found)
             for chunk, each in zip(chunks[start:], ranks.gathered(found, found), strict=False):
                 share = len(chunk) / len(indices)
@@ -180,9 +179,9 @@ class Unit:
     def _loss_and_gradients(self, with_inputs: bool) -> Callable:
         """(weights, biases and ranges; batch; step of each row; key) -> loss and gradients."""
 
-        def loss_of(parameters: Gradients, batch: Batch, rows: mx.array, key: mx.array) -> mx.array:
+        def loss_of(parameters: Gradients, batch: SampleBatch, rows: mx.array, key: mx.array) -> mx.array:
             quantize = self.rule(parameters["ranges"]).of_rows(rows) if with_inputs else None
-            stand_in = Substitution(parameters["weights"], parameters["biases"], quantize, self.settings.qdrop, key)
+            stand_in = QuantizedForward(parameters["weights"], parameters["biases"], quantize, self.settings.qdrop, key)
             parts = self.loss_parts(stand_in, batch)
             return sum(parts) / len(parts)
 
@@ -262,7 +261,7 @@ class Unit:
             return {}, {}
         steps = self.samples.steps(indices)
         groups = [indices]
-        if self.settings.activation_rule == STATIC:  # of a step that none of these is of: what all say
+        if self.settings.activation_rule == STATIC_RULE:  # of a step that none of these is of: what all say
             groups = [
                 [i for i, at in zip(indices, steps, strict=True) if at == step] for step in self.samples.all_steps
             ]
@@ -281,7 +280,7 @@ class Unit:
                 power = np.maximum(squares / tokens - 2 * shift * total / tokens + shift * shift, 0)
                 best = channel_clipping_range(reach, power, 1, [self.settings.activation_bits])[0]
                 chosen.append(max(best, SMALLEST_RANGE))
-            ranges[name] = mx.array(np.float32(chosen if self.settings.activation_rule == STATIC else chosen[0]))
+            ranges[name] = mx.array(np.float32(chosen if self.settings.activation_rule == STATIC_RULE else chosen[0]))
         return shifts, ranges
 
     def _input_moments(self, indices: Sequence[int]) -> dict[str, list[np.ndarray]]:
@@ -301,7 +300,7 @@ class Unit:
         """The inputs (tokens, channels) of these layers in the unquantized unit, a few samples at a time."""
         size = min(8, self.settings.chunk)
         for begin in range(0, len(indices), size):
-            watching = Substitution({}, {}, watched=names)
+            watching = QuantizedForward({}, {}, watched=names)
             self.run(self.samples.batch(indices[begin : begin + size]), watching)
             yield watching.inputs
 
@@ -314,4 +313,4 @@ def step_rows(samples: TrainingSamples, indices: Sequence[int], rows: mx.array) 
 def input_rule(settings: Settings, ranges: Arrays, shifts: Arrays) -> Learned | DynamicPerToken:
     """How inputs are quantized while a model is trained."""
     bits = settings.activation_bits
-    return Learned(ranges, shifts, bits) if settings.activation_rule == STATIC else DynamicPerToken(bits)
+    return Learned(ranges, shifts, bits) if settings.activation_rule == STATIC_RULE else DynamicPerToken(bits)

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from calibration_store.histograms import histogram_grid
-from w4a8.parallel import announce_compilation
+from w4a8.backend.parallel import announce_compilation
 from w4a8.statistics.kernel_source import KERNEL_FUNCTIONS, KERNEL_HEADER, MERGE_KERNEL, TILE_KERNEL, TILE_ROWS
 
 INPUTS_PER_KERNEL = 8  # the distinct inputs of one SD3 block: launches cost more than the work

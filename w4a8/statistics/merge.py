@@ -11,7 +11,7 @@ from calibration_store.layout import ActivationPaths
 from calibration_store.names import is_post_gelu
 from calibration_store.partials import read_partial
 from calibration_store.statistics import write_statistics, write_step
-from w4a8.quantized.ranges import absolute_histogram, histogram_percentile
+from w4a8.analysis.clipping_ranges import absolute_histogram, histogram_percentile
 
 SHIFT_MOMENTUM = 0.95
 

@@ -11,7 +11,7 @@ import numpy as np
 from calibration_store.errors import StoreError
 from calibration_store.layout import ActivationPaths
 from calibration_store.partials import write_partial
-from hooks import hooked_layers
+from w4a8.model.hooks import hooked_layers
 from w4a8.passes import Pass
 from w4a8.statistics.kernels import INPUTS_PER_KERNEL, cpu_statistics, gpu_statistics, mlx_statistics
 

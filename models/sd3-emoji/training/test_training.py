@@ -19,8 +19,8 @@ from transformer import TextToImage
 from w4a8.model.catalog import BUNDLED_FOLDER, describe_model
 from w4a8.model.loading import load_pipeline, whole_model
 from w4a8.model.modulation import modulation_cache
+from w4a8.model.prompt_encoder import check_prompts, encode_prompts
 from w4a8.model.sampling import decode_latents, euler_steps, initial_noise
-from w4a8.model.text import check_prompts, encode_prompts
 
 COLOURS = ("red", "green", "blue", "orange", "purple", "brown")
 SHAPES = ("disc", "square", "bar", "frame")

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from w4a8.model.deferred import MissingPackage, deferred
+from w4a8.backend.lazy_imports import MissingPackage, deferred
 
 ROOT = Path(__file__).resolve().parent.parent
 

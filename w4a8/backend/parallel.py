@@ -11,9 +11,9 @@ from typing import TypeVar
 import click
 import mlx.core as mx
 
-from w4a8 import blas
+from w4a8.backend import blas
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+_Item, _Result = TypeVar("_Item"), TypeVar("_Result")
 
 
 def run_cpu_streams_side_by_side() -> None:
@@ -29,7 +29,7 @@ def run_cpu_streams_side_by_side() -> None:
 @contextlib.contextmanager
 def streams_for(groups: int) -> Iterator[list[mx.Stream]]:
     """Streams for so many groups of work, at most one a core of the CPU; the device's own elsewhere."""
-    count = min(groups, cores())
+    count = min(groups, working_cores())
     with _blas_threads(count):
         yield [mx.default_stream(mx.default_device())] if count == 1 else _cpu_streams(count)
 
@@ -42,7 +42,7 @@ def side_by_side(count: int) -> Iterator[list[tuple[slice, mx.Stream]]]:
         yield list(zip(groups, streams, strict=True))
 
 
-def cores() -> int:
+def working_cores() -> int:
     """What works at the same time: the CPUs of this process; a GPU is one."""
     return blas.cores() if mx.default_device() == mx.Device(mx.cpu) else 1
 
@@ -53,7 +53,7 @@ def row_groups(images: int) -> list[slice]:
     Most of MLX's CPU operations use one thread of their stream, so groups on streams of their own run side by
     side. Which group an image falls in depends on its place in the batch and on the number of cores.
     """
-    count = min(images, cores())
+    count = min(images, working_cores())
     edges = [images * core // count for core in range(count + 1)]
     return [slice(a, b) for a, b in pairwise(edges)]
 
@@ -92,13 +92,13 @@ def announce_compilation(what: str) -> None:
         click.echo(f"compiling {what}, once …", err=True)
 
 
-def on_every_core(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+def on_every_core(function: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:
     """`function` of every item, in their order, on as many threads as there are cores: for NumPy, which lets go of the GIL."""
     with ThreadPoolExecutor(blas.cores()) as pool:
         yield from pool.map(function, items)
 
 
-def fused(function: Callable) -> Callable:
+def compiled(function: Callable) -> Callable:
     """A function of MLX arrays, element by element, as one kernel on a GPU: many small ones are what an iteration waits for.
 
     As it is on a CPU, where compiling costs more, and where its gradients are taken.

@@ -5,15 +5,15 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 from mlx.utils import tree_map
 
-from w4a8.cli.ranks import Alone, Tree
+from w4a8.backend.processes import SingleProcess, Tree
 
 
-def summed(ranks: Alone, count: int, at_once: int, made: Callable[[Sequence[int]], list[Tree]], like: Tree) -> Tree:
+def summed(ranks: SingleProcess, count: int, at_once: int, made: Callable[[Sequence[int]], list[Tree]], like: Tree) -> Tree:
     """Σ of what `made` gives for the numbers 0 … count - 1, added in their order whatever the number of ranks.
 
     made: at most `at_once` numbers, all of this rank -> a tree of each, evaluated. like: arrays of the same shapes.
     """
-    total, own, rounds = None, ranks.mine(count), -(-count // ranks.size)
+    total, own, rounds = None, ranks.owned_indices(count), -(-count // ranks.size)
     for start in range(0, rounds, at_once):
         found = made(own[start : start + at_once])
         for turn in range(start, min(start + at_once, rounds)):

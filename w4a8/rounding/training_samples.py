@@ -18,16 +18,16 @@ from calibration_store.block_cache import (
 )
 from calibration_store.errors import StoreError
 from calibration_store.layout import BlockCachePaths, BoundaryPaths
-from w4a8.cli.ranks import ALONE, Alone
-from w4a8.memory import device_memory
+from w4a8.backend.memory import device_memory
+from w4a8.backend.parallel import on_every_core
+from w4a8.backend.processes import SINGLE_PROCESS, SingleProcess
 from w4a8.model.diffusionkit import MMDiTConfig
-from w4a8.parallel import on_every_core
-from w4a8.passes import Place, places_of
+from w4a8.passes import SampleId, places_of
 
 HELD_OUT, MOST_HELD_OUT = 0.1, 32  # share of the images, and how many at most: never trained on, they judge
 
 
-class Batch(NamedTuple):
+class SampleBatch(NamedTuple):
     """Rows of some samples, one below the other, float32: what enters a stretch of blocks, and what it gives."""
 
     tokens: list[mx.array]  # image and text, of FLUX's unified blocks joined
@@ -46,7 +46,7 @@ class TrainingSamples(Protocol):
     def steps(self, indices: Sequence[int]) -> np.ndarray:
         """For each sample, which of the cached steps it is of: positions in key_timesteps."""
 
-    def batch(self, indices: Sequence[int], key: mx.array | None = None) -> Batch:
+    def batch(self, indices: Sequence[int], key: mx.array | None = None) -> SampleBatch:
         """Inputs, modulation input and outputs of these samples.
 
         key: where inputs were kept quantized, too, half of their elements are taken from there (QDrop), drawn from it.
@@ -69,8 +69,8 @@ class Samples:
     """Cached samples as their files have them: in memory (the GPU's, where there is one), or read from their files when they are many."""
 
     def __init__(
-        self, places: Sequence[Place], read: Callable[[Place], list[np.ndarray]], key_timesteps: Sequence[int],
-        quantized: Callable[[Place], list[np.ndarray]] | None = None, inputs: int = 2,
+        self, places: Sequence[SampleId], read: Callable[[SampleId], list[np.ndarray]], key_timesteps: Sequence[int],
+        quantized: Callable[[SampleId], list[np.ndarray]] | None = None, inputs: int = 2,
     ):  # fmt: skip
         """read: a sample's arrays, inputs (so many) first, then modulation input and outputs; quantized: its inputs as the quantized blocks before give them.
 
@@ -110,7 +110,7 @@ class Samples:
         inputs, _ = block_keys(cache, cache["block_names"][0])
         read = cache_reader(calib_dir, cache, [*inputs, "modulation_input", VELOCITY])
 
-        def patched(place: Place) -> list[np.ndarray]:
+        def patched(place: SampleId) -> list[np.ndarray]:
             *found, velocity = read(place)
             return [*found, patches(velocity, mmdit.config)]
 
@@ -127,7 +127,7 @@ class Samples:
         """As TrainingSamples.steps."""
         return self._steps[np.asarray(indices)]
 
-    def batch(self, indices: Sequence[int], key: mx.array | None = None) -> Batch:
+    def batch(self, indices: Sequence[int], key: mx.array | None = None) -> SampleBatch:
         """As TrainingSamples.batch."""
         if self._arrays:
             picks = mx.array(indices) if isinstance(self._arrays[0], mx.array) else np.asarray(indices)
@@ -144,7 +144,7 @@ class Samples:
             key, drawn = mx.random.split(key)
             arrays[position] = mx.where(mx.random.bernoulli(0.5, other.shape, drawn), arrays[position], other)
         *tokens, modulation = arrays[: self._inputs + 1]
-        return Batch(tokens, modulation, arrays[self._inputs + 1 :])
+        return SampleBatch(tokens, modulation, arrays[self._inputs + 1 :])
 
     def keep(self, indices: Sequence[int]) -> None:
         """As TrainingSamples.keep."""
@@ -161,7 +161,7 @@ class Samples:
         return stacked(self._read, [self.places[index] for index in indices])
 
 
-def stacked(read: Callable[[Place], list[np.ndarray]], places: Sequence[Place]) -> list[np.ndarray]:
+def stacked(read: Callable[[SampleId], list[np.ndarray]], places: Sequence[SampleId]) -> list[np.ndarray]:
     """The arrays of some samples, rows one below the other; read on every core, since mapped pages come one by one."""
     arrays = [np.empty((len(places), *member.shape), member.dtype) for member in read(places[0])]
 
@@ -179,17 +179,17 @@ def reader(
     shapes: Mapping[str, Sequence[int]],
     remedy: str = CACHE_REMEDY,
     dtype: str = "float16",
-) -> Callable[[Place], list[np.ndarray]]:
+) -> Callable[[SampleId], list[np.ndarray]]:
     """(image_id, step_index) -> the arrays of these shapes of a sample, mapped. Raises StoreError that names a missing or damaged file."""
 
-    def read(place: Place) -> list[np.ndarray]:
+    def read(place: SampleId) -> list[np.ndarray]:
         arrays = check_cached_sample(paths.sample(*place), *place, shapes, False, None, remedy, dtype)
         return [arrays[key] for key in shapes]
 
     return read
 
 
-def cache_reader(calib_dir: Path, cache: Mapping[str, Any], keys: Sequence[str]) -> Callable[[Place], list[np.ndarray]]:
+def cache_reader(calib_dir: Path, cache: Mapping[str, Any], keys: Sequence[str]) -> Callable[[SampleId], list[np.ndarray]]:
     """`reader` of these arrays of a block cache. Raises StoreError when it does not hold them."""
     paths, stored = BlockCachePaths(calib_dir), stored_shapes(cache)
     missing = [key for key in keys if key not in stored]
@@ -209,7 +209,7 @@ def patches(velocity: np.ndarray, config: MMDiTConfig) -> np.ndarray:
 
 
 def verified(
-    calib_dir: Path, cache: Mapping[str, Any], stretches: Iterable[Sequence[str]], ranks: Alone = ALONE
+    calib_dir: Path, cache: Mapping[str, Any], stretches: Iterable[Sequence[str]], ranks: SingleProcess = SINGLE_PROCESS
 ) -> Iterator[None]:
     """Check what will be trained on, checksums and every value, a sample at a time. Raises StoreError that names the file.
 
@@ -220,7 +220,7 @@ def verified(
     if not holds_ends(cache):
         keys = {key for blocks in stretches for part in block_keys(cache, blocks[0], blocks[-1]) for key in part}
         shapes = {key: shape for key, shape in shapes.items() if key in keys or key == "modulation_input"}
-    for number in ranks.mine(len(cache["samples"])):
+    for number in ranks.owned_indices(len(cache["samples"])):
         sample = cache["samples"][number]
         path, run = root / sample["file"], cache.get("calibration_run")
         check_cached_sample(path, sample["image_id"], sample["step_index"], shapes, checked=True, run=run)

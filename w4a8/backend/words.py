@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 
-def few(values: Sequence[Any], limit: int = 12) -> str:
+def shortened(values: Sequence[Any], limit: int = 12) -> str:
     """A list in a message, the middle of a long one left out."""
     if len(values) <= limit:
         return f"[{', '.join(map(str, values))}]"

@@ -18,18 +18,18 @@ from calibration_store.errors import OptionError, StoreError
 from calibration_store.evaluation import read_variant, write_variant
 from calibration_store.files import file_digest, remove_file
 from calibration_store.layout import EvaluationPaths
-from w4a8.cli.options import WHERE_IT_WAS, ModelPlace
-from w4a8.cli.progress import ProgressBar, progress_bar
-from w4a8.cli.prompts import draw_builtin_prompts
-from w4a8.cli.ranks import ALONE, Alone
+from w4a8.backend.processes import SINGLE_PROCESS, SingleProcess
+from w4a8.backend.progress import ProgressBar, progress_bar
 from w4a8.evaluation.metrics import describe_variant
 from w4a8.evaluation.variants import Variant
 from w4a8.model.catalog import ModelInfo, choose_dtype, model_fingerprint, package_versions
 from w4a8.model.loading import load_pipeline
+from w4a8.model.location import UNCHANGED_LOCATION, ModelLocation
 from w4a8.model.parts import DECODER, TRANSFORMER, Pipeline, whole_model
+from w4a8.model.prompt_encoder import PromptEncoder
+from w4a8.model.prompts import draw_builtin_prompts
 from w4a8.model.runs import check_fingerprint, describe_run_model
 from w4a8.model.sampling import EulerStep, check_seeds, decode_latents, euler_steps, initial_noise
-from w4a8.model.text import Texts
 from w4a8.quantized.activation_rules import ActivationRule, inputs_quantized
 
 
@@ -61,9 +61,9 @@ class Run:
         """Prompts that are sampled together; ranks share them by their numbers."""
         return [self.prompts[begin : begin + self.batch_size] for begin in range(0, len(self.prompts), self.batch_size)]
 
-    def images_of(self, rank: Alone) -> int:
+    def images_of(self, rank: SingleProcess) -> int:
         """How many images of a variant are this rank's."""
-        return sum(len(self.batches[number]) for number in rank.mine(len(self.batches)))
+        return sum(len(self.batches[number]) for number in rank.owned_indices(len(self.batches)))
 
     def identity(self, variant: Variant) -> str:
         """SHA-256 over everything that a variant's images follow from, the content of its files included."""
@@ -90,12 +90,12 @@ def choose_prompts(
 
 
 def load_evaluated(
-    manifest: Mapping[str, Any], place: ModelPlace = WHERE_IT_WAS
+    manifest: Mapping[str, Any], location: ModelLocation = UNCHANGED_LOCATION
 ) -> tuple[Pipeline, ModelInfo, str | None]:
     """The model to evaluate (by default the calibration's), what is known of it, and its weights' fingerprint."""
-    info, checkpoint = describe_run_model(manifest, place)
+    info, checkpoint = describe_run_model(manifest, location)
     checkpoint = checkpoint if info.folder is None else None
-    model = place.model
+    model = location.model
     use_t5 = manifest["use_t5"] if model in (None, manifest["model_version"]) else info.use_t5 and manifest["use_t5"]
     if model is None and info.hub_id is None:
         check_fingerprint(manifest, info, checkpoint)
@@ -107,7 +107,7 @@ def load_evaluated(
     return pipeline, info, model_fingerprint(info, use_t5, checkpoint)
 
 
-def plan_run(
+def plan_evaluation(
     manifest: Mapping[str, Any], info: ModelInfo, fingerprint: str | None, use_t5: bool, prompts: list[str],
     num_steps: int | None, cfg_weight: float | None, seed: int, batch_size: int,
 ) -> Run:  # fmt: skip
@@ -133,8 +133,8 @@ def plan_run(
 
 
 def evaluate(
-    pipeline: Pipeline, texts: Texts, run: Run, paths: EvaluationPaths, variants: Sequence[Variant], resume: bool,
-    ranks: Alone = ALONE,
+    pipeline: Pipeline, texts: PromptEncoder, run: Run, paths: EvaluationPaths, variants: Sequence[Variant], resume: bool,
+    ranks: SingleProcess = SINGLE_PROCESS,
 ) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, dict]] | None:  # fmt: skip
     """Run every variant, the original first: (original images, images and metrics of each variant); None on ranks that only help.
 
@@ -157,8 +157,8 @@ def evaluate(
 
 
 def stored_or_sampled(
-    pipeline: Pipeline, texts: Texts, run: Run, paths: EvaluationPaths, variant: Variant, stored: bool, bar: ProgressBar,
-    ranks: Alone,
+    pipeline: Pipeline, texts: PromptEncoder, run: Run, paths: EvaluationPaths, variant: Variant, stored: bool, bar: ProgressBar,
+    ranks: SingleProcess,
 ) -> dict[str, np.ndarray] | None:  # fmt: skip
     """A variant's images and latents, from its file if that may be used, else sampled and written; None on ranks that only help."""
     identity, arrays = run.identity(variant), None
@@ -169,7 +169,7 @@ def stored_or_sampled(
                 remove_file(old)  # of other parameters or files, or half-written
         if stored and os.path.lexists(path):
             arrays = read_variant(path, identity, len(run.prompts), run.num_steps + 1, run.latent_size)
-    if ranks.first(arrays is not None):
+    if ranks.from_rank_0(arrays is not None):
         return arrays
     arrays = sample(pipeline, texts, run, variant, bar, ranks)
     if ranks.rank:
@@ -179,7 +179,7 @@ def stored_or_sampled(
 
 
 def sample(
-    pipeline: Pipeline, texts: Texts, run: Run, variant: Variant, bar: ProgressBar, ranks: Alone = ALONE,
+    pipeline: Pipeline, texts: PromptEncoder, run: Run, variant: Variant, bar: ProgressBar, ranks: SingleProcess = SINGLE_PROCESS,
     marks: list[float] | None = None,
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """Images (N, H, W, 3) uint8 and the latents of every step (N, steps + 1, h, w, 16) float32 of all prompts.
@@ -194,7 +194,7 @@ def sample(
     finished, latents = {}, {}
     with variant.in_place(pipeline):
         marks.append(time.perf_counter())
-        for number in ranks.mine(len(batches)):
+        for number in ranks.owned_indices(len(batches)):
             begin, prompts = number * size, batches[number]
             text = texts.of(prompts)
             noise = mx.concatenate([initial_noise(run.seed + begin + i, run.latent_size) for i in range(len(prompts))])
@@ -203,7 +203,7 @@ def sample(
             with contextlib.closing(euler_steps(pipeline, text, noise, run.num_steps, run.cfg_weight)) as states:
                 for state in quantized_steps(pipeline, states, variant.rule, 2 if run.cfg_weight > 0 else 1):
                     trajectory.append(np.array(state.x.astype(mx.float32)))
-                    ranks.count(bar, 0 if state.is_final else 1)
+                    ranks.advance(bar, 0 if state.is_final else 1)
             latents[number] = np.stack(trajectory, axis=1)
             refuse_not_finite(variant.name, latents[number], range(begin, begin + len(prompts)))
             finished[number] = state.x
@@ -215,14 +215,14 @@ def sample(
         images[number] = np.stack([np.asarray(image) for image in drawn])
     marks.append(time.perf_counter())
     lengths = list(map(len, batches))
-    height, width = (ranks.first(images[0].shape[axis] if 0 in images else 0) for axis in (1, 2))
+    height, width = (ranks.from_rank_0(images[0].shape[axis] if 0 in images else 0) for axis in (1, 2))
     return {
-        "images": joined(ranks, images, lengths, (height, width, 3)).astype(np.uint8),
-        "latents": joined(ranks, latents, lengths, (run.num_steps + 1, *run.latent_size, 16)),
+        "images": gathered_rows(ranks, images, lengths, (height, width, 3)).astype(np.uint8),
+        "latents": gathered_rows(ranks, latents, lengths, (run.num_steps + 1, *run.latent_size, 16)),
     }
 
 
-def joined(ranks: Alone, own: Mapping[int, np.ndarray], lengths: Sequence[int], row: tuple[int, ...]) -> np.ndarray:
+def gathered_rows(ranks: SingleProcess, own: Mapping[int, np.ndarray], lengths: Sequence[int], row: tuple[int, ...]) -> np.ndarray:
     """The rows of all batches in their order, from the batches that each rank has. lengths: of the batches; row: a row's shape."""
     if ranks.size == 1:
         return np.concatenate(list(own.values()))
@@ -240,7 +240,7 @@ def joined(ranks: Alone, own: Mapping[int, np.ndarray], lengths: Sequence[int], 
 def probe(pipeline: Pipeline, run: Run, variants: Sequence[Variant]) -> tuple[float, int]:
     """(seconds, bytes at most) of a whole run, from two steps of the first batch with the last variant."""
     few = replace(run, prompts=run.prompts[: run.batch_size], num_steps=2)
-    texts = Texts(pipeline, few.prompts, few.cfg_weight, few.negative_prompt, None)
+    texts = PromptEncoder(pipeline, few.prompts, few.cfg_weight, few.negative_prompt, None)
     marks: list[float] = []
     with progress_bar(few.num_steps, "timing", "step", leave=False) as bar:
         arrays = sample(pipeline, texts, few, variants[-1], bar, marks=marks)

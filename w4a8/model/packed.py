@@ -5,18 +5,35 @@ matrix-vector product per token. So the input is flattened to two dimensions fir
 and number of rows: benchmarks/native_speed.py measures every way.
 """
 
+from dataclasses import dataclass
+
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 
-from w4a8.memory import device_memory
-from w4a8.parallel import announce_compilation
-from w4a8.quantized.layer import Packed
+from w4a8.backend.memory import device_memory
+from w4a8.backend.parallel import announce_compilation
 
 AUTO, QUANTIZED, DEQUANTIZE, DENSE = "auto", "quantized", "dequantize", "dense"
 WAYS = (AUTO, QUANTIZED, DEQUANTIZE, DENSE)
 FEW_ROWS = 256  # up to which CUDA multiplies packed weights faster than it unpacks them
-MEMORY_SHARE = 0.25  # of a CPU's memory that dense copies of the weights may take
+DENSE_SHARE = 0.25  # of a CPU's memory that dense copies of the weights may take
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A layer as `mx.quantized_matmul` takes it: codes uint32 (out, in·bits / 32), scales and biases (out, groups) float16."""
+
+    codes: mx.array
+    scales: mx.array
+    biases: mx.array
+    bits: int
+    group_size: int
+
+    def dense(self, dtype: mx.Dtype) -> mx.array:
+        """Ŵ (out, in) as a model of this precision unpacks it."""
+        scales, biases = self.scales.astype(dtype), self.biases.astype(dtype)
+        return mx.dequantize(self.codes, scales, biases, self.group_size, self.bits)
 
 
 class NativeLinear(nn.QuantizedLinear):
@@ -122,7 +139,7 @@ def resolve(way: str, bytes_of_dense: int) -> str:
         return way
     if mx.default_device() != mx.Device(mx.cpu):
         return QUANTIZED if mx.metal.is_available() else AUTO
-    return DENSE if bytes_of_dense <= MEMORY_SHARE * device_memory() else DEQUANTIZE
+    return DENSE if bytes_of_dense <= DENSE_SHARE * device_memory() else DEQUANTIZE
 
 
 def get_ready(model: nn.Module) -> None:

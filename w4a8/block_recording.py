@@ -12,12 +12,12 @@ import numpy as np
 from calibration_store.block_cache import VELOCITY, boundary_keys, ends_of
 from calibration_store.errors import OptionError, StoreError
 from calibration_store.names import MULTIMODAL, block_kind, split_key
-from hooks import hooked_blocks
+from w4a8.model.hooks import hooked_blocks
 from w4a8.model.layers import model_blocks
-from w4a8.model.needs import config_of
+from w4a8.model.memory_needs import config_of
 from w4a8.model.parts import Pipeline
-from w4a8.model.text import text_tokens
-from w4a8.passes import Batch, Pass, Place, StoredPasses
+from w4a8.model.prompt_encoder import text_tokens
+from w4a8.passes import Pass, PassBatch, SampleId, StoredPasses
 
 
 class BlockRecorder:
@@ -70,8 +70,8 @@ class Recording:
         self._first = self.keys[names[0]][0] if ends else None
 
     def record_all(
-        self, passes: StoredPasses, places: Sequence[Place]
-    ) -> Iterator[tuple[Place, dict[str, np.ndarray]]]:
+        self, passes: StoredPasses, places: Sequence[SampleId]
+    ) -> Iterator[tuple[SampleId, dict[str, np.ndarray]]]:
         """The arrays of every place's sample file; several places in a pass where that costs nothing and ends are enough."""
         size = self._at_once(passes)
         if size == 1:
@@ -84,7 +84,7 @@ class Recording:
             for index, place in enumerate(batch.places):
                 yield place, {key: array[index :: len(batch.places)] for key, array in arrays.items()}
 
-    def probe(self, passes: StoredPasses, places: Sequence[Place]) -> tuple[float, Mapping[str, Any]]:
+    def probe(self, passes: StoredPasses, places: Sequence[SampleId]) -> tuple[float, Mapping[str, Any]]:
         """Seconds a sample takes (the second of two times), and the arrays of the first one's file."""
         size = self._at_once(passes)
         if size == 1:
@@ -98,7 +98,7 @@ class Recording:
     def _at_once(self, passes: StoredPasses) -> int:
         return passes.samples_at_once() if self._first is not None else 1
 
-    def record(self, one: Pass | Batch) -> dict[str, mx.array]:
+    def record(self, one: Pass | PassBatch) -> dict[str, mx.array]:
         """Run a pass; float16 arrays, those of its sample file where it is of one sample."""
         recorder = BlockRecorder(self.keys)
         with hooked_blocks(

@@ -1,9 +1,9 @@
 """What every stage takes of the memory, beside what its dry run says and beside a bare pass of the transformer.
 
-python benchmarks/memory.py                                        # the bundled model, on two cores
-python benchmarks/memory.py --size sd3-medium --latent-size 64     # random weights (4.5 GB of disk): for a GPU
-python benchmarks/memory.py --size sd3-medium --t5                 # with a random T5-XXL: 9.5 GB more
-python benchmarks/memory.py --fit                                  # the constants of w4a8/model/needs.py and rounding/jobs.py
+python benchmarks/peak_memory.py                                        # the bundled model, on two cores
+python benchmarks/peak_memory.py --size sd3-medium --latent-size 64     # random weights (4.5 GB of disk): for a GPU
+python benchmarks/peak_memory.py --size sd3-medium --t5                 # with a random T5-XXL: 9.5 GB more
+python benchmarks/peak_memory.py --fit                                  # the constants of w4a8/model/memory_needs.py and rounding/jobs.py
 
 Peaks are MLX's own; resident is the process's. Runs every stage in a process of its own, small: 2 images, 2 blocks.
 """

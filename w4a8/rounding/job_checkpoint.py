@@ -7,17 +7,17 @@ from typing import Any
 import click
 import numpy as np
 
-from calibration_store.checkpoint import Layers, read_checkpoint, write_checkpoint
 from calibration_store.errors import StoreError
 from calibration_store.files import remove_file
 from calibration_store.layout import WeightPaths
+from calibration_store.rounding_checkpoint import Layers, read_checkpoint, write_checkpoint
 from calibration_store.weights import layer_fault, training_run_of_0_8_0
 from w4a8.rounding.settings import Settings
 from w4a8.rounding.training import Training
 from w4a8.rounding.units import Job
 
 
-class Checkpoint:
+class JobCheckpoint:
     """Where the job under way stands, on the disk; a damaged one, or one of another run, is said and left aside."""
 
     def __init__(self, paths: WeightPaths, job: Job, plan: Mapping[str, Any], own: bool = False):

@@ -13,18 +13,18 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from calibration_store.checkpoint import Layers
 from calibration_store.names import block_of
-from hooks import substituted_layers
-from w4a8.cli.ranks import ALONE, Alone
+from calibration_store.rounding_checkpoint import Layers
+from w4a8.backend.parallel import on_every_core, streams_for
+from w4a8.backend.processes import SINGLE_PROCESS, SingleProcess
+from w4a8.backend.sums import summed
+from w4a8.model.hooks import substituted_layers
 from w4a8.model.layers import model_blocks, model_layers, run_final_layer
-from w4a8.parallel import on_every_core, streams_for
 from w4a8.quantized.layer import QuantizedLayer, deployed_grid
-from w4a8.rounding.samples import Batch, TrainingSamples
-from w4a8.rounding.settings import EVALUATED, STATIC, Settings, spread_over
-from w4a8.rounding.substitution import Substitution
-from w4a8.rounding.sums import summed
+from w4a8.rounding.quantized_forward import QuantizedForward
+from w4a8.rounding.settings import EVALUATED, STATIC_RULE, Settings, spread_over
 from w4a8.rounding.training import NotFiniteError, Training, grid_slopes
+from w4a8.rounding.training_samples import SampleBatch, TrainingSamples
 from w4a8.rounding.units import SMALLEST_ERROR, Arrays, Gradients, input_rule, step_rows
 
 KEPT_BEFORE = ("scale", "zero_point", "bias", "act_scale", "act_scales")  # as {field}_before: where the phase began
@@ -37,7 +37,7 @@ class WholeModel:
 
     def __init__(
         self, mmdit: nn.Module, blocks: Sequence[str], samples: TrainingSamples, settings: Settings, layers: Layers,
-        ranks: Alone = ALONE,
+        ranks: SingleProcess = SINGLE_PROCESS,
     ):  # fmt: skip
         """layers: what the files of all blocks say of their layers, before this phase; ranks: those that share the work."""
         self.mmdit, self.samples, self.settings, self.ranks = mmdit, samples, settings, ranks
@@ -66,7 +66,7 @@ class WholeModel:
         """Loss and its slopes along what `Training.move_grids` moves, and along the ranges; micro-batches in their order."""
         parts = self.settings.micro_batches(indices)
         moved = {key: state[key] for key in ("scale", "zero_point", "bias")}
-        ranges = self._ranges(state, self.layers) if self.settings.activation_rule == STATIC else {}
+        ranges = self._ranges(state, self.layers) if self.settings.activation_rule == STATIC_RULE else {}
         with streams_for(len(parts)) as streams:
             return summed(
                 self.ranks,
@@ -112,13 +112,13 @@ class WholeModel:
         if rows is not None:
             quantize = input_rule(self.settings, parameters["ranges"], self._shifts).of_rows(rows)
         drop = 0.0 if key is None else self.settings.qdrop
-        stand_in = Substitution(parameters["weights"], parameters["biases"], quantize, drop, key)
+        stand_in = QuantizedForward(parameters["weights"], parameters["biases"], quantize, drop, key)
         with substituted_layers(self.mmdit, stand_in.compute, self._of_block[block.name]):
             given = block.run(tokens, modulation)
         stand_in.let_go()
         return given
 
-    def _square(self, tokens: mx.array, batch: Batch) -> mx.array:
+    def _square(self, tokens: mx.array, batch: SampleBatch) -> mx.array:
         """Mean squared error of the output; batch: as TrainingSamples.batch."""
         target = batch.outputs[0]
         if not self.samples.holds_velocity:
@@ -128,7 +128,7 @@ class WholeModel:
     def _mean_square(self, indices: Sequence[int], state: Mapping[str, Arrays] | None, with_inputs: bool) -> float:
         """Over these samples; block by block over all of them, so that each is unpacked once."""
         every = self.settings.micro_batches(indices)
-        parts = [every[number] for number in self.ranks.mine(len(every))]
+        parts = [every[number] for number in self.ranks.owned_indices(len(every))]
         tokens = [self.samples.batch(part).tokens for part in parts]
         modulations = [self.samples.batch(part).modulation for part in parts]
         mx.eval(tokens, modulations)
@@ -216,7 +216,7 @@ class WholeModel:
         """Of a block's dense gradients, what `Training.move_grids` and `move_ranges` need."""
         codes = {name: self._codes[name].astype(mx.float32) for name in self._of_block[block]}
         found = grid_slopes(codes, state["scale"], state["zero_point"], gradients["weights"])
-        ranges = gradients["ranges"] if self.settings.activation_rule == STATIC else {}
+        ranges = gradients["ranges"] if self.settings.activation_rule == STATIC_RULE else {}
         return found | {"bias": gradients["biases"], "ranges": ranges}
 
 

@@ -8,7 +8,7 @@ import mlx.nn as nn
 from w4a8.quantized.activation_rules import Quantize
 
 
-class Substitution:
+class QuantizedForward:
     """Dense quantized weights and quantized inputs in place of the layers' own; `compute` is called in their place."""
 
     def __init__(

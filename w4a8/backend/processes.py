@@ -10,9 +10,9 @@ from typing import Any, Protocol, TypeVar
 import click
 
 from calibration_store.errors import OptionError
-from w4a8.cli.progress import ProgressBar
+from w4a8.backend.progress import ProgressBar
 
-Item = TypeVar("Item")
+_Item = TypeVar("_Item")
 Tree = Any  # MLX arrays in lists and dictionaries
 BACKENDS = {  # what mlx.launch tells its processes -> the backend that it started
     "MLX_HOSTFILE": "ring", "NCCL_HOST_IP": "nccl", "MLX_JACCL_COORDINATOR": "jaccl", "OMPI_COMM_WORLD_SIZE": "mpi",
@@ -30,57 +30,69 @@ def launched_rank() -> int | None:
     return int(found[0]) if found and any(name in os.environ for name in BACKENDS) else None
 
 
-class Alone:
-    """The only process: what ranks do, done by one. Also what another rank would do: `Alone(rank, size)`."""
+
+class SingleProcess:
+    """The only process of a stage. `SingleProcess(rank, size)` also says which items another process owns.
+
+    Ownership follows from an item's index alone, so it never depends on timing.
+    """
 
     def __init__(self, rank: int = 0, size: int = 1):
         self.rank, self.size = rank, size
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Wait until every process is here."""
 
-    def first(self, value: int) -> int:
-        """Rank 0's value: what all have to go by."""
+    def from_rank_0(self, value: int) -> int:
+        """Return rank 0's value, which every process follows."""
         return value
 
     def total(self, value: int) -> int:
-        """The sum of all ranks' values."""
+        """Return the sum of all processes' values."""
         return value
 
     def gathered(self, found: Tree | None, like: Tree) -> list[Tree]:
-        """What every rank found, in their order, in arrays of the shapes of `like`, float32; of one with None there is no use."""
+        """Return the trees of every process, by rank, in float32 arrays of the shapes of `like`.
+
+        A process that found nothing passes None; the tree in its place has no meaning.
+        """
         return [found]
 
-    def does(self, number: int) -> bool:
-        """Whether the item of this number is this rank's: its number decides, never its speed."""
-        return number % self.size == self.rank
+    def owns(self, index: int) -> bool:
+        """Return whether this process owns the item with this index."""
+        return index % self.size == self.rank
 
-    def mine(self, count: int) -> list[int]:
-        """Numbers of this rank's items, in turn, of so many."""
-        return [number for number in range(count) if self.does(number)]
+    def owned_indices(self, count: int) -> list[int]:
+        """Return the indices below `count` that this process owns; processes take turns."""
+        return [index for index in range(count) if self.owns(index)]
 
-    def range_of(self, count: int) -> range:
-        """Numbers of this rank's items, one after the other, of so many."""
+    def owned_range(self, count: int) -> range:
+        """Return a range of indices below `count` that this process owns; each process has one stretch."""
         return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
-    def each(self) -> list["Alone"]:
-        """Who does what, rank by rank."""
-        return [Alone(rank, self.size) for rank in range(self.size)]
+    def owned_items(self, items: Iterable[_Item], everything: Sequence[_Item]) -> list[_Item]:
+        """Return the items that this process owns. Its stretch of `everything` decides."""
+        own = {everything[index] for index in self.owned_range(len(everything))}
+        return [item for item in items if item in own]
 
-    def say_shares(self, counts: Sequence[int], unit: str) -> None:
-        """The line of a dry run; none for one rank."""
+    def every_rank(self) -> list["SingleProcess"]:
+        """Return an object for each process, which says what that one owns."""
+        return [SingleProcess(rank, self.size) for rank in range(self.size)]
+
+    def print_shares(self, counts: Sequence[int], unit: str) -> None:
+        """Print the line of a dry run that says how many items each process owns; print nothing for one process."""
         if self.size > 1:
             click.echo(f"{self.size} ranks: {', '.join(map(str, counts))} {unit}")
 
-    def count(self, bar: ProgressBar, done: int = 1) -> None:
-        """So many items are done, and what the others have done meanwhile, which comes with their signs of life."""
+    def advance(self, bar: ProgressBar, done: int = 1) -> None:
+        """Advance the bar by `done`, and by what the other processes have reported since the last call."""
         bar.update(done)
 
     def complete(self, bar: ProgressBar) -> None:
-        """Wait for the others, and let the bar say so."""
+        """Wait for the other processes, and set the bar to its end."""
 
 
-ALONE = Alone()
+SINGLE_PROCESS = SingleProcess()
 
 
 class Joined(Protocol):
@@ -94,7 +106,7 @@ class Joined(Protocol):
 JOINED: list[Joined] = []
 
 
-def ended(message: str | None) -> bool:
+def end_processes(message: str | None) -> bool:
     """A stage's end, with its error or None: tell the other ranks. Whether this process prints the error."""
     if JOINED:
         ranks = JOINED.pop()
@@ -109,7 +121,7 @@ def ended(message: str | None) -> bool:
 
 
 @contextlib.contextmanager
-def silenced(script: str) -> Iterator[None]:
+def only_rank_0_speaks(script: str) -> Iterator[None]:
     """Nobody but rank 0 prints in the block; errors come after it. Raises OptionError for a script that ranks cannot share."""
     if launched_rank() is not None and script not in SHARED:
         raise OptionError(f"{script} is for one process: run it without mlx.launch, which is for {', '.join(SHARED)}")
@@ -120,13 +132,9 @@ def silenced(script: str) -> Iterator[None]:
         yield
 
 
-def who() -> str:
+def rank_prefix() -> str:
     """What an error of another rank than the first begins with."""
     rank = launched_rank()
     return f"rank {rank} ({socket.gethostname()}): " if rank else ""
 
 
-def those_of(ranks: Alone, items: Iterable[Item], everything: Sequence[Item]) -> list[Item]:
-    """Of the items that are left, this rank's: their places among all decide, never anyone's speed."""
-    own = {everything[number] for number in ranks.range_of(len(everything))}
-    return [item for item in items if item in own]

@@ -5,10 +5,9 @@ import io
 from collections import defaultdict
 from pathlib import Path
 
-import click
 import numpy as np
 
-from calibration_store.errors import StoreError
+from calibration_store.errors import OptionError, StoreError
 from calibration_store.files import read_bytes
 
 BUILTIN_PROMPTS = Path(__file__).resolve().parents[2] / "prompts" / "builtin.csv"
@@ -21,22 +20,22 @@ def read_prompt_file(path: Path, what: str = "--prompts") -> list[str]:
     """Prompts of a table (.csv, .tsv) or of a text file (one a line; empty lines are skipped)."""
     suffix = path.suffix.lower()
     if suffix in REFUSED_PROMPT_FILES:
-        raise click.UsageError(
+        raise OptionError(
             f"{what} {path}: {suffix} files are not read; give text (one prompt a line), .csv or .tsv "
             "(column 'prompt' or 'caption')"
         )
     try:
         text = read_bytes(path, "give a file").decode("utf-8-sig")
     except StoreError as error:
-        raise click.UsageError(f"{what} {error.message}") from None
+        raise OptionError(f"{what} {error.message}") from None
     except UnicodeDecodeError as error:
-        raise click.UsageError(f"{what} {path}: not UTF-8 text (byte {error.start})") from None
+        raise OptionError(f"{what} {path}: not UTF-8 text (byte {error.start})") from None
     lines = (
         prompt_column(path, text, TABLE_DELIMITERS[suffix], what) if suffix in TABLE_DELIMITERS else text.splitlines()
     )
     prompts = [" ".join(line.split()) for line in lines if line.strip()]
     if not prompts:
-        raise click.UsageError(f"{what} {path}: holds no prompt")
+        raise OptionError(f"{what} {path}: holds no prompt")
     return prompts
 
 
@@ -45,13 +44,13 @@ def prompt_column(path: Path, text: str, delimiter: str, what: str) -> list[str]
     try:
         rows = [row for row in csv.reader(io.StringIO(text), delimiter=delimiter, strict=True) if row]
     except csv.Error as error:
-        raise click.UsageError(f"{what} {path}: not valid {path.suffix[1:].upper()} ({error})") from None
+        raise OptionError(f"{what} {path}: not valid {path.suffix[1:].upper()} ({error})") from None
     fields = [field.strip() for field in rows[0]] if rows else []
     names = [field.lower() for field in fields]
     column = next((names.index(name) for name in PROMPT_COLUMNS if name in names), None)
     if column is None:
         found = ", ".join(fields) or "none"
-        raise click.UsageError(f"{what} {path}: no column 'prompt' or 'caption' (columns: {found})")
+        raise OptionError(f"{what} {path}: no column 'prompt' or 'caption' (columns: {found})")
     return [row[column] for row in rows[1:] if column < len(row)]
 
 

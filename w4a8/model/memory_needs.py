@@ -9,14 +9,14 @@ import mlx.core as mx
 from calibration_store.errors import OptionError
 from calibration_store.model_folder import read_model_config, weight_sizes
 from calibration_store.sizes import format_bytes
-from w4a8.memory import device_memory
+from w4a8.backend.memory import device_memory
 from w4a8.model.catalog import model_files
 from w4a8.model.diffusionkit import HUB_MMDIT_CONFIGS, MMDiTConfig, VAEDecoderConfig
 from w4a8.model.folder import transformer_config
 from w4a8.model.parts import DECODER, TEXT, TRANSFORMER, Pipeline
-from w4a8.model.text import text_tokens
+from w4a8.model.prompt_encoder import text_tokens
 
-# Arrays that a pass, and an image's decoding, hold at their peak; measured on a CPU with benchmarks/memory.py --fit:
+# Arrays that a pass, and an image's decoding, hold at their peak; measured on a CPU with benchmarks/peak_memory.py --fit:
 # (rows, tokens, hidden), attention scores (a GPU never holds them), and pixels of the decoder's last channels.
 TOKEN_ARRAYS, SCORE_ARRAYS, PIXEL_ARRAYS = 16.2, 1.31, 58.4
 

@@ -18,29 +18,29 @@ from calibration_store.files import BackgroundWriter, remove_folder
 from calibration_store.layout import BoundaryPaths, WeightPaths
 from calibration_store.npz import npz_bytes, write_npz
 from calibration_store.weights import read_quantized_block
-from hooks import substituted_layers
-from w4a8 import blas
-from w4a8.cli.progress import progress_bar
-from w4a8.cli.ranks import ALONE, Alone
+from w4a8.backend import blas
+from w4a8.backend.parallel import streams_for
+from w4a8.backend.processes import SINGLE_PROCESS, SingleProcess
+from w4a8.backend.progress import progress_bar
+from w4a8.model.hooks import substituted_layers
 from w4a8.model.layers import model_blocks
-from w4a8.parallel import streams_for
-from w4a8.passes import Place, places_of
+from w4a8.passes import SampleId, places_of
 from w4a8.quantized.layer import QuantizedLayer
-from w4a8.rounding.end_to_end import before_phase
-from w4a8.rounding.samples import Samples, cache_reader, reader, stacked
-from w4a8.rounding.substitution import Substitution
+from w4a8.rounding.final_phase import before_phase
+from w4a8.rounding.quantized_forward import QuantizedForward
+from w4a8.rounding.training_samples import Samples, cache_reader, reader, stacked
 
 REMEDY = "run optimize_adaround.py with --resume to make it anew"
 
 
-class Walk:
+class BlockBoundaries:
     """Where the walk through the model stands: files of the boundaries on both sides of a block, which a kill survives.
 
     With `mixed` the quantized blocks are walked, too: what they give is half of the elements of the next one's inputs.
     """
 
     def __init__(
-        self, cache: Mapping[str, Any], paths: WeightPaths, plan: Mapping[str, Any], chunk: int, ranks: Alone = ALONE,
+        self, cache: Mapping[str, Any], paths: WeightPaths, plan: Mapping[str, Any], chunk: int, ranks: SingleProcess = SINGLE_PROCESS,
         dtype: str = "float16",
     ):  # fmt: skip
         """chunk: samples that are run at once; it decides the last bits of what they give. ranks: share them.
@@ -112,13 +112,13 @@ class Walk:
     def _keys(self, block: str) -> list[str]:
         return block_keys(self.cache, block)[1]
 
-    def _inputs(self, block: str, quantized: bool) -> Callable[[Place], list[np.ndarray]]:
+    def _inputs(self, block: str, quantized: bool) -> Callable[[SampleId], list[np.ndarray]]:
         before = self._before(block)
         if before is None:
             return cache_reader(self.paths.calib_dir, self.cache, block_keys(self.cache, block)[0])
         return self._boundary(before, quantized)
 
-    def _boundary(self, block: str, quantized: bool) -> Callable[[Place], list[np.ndarray]]:
+    def _boundary(self, block: str, quantized: bool) -> Callable[[SampleId], list[np.ndarray]]:
         """(image_id, step_index) -> the arrays of a boundary, mapped."""
         return reader(
             self.paths.boundary(block, quantized),
@@ -135,7 +135,7 @@ class Walk:
             return
         boundary, keys, ranks = self.paths.boundary(block, quantized), self._keys(block), self.ranks
         chunks = [self.places[start : start + self.chunk] for start in range(0, len(self.places), self.chunk)]
-        own = [chunks[number] for number in ranks.mine(len(chunks))]
+        own = [chunks[number] for number in ranks.owned_indices(len(chunks))]
         left = [chunk for chunk in own if not all(self._holds(boundary, keys, place) for place in chunk)]
         if not ranks.total(len(left)):
             self._whole.add((block, quantized))
@@ -156,9 +156,9 @@ class Walk:
             progress_bar(len(self.places), what, "sample", leave=False) as bar,
             BackgroundWriter(pending=2, threads=min(4, blas.cores())) as writer,
             streams_for(len(chunks)) as streams,  # as many as ever: threads decide the last bits
-            substituted_layers(mmdit, Substitution(weights, biases).compute),
+            substituted_layers(mmdit, QuantizedForward(weights, biases).compute),
         ):
-            ranks.count(bar, sum(map(len, own)) - sum(map(len, left)))
+            ranks.advance(bar, sum(map(len, own)) - sum(map(len, left)))
             turns = [left[start : start + len(streams)] for start in range(0, len(left), len(streams))]
             given = [self._given(block, chunk, quantized) for chunk in turns[0]] if turns else []
             for turn, following in zip(turns, [*turns[1:], []], strict=True):
@@ -171,12 +171,12 @@ class Walk:
                 for chunk, tokens in zip(turn, made, strict=True):
                     arrays = dict(zip(keys, map(np.array, tokens), strict=True))
                     writer.submit(self._write, boundary, block, chunk, arrays)
-                    ranks.count(bar, len(chunk))
+                    ranks.advance(bar, len(chunk))
             writer.drain()
             ranks.complete(bar)
         self._whole.add((block, quantized))
 
-    def _given(self, block: str, chunk: Sequence[Place], quantized: bool) -> list[mx.array]:
+    def _given(self, block: str, chunk: Sequence[SampleId], quantized: bool) -> list[mx.array]:
         """What enters a block for some samples, rows one below the other: its tokens, and the modulation input."""
         modulation = cache_reader(self.paths.calib_dir, self.cache, ["modulation_input"])
         return [
@@ -189,7 +189,7 @@ class Walk:
         return [tokens.astype(getattr(mx, self.dtype)) for tokens in model_blocks(mmdit)[block].run(tokens, modulation)]
 
     def _write(
-        self, boundary: BoundaryPaths, block: str, chunk: Sequence[Place], tokens: Mapping[str, np.ndarray]
+        self, boundary: BoundaryPaths, block: str, chunk: Sequence[SampleId], tokens: Mapping[str, np.ndarray]
     ) -> None:
         for key, array in tokens.items():
             if not np.isfinite(array).all():
@@ -203,7 +203,7 @@ class Walk:
                 boundary.sample(*place), cached_sample_arrays(*place, rows, self.run), durable=False
             )  # checked when it is read again
 
-    def _holds(self, boundary: BoundaryPaths, keys: Sequence[str], place: Place) -> bool:
+    def _holds(self, boundary: BoundaryPaths, keys: Sequence[str], place: SampleId) -> bool:
         try:
             check_cached_sample(
                 boundary.sample(*place), *place, {key: self.shapes[key] for key in keys}, checked=True, run=self.run,

@@ -21,15 +21,15 @@ import mlx.core as mx
 from mlx.utils import tree_map
 
 from calibration_store.errors import StoreError, WriteError
-from w4a8.cli.progress import ProgressBar
-from w4a8.cli.ranks import ALONE, BACKENDS, JOINED, Alone, Tree, launched_rank
-from w4a8.cli.words import format_seconds
+from w4a8.backend.processes import BACKENDS, JOINED, SINGLE_PROCESS, SingleProcess, Tree, launched_rank
+from w4a8.backend.progress import ProgressBar
+from w4a8.backend.words import format_seconds
 
 JOIN_SECONDS, LOST_SECONDS, STUCK_SECONDS, BEAT_SECONDS, STALE_SECONDS = 60.0, 30.0, 30.0, 1.0, 120.0
 HELP = "TROUBLESHOOTING_GUIDE Issue 34"
 
 
-class Ranks(Alone):
+class LaunchedProcesses(SingleProcess):
     """One of several processes. `close` it when all is done; a rank that ends otherwise ends the others, too."""
 
     def __init__(self, group: Any, folder: Path, on_device: bool):
@@ -38,7 +38,7 @@ class Ranks(Alone):
         self._waiting = self._collectives = self._done = self._seen = 0
         self._failure: str | None = None
         self._closed = threading.Event()
-        self._run = f"{self.first(secrets.randbits(30)):08x}"
+        self._run = f"{self.from_rank_0(secrets.randbits(30)):08x}"
         self._peers = [_Peer(self._path(rank)) for rank in range(self.size) if rank != self.rank]
         self._pipe = _wakeups()
         try:
@@ -54,7 +54,7 @@ class Ranks(Alone):
     def barrier(self) -> None:
         self.total(0)
 
-    def first(self, value: int) -> int:
+    def from_rank_0(self, value: int) -> int:
         return self.total(value if self.rank == 0 else 0)
 
     def total(self, value: int) -> int:
@@ -97,7 +97,7 @@ class Ranks(Alone):
         self._waiting = 0
         return found
 
-    def count(self, bar: ProgressBar, done: int = 1) -> None:
+    def advance(self, bar: ProgressBar, done: int = 1) -> None:
         self._done += done
         others = max(self._seen, sum(peer.beat.get("done", 0) for peer in self._peers))
         bar.update(done + others - self._seen)
@@ -275,7 +275,7 @@ def _wakeups() -> int:
     return reading
 
 
-def join(folder: Path) -> Alone:
+def join(folder: Path) -> SingleProcess:
     """The ranks that share `folder`; ALONE without `mlx.launch`, and no group is made.
 
     Raises UserError where the backend is missing, a rank does not answer, or the folder is not shared.
@@ -283,10 +283,10 @@ def join(folder: Path) -> Alone:
     if not launched_rank() and os.access(folder / ".ranks", os.W_OK):
         remove_signs(folder / ".ranks", silent_signs(folder / ".ranks"))
     if launched_rank() is None:
-        return ALONE
+        return SINGLE_PROCESS
     backend = next(backend for name, backend in BACKENDS.items() if name in os.environ)
     if backend == "ring" and not Path(os.environ["MLX_HOSTFILE"]).read_text().strip():
-        return ALONE  # mlx.launch -n 1
+        return SINGLE_PROCESS  # mlx.launch -n 1
     if not mx.distributed.is_available(backend):
         raise StoreError(
             f"mlx.launch started the backend {backend}, which this MLX has not; give --backend ring ({HELP})"
@@ -297,8 +297,8 @@ def join(folder: Path) -> Alone:
     try:
         group = mx.distributed.init(strict=True, backend=backend)
         if group.size() == 1:
-            return ALONE
-        ranks = Ranks(group, folder, on_device=backend == "nccl")
+            return SINGLE_PROCESS
+        ranks = LaunchedProcesses(group, folder, on_device=backend == "nccl")
     except (RuntimeError, ValueError) as error:
         raise StoreError(f"the ranks do not reach each other ({' '.join(str(error).split())[:160]}; {HELP})") from None
     finally:

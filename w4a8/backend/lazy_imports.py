@@ -16,16 +16,16 @@ class MissingPackage(UserError):
     """Something is used that belongs to a package which is not installed."""
 
 
-class Stand:
+class LazyName:
     """A name of a deferred module. Attributes are names, too; a call, a base class or a check of types loads the module."""
 
     def __init__(self, path: str):
         self._path = path
 
-    def __getattr__(self, name: str) -> "Stand":
+    def __getattr__(self, name: str) -> "LazyName":
         if name.startswith("__"):
             raise AttributeError(name)
-        return Stand(f"{self._path}.{name}")
+        return LazyName(f"{self._path}.{name}")
 
     def _load(self) -> Any:
         """Import what this stands for. Raises MissingPackage, which names the package to install."""
@@ -63,7 +63,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return any(name == package or name.startswith(f"{package}.") for package in self.names)
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__getattr__ = Stand(module.__name__).__getattr__
+        module.__getattr__ = LazyName(module.__name__).__getattr__
 
 
 @contextlib.contextmanager

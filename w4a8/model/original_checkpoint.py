@@ -50,11 +50,11 @@ FLUX_PARTS = (
     ("mlp.layers.2", "out_layer"),
     (".layers.", "."),
 )
-JOINED = re.compile(r"attn\.([qkv])_proj")
+QKV = re.compile(r"attn\.([qkv])_proj")
 
 
 @dataclass(frozen=True, order=True)
-class Place:
+class CheckpointSlice:
     """Where a parameter of DiffusionKit's is in an original checkpoint: a tensor, and the first of its rows and columns there."""
 
     key: str  # without the family's prefix
@@ -62,21 +62,21 @@ class Place:
     column: int = 0
 
 
-def original_place(family: Family, name: str, hidden: int) -> Place:
+def checkpoint_slice(family: Family, name: str, hidden: int) -> CheckpointSlice:
     """Of a parameter's name in DiffusionKit; q, k and v (FLUX's unified blocks: and fc1) are one tensor there."""
-    joined = JOINED.search(name)
+    joined = QKV.search(name)
     row = "qkv".index(joined[1]) * hidden if joined else 0
-    column, key = 0, JOINED.sub("attn.qkv", name)
+    column, key = 0, QKV.sub("attn.qkv", name)
     for ours, theirs in SD3_PARTS if family is SD3 else FLUX_PARTS:
         key = key.replace(ours, theirs)
     if "unified" in name and name.endswith(("mlp.fc1.weight", "mlp.fc1.bias")):
         row = 3 * hidden
     if "unified" in name and name.endswith("mlp.fc2.weight"):
         column = hidden
-    return Place(key, row, column)
+    return CheckpointSlice(key, row, column)
 
 
-def read_checkpoint(path: Path, family: Family, config: MMDiTConfig) -> dict[str, mx.array]:
+def read_original_checkpoint(path: Path, family: Family, config: MMDiTConfig) -> dict[str, mx.array]:
     """A checkpoint's transformer under DiffusionKit's names, each array read when it is used.
 
     Raises ModelError for a file in another layout, or whose weights are packed.

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from w4a8.cli.progress import progress_bar
-from w4a8.memory import device_memory
+from w4a8.backend.memory import device_memory
+from w4a8.backend.progress import progress_bar
 from w4a8.model.catalog import ModelError
 from w4a8.model.diffusionkit import T5_MAX_LENGTH
 from w4a8.model.parts import TEXT, TRANSFORMER, Pipeline
@@ -74,7 +74,7 @@ def text_tokens(pipeline: Pipeline) -> int:
     return length + (t5 if pipeline.use_t5 else length)
 
 
-class Texts:
+class PromptEncoder:
     """Conditioning of a run's prompts. The text encoders are in memory while a group of prompts is encoded, and only then.
 
     They and the transformer are never in memory together. What a prompt gives depends on no other.

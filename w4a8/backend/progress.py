@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import click
 from tqdm import tqdm
 
-from w4a8.cli.words import format_seconds
+from w4a8.backend.words import format_seconds
 
 LOG_SECONDS = 10.0
 
