@@ -13,16 +13,16 @@ weights that were rounded without it x − shift is quantized, clipped at `unmig
 needed: NumPy only.
 """
 
-from pathlib import Path
 
 from w4a8 import cli  # isort: skip  (first: it says what to do where packages are missing)
 
 import click
 
 from calibration_store.limits import MOST_THRESHOLD
+from w4a8.options import W4A8Options
 
 
-@cli.stage_command
+@cli.stage(W4A8Options)
 @cli.calib_dir_option
 @cli.analysis_options("quant_config.json")
 @click.option(
@@ -31,23 +31,14 @@ from calibration_store.limits import MOST_THRESHOLD
 @click.option(
     "--outlier-threshold",
     type=click.FloatRange(1, MOST_THRESHOLD),
-    default=2.5,
     help="A channel this many times wider than the median one is an outlier.",
 )
-def main(**options) -> None:
+def main(options: W4A8Options) -> None:
     """Stage 3A: a W4A8 configuration from activation statistics."""
-    run(**options)
+    run(options)
 
 
-def run(
-    calib_dir: Path,
-    stats: Path | None,
-    output: Path | None,
-    use_hist_p999: bool,
-    outlier_threshold: float,
-    with_plot: bool,
-    dry_run: bool,
-) -> None:
+def run(options: W4A8Options) -> None:
     """Read the statistics, describe every layer at every step, migrate outliers, write config and analysis."""
     from calibration_store.configs import (
         W4A8_FORMAT,
@@ -59,6 +50,7 @@ def run(
     from calibration_store.files import locked_folder
     from calibration_store.layout import ActivationPaths, clear_analysis_temporaries
     from calibration_store.statistics import read_statistics
+    from w4a8.analysis.trial import estimate_analysis
     from w4a8.analysis.w4a8_config import (
         config_steps,
         describe_steps,
@@ -67,30 +59,31 @@ def run(
         summarize_config,
         temporal_analysis,
     )
-    from w4a8.report.tables import print_analysis_plan, print_w4a8_summary
+    from w4a8.report.tables import print_w4a8_summary
 
-    paths = ActivationPaths(calib_dir)
-    stats = stats or paths.statistics
-    output = output or stats.parent / paths.quant_config.name
+    paths = ActivationPaths(options.calib_dir)
+    stats = options.stats or paths.statistics
+    output = options.output or stats.parent / paths.quant_config.name
     refuse_other_format(output, W4A8_FORMAT, "--output")
     statistics = read_statistics(stats)
-    if dry_run:
-        print_analysis_plan(
-            statistics, output, lambda some: describe_steps(some, use_hist_p999)[0],
-            lambda steps: config_steps(steps, {}, use_hist_p999),
+    if options.dry_run:
+        left = estimate_analysis(
+            statistics, output, lambda some: describe_steps(some, options.use_hist_p999)[0],
+            lambda steps: config_steps(steps, {}, options.use_hist_p999),
         )  # fmt: skip
+        click.echo(left)
         return
-    steps, widest = describe_steps(statistics, use_hist_p999)
-    outlier_config = {} if use_hist_p999 else migrate_outliers(widest, outlier_threshold)
+    steps, widest = describe_steps(statistics, options.use_hist_p999)
+    outlier_config = {} if options.use_hist_p999 else migrate_outliers(widest, options.outlier_threshold)
     temporal = temporal_analysis(steps, statistics.sigma_map)
     summary = summarize_config(steps, temporal, outlier_config)
-    figures = [output.parent / name for name in figure_names(steps)] if with_plot else []
+    figures = [output.parent / name for name in figure_names(steps)] if options.with_plot else []
     temporal_file = output.parent / paths.temporal_analysis.name
     metadata = statistics.metadata | {
         "statistics": stats.name,
-        "scale_from": "hist_p999" if use_hist_p999 else "tensor_absmax",
+        "scale_from": "hist_p999" if options.use_hist_p999 else "tensor_absmax",
         "scale_meaning": "range",
-        "outlier_threshold": outlier_threshold,
+        "outlier_threshold": options.outlier_threshold,
         "written_with": [temporal_file.name, *(figure.name for figure in figures)],
     }
     head = {"format": W4A8_FORMAT, "summary": summary, "metadata": metadata, "sigma_map": statistics.sigma_map}
@@ -98,10 +91,10 @@ def run(
         clear_analysis_temporaries(output)
         write_temporal_analysis(temporal_file, statistics.sigma_map, temporal)
         write_quant_config(
-            output, head | {"outlier_config": outlier_config}, config_steps(steps, outlier_config, use_hist_p999)
+            output, head | {"outlier_config": outlier_config}, config_steps(steps, outlier_config, options.use_hist_p999)
         )
     print_w4a8_summary(summary, temporal, outlier_config)
-    if with_plot:
+    if options.with_plot:
         from w4a8.report.w4a8_figures import plot
 
         plot(figures, steps, statistics.sigma_map, read_config(output, multitier=False))

@@ -14,43 +14,40 @@ The threshold policy gives narrow ranges few bits. The sqnr policy computes, fro
 entry's bits). The model is not needed: NumPy only. No outlier is migrated here.
 """
 
-from pathlib import Path
 
 from w4a8 import cli  # isort: skip  (first: it says what to do where packages are missing)
 
 import click
 
+from calibration_store.choices import TIER_POLICIES
 from calibration_store.limits import MOST_THRESHOLD
+from w4a8.options import TierOptions
 
 
-@cli.stage_command
+@cli.stage(TierOptions)
 @cli.calib_dir_option
 @cli.analysis_options("quant_config_multitier.json")
 @click.option(
     "--policy",
-    type=click.Choice(["threshold", "sqnr", "sensitivity"]),
-    default="threshold",
+    type=click.Choice(TIER_POLICIES),
     help="What decides the bits.",
 )
-@click.option("--a4-threshold", type=click.FloatRange(0, MOST_THRESHOLD), default=6.0, help="A4 for a scale below this.")
-@click.option("--a6-threshold", type=click.FloatRange(0, MOST_THRESHOLD), default=10.0, help="A6 for a scale below this.")
-@click.option("--shifted-a4-threshold", type=click.FloatRange(0, MOST_THRESHOLD), default=5.0, help="A4, post-GELU layers.")
-@click.option("--shifted-a6-threshold", type=click.FloatRange(0, MOST_THRESHOLD), default=8.0, help="A6, post-GELU layers.")
+@click.option("--a4-threshold", type=click.FloatRange(0, MOST_THRESHOLD), help="A4 for a scale below this.")
+@click.option("--a6-threshold", type=click.FloatRange(0, MOST_THRESHOLD), help="A6 for a scale below this.")
+@click.option("--shifted-a4-threshold", type=click.FloatRange(0, MOST_THRESHOLD), help="A4, post-GELU layers.")
+@click.option("--shifted-a6-threshold", type=click.FloatRange(0, MOST_THRESHOLD), help="A6, post-GELU layers.")
 @click.option("--min-sqnr", type=cli.DECIBELS, help="sqnr: the fewest bits that reach this many dB.")
 @click.option(
     "--average-bits",
     type=click.FloatRange(min=4, max=8),
     help="sqnr, sensitivity: the least noise, or the least harm, at this many bits on average.",
 )
-def main(**options) -> None:
+def main(options: TierOptions) -> None:
     """Stage 3A' (experimental): A4, A6 or A8 for every layer and step."""
-    run(**options)
+    run(options)
 
 
-def run(
-    calib_dir: Path, stats: Path | None, output: Path | None, with_plot: bool, dry_run: bool, policy: str, min_sqnr: float | None,
-    average_bits: float | None, **thresholds: float,
-) -> None:  # fmt: skip
+def run(options: TierOptions) -> None:
     """Read the statistics, measure what every bit-width costs, decide, write config and analysis."""
     from calibration_store.configs import (
         MULTITIER_FORMAT,
@@ -70,29 +67,30 @@ def run(
         tier_config_steps,
         tier_temporal_analysis,
     )
-    from w4a8.report.tables import print_analysis_plan, print_tier_summary
+    from w4a8.analysis.trial import estimate_analysis
+    from w4a8.report.tables import print_tier_summary
 
-    chosen = check_policy(policy, min_sqnr, average_bits, thresholds)
-    paths = ActivationPaths(calib_dir)
-    stats = stats or paths.statistics
-    output = output or stats.parent / paths.multitier_config.name
+    chosen = check_policy(options)
+    paths = ActivationPaths(options.calib_dir)
+    stats = options.stats or paths.statistics
+    output = options.output or stats.parent / paths.multitier_config.name
     refuse_other_format(output, MULTITIER_FORMAT, "--output")
     statistics = read_statistics(stats)
-    sensitivity = read_sensitivity(calib_dir) if policy == "sensitivity" else None
+    sensitivity = read_sensitivity(options.calib_dir) if options.policy == "sensitivity" else None
 
     def decided(statistics: ActivationStatistics) -> dict:
-        steps = measure_steps(statistics, policy != "threshold")
+        steps = measure_steps(statistics, options.policy != "threshold")
         decide(steps, chosen, statistics.sigma_map, sensitivity)
         return steps
 
-    if dry_run:
-        print_analysis_plan(statistics, output, decided, tier_config_steps)
+    if options.dry_run:
+        click.echo(estimate_analysis(statistics, output, decided, tier_config_steps))
         return
     steps = decided(statistics)
     temporal = tier_temporal_analysis(steps)
     summary = summarize_tiers(steps, temporal)
     written = [output, output.parent / paths.multitier_temporal_analysis.name]
-    written += [output.parent / "bit_map.png"] if with_plot else []
+    written += [output.parent / "bit_map.png"] if options.with_plot else []
     head = {
         "format": MULTITIER_FORMAT,
         "summary": summary,
@@ -107,10 +105,10 @@ def run(
         write_temporal_analysis(written[1], statistics.sigma_map, temporal)
         write_quant_config(output, head, tier_config_steps(steps))
     print_tier_summary(summary)
-    if average_bits is not None:
+    if options.average_bits is not None:
         gap = chosen["optimality_gap"]
         click.echo("assignment: " + ("exact optimum" if gap == 0 else f"at most {gap:.2%} above the optimum's noise"))
-    if with_plot:
+    if options.with_plot:
         from w4a8.report.tier_figures import plot_bits
 
         plot_bits(written[2], steps, statistics.sigma_map)

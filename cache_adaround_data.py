@@ -10,11 +10,13 @@ between. 25 x more prompts fit in the same bytes that way at SD3-Medium's size, 
 """
 
 from contextlib import closing
-from pathlib import Path
 
 from w4a8 import cli  # isort: skip  (first: it says what to do where packages are missing)
 
 import click
+
+from calibration_store.choices import BOUNDARIES
+from w4a8.options import CacheOptions
 
 OPTIONS = {
     "num_images": "--num-images", "stride": "--stride", "blocks": "--blocks", "boundaries": "--boundaries",
@@ -22,7 +24,7 @@ OPTIONS = {
 }  # fmt: skip
 
 
-@cli.stage_command
+@cli.stage(CacheOptions)
 @cli.calib_dir_option
 @cli.model_location_options
 @click.option(
@@ -39,23 +41,20 @@ OPTIONS = {
 @click.option("--blocks", help="Blocks to cache, such as mm0,mm5.  [default: all]")
 @click.option(
     "--boundaries",
-    type=click.Choice(["all", "ends"]),
+    type=click.Choice(BOUNDARIES),
     help="ends: the first block's inputs and the model's output; all: between all blocks, too.  [default: ends, with --blocks all]",
 )
 @cli.text_group_option
 @cli.max_bytes_option
 @cli.resume_options
-def main(**options) -> None:
+def main(options: CacheOptions) -> None:
     """Stage 2W: cache the inputs and outputs of the blocks."""
-    if options["steps"] is not None and options["stride"] is not None:
+    if options.steps is not None and options.stride is not None:
         raise click.UsageError("--steps and --stride exclude each other")
-    run(**options)
+    run(options)
 
 
-def run(
-    calib_dir: Path, location: cli.ModelLocation, num_images: int | None, stride: int | None, steps: str | None,
-    blocks: str | None, boundaries: str | None, text_group: int | None, max_bytes: int | None, resume: bool, force: bool, dry_run: bool,
-) -> None:  # fmt: skip
+def run(options: CacheOptions) -> None:
     """Plan, load, probe, record what is left, describe the cache."""
     import mlx.core as mx
 
@@ -72,48 +71,44 @@ def run(
     from calibration_store.manifest import read_manifest
     from calibration_store.npz import npz_bytes
     from calibration_store.stage_folder import StageFolder
+    from w4a8.backend.estimates import Estimate
     from w4a8.backend.launched import join
     from w4a8.block_recording import Recording
     from w4a8.model.parts import TEXT, TRANSFORMER
     from w4a8.model.runs import load_run_pipeline
-    from w4a8.passes import StoredPasses, choose_amount, chosen_steps, places_of, select_passes
+    from w4a8.passes import StoredPasses, choose_amount, places_of, select_passes
 
-    manifest, paths = read_manifest(calib_dir), BlockCachePaths(calib_dir)
-    ranks = join(calib_dir)
-    folder = StageFolder(paths, paths.plan, CACHE_PLAN, read_plan, OPTIONS, resume, force, ranks)
+    manifest, paths = read_manifest(options.calib_dir), BlockCachePaths(options.calib_dir)
+    ranks = join(options.calib_dir)
+    folder = StageFolder(paths, paths.plan, CACHE_PLAN, read_plan, OPTIONS, options.resume, options.force, ranks)
     before = folder.before()
-    boundaries = choose_boundaries(boundaries, blocks, before)
-    with folder.held(dry_run):
+    boundaries = choose_boundaries(options.boundaries, options.blocks, before)
+    with folder.held(options.dry_run):
         dtype = manifest["activation_dtype"]
-        pipeline = load_run_pipeline(manifest, {TRANSFORMER: dtype, TEXT: dtype}, location)
-        recording = Recording(pipeline.mmdit, blocks, boundaries == ENDS)
-        if before is not None and max_bytes is not None:  # chosen already
-            num_images, stride = num_images or before["num_images"], stride or before["stride"]
+        pipeline = load_run_pipeline(manifest, {TRANSFORMER: dtype, TEXT: dtype}, options.location)
+        recording = Recording(pipeline.mmdit, options.blocks, boundaries == ENDS)
         sample_bytes = recording.bytes_of_sample(pipeline, manifest["latent_size"], manifest["cfg_scale"] > 0)
-        chosen = chosen_steps(manifest, steps)
-        num_images, stride = choose_amount(manifest, num_images, stride, chosen, sample_bytes, max_bytes)
-        images, selection = select_passes(manifest, num_images, stride, folder.before(num_images=num_images), chosen)
-        plan = plan_cache(selection, blocks, boundaries)
-        places = places_of(plan)
+        num_images, stride, steps = choose_amount(options, manifest, before, sample_bytes)
+        images, selection = select_passes(manifest, num_images, stride, folder.before(num_images=num_images), steps)
+        plan = plan_cache(selection, options.blocks, boundaries)
+        places, run_id = places_of(plan), plan["calibration_run"]
         click.echo(
             f"{manifest['model_version']}: images {cli.shortened(plan['selected_image_ids'])}, {len(plan['key_timesteps'])} steps each, "
             f"{len(places)} samples, {boundaries} of the boundaries"
         )
         folder.check(plan)
-        passes = StoredPasses(pipeline, calib_dir, manifest, images, 1 if dry_run else text_group)
+        passes = StoredPasses(pipeline, options.calib_dir, manifest, images, 1 if options.dry_run else options.text_group)
         seconds, arrays = recording.probe(passes, places)
         kept = {key: array.shape for key, array in arrays.items()}
-        shapes = recording.shapes(arrays)
-        run_id = plan["calibration_run"]
-        size = npz_bytes(cached_sample_arrays(0, 0, arrays, run_id))
         todo = folder.todo(places, lambda place: is_cached(paths, run_id, *place, kept))
-        click.echo(
-            f"to do: {len(todo)} of {len(places)} samples, {cli.format_bytes(size * len(todo))} in {paths.root} "
-            f"({cli.format_bytes(size)} a sample), about {cli.format_seconds(seconds * len(todo) / ranks.size)}, "
-            f"{cli.format_bytes(mx.get_peak_memory())} of memory at the peak"
-        )
-        require_space(paths.root, size * len(todo), budget=max_bytes)
-        if dry_run:
+        size = npz_bytes(cached_sample_arrays(0, 0, arrays, run_id))
+        left = Estimate(
+            work=f"{len(todo)} of {len(places)} samples ({cli.format_bytes(size)} each)",
+            seconds=seconds * len(todo) / ranks.size, bytes_written=size * len(todo), folder=paths.root, peak_bytes=mx.get_peak_memory(),
+        )  # fmt: skip
+        click.echo(left)
+        require_space(paths.root, left.bytes_written, budget=options.max_bytes)
+        if options.dry_run:
             ranks.print_shares([len(one.owned_items(todo, places)) for one in ranks.every_rank()], "samples")
             return
         folder.begin(plan)
@@ -121,13 +116,14 @@ def run(
             with (
                 cli.progress_bar(len(places), "samples", "sample", initial=len(places) - len(todo)) as bar,
                 BackgroundWriter(pending=0) as writer,  # one sample being written, one being made
-                closing(recording.record_all(passes, ranks.owned_items(todo, places))) as left,
+                closing(recording.record_all(passes, ranks.owned_items(todo, places))) as samples,
             ):
-                for place, arrays in left:
+                for place, arrays in samples:
                     writer.submit(write_cached_sample, paths, run_id, *place, arrays)
                     ranks.advance(bar)
                 writer.drain()
                 ranks.complete(bar)
+            shapes = recording.shapes(kept)
             folder.finish(lambda: write_cache_metadata(paths, manifest, plan, recording.blocks, recording.keys, shapes))
     click.echo(f"wrote {paths.metadata} and {paths.samples}/")
 

@@ -8,35 +8,33 @@ Writes  activations/layer_statistics.json and activations/timestep_stats/step_{k
 """
 
 from contextlib import closing
-from pathlib import Path
 
 from w4a8 import cli  # isort: skip  (first: it says what to do where packages are missing)
 
 import click
 
+from w4a8.options import CollectionOptions
+
 OPTIONS = {"num_images": "--num-images", "stride": "--stride"}
 STEP_FILE_SIZES = 4  # of a partial result, that a step's files take: an array a layer, where partials have one an input
 
 
-@cli.stage_command
+@cli.stage(CollectionOptions)
 @cli.calib_dir_option
 @cli.model_location_options
 @click.option(
-    "--num-images", type=cli.IMAGES, default=5, help="Images to use, evenly over the whole calibration run."
+    "--num-images", type=cli.IMAGES, help="Images to use, evenly over the whole calibration run."
 )
-@click.option("--stride", type=cli.STEPS, default=2, help="Use every Nth saved step.")
+@click.option("--stride", type=cli.STEPS, help="Use every Nth saved step.")
 @cli.text_group_option
 @cli.max_bytes_option
 @cli.resume_options
-def main(**options) -> None:
+def main(options: CollectionOptions) -> None:
     """Stage 2A: statistics of the input of every linear layer, per denoising step."""
-    run(**options)
+    run(options)
 
 
-def run(
-    calib_dir: Path, location: cli.ModelLocation, num_images: int, stride: int,
-    text_group: int | None, max_bytes: int | None, resume: bool, force: bool, dry_run: bool,
-) -> None:  # fmt: skip
+def run(options: CollectionOptions) -> None:
     """Plan, load, probe, collect what is left, merge it step by step."""
     import mlx.core as mx
 
@@ -47,6 +45,7 @@ def run(
     from calibration_store.partials import COLLECTION, PARTIAL_FORMAT, is_partial_complete
     from calibration_store.schema import of_run
     from calibration_store.stage_folder import StageFolder
+    from w4a8.backend.estimates import Estimate
     from w4a8.backend.launched import join
     from w4a8.model.layers import model_layers
     from w4a8.model.parts import TEXT, TRANSFORMER
@@ -56,35 +55,34 @@ def run(
     from w4a8.statistics.merge import write_merged_statistics
     from w4a8.statistics.recorders import collect_pass, partial_arrays, write_pass
 
-    manifest, paths = read_manifest(calib_dir), ActivationPaths(calib_dir)
-    ranks = join(calib_dir)
-    folder = StageFolder(paths, paths.collection, COLLECTION, COLLECTION.read, OPTIONS, resume, force, ranks)
-    images, selection = select_passes(manifest, num_images, stride, folder.before(num_images=num_images))
+    manifest, paths = read_manifest(options.calib_dir), ActivationPaths(options.calib_dir)
+    ranks = join(options.calib_dir)
+    folder = StageFolder(paths, paths.collection, COLLECTION, COLLECTION.read, OPTIONS, options.resume, options.force, ranks)
+    images, selection = select_passes(manifest, options.num_images, options.stride, folder.before(num_images=options.num_images))
     plan = {"format": PARTIAL_FORMAT, **selection}
     places, dtype = places_of(plan), manifest["activation_dtype"]
     click.echo(
         f"{manifest['model_version']}: images {cli.shortened(plan['selected_image_ids'])}, {len(plan['key_timesteps'])} steps each, "
         f"{len(places)} passes, {dtype}"
     )
-    with folder.held(dry_run):
+    with folder.held(options.dry_run):
         folder.check(plan)
-        pipeline = load_run_pipeline(manifest, {TRANSFORMER: dtype, TEXT: dtype}, location)
-        passes, way = (
-            StoredPasses(pipeline, calib_dir, manifest, images, 1 if dry_run else text_group),
-            choose_statistics(),
-        )
+        pipeline = load_run_pipeline(manifest, {TRANSFORMER: dtype, TEXT: dtype}, options.location)
+        passes = StoredPasses(pipeline, options.calib_dir, manifest, images, 1 if options.dry_run else options.text_group)
+        way = choose_statistics()
         widths = {name: layer.shape[1] for name, layer in model_layers(pipeline.mmdit).items()}
         todo = folder.todo(places, lambda place: is_partial_complete(paths, plan["calibration_run"], *place, widths))
         seconds, found = passes.probe(plan["key_timesteps"][0], lambda one: collect_pass(one, way))
         size = npz_bytes(partial_arrays(found, *places[0], dtype) | of_run(plan["calibration_run"]))
         done, mine = len(places) - len(todo), ranks.owned_items(todo, places)
         total = size * (len(todo) + STEP_FILE_SIZES * len(plan["key_timesteps"]))
-        click.echo(
-            f"to do: {len(todo)} of {len(places)} passes, about {cli.format_seconds(seconds * len(todo) / ranks.size)} on this machine, "
-            f"at most {cli.format_bytes(total)} in {paths.root}, {cli.format_bytes(mx.get_peak_memory())} of memory at the peak"
-        )
-        require_space(paths.root, total, budget=max_bytes)
-        if dry_run:
+        left = Estimate(
+            work=f"{len(todo)} of {len(places)} passes", seconds=seconds * len(todo) / ranks.size, bytes_written=total,
+            folder=paths.root, peak_bytes=mx.get_peak_memory(),
+        )  # fmt: skip
+        click.echo(left)
+        require_space(paths.root, total, budget=options.max_bytes)
+        if options.dry_run:
             ranks.print_shares([len(one.owned_items(todo, places)) for one in ranks.every_rank()], "passes")
             return
         folder.begin(plan)
@@ -92,9 +90,9 @@ def run(
             with (
                 cli.progress_bar(len(places), "passes", "pass", initial=done) as bar,
                 BackgroundWriter(pending=1) as writer,
-                closing(passes.over(mine)) as left,
+                closing(passes.over(mine)) as taken,
             ):
-                for one in left:
+                for one in taken:
                     writer.submit(write_pass, paths, plan["calibration_run"], collect_pass(one, way), one.image_id, one.step, dtype)
                     ranks.advance(bar)
                 writer.drain()

@@ -15,10 +15,12 @@ from w4a8 import cli  # isort: skip  (first: it says what to do where packages a
 
 import click
 
+from calibration_store.choices import PRECISIONS
 from calibration_store.limits import MOST_SEED
+from w4a8.options import DrawingOptions
 
 
-@cli.stage_command
+@cli.stage(DrawingOptions)
 @click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
 @click.option(
     "--prompts",
@@ -28,79 +30,70 @@ from calibration_store.limits import MOST_SEED
 )
 @click.option(
     "--model",
-    default="sd3-emoji",
     help="sd3-emoji, a folder (an exported one, too), or a hub id that DiffusionKit knows.",
 )
 @click.option("--compare", help="Another model to draw the same prompts and seeds with; PSNR and SSIM under each pair.")
 @cli.lora_option
 @click.option(
-    "--seed", type=click.IntRange(-1, MOST_SEED), default=0, help="Image i is drawn with seed + i; -1 draws one and prints it."
+    "--seed", type=click.IntRange(-1, MOST_SEED), help="Image i is drawn with seed + i; -1 draws one and prints it."
 )
 @click.option("--num-steps", type=cli.STEPS, help="Euler steps per image.  [default: 50; FLUX.1-schnell 4]")
 @click.option("--cfg-weight", type=cli.GUIDANCE, help="Guidance; 0 turns it off.  [default: the model's]")
-@click.option("--negative-prompt", default="", help="What guidance steers away from.")
+@click.option("--negative-prompt", help="What guidance steers away from.")
 @click.option(
     "--latent-size", type=cli.SIDE, nargs=2, metavar="H W", help="Latent height and width.  [default: the model's]"
 )
-@click.option("--batch-size", type=cli.COUNT, default=1, help="Images in one forward pass.")
-@click.option("--t5/--no-t5", "use_t5", default=None, help="Use the T5 text encoder.  [default: the model's]")
+@click.option("--batch-size", type=cli.COUNT, help="Images in one forward pass.")
+@click.option("--t5/--no-t5", "use_t5", help="Use the T5 text encoder.  [default: the model's]")
 @click.option(
     "--dtype",
-    type=click.Choice(["float16", "bfloat16", "float32"]),
+    type=click.Choice(PRECISIONS),
     help="Weights and activations.  [default: the model's 16 bits on Metal and CUDA (FLUX: bfloat16), float32 on a CPU]",
 )
 @click.option("--activations", is_flag=True, help="Simulate the quantized activations that the export has ranges for.")
 @cli.native_option
 @click.option(
-    "--output", type=cli.FOLDER, default="drawn", help="Folder of the PNG files."
+    "--output", type=cli.FOLDER, help="Folder of the PNG files."
 )
-def main(**options) -> None:
+def main(options: DrawingOptions) -> None:
     """Draw prompts to PNG files, from any model."""
-    run(**options)
+    run(options)
 
 
-def run(
-    prompts: tuple[str, ...], prompt_file: Path | None, model: str, loras: tuple, compare: str | None, seed: int, num_steps: int | None,
-    cfg_weight: float | None, negative_prompt: str, latent_size: tuple[int, int] | None, batch_size: int,
-    use_t5: bool | None, dtype: str | None, activations: bool, native: str, output: Path,
-) -> None:  # fmt: skip
+def run(options: DrawingOptions) -> None:
     """Load, check the prompts, draw with one model, then with the other, write, compare."""
     from calibration_store.files import locked_folder
     from calibration_store.layout import DrawingPaths
     from w4a8.drawing import Drawing, compare_drawings, draw, load_model, plan_drawing, transformer_bytes
     from w4a8.model.catalog import describe_model
-    from w4a8.model.packed import prefer
     from w4a8.model.prompts import read_prompt_file
     from w4a8.report.drawing_sheet import draw_pairs
     from w4a8.report.model_tables import print_comparison, print_drawing
 
-    wanted = [*prompts, *(read_prompt_file(prompt_file) if prompt_file else [])]
+    wanted = [*options.prompts, *(read_prompt_file(options.prompt_file) if options.prompt_file else [])]
     if not wanted:
         raise click.UsageError("no prompt: give some, or --prompts FILE")
-    prefer(native)
-    if seed == -1:
-        seed = secrets.randbelow(2**32)
+    seed = secrets.randbelow(2**32) if options.seed == -1 else options.seed
+    if options.seed == -1:
         click.echo(f"seed {seed}")
-    infos = [describe_model(model, loras), *([describe_model(compare)] if compare is not None else [])]
-    plan = plan_drawing(
-        infos, wanted, seed, num_steps, cfg_weight, negative_prompt, latent_size, batch_size, use_t5, dtype
-    )
-    paths = DrawingPaths(output)
-    paths.refuse_foreign_files(len(wanted), compare is not None)
+    infos = [describe_model(options.model, options.loras), *([describe_model(options.compare)] if options.compare is not None else [])]
+    plan = plan_drawing(options, infos, wanted, seed)
+    paths = DrawingPaths(options.output)
+    paths.refuse_foreign_files(len(wanted), options.compare is not None)
     drawings: list[Drawing] = []
     with locked_folder(paths.root), cli.interruptible(lambda: f"finished images are kept in {paths.root}", None):
         paths.clear_temporaries()
         for info in infos:
-            pipeline, rule = load_model(info, plan, activations and info is infos[0])
+            pipeline, rule = load_model(info, plan, options.activations and info is infos[0])
             with cli.progress_bar(len(wanted), info.version, "image") as bar:
                 drawings.append(draw(pipeline, info, plan, rule, paths, len(drawings) == 1, bar))
             del pipeline
             print_drawing(drawings[-1], transformer_bytes(info))
-        if compare is not None:
+        if options.compare is not None:
             found = compare_drawings(*drawings)
             draw_pairs(paths.comparison, plan.prompts, drawings, found)
             print_comparison(plan.prompts, found)
-    click.echo(f"wrote {len(wanted)} images to {paths.root}" + (f", and {paths.comparison}" if compare else ""))
+    click.echo(f"wrote {len(wanted)} images to {paths.root}" + (f", and {paths.comparison}" if options.compare else ""))
 
 
 if __name__ == "__main__":

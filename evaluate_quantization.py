@@ -18,10 +18,12 @@ from w4a8 import cli  # isort: skip  (first: it says what to do where packages a
 
 import click
 
+from calibration_store.choices import GRID_MAPS
 from calibration_store.limits import MOST_THRESHOLD
+from w4a8.options import EvaluationOptions
 
 
-@cli.stage_command
+@cli.stage(EvaluationOptions)
 @cli.calib_dir_option
 @functools.partial(cli.model_location_options, another=True)
 @cli.scale_is_option
@@ -31,16 +33,15 @@ from calibration_store.limits import MOST_THRESHOLD
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Text file, one prompt a line, or CSV or TSV with a column 'prompt' or 'caption'.  [default: ones that the calibration did not use]",
 )
-@click.option("--num-images", type=cli.IMAGES, default=16, help="Images per variant.")
+@click.option("--num-images", type=cli.IMAGES, help="Images per variant.")
 @click.option("--num-steps", type=cli.STEPS, help="Euler steps.  [default: the calibration's]")
 @click.option("--cfg-weight", type=cli.GUIDANCE, help="Guidance.  [default: the calibration's]")
 @click.option(
     "--seed",
     type=cli.SEED,
-    default=10_000,
     help="Image i is drawn with seed + i; also orders the prompts.",
 )
-@click.option("--batch-size", type=cli.COUNT, default=8, help="Images in one forward pass.")
+@click.option("--batch-size", type=cli.COUNT, help="Images in one forward pass.")
 @click.option(
     "--variants",
     help="Comma-separated, of w4-rtn, w4-adaround, native, a8, multitier, products such as w4-adaround+a8 (README).  [default: all that have files]",
@@ -58,8 +59,7 @@ from calibration_store.limits import MOST_THRESHOLD
 )
 @click.option(
     "--grid-map",
-    type=click.Choice(["difference", "flip"]),
-    default="difference",
+    type=click.Choice(GRID_MAPS),
     help="What the grid shows beside each image: the difference times 4, or FLIP, what a viewer sees.",
 )
 @cli.native_option
@@ -70,51 +70,48 @@ from calibration_store.limits import MOST_THRESHOLD
     is_flag=True,
     help="Take over variants that an earlier call finished with the same parameters and files.",
 )
-def main(**options) -> None:
+def main(options: EvaluationOptions) -> None:
     """Stage 4: same prompts, same seeds, original against quantized."""
-    run(**options)
+    run(options)
 
 
-def run(
-    calib_dir: Path, location: cli.ModelLocation, scale_is: str | None, prompt_file: Path | None,
-    num_images: int, num_steps: int | None, cfg_weight: float | None, seed: int, batch_size: int, variants: str | None,
-    min_psnr: float | None, max_step_error: float | None, output: Path | None, grid_map: str, native: str,
-    text_group: int | None, dry_run: bool, resume: bool,
-) -> None:  # fmt: skip
+def run(options: EvaluationOptions) -> None:
     """Read what the variants name, load, check, sample every variant, measure, draw, judge."""
-    import mlx.core as mx
-
     from calibration_store.evaluation import write_metrics
     from calibration_store.files import locked_folder
     from calibration_store.layout import EvaluationPaths
     from calibration_store.manifest import read_manifest, run_identity
     from w4a8.backend.launched import join
-    from w4a8.evaluation.drawn_images import choose_prompts, evaluate, load_evaluated, plan_evaluation, probe
+    from w4a8.evaluation.drawn_images import (
+        choose_prompts,
+        estimate_evaluation,
+        evaluate,
+        load_evaluated,
+        plan_evaluation,
+    )
     from w4a8.evaluation.gate import check_gate
     from w4a8.evaluation.metrics import LOW_PSNR
     from w4a8.evaluation.variants import default_variants, make_variant
     from w4a8.model.layers import model_layers
     from w4a8.model.memory_needs import needs_of, refuse_too_large
-    from w4a8.model.packed import prefer
     from w4a8.model.prompt_encoder import PromptEncoder, check_prompts
     from w4a8.model.prompts import read_prompt_file
     from w4a8.report.evaluation_figures import draw_grid, plot_errors, write_sheets
     from w4a8.report.tables import print_variants
 
-    prefer(native)
-    manifest = read_manifest(calib_dir)
-    ranks = join(calib_dir)
-    names = [name.strip() for name in variants.split(",")] if variants is not None else default_variants(calib_dir)
-    chosen = [make_variant(name, calib_dir, scale_is) for name in dict.fromkeys(["fp", *names])]
-    given_prompts = read_prompt_file(prompt_file) if prompt_file else None
-    pipeline, info, fingerprint = load_evaluated(manifest, location)
-    prompts, overlap = choose_prompts(manifest, info.captions, given_prompts, num_images, seed)
-    if given_prompts is not None and len(given_prompts) < num_images:
-        click.echo(f"{len(prompts)} prompts in the file: {len(prompts)} images instead of {num_images}.")
-    elif given_prompts is not None and len(given_prompts) > num_images:
-        click.echo(f"{num_images} of {len(given_prompts)} prompts used: raise --num-images for more.")
-    sampling = plan_evaluation(manifest, info, fingerprint, pipeline.use_t5, prompts, num_steps, cfg_weight, seed, batch_size)
-    paths = EvaluationPaths(output or calib_dir / "evaluation")
+    manifest = read_manifest(options.calib_dir)
+    ranks = join(options.calib_dir)
+    names = [name.strip() for name in options.variants.split(",")] if options.variants is not None else default_variants(options.calib_dir)
+    chosen = [make_variant(name, options.calib_dir, options.scale_is, options.native) for name in dict.fromkeys(["fp", *names])]
+    given_prompts = read_prompt_file(options.prompt_file) if options.prompt_file else None
+    pipeline, info, fingerprint = load_evaluated(manifest, options.location, options.native)
+    prompts, overlap = choose_prompts(manifest, info.captions, given_prompts, options.num_images, options.seed)
+    if given_prompts is not None and len(given_prompts) < options.num_images:
+        click.echo(f"{len(prompts)} prompts in the file: {len(prompts)} images instead of {options.num_images}.")
+    elif given_prompts is not None and len(given_prompts) > options.num_images:
+        click.echo(f"{options.num_images} of {len(given_prompts)} prompts used: raise --num-images for more.")
+    sampling = plan_evaluation(options, manifest, info, fingerprint, pipeline.use_t5, prompts)
+    paths = EvaluationPaths(options.output or options.calib_dir / "evaluation")
     click.echo(f"{info.version}: {sampling}; {overlap} of the prompts were used in calibration")
     cut = check_prompts(pipeline, prompts, "prompt")
     cut += check_prompts(pipeline, [sampling.negative_prompt], "negative prompt")
@@ -122,15 +119,11 @@ def run(
         click.echo(f"{cut} prompts are longer than the text encoder's positions: their ends are ignored.")
     for variant in chosen:
         variant.check(manifest, fingerprint, model_layers(pipeline.mmdit))
-    needs = needs_of(pipeline, sampling.latent_size, batch_size, sampling.cfg_weight > 0, sampling.num_steps + 1)
-    refuse_too_large(pipeline, needs, batch_size, ("--batch-size",))
-    texts = PromptEncoder(pipeline, prompts, sampling.cfg_weight, sampling.negative_prompt, text_group)
-    if dry_run:
-        seconds, size = probe(pipeline, sampling, chosen)
-        click.echo(
-            f"to do: {len(chosen)} variants, about {cli.format_seconds(seconds / ranks.size)} on this machine, at most "
-            f"{cli.format_bytes(size)} in {paths.root}, {cli.format_bytes(mx.get_peak_memory())} of memory at the peak"
-        )
+    needs = needs_of(pipeline, sampling.latent_size, options.batch_size, sampling.cfg_weight > 0, sampling.num_steps + 1)
+    refuse_too_large(pipeline, needs, options.batch_size, ("--batch-size",))
+    texts = PromptEncoder(pipeline, prompts, sampling.cfg_weight, sampling.negative_prompt, options.text_group)
+    if options.dry_run:
+        click.echo(estimate_evaluation(pipeline, sampling, chosen, paths.root, ranks))
         ranks.print_shares([sampling.images_of(one) for one in ranks.every_rank()], "images of each variant")
         return
     paths.refuse_foreign_images([variant.name for variant in chosen], len(prompts))
@@ -138,15 +131,15 @@ def run(
         if ranks.rank == 0:
             paths.clear_temporaries()
         with cli.interruptible(lambda: f"finished variants are kept in {paths.root}"):
-            found = evaluate(pipeline, texts, sampling, paths, chosen, resume, ranks)
+            found = evaluate(pipeline, texts, sampling, paths, chosen, options.resume, ranks)
         if found is None:
             return  # rank 0 goes on
         original, images, results = found
         if "fp" not in names:
             del images["fp"], results["fp"]
-        draw_grid(paths.grid, prompts, original, images, results, grid_map == "flip")
+        draw_grid(paths.grid, prompts, original, images, results, options.grid_map == "flip")
         plot_errors(paths.error_plot, results)
-        write_sheets(paths, prompts, seed, original, images)
+        write_sheets(paths, prompts, options.seed, original, images)
         image_ids = [image["image_id"] for image in manifest["images"]]
         parameters = {
             "prompts": prompts,
@@ -154,7 +147,7 @@ def run(
             "num_steps": sampling.num_steps,
             "cfg_weight": sampling.cfg_weight,
             "negative_prompt": sampling.negative_prompt,
-            "seed": seed,
+            "seed": options.seed,
             "model_version": info.version,
             "weights_fingerprint": fingerprint,
             **({"calibration_run": run_identity(manifest, image_ids), "selected_image_ids": image_ids} if image_ids else {}),
@@ -163,7 +156,7 @@ def run(
         write_metrics(paths, parameters, LOW_PSNR, results)
     click.echo(f"wrote {paths.metrics}, {paths.grid}, {paths.error_plot}, {paths.images}/")
     print_variants(results, simulated=any(variant.rule is not None for variant in chosen))
-    check_gate(results, min_psnr, max_step_error)
+    check_gate(results, options.min_psnr, options.max_step_error)
 
 
 if __name__ == "__main__":

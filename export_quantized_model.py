@@ -9,18 +9,20 @@ Weights are exactly those that stage 4 measured (its variant `native` runs the f
 written as ranges for runtimes that have such kernels; here they are simulated.
 """
 
-from pathlib import Path
 
 from w4a8 import cli  # isort: skip  (first: it says what to do where packages are missing)
 
 import click
 
+from calibration_store.choices import EXPORT_FORMATS, REST_BITS
+from w4a8.options import ExportOptions
 
-@cli.stage_command
+
+@cli.stage(ExportOptions)
 @cli.calib_dir_option
 @cli.model_location_options
 @click.option(
-    "--weights", "weights_name", help="As in stage 4: w4-adaround, w4-rtn, w3-rtn-g32, …  [default: what stage 3W left]"
+    "--weights", help="As in stage 4: w4-adaround, w4-rtn, w3-rtn-g32, …  [default: what stage 3W left]"
 )
 @click.option(
     "--activations",
@@ -28,12 +30,11 @@ import click
 )
 @cli.scale_is_option
 @click.option(
-    "--format", "layout", type=click.Choice(["mlx", "gguf"]), default="mlx", help="A model folder, or one file of Q4_1."
+    "--format", "layout", type=click.Choice(EXPORT_FORMATS), help="A model folder, or one file of Q4_1."
 )
 @click.option(
     "--rest-bits",
-    type=click.Choice(["8", "16"]),
-    default="16",
+    type=click.Choice(REST_BITS),
     help="Of adaLN and embedders: 16 leaves them alone, 8 rounds them to nearest in groups of 64.",
 )
 @click.option(
@@ -51,15 +52,12 @@ import click
 )
 @click.option("--force", is_flag=True, help="Make an export anew: delete what this stage wrote to the folder.")
 @click.option("--dry-run", is_flag=True, help="Say what would be written, how large, how long it takes; write nothing.")
-def main(**options) -> None:
+def main(options: ExportOptions) -> None:
     """Stage 5: write the quantized model to the disk."""
-    run(**options)
+    run(options)
 
 
-def run(
-    calib_dir: Path, location: cli.ModelLocation, weights_name: str | None, activations: str | None, scale_is: str | None,
-    layout: str, rest_bits: str, all_linears: bool, complete: bool, output: Path | None, force: bool, dry_run: bool,
-) -> None:  # fmt: skip
+def run(options: ExportOptions) -> None:
     """Find what is exported, check it, pack the transformer a layer at a time, write the folder."""
     from calibration_store.files import locked_folder, require_space
     from calibration_store.layout import HUB_4BIT_FILES, QuantizedModelPaths
@@ -72,7 +70,7 @@ def run(
         ExportSource,
         bytes_needed,
         check_output,
-        estimated_seconds,
+        estimate_export,
         pack_transformer,
         packed_size,
         refuse_options,
@@ -82,25 +80,22 @@ def run(
     from w4a8.quantized.gguf_file import write_gguf
     from w4a8.report.model_tables import print_export
 
-    manifest = read_manifest(calib_dir)
-    if layout == "gguf" and activations is None:
-        activations = "none"
-    variant, activations = export_variant(calib_dir, weights_name, activations, int(rest_bits), all_linears, scale_is)
-    info, checkpoint = describe_run_model(manifest, location)
+    manifest = read_manifest(options.calib_dir)
+    variant, activations = export_variant(options)
+    info, checkpoint = describe_run_model(manifest, options.location)
     check_fingerprint(manifest, info, checkpoint)
     export = ExportSource(info, checkpoint, manifest, variant.name, variant.weights, activations, variant.rule)
-    refuse_options(export, layout, complete)
-    paths = QuantizedModelPaths(output) if output else QuantizedModelPaths.below(calib_dir)
-    check_output(paths, info, layout, force)
+    refuse_options(export, options.layout, options.complete)
+    paths = QuantizedModelPaths(options.output) if options.output else QuantizedModelPaths.below(options.calib_dir)
+    check_output(paths, info, options.layout, options.force)
     mmdit = open_transformer(info, checkpoint)
     variant.check(manifest, manifest["weights_fingerprint"], model_layers(mmdit))
     size = packed_size(mmdit, variant.weights)
-    print_export(export, size, layout)
-    if dry_run:
-        seconds = estimated_seconds(mmdit, variant.weights, size)
-        click.echo(f"time: about {cli.format_seconds(seconds)}; memory: {cli.format_bytes(size.peak)} at the peak")
+    print_export(export, size, options.layout)
+    if options.dry_run:
+        click.echo(estimate_export(mmdit, variant.weights, size, paths.root))
         return
-    rest = rest_of_model(export, complete) if layout == "mlx" else ({}, [], {})
+    rest = rest_of_model(export, options.complete) if options.layout == "mlx" else ({}, [], {})
     remedy = "give another --output"
     if paths.config.exists():
         remedy += " (the old export stays until the new one is complete)"
@@ -112,16 +107,16 @@ def run(
         cli.progress_bar(size.modules, "packing", "layer") as bar,
     ):
         paths.clear_temporaries()
-        hub_file = layout == "mlx" and all_linears and info.version in HUB_4BIT_FILES
+        hub_file = options.layout == "mlx" and options.all_linears and info.version in HUB_4BIT_FILES
         require_space(paths.root, bytes_needed(export, size, rest, hub_file), remedy)
-        if layout == "gguf":
+        if options.layout == "gguf":
             written = write_gguf(paths, export, mmdit, bar)
         else:
             quantization = pack_transformer(mmdit, variant.weights, bar)
             with cli.finishing("writing"):
                 written = write_folder(paths, export, mmdit, quantization, rest, hub_file)
     click.echo(f"wrote {written}")
-    if layout == "mlx":
+    if options.layout == "mlx":
         click.echo(f"draw with it: {cli.interpreter()} draw_images.py --model {paths.root} PROMPT")
 
 

@@ -5,125 +5,202 @@ Writes  adaround_weights/: {block}.npz with codes, scales, zero points and range
 
 python optimize_adaround.py --calib-dir calibration_data/demo --iters 80 --resume
 
-A unit (the whole model, a block, a sublayer, a layer) is quantized and trained against what it gave unquantized on the
+A unit (the whole model or a block) is quantized and trained against what it gave unquantized on the
 cached samples (AdaRound, BRECQ, TaQ-DiT). First the rounding variables α: up where α >= 0. Then, with the codes
 decided, scales, zero points, biases and activation ranges (LSQ) together. Every loss is relative: 1 is the error of
 round-to-nearest on a min-max grid; in the table at the end on the samples of the column, in the files on the training
 samples. All in float32.
 """
 
-from dataclasses import replace
-from pathlib import Path
 
 from w4a8 import cli  # isort: skip  (first: it says what to do where packages are missing)
 
 import click
 
+from calibration_store.choices import GROUP_SIZES, INPUT_RULES, ROUNDING_METHODS, UNIT_NAMES, WEIGHT_BITS
+from calibration_store.limits import MOST_ITERATIONS, MOST_SECONDS
+from w4a8.options import RoundingOptions
+
 OPTIONS = {
     "unit": "--unit", "block_names": "--blocks", "iters": "--iters", "batch_size": "--batch-size", "weight_bits": "--weight-bits",
     "activation_bits": "--activation-bits", "group_size": "--group-size", "rounding": "--rounding", "qdrop": "--qdrop",
-    "lr_alpha": "--lr-alpha", "lr_activation_scale": "--lr-activation-scale", "regularizer_weight": "--regularizer-weight",
-    "block_inputs": "--block-inputs", "end_to_end": "--end-to-end", "activation_rule": "--activation-rule",
-    "average_bits": "--average-bits", "bit_choices": "--bit-choices", "layer_bits": "--bits", "excluded": "--exclude", "seed": "--seed", "micro_batch": "--micro-batch", "selected_image_ids": "cached images", "key_timesteps": "cached steps",
+    "lr_alpha": "--lr-alpha", "lr_activation_scale": "--lr-activation-scale", "regularizer_weight": "a regularizer weight of",
+    "block_inputs": "block inputs that are", "end_to_end": "--end-to-end", "activation_rule": "--activation-rule",
+    "average_bits": "--average-bits", "bit_choices": "widths of --average-bits", "layer_bits": "--bits", "excluded": "--bits of 16 for",
+    "seed": "--seed", "micro_batch": "--micro-batch", "selected_image_ids": "cached images", "key_timesteps": "cached steps",
 }  # fmt: skip
 
 
-@cli.stage_command
+@cli.stage(RoundingOptions)
 @cli.calib_dir_option
 @cli.model_location_options
-@cli.rounding_options
+@click.option("--blocks", help="Blocks to train, such as mm0,mm5.  [default: all that are cached]")
+@click.option(
+    "--iters",
+    type=click.IntRange(10, MOST_ITERATIONS),
+    help="Iterations per unit; the last 30 % tune scales and ranges.",
+)
+@click.option("--batch-size", type=cli.COUNT, help="Cached samples per iteration.")
+@click.option(
+    "--micro-batch",
+    type=cli.COUNT,
+    help="Samples of an iteration in memory at once; changes nothing but float noise.  [default: by memory]",
+)
+@click.option(
+    "--weight-bits",
+    type=click.Choice(WEIGHT_BITS),
+    help="Bits of a weight's code; those that MLX runs natively.",
+)
+@click.option(
+    "--activation-bits",
+    type=click.IntRange(0, 8),
+    help="Bits of a layer's input (simulated); 0: unquantized.",
+)
+@click.option(
+    "--activation-rule",
+    type=click.Choice(INPUT_RULES),
+    help="How inputs are quantized while weights are trained: token: a range of its own for each token (a8-token); "
+    "static: learned ranges for each cached noise level (a8-learned).",
+)
+@click.option(
+    "--average-bits",
+    metavar="AVERAGE[:WIDTHS]",
+    help="Bits of a weight on average, such as 4.5 or 4.5:3,4,6: more where the model's output minds most (measured, "
+    "sensitivity.json). Widths: 4,8.",
+)
+@click.option(
+    "--bits",
+    multiple=True,
+    metavar="PATTERN=BITS",
+    help="Bits of some layers, such as '*.mlp.fc2=8'; 16 leaves them as they are. Repeatable; the last one counts.",
+)
+@click.option(
+    "--sensitivity-only",
+    is_flag=True,
+    help="Measure what the output minds (adaround_cache/sensitivity.json), and stop.",
+)
+@click.option(
+    "--group-size",
+    type=click.Choice(GROUP_SIZES),
+    help="Inputs that share a scale; 0: one scale per output channel; those that MLX runs natively.",
+)
+@click.option(
+    "--unit",
+    type=click.Choice(UNIT_NAMES),
+    help="What is trained for its own output.  [default: model up to 100 M weights, else block]",
+)
+@click.option(
+    "--end-to-end",
+    type=click.IntRange(0, MOST_ITERATIONS),
+    help="Iterations of a last phase: scales, zero points, biases and ranges of all blocks against the model's output.  "
+    "[default: half of --iters for a model above 100 M weights, else 0]",
+)
+@click.option(
+    "--rounding",
+    type=click.Choice(ROUNDING_METHODS),
+    help="ste: hard codes, straight-through gradient; sigmoid: AdaRound's, hardened on the way.",
+)
+@click.option(
+    "--qdrop",
+    type=click.FloatRange(0, 1),
+    help="Share of input elements left unquantized while ranges are trained.",
+)
+@click.option(
+    "--lr-alpha",
+    type=cli.RATE,
+    help="Learning rate of the rounding variables.  [default: 4e-3 ste, 1e-2 sigmoid]",
+)
+@click.option(
+    "--lr-activation-scale",
+    type=cli.RATE,
+    help="Learning rate of the (log) clipping ranges.",
+)
+@click.option("--seed", type=cli.SEED, help="Decides the batches.")
+@click.option(
+    "--checkpoint-seconds",
+    type=click.FloatRange(0, MOST_SECONDS),
+    help="How much of a unit's work a kill may cost.",
+)
+@click.option(
+    "--alpha/--no-alpha",
+    help="Keep the rounding variables in the files: 2 of 3 bytes a weight, which no later stage reads.",
+)
 @cli.max_bytes_option
 @cli.resume_options
-def main(**options) -> None:
+def main(options: RoundingOptions) -> None:
     """Stage 3W: learned rounding (AdaRound, TaQ-DiT)."""
-    if options["activation_bits"] == 1:
+    if options.activation_bits == 1:
         raise click.UsageError("--activation-bits 1: a symmetric grid needs 2 bits or more; 0 leaves activations alone")
-    run(**options | {key: int(options[key]) for key in ("weight_bits", "group_size")})
+    run(options)
 
 
-def run(
-    calib_dir: Path, location: cli.ModelLocation, blocks: str | None, unit: str | None,
-    end_to_end: int | None, micro_batch: int | None, lr_alpha: float | None, checkpoint_seconds: float, alpha: bool,
-    average_bits: float | None, bit_choices: str, bits: tuple[str, ...], exclude: tuple[str, ...], sensitivity_only: bool,
-    max_bytes: int | None, resume: bool, force: bool, dry_run: bool, **options,
-) -> None:  # fmt: skip
+def run(options: RoundingOptions) -> None:
     """Load the transformer, plan, check the cache, train what is left job by job, write the metadata."""
     from calibration_store.block_cache import read_cache_metadata
     from calibration_store.files import require_space
     from calibration_store.layout import BlockCachePaths, WeightPaths
     from calibration_store.manifest import read_manifest
     from calibration_store.stage_folder import StageFolder
-    from calibration_store.weights import LEARNING_RATES, WEIGHTS_PLAN, write_weights_metadata
+    from calibration_store.weights import WEIGHTS_PLAN, write_weights_metadata
     from w4a8.backend.launched import join
     from w4a8.backend.parallel import run_cpu_streams_side_by_side
     from w4a8.model.runs import run_schedule, run_transformer
     from w4a8.report.tables import print_losses
-    from w4a8.rounding.job_checkpoint import JobCheckpoint
-    from w4a8.rounding.jobs import estimate, kept_after_interrupt, run_jobs, say_shares
-    from w4a8.rounding.methods import METHODS
+    from w4a8.rounding.bit_widths import choose_bits
     from w4a8.rounding.micro_batches import choose_micro_batch
-    from w4a8.rounding.run import RoundingRun, choose_end_to_end, choose_unit
-    from w4a8.rounding.sensitivity import BitOptions, choose_bits, note_sensitivity
-    from w4a8.rounding.settings import Settings
+    from w4a8.rounding.phases import (
+        bytes_written,
+        estimate_rounding,
+        jobs_of,
+        kept_after_interrupt,
+        losses_by_job,
+        print_shares,
+        run_jobs,
+    )
+    from w4a8.rounding.run import RoundingRun, what_may_change
+    from w4a8.rounding.sensitivity import note_sensitivity
     from w4a8.rounding.training_samples import verified
 
     run_cpu_streams_side_by_side()  # before the schedule is evaluated
-    if lr_alpha is None:
-        lr_alpha = METHODS[options["rounding"]].default_lr
-    cache, manifest, paths = read_cache_metadata(calib_dir), read_manifest(calib_dir), WeightPaths(calib_dir)
-    ranks = join(calib_dir)
+    calib_dir, paths = options.calib_dir, WeightPaths(options.calib_dir)
+    cache, manifest, ranks = read_cache_metadata(calib_dir), read_manifest(calib_dir), join(calib_dir)
     schedule, _ = run_schedule(manifest)
-    settings = Settings(lr_alpha=lr_alpha, **options)
-    folder = StageFolder(paths, paths.plan, WEIGHTS_PLAN, WEIGHTS_PLAN.read, OPTIONS, resume, force, ranks)
-    with folder.held(dry_run):
-        opened = run_transformer(manifest, location)
-        mmdit = opened()
-        unit, blocks = choose_unit(mmdit, cache["block_names"], blocks, unit, settings.group_size)
-        before = folder.before()
-        settings = replace(settings, end_to_end=choose_end_to_end(end_to_end, unit, blocks, mmdit, settings.iters))
-        rounding = RoundingRun(opened, mmdit, paths, cache, schedule, settings, unit, blocks, ranks)
-        rounding = choose_micro_batch(rounding, micro_batch, before)
-        if sensitivity_only:
+    folder = StageFolder(paths, paths.plan, WEIGHTS_PLAN, WEIGHTS_PLAN.read, OPTIONS, options.resume, options.force, ranks)
+    with folder.held(options.dry_run):
+        opened, before = run_transformer(manifest, options.location), folder.before()
+        rounding = RoundingRun.plan_run(options, opened, paths, cache, schedule, ranks)
+        rounding = choose_micro_batch(rounding, options.micro_batch, before)
+        if options.sensitivity_only:
             with cli.interruptible(lambda: "the measurement begins anew"):
                 note_sensitivity(rounding, [4, 8])
             click.echo(f"wrote {BlockCachePaths(calib_dir).sensitivity}")
             return
         folder.refuse_used()
         with cli.interruptible(lambda: "the measurement begins anew"):
-            rounding = choose_bits(rounding, BitOptions(average_bits, bit_choices, bits, exclude), dry_run)
-        plan, jobs = rounding.plan, rounding.jobs
+            rounding = choose_bits(rounding, options)
+        plan, jobs = rounding.plan, jobs_of(rounding)
         click.echo(f"{manifest['model_version']}: {rounding}")
-        diverged = "diverged" in (before or {})  # a run that met NaN may go on with other learning rates
-        older = before is not None and "micro_batch" not in before
-        folder.check(plan, may_change=(*(LEARNING_RATES if diverged else ()), *(("micro_batch",) if older else ())))
-        todo = folder.todo(jobs, rounding.is_finished)
-        size = rounding.bytes_of(todo)
-        if dry_run and not todo:
+        folder.check(plan, what_may_change(before))
+        todo = folder.todo(jobs, lambda job: job.is_finished())
+        if options.dry_run and not todo:
             click.echo(f"nothing to do: all {len(jobs)} units are finished in {paths.root}")
             return
-        if dry_run:
-            started = None if force else JobCheckpoint(paths, todo[0], plan).load(settings)
-            left = estimate(rounding, todo, started and started[0])
-            click.echo(
-                f"to do: {len(todo)} of {len(jobs)} units, {left.iterations} iterations: about {cli.format_seconds(left.seconds)}, "
-                f"{cli.format_bytes(left.peak_bytes)} of memory at the peak, at most {cli.format_bytes(size)} in {paths.root}"
-            )
-            say_shares(rounding, todo)
+        if options.dry_run:
+            click.echo(estimate_rounding(jobs, todo, resumed=not options.force))
+            print_shares(rounding, jobs, todo)
             return
-        require_space(paths.root, size, "give --no-alpha or fewer --blocks", max_bytes)
-        folder.begin(plan, anew=diverged)
+        require_space(paths.root, bytes_written(todo), "give --no-alpha or fewer --blocks", options.max_bytes)
+        folder.begin(plan, anew="diverged" in (before or {}))
         with cli.interruptible(lambda: kept_after_interrupt(paths)):
             with cli.progress_bar(len(cache["samples"]), "checking the cache", "sample", leave=False) as bar:
-                for _ in verified(calib_dir, cache, [job.blocks for job in todo], ranks):
+                for _ in verified(calib_dir, cache, [job.spec.blocks for job in todo], ranks):
                     ranks.advance(bar)
                 ranks.complete(bar)
-            with cli.progress_bar(sum(map(rounding.iterations, jobs)), jobs[0].name, "it") as bar:
-                run_jobs(rounding, todo, bar, checkpoint_seconds, alpha)
-            if rounding.walk is not None:
-                rounding.walk.finish()
+            with cli.progress_bar(sum(job.iterations for job in jobs), jobs[0].name, "it") as bar:
+                run_jobs(jobs, todo, bar, options.checkpoint_seconds, options.alpha)
             losses = folder.finish(lambda: write_weights_metadata(paths, plan))
     if losses is not None:
-        print_losses(rounding.rows_of(losses))
+        print_losses(losses_by_job(jobs, losses))
     click.echo(f"wrote {paths.metadata} and a file per block")
 
 

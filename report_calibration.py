@@ -6,14 +6,15 @@ Writes  report/index.html, one file with images and figures inside; no network, 
 python report_calibration.py
 """
 
-from pathlib import Path
 
 from w4a8 import cli  # isort: skip  (first: it says what to do where packages are missing)
 
 import click
 
+from w4a8.options import ReportOptions
 
-@cli.stage_command
+
+@cli.stage(ReportOptions)
 @cli.calib_dir_option
 @click.option(
     "--output",
@@ -22,21 +23,21 @@ import click
 )
 @click.option("--force", is_flag=True, help="Write over an index.html that is not this script's.")
 @click.option("--dry-run", is_flag=True, help="Say what the page would hold; write nothing.")
-def main(**options) -> None:
+def main(options: ReportOptions) -> None:
     """One page of the run: ranges, training, original against quantized."""
-    run(**options)
+    run(options)
 
 
-def run(calib_dir: Path, output: Path | None, force: bool, dry_run: bool) -> None:
+def run(options: ReportOptions) -> None:
     """Read what is there, write the page, say what it holds and what would be next."""
     from calibration_store.files import locked_folder
     from calibration_store.layout import ReportPaths
     from w4a8.report.page import SECTIONS, describe_folder, refuse_foreign_page, write_page
 
-    paths = ReportPaths(output or calib_dir / "report")
-    if not force:
+    paths = ReportPaths(options.output or options.calib_dir / "report")
+    if not options.force:
         refuse_foreign_page(paths)
-    page = describe_folder(calib_dir)
+    page = describe_folder(options.calib_dir)
     held = [title for key, title in SECTIONS.items() if key in page]
     click.echo(f"the page holds: {', '.join(held)}")
     for step in page["next"]:
@@ -44,7 +45,7 @@ def run(calib_dir: Path, output: Path | None, force: bool, dry_run: bool) -> Non
     if "comparison" in page and page["comparison"]["shown"] < page["comparison"]["all"]:
         comparison = page["comparison"]
         click.echo(f"{comparison['shown']} of {comparison['all']} pairs of images are in it, the most damaged first")
-    if dry_run:
+    if options.dry_run:
         return
     with locked_folder(paths.root):
         paths.clear_temporaries()

@@ -11,10 +11,9 @@ from w4a8.backend import blas
 from w4a8.backend.parallel import run_cpu_streams_side_by_side
 from w4a8.model.diffusionkit import VAEDecoder, VAEDecoderConfig
 from w4a8.model.layers import model_blocks, model_layers
-from w4a8.rounding.kinds import BlockUnit
 from w4a8.rounding.settings import Settings
-from w4a8.rounding.training import Training
-from w4a8.rounding.units import Job, UnitSpec
+from w4a8.rounding.unit_training import UnitTraining
+from w4a8.rounding.units import BlockUnit, UnitSpec
 
 TEXT = 154
 
@@ -82,9 +81,9 @@ def fit_iterations() -> None:
         others = sum(array.nbytes for _, array in tree_flatten(mmdit.parameters()))
         found = []
         for samples in (2, 4):
-            settings = Settings(1000, samples, 4, 8, 64, "ste", 0.5, 3e-3, 1e-3, 0.01, 0)
-            training = Training(
-                BlockUnit(mmdit, Job("unit", names, [UnitSpec("unit", layers)]), UnitSpec("unit", layers), data, settings)
+            settings = Settings(iters=1000, batch_size=samples, lr_alpha=3e-3, lr_activation_scale=1e-3, seed=0, activation_rule="static")
+            training = UnitTraining(
+                BlockUnit.build(mmdit, UnitSpec("unit", names, layers), data, settings)
             )
             for _ in range(3):
                 training.step()

@@ -16,8 +16,8 @@ from w4a8.model.layers import model_layers
 from w4a8.model.parts import TRANSFORMER, Pipeline
 from w4a8.model.prompt_encoder import PromptEncoder
 from w4a8.quantized.layer import QuantizedLayer
-from w4a8.rounding.settings import spread_over
-from w4a8.rounding.training import Training
+from w4a8.rounding.training_samples import spread_over
+from w4a8.rounding.unit_training import UnitTraining
 from w4a8.rounding.units import Arrays, Unit
 
 BITS, SEARCHED = 4, 20  # AWQ tries so many exponents
@@ -87,7 +87,7 @@ def gptq(unit: Unit, grams: Arrays) -> Dense:
 def scales_only(unit: Unit, grams: Arrays) -> Dense:
     """Codes to nearest; scales, zero points and biases distilled against the model's output, as mlx-lm's DWQ does."""
 
-    class ScalesOnly(Training):
+    class ScalesOnly(UnitTraining):
         @property
         def rounding_iters(self) -> int:
             return 0
@@ -98,10 +98,10 @@ def scales_only(unit: Unit, grams: Arrays) -> Dense:
 def ours(unit: Unit, grams: Arrays) -> Dense:
     """Stage 3W: codes, then scales, zero points and biases."""
 
-    return trained(unit, Training(unit))
+    return trained(unit, UnitTraining(unit))
 
 
-def trained(unit: Unit, training: Training) -> Dense:
+def trained(unit: Unit, training: UnitTraining) -> Dense:
     """The dense weights and biases that a training ends with."""
     with progress_bar(training.iters, type(training).__name__, "it", leave=False) as bar:
         while training.iteration < training.iters:

@@ -39,6 +39,7 @@ def run(calib_dir: Path, iters: int, batch_size: int, group_size: int, num_image
     from w4a8.backend.parallel import run_cpu_streams_side_by_side
     from w4a8.model.layers import model_blocks
     from w4a8.model.runs import run_schedule, run_transformer
+    from w4a8.rounding.phases import jobs_of
     from w4a8.rounding.run import RoundingRun
     from w4a8.rounding.settings import Settings
 
@@ -47,11 +48,11 @@ def run(calib_dir: Path, iters: int, batch_size: int, group_size: int, num_image
     opened, (schedule, _) = run_transformer(manifest), run_schedule(manifest)
     mmdit = opened()
     at_once = min(batch_size, 8)
-    settings = Settings(iters, batch_size, BITS, 0, group_size, "ste", 0.0, 4e-3, 5e-3, 0.01, 0, at_once)
+    settings = Settings(iters=iters, batch_size=batch_size, weight_bits=BITS, activation_bits=0, group_size=group_size, qdrop=0.0, lr_activation_scale=5e-3, seed=0, micro_batch=at_once, activation_rule="static")
     rounding = RoundingRun(
         opened, mmdit, WeightPaths(calib_dir), cache, schedule, settings, "model", list(model_blocks(mmdit))
     )
-    unit = rounding.unit_class(mmdit, rounding.jobs[0], rounding.jobs[0].parts[0], rounding.whole_samples(), settings)
+    unit = rounding.unit_class.build(mmdit, jobs_of(rounding)[0].spec, rounding.whole_samples(), settings)
     grams, ways, seconds = input_grams(unit), {}, {}
     for name, make in WAYS.items():
         start = time.perf_counter()

@@ -36,18 +36,18 @@ def main(hidden: int, tokens: int, text_tokens: int, samples: int, batch_size: i
     from benchmarks.random_transformer import random_transformer
     from w4a8.backend.parallel import run_cpu_streams_side_by_side
     from w4a8.model.layers import model_blocks, model_layers
-    from w4a8.rounding.kinds import BlockUnit
     from w4a8.rounding.settings import ITERS, TUNE_SHARE, Settings
-    from w4a8.rounding.training import Training
+    from w4a8.rounding.unit_training import UnitTraining
+    from w4a8.rounding.units import BlockUnit
 
     run_cpu_streams_side_by_side()
     # of two blocks the first is measured: the last one has no text MLP
     mmdit = random_transformer(mx.float32, depth_multimodal=2, hidden_size_override=hidden, num_heads=hidden // 64)
     data = RandomSamples(model_blocks(mmdit)["mm0"], samples, tokens, text_tokens, hidden)
-    settings = Settings(1000, batch_size, 4, 8, 64, "ste", 0.5, 3e-3, 1e-3, 0.01, 0)
-    job = BlockUnit.jobs(model_layers(mmdit), ["mm0"])[0]
+    settings = Settings(iters=1000, batch_size=batch_size, lr_alpha=3e-3, lr_activation_scale=1e-3, seed=0, activation_rule="static")
+    spec = BlockUnit.specs(model_layers(mmdit), ["mm0"])[0]
     start = time.perf_counter()
-    training = Training(BlockUnit(mmdit, job, job.parts[0], data, settings))
+    training = UnitTraining(BlockUnit.build(mmdit, spec, data, settings))
     set_up = time.perf_counter() - start
     mx.reset_peak_memory()
     seconds = {}

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, TypedDict
 import numpy as np
 from msgspec import Meta
 
+from calibration_store.choices import Boundaries
 from calibration_store.errors import StoreError
 from calibration_store.files import write_json
 from calibration_store.layout import BlockCachePaths, CalibrationPaths
@@ -45,7 +46,6 @@ Shape = tuple[Annotated[int, Meta(ge=1, le=2)], Side, Literal[1], Side]  # rows,
 ALL, ENDS = "all", "ends"  # every boundary between blocks; only those of the whole stack, and what the model gives
 PATCH = 4  # elements of a latent that make a token
 VELOCITY = "velocity"
-Boundaries = Literal["all", "ends"]
 
 
 class BlockShapes(TypedDict):

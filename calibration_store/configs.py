@@ -3,11 +3,12 @@
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, TypedDict
 
 import orjson
 from msgspec import Meta
 
+from calibration_store.choices import TierBits
 from calibration_store.errors import StoreError
 from calibration_store.files import atomic_file, open_regular, write_json
 from calibration_store.names import LayerName
@@ -20,7 +21,7 @@ TEMPORAL_FORMAT = "layer_temporal_analysis_v1"
 
 
 class _ConfigEntry(TypedDict):
-    bits: Literal[4, 6, 8]
+    bits: TierBits
     scale: NotNegative
 
 

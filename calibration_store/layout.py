@@ -153,13 +153,13 @@ class WeightPaths:
     def losses(self, block: str) -> Path:
         return self.root / f"{block}_losses.json"
 
-    def boundary(self, block: str, quantized: bool = False) -> "BoundaryPaths":
-        """What a block gives for every sample, while its neighbours are trained; quantized: as the quantized blocks give it."""
-        return BoundaryPaths(self.root / "boundaries" / f"{block}{'_quantized' if quantized else ''}")
+    def boundary(self, block: str) -> "BoundaryPaths":
+        """Return the folder of a block's outputs for every sample; it exists while the block's neighbours are trained."""
+        return BoundaryPaths(self.root / "boundaries" / block)
 
     @property
     def boundaries(self) -> list["BoundaryPaths"]:
-        """Those that are there."""
+        """Return the boundary folders that exist, sorted by name. Runs of 0.8.0 also left some that end in `_quantized`."""
         folder = self.root / "boundaries"
         names = sorted(os.listdir(folder)) if folder.is_dir() else []
         return [BoundaryPaths(folder / name) for name in names if re.fullmatch(rf"{BLOCK_PATTERN}(_quantized)?", name)]

@@ -9,6 +9,7 @@ import numpy as np
 import orjson
 from msgspec import Meta
 
+from calibration_store.choices import Precision
 from calibration_store.errors import StoreError
 from calibration_store.files import sync_folder, write_json
 from calibration_store.layout import CalibrationPaths
@@ -53,7 +54,7 @@ class _Manifest(TypedDict):
     use_t5: bool
     sampler_shift: Positive
     seed_base: Seed
-    activation_dtype: Literal["float16", "bfloat16", "float32"]
+    activation_dtype: Precision
     num_images: Images
     n_completed: Index
     package_versions: dict[str, str]

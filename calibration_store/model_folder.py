@@ -15,6 +15,7 @@ import orjson
 from msgspec import Meta
 from safetensors import SafetensorError, safe_open
 
+from calibration_store.choices import PACKED_GROUPS, WEIGHT_BITS, GroupSize, Precision, WeightBits
 from calibration_store.errors import StoreError
 from calibration_store.files import open_regular, read_bytes, why_unreadable
 from calibration_store.names import LayerName
@@ -30,7 +31,6 @@ BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 LatentShift = Annotated[float, Meta(ge=-1e6, le=1e6)]  # shift_factor of a VAE
 Shift = Annotated[float, Meta(ge=1e-3, le=1e3)]  # shift of a sampler's schedule
 MOST_POSITIONS = 4096  # rows, and columns, of the table of positions
-PACKED_BITS, PACKED_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)  # what MLX runs natively
 Depth = Annotated[int, Meta(ge=1, le=256)]
 
 
@@ -53,7 +53,7 @@ class TransformerConfig(_TransformerConfig, total=False):
     layer_norm_eps: Annotated[float, Meta(gt=0, le=1)]
     frequency_embed_dim: Side
     max_period: Count
-    timestep_dtype: Literal["float16", "bfloat16", "float32"]  # what timesteps are embedded in; absent: the run's
+    timestep_dtype: Precision  # what timesteps are embedded in; absent: the run's
 
 
 class ClipConfig(TypedDict):
@@ -96,8 +96,8 @@ class _ModelConfig(TypedDict):
 class _Export(TypedDict):
     format: Literal["quantized_model_v1"]
     weights: Name  # as stage 4's variants: w4-adaround, w4-rtn-g64
-    weight_bits: Literal[2, 3, 4, 5, 6, 8]
-    group_size: Literal[0, 32, 64, 128]
+    weight_bits: WeightBits
+    group_size: GroupSize
     activations: Name | None
     model_version: Name
     weights_fingerprint: Digest  # of the original model
@@ -169,7 +169,7 @@ def quantization_fault(quantization: Mapping[str, Any]) -> str | None:
         if "." in name and value is not False and not isinstance(value, dict):
             return f"quantization: {name}: {value!r} is neither an object nor false"
     for name, value in [("", quantization), *((n, v) for n, v in quantization.items() if isinstance(v, dict))]:
-        if value.get("bits") not in PACKED_BITS or value.get("group_size") not in PACKED_GROUPS:
+        if value.get("bits") not in WEIGHT_BITS or value.get("group_size") not in PACKED_GROUPS:
             return f"quantization{name and f': {name}'}: bits {value.get('bits')}, group_size {value.get('group_size')}"
     return None
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, TypedDict
 
 from msgspec import Meta
 
+from calibration_store.choices import GroupSize
 from calibration_store.errors import StoreError
 from calibration_store.files import write_json
 from calibration_store.layout import BlockCachePaths, CalibrationPaths
@@ -34,7 +35,7 @@ class Sensitivity(TypedDict):
     weights_fingerprint: Digest | None
     selected_image_ids: list[Index]
     key_timesteps: Annotated[list[Index], Meta(min_length=1)]
-    group_size: Literal[0, 32, 64, 128]
+    group_size: GroupSize
     num_samples: Count
     sigmas: Annotated[list[NotNegative], Meta(min_length=1)]
     layers: Annotated[dict[LayerName, LayerSensitivity], Meta(min_length=1)]

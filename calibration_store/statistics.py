@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
+from calibration_store.choices import Precision
 from calibration_store.errors import StoreError
 from calibration_store.files import write_json
 from calibration_store.histograms import HISTOGRAM_BINS
@@ -270,7 +271,7 @@ class StatisticsMetadata(TypedDict, total=False):
     num_steps: Steps
     cfg_weight: NotNegative
     model_version: Name
-    activation_dtype: Literal["float16", "float32", "bfloat16"]
+    activation_dtype: Precision
     calibration_run: Digest
     weights_fingerprint: Digest
 

@@ -9,6 +9,7 @@ import numpy as np
 import orjson
 from msgspec import Meta
 
+from calibration_store.choices import ActivationBits, GroupSize, InputRule, KnownUnit, RoundingMethodName, WeightBits
 from calibration_store.errors import StoreError
 from calibration_store.files import file_digest, read_bytes, write_json
 from calibration_store.layout import WeightPaths
@@ -51,9 +52,9 @@ Bits = Annotated[int, Meta(ge=2, le=8)]
 class _Weights(TypedDict):
     format: Literal["adaround_weights_v1"]
     block_names: Annotated[list[BlockName], Meta(min_length=1)]
-    weight_bits: Literal[2, 3, 4, 5, 6, 8]
-    activation_bits: Literal[0, 2, 3, 4, 5, 6, 7, 8]
-    group_size: Literal[0, 32, 64, 128]
+    weight_bits: WeightBits
+    activation_bits: ActivationBits
+    group_size: GroupSize
 
 
 class _MadeFrom(TypedDict, total=False):
@@ -62,7 +63,7 @@ class _MadeFrom(TypedDict, total=False):
     weights_fingerprint: Digest | None
     micro_batch: Count  # samples whose gradients were made at once; older files have none
     window: Index  # samples that an iteration drew from; 0, and in older files: all
-    activation_rule: Literal["token", "static"]  # older files have static ones, the same at every step
+    activation_rule: InputRule  # older files have static ones, the same at every step
     range_sigmas: list[NotNegative]  # noise levels of `act_scales`, the cached steps
     schedule: list[NotNegative]  # noise levels of the calibration run's steps
     block_inputs: Literal["original", "mixed"]
@@ -76,10 +77,10 @@ class _MadeFrom(TypedDict, total=False):
 
 
 class _Training(TypedDict):
-    unit: Literal["model", "block", "sublayer", "layer"]
+    unit: KnownUnit
     iters: Iterations
     batch_size: Count
-    rounding: Literal["ste", "sigmoid"]
+    rounding: RoundingMethodName
     qdrop: Share
     lr_alpha: Rate
     lr_activation_scale: Rate
@@ -129,7 +130,7 @@ class BlockLossesFile(_BlockLossesFile, total=False):
 class WeightsMetadata(_Weights, _MadeFrom, total=False):
     """metadata.json, written last: bits and groups; other tools' (benchmarks/gptq.py) say no more, ours the whole plan."""
 
-    unit: Literal["model", "block", "sublayer", "layer"]
+    unit: KnownUnit
     iters: Iterations
     num_samples: Count
     selected_image_ids: list[Index]

@@ -31,7 +31,7 @@ def run_stages(folder: Path, model: Path) -> None:
         ("cache_adaround_data", "--num-images", 2, "--stride", 2, "--boundaries", "all"),
         ("collect_layer_activations", "--num-images", 2, "--stride", 2),
         ("analyze_activations", "--plot"),
-        ("optimize_adaround", "--iters", 10, "--batch-size", 2, "--unit", "layer"),
+        ("optimize_adaround", "--iters", 10, "--batch-size", 2, "--unit", "block"),
     ):
         done = invoke(script, *arguments, "--calib-dir", folder)
         assert done.exit_code == 0, done.output

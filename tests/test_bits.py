@@ -25,9 +25,11 @@ from w4a8.model.runs import run_schedule, run_transformer
 from w4a8.quantized.gguf_file import packed_blocks
 from w4a8.quantized.layer import QuantizedLayer
 from w4a8.report.evaluation_figures import grid_rows
+from w4a8.rounding.bit_widths import average_bits_of, bits_by_hand
+from w4a8.rounding.phases import jobs_of
 from w4a8.rounding.quantized_forward import QuantizedForward
 from w4a8.rounding.run import RoundingRun
-from w4a8.rounding.sensitivity import bit_choices, bits_by_hand, measure_sensitivity
+from w4a8.rounding.sensitivity import measure_sensitivity
 from w4a8.rounding.settings import Settings
 
 QUICK = ("--iters", 10, "--batch-size", 2)
@@ -46,7 +48,7 @@ def cached(tmp_path_factory):
 def rounding_of(folder):
     manifest = read_manifest(folder)
     opened, schedule = run_transformer(manifest), run_schedule(manifest)[0]
-    settings = Settings(10, 2, 4, 8, 32, "ste", 0.0, 4e-3, 5e-3, 0.01, 0, micro_batch=2, activation_rule="token")
+    settings = Settings(iters=10, batch_size=2, group_size=32, qdrop=0.0, lr_activation_scale=5e-3, seed=0, micro_batch=2, activation_rule="token")
     blocks = [f"mm{index}" for index in range(8)]
     return RoundingRun(
         opened, opened(), WeightPaths(folder), read_cache_metadata(folder), schedule, settings, "model", blocks
@@ -65,8 +67,8 @@ def mixed(measured, tmp_path_factory):
     """Trained at 4.5 bits on average, with a layer set by hand and one left out, in groups of 32."""
     folder = shutil.copytree(measured, tmp_path_factory.mktemp("mixed") / "run")
     done = optimize(
-        folder, "--average-bits", 4.5, "--bit-choices", "4,5,8", "--bits", "mm1.txt.*=5", "--bits", "mm1.txt.attn.k_proj=3",
-        "--exclude", "mm6.img.mlp.fc?", "--group-size", 32,
+        folder, "--average-bits", "4.5:4,5,8", "--bits", "mm1.txt.*=5", "--bits", "mm1.txt.attn.k_proj=3",
+        "--bits", "mm6.img.mlp.fc?=16", "--group-size", 32,
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     return folder
@@ -112,7 +114,7 @@ def test_sensitivity_against_the_model_itself(measured):
     found, rounding = read_sensitivity(measured), rounding_of(measured)
     mmdit, settings = rounding.open(), rounding.settings
     samples = rounding.whole_samples()
-    unit = rounding.unit_class(mmdit, rounding.jobs[0], rounding.jobs[0].parts[0], samples, settings)
+    unit = rounding.unit_class.build(mmdit, jobs_of(rounding)[0].spec, samples, settings)
     layers = model_layers(mmdit)
     assert found["layers"].keys() == layers.keys() and len(found["inputs"]) == 61
     for name in ("mm0.img.attn.v_proj", "mm4.txt.mlp.fc2", "mm7.img.mlp.fc1"):
@@ -173,14 +175,14 @@ def test_it_is_measured_once(measured, tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("--average-bits", 4.5, "--bit-choices", "4,7"), "--bit-choices 4,7: of 2, 3, 4, 5, 6 and 8"),
-        (("--average-bits", 3.5), "--average-bits 3.5 is not between the --bit-choices 4 and 8"),
-        (("--average-bits", 9), "9.0 is not in the range"),
+        (("--average-bits", "4.5:4,7"), "--average-bits 4.5:4,7: widths are of 2, 3, 4, 5, 6 and 8"),
+        (("--average-bits", 3.5), "--average-bits 3.5 is not between the widths 4 and 8"),
+        (("--average-bits", 9), "--average-bits 9: an average from 2 to 8"),
         (("--bits", "mm9.*=4"), "--bits mm9.*: no layer has such a name"),
         (("--bits", "mm0.*=7"), "--bits mm0.*=7: PATTERN=BITS"),
         (("--bits", "mm0.*"), "--bits mm0.*: PATTERN=BITS"),
-        (("--exclude", "nothing"), "--exclude nothing: no layer has such a name"),
-        (("--exclude", "*"), "--exclude leaves no layer"),
+        (("--bits", "nothing=16"), "--bits nothing: no layer has such a name"),
+        (("--bits", "*=16"), "--bits leaves no layer to train"),
         (("--average-bits", 4.5, "--blocks", "mm0"), "--average-bits is of the whole model"),
     ],
 )
@@ -194,7 +196,7 @@ def test_bits_that_cannot_be(cached, arguments, message):
 def test_patterns():
     layers = ["mm0.img.mlp.fc1", "mm0.img.mlp.fc2", "mm1.txt.mlp.fc2"]
     assert bits_by_hand(layers, ["*.fc2=8", "mm1.*=6"]) == {layers[1]: 8, layers[2]: 6}
-    assert bit_choices("8, 3,4,4", 4.5) == [3, 4, 8]
+    assert average_bits_of("4.5:8, 3,4,4") == (4.5, [3, 4, 8])
     with pytest.raises(OptionError):
         bits_by_hand(layers, ["=4"])
 
@@ -281,10 +283,10 @@ def test_blocks_of_q5_1():
 
 def test_a_block_that_is_left_out(cached, tmp_path):
     folder, root = shutil.copytree(cached, tmp_path / "run"), tmp_path / "run/adaround_weights"
-    arguments = ("--unit", "sublayer", "--exclude", "mm[24567].*", "--exclude", "mm3.*.attn.*", "--end-to-end", 10)
+    arguments = ("--unit", "block", "--bits", "mm[24567].*=16", "--bits", "mm3.*.attn.*=16", "--end-to-end", 10)
     done = optimize(folder, *arguments)
     assert done.exit_code == 0, done.output
-    assert not (root / "mm2.npz").exists() and "mm3 attention" not in done.stdout and "mm3 MLP" in done.stdout
+    assert not (root / "mm2.npz").exists() and "mm3 " in done.stdout
     before = folder_bytes(root)
     assert optimize(folder, *arguments, "--resume").exit_code == 0
     assert folder_bytes(root) == before

@@ -16,18 +16,10 @@ from calibration_store.quantized_model import read_activations
 from w4a8.evaluation.metrics import image_metrics
 from w4a8.evaluation.variants import make_variant
 from w4a8.model.layers import model_layers
-from w4a8.model.packed import prefer
 from w4a8.quantized.exported import rule_of_export
 
 PROMPTS = ("red heart", "rocket")
 QUICK = ("--num-steps", 2)
-
-
-@pytest.fixture(autouse=True)
-def automatic():
-    """`--native` holds for the process: what one test says is not left to the next."""
-    yield
-    prefer("auto")
 
 
 @pytest.fixture(scope="module")

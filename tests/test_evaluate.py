@@ -44,7 +44,7 @@ def run(tmp_path_factory):
         ("generate_calibration_data", "--model", "sd3-emoji", "--num-images", 3, "--num-steps", 4, "--no-images"),
         ("cache_adaround_data", "--num-images", 3, "--stride", 2),
         ("collect_layer_activations", "--num-images", 3, "--stride", 2),
-        ("optimize_adaround", "--iters", 10, "--batch-size", 2, "--unit", "layer"),
+        ("optimize_adaround", "--iters", 10, "--batch-size", 2, "--unit", "block"),
         ("analyze_activations",),
         ("analyze_activations_multitier",),
     ):
@@ -267,7 +267,7 @@ def test_bad_options(run, arguments, message):
 
 def test_a_partial_run_is_not_scored_as_the_whole_model(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
-    arguments = ("--iters", 10, "--batch-size", 2, "--unit", "layer", "--blocks", "mm0", "--force")
+    arguments = ("--iters", 10, "--batch-size", 2, "--unit", "block", "--blocks", "mm0", "--force")
     assert invoke("optimize_adaround", "--calib-dir", tmp_path / "run", *arguments).exit_code == 0
     for variant in ("w4-adaround", "a8-learned"):
         done = evaluate(tmp_path / "run", "--variants", variant)

@@ -142,7 +142,7 @@ def test_dry_runs_and_estimates_of_a_resumed_run_speak_of_what_is_left(run):
         "collect_layer_activations", "--num-images", 2, "--stride", 2, "--resume", "--dry-run", "--calib-dir", run
     )
     assert "to do: 1 of 4" in done.stdout
-    arguments = ("--iters", 10, "--batch-size", 2, "--unit", "layer", "--calib-dir", run, "--resume", "--dry-run")
+    arguments = ("--iters", 10, "--batch-size", 2, "--unit", "block", "--calib-dir", run, "--resume", "--dry-run")
     assert "nothing to do: all 8 units are finished" in invoke("optimize_adaround", *arguments).stdout
     (run / "adaround_weights/mm3.npz").unlink()
     assert "to do: 1 of 8 units, 10 iterations" in invoke("optimize_adaround", *arguments).stdout

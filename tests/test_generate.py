@@ -202,7 +202,7 @@ def test_dry_run_writes_nothing_and_its_bytes_are_right(clean_run, tmp_path):
     assert not (tmp_path / "run").exists()
     size = sum(path.stat().st_size for path in (clean_run / "samples").iterdir())
     assert f"12 forward passes; 15 samples ({size / 1000:.1f} kB), 3 images" in done.stdout
-    assert re.search(r"time: about [\d.]+ m?s on this machine", done.stdout)
+    assert re.search(r"to do: 3 of 3 images, about [\d.]+ m?s on this machine", done.stdout)
 
 
 def test_sd3_mediums_size_is_known_without_its_weights(tmp_path):
@@ -263,7 +263,7 @@ def test_builtin_prompts_are_many_distinct_diverse_and_drawn_by_seed():
         (["--model", "m" * 300], "no such folder, and not one of sd3-emoji"),
         (["--model", "sd4"], "--model sd4: no such folder, and not one of sd3-emoji"),
         (["--t5"], "--t5: sd3-emoji has no T5"),
-        (["--calib-dir", "empty.txt"], "Directory 'empty.txt' is a file"),
+        (["--calib-dir", "empty.txt"], "Folder 'empty.txt' is a file"),
         (["--calib-dir", "empty.txt/run"], "cannot write to empty.txt/run: Not a directory"),
         (["--calib-dir", "/proc/run"], "cannot write to /proc/run: "),
         (["--num-images", 10**5, "--num-steps", 1000, "--prompts", "one.txt"], " GB, the disk has "),

@@ -254,7 +254,7 @@ def test_a_run_is_of_the_model_with_its_loras(emoji_lora, tmp_path):
     assert manifest["weights_fingerprint"] == fingerprints[1]
     for stage, *options in (
         ("cache_adaround_data", "--num-images", 2, "--stride", 1, "--boundaries", "all"),
-        ("optimize_adaround", "--iters", 10, "--batch-size", 2, "--unit", "layer", "--blocks", "mm3"),
+        ("optimize_adaround", "--iters", 10, "--batch-size", 2, "--unit", "block", "--blocks", "mm3"),
         ("export_quantized_model", "--weights", "w8-rtn", "--rest-bits", 8),
         ("evaluate_quantization", "--num-images", 1, "--num-steps", 2, "--variants", "w8-rtn,native"),
     ):

@@ -29,11 +29,11 @@ from w4a8.model.loading import load_pipeline
 from w4a8.model.parts import DECODER, TEXT, TRANSFORMER, whole_model
 from w4a8.model.prompt_encoder import PromptEncoder, encode_prompts
 from w4a8.model.runs import run_transformer
-from w4a8.rounding.jobs import half_alpha
-from w4a8.rounding.kinds import BlockUnit
 from w4a8.rounding.micro_batches import IterationBytes
 from w4a8.rounding.settings import Settings
 from w4a8.rounding.training_samples import Samples
+from w4a8.rounding.unit_phase import half_alpha
+from w4a8.rounding.units import BlockUnit
 
 PROMISE = 0.15  # how far the measured peak may be from what the dry run says
 TOOK = re.compile(r"\[took\] [\d.]+ s, (\d+) bytes MLX")
@@ -129,10 +129,10 @@ def test_a_truncated_part_is_one_line_and_nothing_is_lost(run, tmp_path, part, k
 
 def unit_of(folder, micro_batch, samples=None):
     mmdit = run_transformer(read_manifest(folder))()
-    job = BlockUnit.jobs(model_layers(mmdit), ["mm2"])[0]
-    settings = Settings(20, 4, 4, 8, 64, "ste", 0.0, 4e-3, 1e-3, 0.01, 3, micro_batch)
-    return BlockUnit(
-        mmdit, job, job.parts[0], samples or Samples.of_stretch(folder, read_cache_metadata(folder), ["mm2"]), settings
+    spec = BlockUnit.specs(model_layers(mmdit), ["mm2"])[0]
+    settings = Settings(iters=20, batch_size=4, qdrop=0.0, lr_activation_scale=1e-3, seed=3, micro_batch=micro_batch, activation_rule="static")
+    return BlockUnit.build(
+        mmdit, spec, samples or Samples.of_stretch(folder, read_cache_metadata(folder), ["mm2"]), settings
     )
 
 
@@ -338,5 +338,5 @@ def test_threads_follow_the_affinity():
 
 
 def test_settings_default_to_the_whole_batch():
-    assert Settings(20, 16, 4, 8, 64, "ste", 0.5, 4e-3, 1e-3, 0.01, 3).chunk == 16
-    assert replace(Settings(20, 16, 4, 8, 64, "ste", 0.5, 4e-3, 1e-3, 0.01, 3), micro_batch=2).chunk == 2
+    assert Settings(iters=20, batch_size=16, lr_activation_scale=1e-3, seed=3, activation_rule="static").chunk == 16
+    assert replace(Settings(iters=20, batch_size=16, lr_activation_scale=1e-3, seed=3, activation_rule="static"), micro_batch=2).chunk == 2

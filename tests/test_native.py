@@ -7,19 +7,17 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from calibration_store.model_folder import PACKED_BITS
+from calibration_store.choices import NATIVE_WAYS, WEIGHT_BITS
 from w4a8.model.packed import (
     DENSE,
     DEQUANTIZE,
     QUANTIZED,
-    WAYS,
     NativeEmbedding,
     NativeLinear,
     adopt,
     dense_bytes,
     get_ready,
     native_module,
-    prefer,
     resolve,
 )
 from w4a8.quantized.arithmetic import pack_codes
@@ -27,13 +25,6 @@ from w4a8.quantized.layer import Packed, QuantizedLayer
 
 OUT, IN = 48, 192
 SHAPES = ((4, 6, 1, IN), (13, IN), (1, IN))
-
-
-@pytest.fixture(autouse=True)
-def automatic():
-    """What a test prefers is not left to the next."""
-    yield
-    prefer("auto")
 
 
 def random_layer(bits, group_size=32, rows=OUT):
@@ -64,11 +55,11 @@ def native(layer, bits, bias, way):
 # --- linear layers ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", PACKED_BITS)
+@pytest.mark.parametrize("bits", WEIGHT_BITS)
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_every_way_against_float64(bits, has_bias):
     layer, bias = random_layer(bits), random_bias() if has_bias else None
-    for way, shape in itertools.product(WAYS, SHAPES):
+    for way, shape in itertools.product(NATIVE_WAYS, SHAPES):
         x = random_input(shape)
         y = native(layer, bits, bias, way)(x)
         assert y.shape == (*shape[:-1], OUT) and y.dtype == mx.float32
@@ -76,7 +67,7 @@ def test_every_way_against_float64(bits, has_bias):
         np.testing.assert_allclose(np.array(y), expected, atol=2e-4, err_msg=f"{way} {shape}")
 
 
-@pytest.mark.parametrize("bits", PACKED_BITS)
+@pytest.mark.parametrize("bits", WEIGHT_BITS)
 @pytest.mark.parametrize("way", [DEQUANTIZE, DENSE])
 def test_unpacked_products_are_a_dense_layers_bit_for_bit(bits, way):
     layer = random_layer(bits)
@@ -90,7 +81,7 @@ def test_unpacked_products_are_a_dense_layers_bit_for_bit(bits, way):
 
 def test_only_the_dense_way_keeps_a_dense_weight():
     """It is no parameter: neither saved nor counted."""
-    for way in WAYS:
+    for way in NATIVE_WAYS:
         module = native(random_layer(4), 4, random_bias(), way)
         before = set(module.parameters())
         module(random_input((300, IN)))
@@ -152,11 +143,10 @@ def test_adopt_replaces_mlx_packed_layers():
     assert all(a is b for a, b in zip(model.layers, native_layers, strict=True)) and model.layers[1].way == QUANTIZED
 
 
-def test_adopted_models_follow_the_preference():
+def test_adopted_models_compute_as_asked():
     for way, expected in (("quantized", QUANTIZED), ("dequantize", DEQUANTIZE), ("auto", DENSE)):
-        prefer(way)
         model = quantized_model()
-        adopt(model)
+        adopt(model, way)
         assert {layer.way for layer in model.modules() if isinstance(layer, NativeLinear)} == {expected}
     adopt(nn.Sequential(nn.Linear(4, 4)))  # nothing packed: nothing to do
 
@@ -175,7 +165,7 @@ def test_a_cpu_has_nothing_to_compile(capsys):
 # --- packing ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", PACKED_BITS)
+@pytest.mark.parametrize("bits", WEIGHT_BITS)
 def test_codes_are_packed_from_the_lowest_bits_on(bits):
     """Against integers: a row is one number, code i at bit i·bits; and against mx.quantize's own layout."""
     codes = np.random.default_rng(bits).integers(0, 2**bits, (3, 96), dtype=np.uint8)

@@ -28,11 +28,10 @@ from w4a8.quantized.differentiable import (
     rounding_regularizer_gradient,
 )
 from w4a8.quantized.layer import QuantizedLayer, deployed, deployed_grid
-from w4a8.rounding.kinds import BlockUnit
-from w4a8.rounding.settings import EVALUATED, Settings, spread_over
-from w4a8.rounding.training import Training
-from w4a8.rounding.training_samples import Samples
-from w4a8.rounding.units import QuantizedUnit
+from w4a8.rounding.settings import EVALUATED, Settings
+from w4a8.rounding.training_samples import Samples, spread_over
+from w4a8.rounding.unit_training import UnitTraining
+from w4a8.rounding.units import BlockUnit, QuantizedUnit
 
 QUICK = ("--iters", 10, "--batch-size", 2)
 
@@ -190,10 +189,10 @@ def unit(cached):
 
 def block_unit(folder, rounding):
     mmdit = load_run_pipeline(read_manifest(folder), {TRANSFORMER: "float32"}).mmdit
-    job = BlockUnit.jobs(model_layers(mmdit), list(model_blocks(mmdit)))[2]
-    samples = Samples.of_stretch(folder, read_cache_metadata(folder), job.blocks)
-    settings = Settings(20, 2, 4, 8, 64, rounding, 0.5, 4e-3, 1e-3, 0.01, 3)
-    return BlockUnit(mmdit, job, job.parts[0], samples, settings)
+    spec = BlockUnit.specs(model_layers(mmdit), list(model_blocks(mmdit)))[2]
+    samples = Samples.of_stretch(folder, read_cache_metadata(folder), spec.blocks)
+    settings = Settings(iters=20, batch_size=2, rounding=rounding, lr_activation_scale=1e-3, seed=3, activation_rule="static")
+    return BlockUnit.build(mmdit, spec, samples, settings)
 
 
 def test_gradients_of_a_block_against_finite_differences(unit):
@@ -228,14 +227,14 @@ def test_round_to_nearest_has_a_loss_of_one(unit):
 @pytest.mark.parametrize("rounding", ["ste", "sigmoid"])
 def test_a_restored_training_goes_on_as_if_nothing_happened(cached, rounding):
     unit = block_unit(cached, rounding)
-    whole = Training(unit)
+    whole = UnitTraining(unit)
     for _ in range(20):
         whole.step()
-    first = Training(unit)
+    first = UnitTraining(unit)
     for _ in range(12):
         first.step()
     saved = {name: np.array(array) for name, array in first.arrays().items()}
-    second = Training(unit)
+    second = UnitTraining(unit)
     second.restore(saved, 12)
     for _ in range(8):
         second.step()
@@ -284,11 +283,9 @@ def test_files(copy):
     assert not paths.checkpoint.exists()
 
 
-@pytest.mark.parametrize(
-    "unit_name, rounding", [("block", "ste"), ("block", "sigmoid"), ("sublayer", "ste"), ("layer", "ste")]
-)
-def test_units(copy, unit_name, rounding):
-    done = optimize(copy, "--unit", unit_name, "--rounding", rounding, "--blocks", "mm3,mm7", "--group-size", 0)
+@pytest.mark.parametrize("rounding", ["ste", "sigmoid"])
+def test_methods(copy, rounding):
+    done = optimize(copy, "--unit", "block", "--rounding", rounding, "--blocks", "mm3,mm7", "--group-size", 0)
     assert done.exit_code == 0, done.output
     assert sorted(path.name for path in (copy / "adaround_weights").glob("mm?.npz")) == ["mm3.npz", "mm7.npz"]
     for layer, fields in read_quantized_block(WeightPaths(copy), "mm7").items():
@@ -376,12 +373,12 @@ def test_bad_options(cached, arguments, message):
 
 
 def test_other_parameters_are_not_resumed(copy):
-    assert optimize(copy, "--unit", "layer", "--blocks", "mm0").exit_code == 0
-    done = optimize(copy, "--unit", "layer", "--blocks", "mm0")
+    assert optimize(copy, "--unit", "block", "--blocks", "mm0").exit_code == 0
+    done = optimize(copy, "--unit", "block", "--blocks", "mm0")
     assert done.exit_code == 2 and "holds a run already: --resume goes on with it" in done.stderr
-    done = optimize(copy, "--unit", "layer", "--blocks", "mm0", "--resume", "--seed", 5)
+    done = optimize(copy, "--unit", "block", "--blocks", "mm0", "--resume", "--seed", 5)
     assert done.exit_code == 2 and "--seed 0, not 5" in done.stderr
-    assert optimize(copy, "--unit", "layer", "--blocks", "mm0", "--force", "--seed", 5).exit_code == 0
+    assert optimize(copy, "--unit", "block", "--blocks", "mm0", "--force", "--seed", 5).exit_code == 0
 
 
 def test_no_cache_is_one_line(tmp_path):
@@ -391,7 +388,7 @@ def test_no_cache_is_one_line(tmp_path):
 
 def test_a_micro_batch_that_an_older_run_noted_is_kept(copy):
     """Go on with a run of 0.8.0, whose plan may note a larger micro-batch than there are samples."""
-    arguments = ("--calib-dir", copy, "--iters", 10, "--unit", "layer", "--blocks", "mm0", "--batch-size", 64)
+    arguments = ("--calib-dir", copy, "--iters", 10, "--unit", "block", "--blocks", "mm0", "--batch-size", 64)
     assert invoke("optimize_adaround", *arguments).exit_code == 0
     path = WeightPaths(copy).plan
     path.write_text(json.dumps(json.loads(path.read_bytes()) | {"micro_batch": 64}))

@@ -102,7 +102,7 @@ def test_the_cache(run, copy):
     for path in (copy / "adaround_cache/samples").iterdir():
         arrays = {key: array for key, array in np.load(path).items() if not key.endswith("_run")}
         np.savez(path, other=np.zeros(3), **dict(reversed(arrays.items())))
-    done("optimize_adaround", copy, "--iters", 10, "--batch-size", 2, "--unit", "layer", "--blocks", "mm0", "--force")
+    done("optimize_adaround", copy, "--iters", 10, "--batch-size", 2, "--unit", "block", "--blocks", "mm0", "--force")
     ours, theirs = (read_quantized_block(WeightPaths(folder), "mm0") for folder in (run, copy))
     assert all(np.array_equal(ours[layer]["q"], theirs[layer]["q"]) for layer in ours)
 

@@ -18,7 +18,7 @@ STAGES = (
     "generate_calibration_data.py --model sd3-emoji --num-images 3 --num-steps 3",
     "cache_adaround_data.py --num-images 3 --stride 1",
     "collect_layer_activations.py --num-images 3 --stride 1",
-    "optimize_adaround.py --iters 10 --batch-size 3 --micro-batch 1 --unit block --blocks mm0,mm1 --block-inputs mixed",
+    "optimize_adaround.py --iters 10 --batch-size 3 --micro-batch 1 --unit block --blocks mm0,mm1",
     "evaluate_quantization.py --num-images 3 --batch-size 2 --num-steps 2 --variants w4-rtn",
 )
 

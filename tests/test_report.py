@@ -154,7 +154,6 @@ def test_a_foreign_page_and_damaged_files_are_one_line(reported, tmp_path):
         ("w4-rtn", "weights rounded to the nearest 4-bit code"),
         ("w4-rtn-g0", "weights rounded to the nearest 4-bit code, a scale per channel"),
         ("w6-adaround-r8", "learned 6-bit rounding, the rest at 8"),
-        ("a8-dynamic-unshifted", "inputs at 8 bits, a range for each input, no shift"),
         ("native+a8-token", "the model on the disk, inputs at 8 bits, a range for each token"),
         ("a6", "inputs at 6 bits, the config's ranges"),
         ("w4-adaround+multitier", "learned 4-bit rounding, inputs at 4, 6 or 8 bits (experimental)"),

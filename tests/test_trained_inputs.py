@@ -11,7 +11,8 @@ from calibration_store.layout import WeightPaths
 from calibration_store.weights import read_quantized_block
 from w4a8.quantized.activation_rules import DynamicPerToken, Learned
 from w4a8.quantized.differentiable import fake_quantize
-from w4a8.rounding.settings import Settings, spread_over
+from w4a8.rounding.settings import Settings
+from w4a8.rounding.training_samples import spread_over
 
 
 def test_ranges_follow_the_noise_level():
@@ -57,7 +58,7 @@ def test_tokens_are_quantized_as_deployed_and_gradients_pass():
     assert np.array_equal(np.array(slope), np.array(weights))
 
 
-QUICK = ("--iters", 10, "--batch-size", 2, "--unit", "block", "--end-to-end", 0, "--exclude", "mm[0134567].*")
+QUICK = ("--iters", 10, "--batch-size", 2, "--unit", "block", "--end-to-end", 0, "--bits", "mm[0134567].*=16")
 
 
 def test_inputs_are_quantized_late_and_as_asked(tmp_path):
@@ -82,7 +83,7 @@ def test_inputs_are_quantized_late_and_as_asked(tmp_path):
             )  # fmt: skip
             assert done.exit_code == 0, done.output
     for bits, begin in ((8, 5), (0, 10)):
-        assert Settings(10, 2, 4, bits, 64, "ste", 0.5, 4e-3, 5e-3, 0.01, 0).inputs_from == begin
+        assert Settings(iters=10, batch_size=2, activation_bits=bits, lr_activation_scale=5e-3, seed=0, activation_rule="static").inputs_from == begin
 
 
 def test_what_is_judged_on_passes_over_no_step():

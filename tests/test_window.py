@@ -17,10 +17,10 @@ from calibration_store.manifest import read_manifest
 from w4a8.model.layers import model_blocks, model_layers
 from w4a8.model.parts import TRANSFORMER
 from w4a8.model.runs import load_run_pipeline
-from w4a8.rounding.kinds import BlockUnit
 from w4a8.rounding.settings import Settings
-from w4a8.rounding.training import Training
 from w4a8.rounding.training_samples import Samples
+from w4a8.rounding.unit_training import UnitTraining
+from w4a8.rounding.units import BlockUnit
 
 
 @pytest.fixture
@@ -32,13 +32,13 @@ def test_many_samples_are_drawn_from_a_window(cached, monkeypatch):
     """All pass by; batches are of those that are kept, and the same as from the files."""
     monkeypatch.setattr(samples_module, "MOST_SAMPLES", 0)
     mmdit = load_run_pipeline(read_manifest(cached), {TRANSFORMER: "float32"}).mmdit
-    job = BlockUnit.jobs(model_layers(mmdit), list(model_blocks(mmdit)))[1]
-    samples = Samples.of_stretch(cached, read_cache_metadata(cached), job.blocks)
-    settings = Settings(20, 2, 4, 0, 64, "ste", 0.5, 4e-3, 1e-3, 0.01, 3)
-    unit = BlockUnit(mmdit, job, job.parts[0], samples, settings)
+    spec = BlockUnit.specs(model_layers(mmdit), list(model_blocks(mmdit)))[1]
+    samples = Samples.of_stretch(cached, read_cache_metadata(cached), spec.blocks)
+    settings = Settings(iters=20, batch_size=2, activation_bits=0, lr_activation_scale=1e-3, seed=3, activation_rule="static")
+    unit = BlockUnit.build(mmdit, spec, samples, settings)
     unit.settings = replace(settings, window=2)
     unit.samples.training = list(range(4))
-    training, seen = Training(unit), set()
+    training, seen = UnitTraining(unit), set()
     for iteration in range(training.iters):
         near = training.near(iteration).tolist()
         assert len(near) == len(set(near)) == 2 and set(training.drawn(iteration).tolist()) <= set(near)

@@ -30,7 +30,7 @@ from tools.mutations import (
 GENERATE = ("generate_calibration_data", "--num-images", "2", "--num-steps", "3", "--model", "{root}/model")
 CACHE = ("cache_adaround_data", "--num-images", "2", "--stride", "1")
 COLLECT = ("collect_layer_activations", "--num-images", "2", "--stride", "1")
-OPTIMIZE = ("optimize_adaround", "--iters", "10", "--batch-size", "2", "--unit", "layer")
+OPTIMIZE = ("optimize_adaround", "--iters", "10", "--batch-size", "2", "--unit", "block")
 HALF = ("optimize_adaround", "--iters", "10", "--batch-size", "2", "--unit", "block", "--blocks", "mm0")
 EVALUATE = ("evaluate_quantization", "--num-images", "1", "--num-steps", "1", "--output", "{run}/new")
 EVALUATE_AGAIN = ("evaluate_quantization", "--num-images", "1", "--num-steps", "1", "--variants", "w4-rtn", "--resume")

@@ -43,7 +43,7 @@ CLEAN = [  # what makes the clean folder, small
     ("collect_layer_activations", "--num-images", "2", "--stride", "1"),
     ("analyze_activations",),
     ("analyze_activations_multitier",),
-    ("optimize_adaround", "--iters", "10", "--batch-size", "2", "--unit", "layer"),
+    ("optimize_adaround", "--iters", "10", "--batch-size", "2", "--unit", "block"),
     ("export_quantized_model", "--weights", "w4-rtn", "--activations", "a8"),
     ("evaluate_quantization", "--num-images", "1", "--num-steps", "1", "--variants", "w4-rtn"),
 ]

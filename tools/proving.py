@@ -24,7 +24,7 @@ STAGES = {  # name -> script, options; in the order of the road, each on what th
 }
 BLOCKS = "3W blocks"  # another way, on what 2W left
 STAGES[BLOCKS] = (
-    "optimize_adaround.py --iters 10 --batch-size 4 --unit block --block-inputs mixed --end-to-end 4 --checkpoint-seconds 0.3"
+    "optimize_adaround.py --iters 10 --batch-size 4 --unit block --end-to-end 4 --checkpoint-seconds 0.3"
 )
 KILLED = [name for name in STAGES if name != "3A"]
 WRITERS = ("1", "2A", "2W", "3W")  # stages that write for a while

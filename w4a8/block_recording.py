@@ -120,9 +120,9 @@ class Recording:
         velocity = 0 if self._first is None else latent_size[0] * latent_size[1] * config.vae_latent_dim
         return 2 * rows * (tokens * config.hidden_size + velocity) + 256 * (len(keys) + 4)
 
-    def shapes(self, arrays: Mapping[str, mx.array]) -> dict[str, tuple[int, ...]]:
-        """Shape of every boundary of the recorded blocks and of what is stored, from a pass's arrays."""
-        found = {key: tuple(array.shape) for key, array in arrays.items()}
+    def shapes(self, found: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+        """Shape of every boundary of the recorded blocks and of what is stored, from the shapes of a pass's arrays."""
+        found = {key: tuple(shape) for key, shape in found.items()}
         if self._first is None:
             return found
         sides = [found[key] for key in self._first]

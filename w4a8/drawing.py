@@ -26,6 +26,7 @@ from w4a8.model.memory_needs import needs_of, refuse_too_large
 from w4a8.model.parts import TRANSFORMER, Pipeline, whole_model
 from w4a8.model.prompt_encoder import PromptEncoder, check_prompts
 from w4a8.model.sampling import check_seeds, decode_latents, euler_steps, initial_noise
+from w4a8.options import DrawingOptions
 from w4a8.quantized.activation_rules import ActivationRule
 from w4a8.quantized.exported import rule_of_export
 
@@ -43,6 +44,7 @@ class Plan:
     batch_size: int
     use_t5: bool | None
     dtype: str
+    native: str
 
 
 @dataclass(frozen=True)
@@ -56,35 +58,31 @@ class Drawing:
     simulated: str | None
 
 
-def plan_drawing(
-    infos: Sequence[ModelInfo], prompts: list[str], seed: int, num_steps: int | None, cfg_weight: float | None, negative_prompt: str,
-    latent_size: tuple[int, int] | None, batch_size: int, use_t5: bool | None, dtype: str | None,
-) -> Plan:  # fmt: skip
-    """Defaults come from the first model. Raises OptionError for what one of the models cannot draw."""
+def plan_drawing(options: DrawingOptions, infos: Sequence[ModelInfo], prompts: list[str], seed: int) -> Plan:
+    """Return what is drawn; defaults come from the first model. Raises OptionError for what one of the models cannot draw."""
     first = infos[0]
-    num_steps = num_steps or first.num_steps
-    cfg_weight = first.cfg_weight if cfg_weight is None else cfg_weight
-    latent_size = latent_size or first.latent_size
+    cfg_weight = first.cfg_weight if options.cfg_weight is None else options.cfg_weight
+    latent_size = options.latent_size or first.latent_size
     for info in infos:
         check_latent_size(info, latent_size)
         check_guidance(info, cfg_weight)
-        check_folder(info, bool(use_t5), None)
+        check_folder(info, bool(options.use_t5), None)
         if info.vae_downscale != first.vae_downscale:
             raise OptionError(f"--compare {info.version}: its images have another size")
-    if negative_prompt and cfg_weight <= 1:
+    if options.negative_prompt and cfg_weight <= 1:
         raise OptionError("--negative-prompt needs --cfg-weight above 1: DiffusionKit ignores it otherwise")
     check_seeds(seed, len(prompts))
-    batch_size = min(batch_size, len(prompts))
     return Plan(
-        prompts,
-        seed,
-        num_steps,
-        cfg_weight,
-        negative_prompt,
-        latent_size,
-        batch_size,
-        use_t5,
-        choose_dtype(first, dtype),
+        prompts=prompts,
+        seed=seed,
+        num_steps=options.num_steps or first.num_steps,
+        cfg_weight=cfg_weight,
+        negative_prompt=options.negative_prompt,
+        latent_size=latent_size,
+        batch_size=min(options.batch_size, len(prompts)),
+        use_t5=options.use_t5,
+        dtype=choose_dtype(first, options.dtype),
+        native=options.native,
     )
 
 
@@ -100,7 +98,7 @@ def load_model(info: ModelInfo, plan: Plan, activations: bool) -> tuple[Pipeline
             )
         rule = rule_of_export(read_activations(info.folder), ranges)
     use_t5 = info.use_t5 if plan.use_t5 is None else plan.use_t5
-    pipeline = load_pipeline(info, whole_model(choose_dtype(info, plan.dtype)), use_t5, lazy=True)
+    pipeline = load_pipeline(info, whole_model(choose_dtype(info, plan.dtype)), use_t5, lazy=True, native=plan.native)
     if rule is not None:
         rule.check("--activations", model_layers(pipeline.mmdit))
     check_prompts(pipeline, plan.prompts)

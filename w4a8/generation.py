@@ -23,14 +23,16 @@ from calibration_store.manifest import (
 )
 from calibration_store.pictures import picture_chunks
 from calibration_store.samples import is_complete, sample_arrays, sample_bytes, write_sample
+from w4a8.backend.estimates import Estimate
 from w4a8.backend.processes import SINGLE_PROCESS, SingleProcess
 from w4a8.backend.progress import ProgressBar, progress_bar
 from w4a8.model.catalog import ModelInfo, choose_dtype, package_versions
 from w4a8.model.memory_needs import needs_of, refuse_too_large
 from w4a8.model.parts import DECODER, TRANSFORMER, Pipeline, to_numpy
-from w4a8.model.prompt_encoder import PromptEncoder
+from w4a8.model.prompt_encoder import PromptEncoder, check_prompts
 from w4a8.model.runs import run_schedule
 from w4a8.model.sampling import EulerStep, check_seeds, decode_latents, euler_steps, initial_noise
+from w4a8.options import GenerationOptions
 
 PNG_BYTES_PER_PIXEL = 3  # what an image takes at most
 MANIFEST_BYTES_PER_IMAGE = 400
@@ -56,15 +58,15 @@ def model_of_run(calib_dir: Path) -> str | None:
     return read_manifest(calib_dir)["model_version"] if CalibrationPaths(calib_dir).manifest.exists() else None
 
 
-def plan_run(
-    info: ModelInfo, prompts: Sequence[str], num_images: int, num_steps: int | None, cfg_weight: float | None,
-    negative_prompt: str, seed: int, latent_size: tuple[int, int] | None, stride: int, batch_size: int,
-    use_t5: bool | None, dtype: str | None, local_checkpoint: Path | None, save_images: bool,
-) -> dict[str, Any]:  # fmt: skip
-    """The manifest of a run before its first image. A list shorter than num_images starts again with new seeds."""
-    num_steps = num_steps or info.num_steps
-    cfg_weight = info.cfg_weight if cfg_weight is None else cfg_weight
-    latent_size = info.latent_size if latent_size is None else latent_size
+def plan_run(options: GenerationOptions, info: ModelInfo, prompts: Sequence[str]) -> dict[str, Any]:
+    """Return the manifest of a run before its first image. A list shorter than num_images starts again with new seeds.
+
+    Raises OptionError for options that cannot be with this model.
+    """
+    num_images, seed, negative_prompt = options.num_images, options.seed, options.negative_prompt
+    num_steps = options.num_steps or info.num_steps
+    cfg_weight = info.cfg_weight if options.cfg_weight is None else options.cfg_weight
+    latent_size = options.latent_size or info.latent_size
     check_latent_size(info, latent_size)
     check_guidance(info, cfg_weight)
     if negative_prompt and cfg_weight <= 1:
@@ -75,21 +77,21 @@ def plan_run(
         "format": MANIFEST_FORMAT,
         "model_version": info.version,
         "architecture": info.family.name,
-        "local_checkpoint": str(local_checkpoint.resolve()) if local_checkpoint else None,
+        "local_checkpoint": str(options.local_checkpoint.resolve()) if options.local_checkpoint else None,
         **({"loras": [{"file": str(lora.file), "scale": lora.scale} for lora in info.loras]} if info.loras else {}),
         "num_steps": num_steps,
         "cfg_scale": cfg_weight,
         "negative_prompt": negative_prompt,
         "latent_size": list(latent_size),
         "weights_fingerprint": None,  # known once the files are there
-        "use_t5": info.use_t5 if use_t5 is None else use_t5,
+        "use_t5": info.use_t5 if options.use_t5 is None else options.use_t5,
         "sampler_shift": info.sampler_shift,
         "seed_base": seed,
-        "activation_dtype": choose_dtype(info, dtype),
-        "stride": stride,
-        "batch_option": batch_size,
-        "batch_size": min(batch_size, num_images),
-        "save_images": save_images,
+        "activation_dtype": choose_dtype(info, options.dtype),
+        "stride": options.stride,
+        "batch_option": options.batch_size,
+        "batch_size": min(options.batch_size, num_images),
+        "save_images": options.save_images,
         "num_images": num_images,
         "n_completed": 0,
         "prompts_sha256": prompts_digest(chosen),
@@ -102,7 +104,7 @@ def plan_run(
                 "seed": seed + image_id,
                 "cfg_weight": cfg_weight,
                 "num_steps": num_steps,
-                "filename": f"images/{image_id:04d}.png" if save_images else None,
+                "filename": f"images/{image_id:04d}.png" if options.save_images else None,
             }
             for image_id, prompt in enumerate(chosen)
         ],
@@ -138,10 +140,10 @@ def check_latent_size(info: ModelInfo, latent_size: tuple[int, int]) -> None:
             )
 
 
-def continue_run(plan: dict[str, Any], manifest: dict[str, Any]) -> str | None:
+def continue_run(plan: dict[str, Any], manifest: dict[str, Any]) -> str:
     """Check what StageFolder does not: batches, growth, prompts, weights; rows of a pass and package versions stay as they were.
 
-    Returns a warning where the packages are others than the run was started with.
+    Returns a line that warns where the packages are others than the run was started with, else an empty text.
     """
     if plan["batch_option"] != manifest["batch_option"] and plan["batch_size"] != manifest["batch_size"]:
         raise OptionError(
@@ -160,10 +162,10 @@ def continue_run(plan: dict[str, Any], manifest: dict[str, Any]) -> str | None:
     plan |= {key: manifest[key] for key in ("batch_option", "batch_size", "package_versions")}
     plan["weights_fingerprint"] = manifest["weights_fingerprint"]  # not known before the files are here, or the same
     if versions == manifest["package_versions"]:
-        return None
+        return ""
     return (
         f"Warning: the run was started with {manifest['package_versions']}, now {versions}: "
-        "arrays may differ in their last bits."
+        "arrays may differ in their last bits.\n"
     )
 
 
@@ -182,6 +184,18 @@ def place_of(run: Mapping[str, Any]) -> str:
     words = [f"--model {run['model_version']}"]
     words += [f"--local-checkpoint {run['local_checkpoint']}"] if run.get("local_checkpoint") else []
     return " ".join(words + [f"--lora {lora['file']}:{lora['scale']:g}" for lora in run.get("loras", ())])
+
+
+def warn_of_long_prompts(pipeline: Pipeline, plan: Mapping[str, Any]) -> list[str]:
+    """Return a sentence for prompts that the text encoders cut, and one for the negative prompt.
+
+    Raises ModelError for a character that the tokenizer does not know.
+    """
+    cut = check_prompts(pipeline, [image["prompt"] for image in plan["images"]])
+    negative = check_prompts(pipeline, [plan["negative_prompt"]], "--negative-prompt")
+    return [f"{cut} prompts are longer than the text encoder's positions: their ends are ignored."] * bool(cut) + [
+        "The negative prompt is longer than the text encoder's positions: its end is ignored."
+    ] * bool(negative)
 
 
 def refuse_hub_options(info: ModelInfo, plan: dict[str, Any]) -> None:
@@ -290,10 +304,16 @@ def what_takes_less(plan: Mapping[str, Any]) -> list[str]:
     return ["--batch-size", "--latent-size", *(option for option, possible in can.items() if possible)]
 
 
-def bytes_to_do(plan: dict[str, Any], info: ModelInfo, missing: int) -> tuple[int, int]:
-    """(bytes of samples, bytes of pictures at most) of this many images."""
+def picture_bytes(plan: Mapping[str, Any], info: ModelInfo, images: int) -> int:
+    """Return the number of bytes that the PNG files of this many images take at most."""
     pixels = plan["latent_size"][0] * plan["latent_size"][1] * info.vae_downscale**2
-    return missing * sample_bytes(plan), missing * pixels * PNG_BYTES_PER_PIXEL if plan["save_images"] else 0
+    return images * pixels * PNG_BYTES_PER_PIXEL if plan["save_images"] else 0
+
+
+def bytes_to_do(plan: Mapping[str, Any], info: ModelInfo, missing: int) -> int:
+    """Return the number of bytes that are written at most while this many images are missing."""
+    manifest = plan["num_images"] * MANIFEST_BYTES_PER_IMAGE
+    return missing * sample_bytes(plan) + picture_bytes(plan, info, missing) + manifest
 
 
 def sample_batch(
@@ -353,12 +373,25 @@ def prompts_of(batches: Sequence[Sequence[dict]]) -> list[str]:
     return [image["prompt"] for batch in batches for image in batch]
 
 
-def probe_seconds(
+def estimate_generation(
+    pipeline: Pipeline, texts: PromptEncoder, paths: CalibrationPaths, plan: dict[str, Any], complete: dict[int, dict],
+    together: bool, ranks: SingleProcess,
+) -> Estimate:  # fmt: skip
+    """Estimate what is left from a short run of this process's first batch: set-up, two steps, one decoded image."""
+    batches = batches_to_do(plan, complete, ranks)
+    missing = plan["num_images"] - len(complete)
+    return Estimate(
+        work=f"{missing} of {plan['num_images']} images",
+        seconds=_probe_seconds(pipeline, texts, plan, batches, together) if batches else 0.0,
+        bytes_written=bytes_to_do(plan, pipeline.info, missing),
+        folder=paths.root,
+        peak_bytes=mx.get_peak_memory(),
+    )
+
+
+def _probe_seconds(
     pipeline: Pipeline, texts: PromptEncoder, plan: dict[str, Any], batches: list[list[dict]], together: bool
 ) -> float:
-    """Seconds that `batches` will take, from a short run of the first one: set-up, two steps, one decoded image."""
-    if not batches:
-        return 0.0
     with closing(sample_batch(pipeline, texts, plan, batches[0], 1)) as steps:
         next(steps)  # warm-up: weights are in memory, the adaLN kernels compiled
     marks = [time.perf_counter()]

@@ -24,6 +24,7 @@ from w4a8.model.parts import Pipeline
 from w4a8.model.prompt_encoder import PromptEncoder, TextConditioning, text_tokens
 from w4a8.model.replay import Replay, modulated, replaying
 from w4a8.model.runs import run_schedule
+from w4a8.options import CacheOptions
 
 _Result = TypeVar("_Result")
 SampleId = tuple[int, int]  # (image_id, step_index)
@@ -211,18 +212,21 @@ FEWEST_STEPS = 4  # of an image, while a budget leaves images out
 
 
 def choose_amount(
-    manifest: Mapping[str, Any], num_images: int | None, stride: int | None, steps: Sequence[int] | None, sample_bytes: int,
-    budget: int | None,
-) -> tuple[int, int]:  # fmt: skip
-    """(images, stride) as given, or as many as fit the budget: images first, then steps; without one 5 images, every 5th step.
+    options: CacheOptions, manifest: Mapping[str, Any], before: Mapping[str, Any] | None, sample_bytes: int
+) -> tuple[int, int, list[int] | None]:
+    """Choose (images, stride, steps or None): as given, as a run that goes on has them, or as many as fit --max-bytes.
 
-    With steps of their own the stride is 1.
+    Images come first, then steps; without a budget 5 images and every 5th step. With steps of their own the stride is 1.
     """
+    num_images, stride, budget = options.num_images, options.stride, options.max_bytes
+    steps = chosen_steps(manifest, options.steps)
+    if before is not None and budget is not None:  # chosen already
+        num_images, stride = num_images or before["num_images"], stride or before["stride"]
     if steps is not None:
         fitting = 5 if budget is None else max(1, min(budget // sample_bytes // len(steps), len(manifest["images"])))
-        return num_images or fitting, 1
+        return num_images or fitting, 1, steps
     if budget is None:
-        return num_images or 5, stride or 5
+        return num_images or 5, stride or 5, None
     fitting = max(1, budget // sample_bytes)
     saved = len(select_steps(manifest, 1))
     steps_of = {each: len(select_steps(manifest, each)) for each in range(1, saved + 1)}
@@ -231,7 +235,7 @@ def choose_amount(
         num_images = min(max(1, fitting // few_steps), len(manifest["images"]))
     if stride is None:
         stride = next((each for each, count in steps_of.items() if num_images * count <= fitting), saved)
-    return num_images, stride
+    return num_images, stride, None
 
 
 def places_of(plan: Mapping[str, Any]) -> list[SampleId]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from calibration_store.choices import TIER_BITS
 from calibration_store.errors import OptionError, StoreError
 from calibration_store.names import layer_kind
 from calibration_store.sensitivity import input_gain
@@ -14,8 +15,7 @@ from calibration_store.statistics import ActivationStatistics, LayerStatistics
 from w4a8.analysis.bit_allocation import allocate
 from w4a8.analysis.clipping_ranges import expected_sqnrs, mean_square, unmigrated_clipping_ranges
 from w4a8.analysis.w4a8_config import DEAD_SCALE
-
-TIERS = (4, 6, 8)
+from w4a8.options import TierOptions
 
 
 @dataclass
@@ -36,13 +36,13 @@ def measure_layer(layer: LayerStatistics, with_sqnr: bool) -> Decision:
     """A layer's ranges at one step, and its expected SQNR at every tier. Raises ValueError without a histogram."""
     shift = None if layer.shift is None else np.array(layer.shift, np.float32)
     shifted_scale = None if shift is None else float(layer.reach().max()) or DEAD_SCALE
-    ranges = unmigrated_clipping_ranges(layer.histogram, shift, layer.full_reach(), layer.centred_power(), TIERS)
+    ranges = unmigrated_clipping_ranges(layer.histogram, shift, layer.full_reach(), layer.centred_power(), TIER_BITS)
     ranges = [float(found) or DEAD_SCALE for found in ranges]
     sqnr, power = None, 0.0
     if with_sqnr:
         if layer.counts is None:
             raise ValueError("--policy sqnr needs hist_counts and hist_edges, which the statistics lack")
-        sqnr = expected_sqnrs(layer.counts, layer.edges, ranges, TIERS, shift)
+        sqnr = expected_sqnrs(layer.counts, layer.edges, ranges, TIER_BITS, shift)
         power = mean_square(layer.counts, layer.edges)
     return Decision(layer.tensor_absmax() or DEAD_SCALE, shift, shifted_scale, ranges, sqnr, power)
 
@@ -79,9 +79,9 @@ def decide_by_threshold(decisions: list[Decision], plain: tuple[float, float], s
 def decide_by_sqnr(decisions: list[Decision], min_sqnr: float) -> None:
     """The fewest bits whose expected SQNR reaches min_sqnr (dB); 8 where none does."""
     for decision in decisions:
-        reaching = [bits for bits, sqnr in zip(TIERS, decision.sqnr, strict=True) if sqnr >= min_sqnr]
-        decision.bits = reaching[0] if reaching else TIERS[-1]
-        reached = decision.sqnr[TIERS.index(decision.bits)]
+        reaching = [bits for bits, sqnr in zip(TIER_BITS, decision.sqnr, strict=True) if sqnr >= min_sqnr]
+        decision.bits = reaching[0] if reaching else TIER_BITS[-1]
+        reached = decision.sqnr[TIER_BITS.index(decision.bits)]
         decision.reason = f"expected SQNR {reached:.1f} dB {'>=' if reaching else '<'} {min_sqnr:g}"
 
 
@@ -92,13 +92,13 @@ def decide_by_average(decisions: list[Decision], average_bits: float, gains: Seq
     """
     weights = [1.0] * len(decisions) if gains is None else [g * d.power for g, d in zip(gains, decisions, strict=True)]
     costs = [
-        {bits: weight * 10 ** (-sqnr / 10) for bits, sqnr in zip(TIERS, decision.sqnr, strict=True)}
+        {bits: weight * 10 ** (-sqnr / 10) for bits, sqnr in zip(TIER_BITS, decision.sqnr, strict=True)}
         for decision, weight in zip(decisions, weights, strict=True)
     ]
     chosen, gap = allocate(costs, [1] * len(decisions), average_bits)
     for decision, bits in zip(decisions, chosen, strict=True):
         decision.bits = bits
-        reached = decision.sqnr[TIERS.index(bits)]
+        reached = decision.sqnr[TIER_BITS.index(bits)]
         what = "" if gains is None else ", by what the output loses"
         decision.reason = f"expected SQNR {reached:.1f} dB, {average_bits:g} bits on average{what}"
     return gap
@@ -112,9 +112,9 @@ def tier_config_steps(steps: dict[str, dict[str, Decision]]) -> Iterator[tuple[s
             entries[name] = {"bits": decision.bits, "scale": decision.scale, "reason": decision.reason}
             if decision.shift is not None:
                 entries[name] |= {"shift": decision.shift, "shifted_scale": decision.shifted_scale}
-            entries[name]["clipping_range"] = decision.ranges[TIERS.index(decision.bits)]
+            entries[name]["clipping_range"] = decision.ranges[TIER_BITS.index(decision.bits)]
             if decision.sqnr is not None:
-                entries[name]["expected_sqnr"] = decision.sqnr[TIERS.index(decision.bits)]
+                entries[name]["expected_sqnr"] = decision.sqnr[TIER_BITS.index(decision.bits)]
         yield key, entries
 
 
@@ -125,7 +125,7 @@ def tier_temporal_analysis(steps: dict[str, dict[str, Decision]]) -> dict[str, d
         bits = {key: layer[name].bits for key, layer in steps.items() if name in layer}
         keys = list(bits)
         layers[name] = {
-            "steps_by_bits": {str(tier): sum(value == tier for value in bits.values()) for tier in TIERS},
+            "steps_by_bits": {str(tier): sum(value == tier for value in bits.values()) for tier in TIER_BITS},
             "changes_at": [after for before, after in pairwise(keys) if bits[before] != bits[after]],
             "average_bits": sum(bits.values()) / len(bits),
         }
@@ -141,7 +141,7 @@ def summarize_tiers(steps: dict[str, dict[str, Decision]], temporal: dict[str, d
             for row in ("all", third, layer_kind(name)):
                 rows.setdefault(row, []).append(decision.bits)
     shares = {
-        row: {"average_bits": sum(bits) / len(bits)} | {f"A{tier}": bits.count(tier) / len(bits) for tier in TIERS}
+        row: {"average_bits": sum(bits) / len(bits)} | {f"A{tier}": bits.count(tier) / len(bits) for tier in TIER_BITS}
         for row, bits in rows.items()
     }
     return {
@@ -150,7 +150,7 @@ def summarize_tiers(steps: dict[str, dict[str, Decision]], temporal: dict[str, d
         "average_bits": shares["all"]["average_bits"],
         "shares": shares,
         "switching_layers": [name for name, layer in temporal.items() if layer["changes_at"]],
-        "always_8_bits": [name for name, layer in temporal.items() if layer["average_bits"] == TIERS[-1]],
+        "always_8_bits": [name for name, layer in temporal.items() if layer["average_bits"] == TIER_BITS[-1]],
     }
 
 
@@ -179,8 +179,13 @@ def decide(
         decide_by_sqnr(decisions, policy["min_sqnr"])
 
 
-def check_policy(policy: str, min_sqnr: float | None, average_bits: float | None, thresholds: dict) -> dict[str, Any]:
-    """The chosen policy as the config's `thresholds`. Raises OptionError for options that contradict each other."""
+THRESHOLDS = ("a4_threshold", "a6_threshold", "shifted_a4_threshold", "shifted_a6_threshold")
+
+
+def check_policy(options: TierOptions) -> dict[str, Any]:
+    """Return the chosen policy as the config's `thresholds`. Raises OptionError for options that contradict each other."""
+    policy, min_sqnr, average_bits = options.policy, options.min_sqnr, options.average_bits
+    thresholds = {name: getattr(options, name) for name in THRESHOLDS}
     if policy == "threshold":
         if min_sqnr is not None or average_bits is not None:
             raise OptionError("--min-sqnr and --average-bits belong to --policy sqnr, the latter also to sensitivity")

@@ -1,16 +1,20 @@
 """What the stages' command lines share. No NumPy: `--help` is fast."""
 
+from w4a8.cli import packages  # noqa: F401  (first: it says what to do where packages are missing)
+
+# isort: split
 from calibration_store.sizes import format_bytes
 from w4a8.backend.interrupts import finishing
 from w4a8.backend.progress import progress_bar
 from w4a8.backend.words import format_seconds, interpreter, shortened
-from w4a8.cli.command import Interrupted, StageCommand, interruptible, stage_command
+from w4a8.cli.command import Interrupted, StageCommand, interruptible, stage, stage_command
 from w4a8.cli.options import (
     COUNT,
     DECIBELS,
     FOLDER,
     GUIDANCE,
     IMAGES,
+    RATE,
     SEED,
     SIDE,
     STEPS,
@@ -24,8 +28,6 @@ from w4a8.cli.options import (
     scale_is_option,
     text_group_option,
 )
-from w4a8.cli.rounding_options import rounding_options
-from w4a8.model.location import ModelLocation
 
 __all__ = [
     "COUNT",
@@ -33,11 +35,11 @@ __all__ = [
     "FOLDER",
     "GUIDANCE",
     "IMAGES",
+    "RATE",
     "SEED",
     "SIDE",
     "STEPS",
     "Interrupted",
-    "ModelLocation",
     "StageCommand",
     "analysis_options",
     "calib_dir_option",
@@ -52,9 +54,9 @@ __all__ = [
     "native_option",
     "progress_bar",
     "resume_options",
-    "rounding_options",
     "scale_is_option",
     "shortened",
+    "stage",
     "stage_command",
     "text_group_option",
 ]

@@ -2,7 +2,9 @@
 
 import codecs
 import contextlib
+import dataclasses
 import errno
+import functools
 import io
 import math
 import os
@@ -19,6 +21,7 @@ from calibration_store.errors import UserError
 from w4a8.backend.interrupts import ctrl_c_handled, end_process
 from w4a8.backend.processes import end_processes, only_rank_0_speaks, rank_prefix
 from w4a8.backend.words import interpreter
+from w4a8.model.location import ModelLocation
 
 
 class StageCommand(click.Command):
@@ -198,6 +201,31 @@ def stage_command(function: Callable) -> click.Command:
     """Decorator for a stage's `main`: `-h`, shown defaults, one-line errors."""
     settings = {"help_option_names": ["-h", "--help"], "show_default": True}
     return click.command(cls=StageCommand, context_settings=settings)(function)
+
+
+def stage(kind: type[Any]) -> Callable[[Callable[[Any], None]], click.Command]:
+    """Decorator for a stage's `main(options)`, whose click options are the fields of `kind`, a frozen dataclass.
+
+    The dataclass holds the defaults, so that each stands in one place.
+    """
+
+    def decorate(main: Callable[[Any], None]) -> click.Command:
+        defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+
+        @functools.wraps(main)
+        def collected(**values: Any) -> None:
+            if "location" in defaults:
+                place = (values.pop(name) for name in ("model", "local_checkpoint", "loras"))
+                values["location"] = ModelLocation(*place)
+            main(kind(**values))
+
+        command = stage_command(collected)
+        for parameter in command.params:
+            if parameter.name in defaults:
+                parameter.default = defaults[parameter.name]
+        return command
+
+    return decorate
 
 
 def plain_ascii(name: str) -> codecs.CodecInfo | None:

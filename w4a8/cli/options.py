@@ -1,6 +1,5 @@
 """Options that several stages share."""
 
-import functools
 import math
 import os
 import re
@@ -10,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 import click
 
+from calibration_store.choices import NATIVE_WAYS, SCALE_MEANINGS
 from calibration_store.limits import (
     MOST,
     MOST_DECIBELS,
@@ -21,7 +21,8 @@ from calibration_store.limits import (
     MOST_SIDE,
     MOST_STEPS,
 )
-from w4a8.model.location import Lora, ModelLocation
+from w4a8.model.location import Lora
+from w4a8.options import DEFAULT_FOLDER
 
 # click takes exactly the numbers that the files can hold, so that every noted option is read back.
 COUNT = click.IntRange(1, MOST)
@@ -53,7 +54,7 @@ FOLDER, FILE = NamedPath("folder"), NamedPath("file")
 def calib_dir_option(function: Callable) -> Callable:
     """`--calib-dir`, where every stage reads and writes."""
     return click.option(
-        "--calib-dir", type=FOLDER, default="calibration_data", help="Folder that all stages share."
+        "--calib-dir", type=FOLDER, default=DEFAULT_FOLDER, help="Folder that all stages share."
     )(function)
 
 
@@ -94,18 +95,13 @@ def lora_option(function: Callable, now: bool = False) -> Callable:
 
 
 def model_location_options(function: Callable, another: bool = False) -> Callable:
-    """`--model`, `--local-checkpoint` and `--lora`, given on as `location`: where the calibration run's model is now.
+    """`--model`, `--local-checkpoint` and `--lora`, the field `location`: where the calibration run's model is now.
 
     another: --model may name another one.
     """
     same = "Where the run's model is now; its weights must be the same.  [default: where it was]"
     other = "Model to evaluate, or where the calibration's is now.  [default: the calibration's]"
-
-    @functools.wraps(function)
-    def placed(*args, model: str | None, local_checkpoint: Path | None, loras: tuple[Lora, ...], **kwargs):
-        return function(*args, location=ModelLocation(model, local_checkpoint, loras), **kwargs)
-
-    placed = lora_option(placed, now=True)
+    function = lora_option(function, now=True)
     for decorator in (
         click.option(
             "--local-checkpoint",
@@ -114,8 +110,8 @@ def model_location_options(function: Callable, another: bool = False) -> Callabl
         ),
         click.option("--model", help=other if another else same),
     ):
-        placed = decorator(placed)
-    return placed
+        function = decorator(function)
+    return function
 
 
 def text_group_option(function: Callable) -> Callable:
@@ -159,8 +155,7 @@ def native_option(function: Callable) -> Callable:
     """`--native`: how packed weights are multiplied."""
     return click.option(
         "--native",
-        type=click.Choice(["auto", "quantized", "dequantize", "dense"]),
-        default="auto",
+        type=click.Choice(NATIVE_WAYS),
         help="How packed weights are multiplied: as they are, unpacked at every pass, or unpacked once; auto: by device and rows.",
     )(function)
 
@@ -169,7 +164,7 @@ def scale_is_option(function: Callable) -> Callable:
     """`--scale-is`, for configs whose writer does not say it."""
     return click.option(
         "--scale-is",
-        type=click.Choice(["range", "step"]),
+        type=click.Choice(SCALE_MEANINGS),
         help="What `scale` means in another tool's config that does not say it: the clipping range, or the integer step.",
     )(function)
 
@@ -199,14 +194,7 @@ def analysis_options(config: str) -> Callable:
 
 
 def resume_options(function: Callable) -> Callable:
-    """`--resume` and `--force`, which exclude each other, and `--dry-run`."""
-
-    @functools.wraps(function)
-    def checked(*args, resume: bool, force: bool, **kwargs):
-        if resume and force:
-            raise click.UsageError("--resume goes on with a run and --force starts over: give one of them")
-        return function(*args, resume=resume, force=force, **kwargs)
-
+    """`--resume`, `--force` and `--dry-run`."""
     for decorator in (
         click.option(
             "--dry-run", is_flag=True, help="Say what would be done, how long it takes, how many bytes; write nothing."
@@ -214,5 +202,5 @@ def resume_options(function: Callable) -> Callable:
         click.option("--force", is_flag=True, help="Start over: delete what this stage wrote to the folder."),
         click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped."),
     ):
-        checked = decorator(checked)
-    return checked
+        function = decorator(function)
+    return function

@@ -18,6 +18,7 @@ from calibration_store.errors import OptionError, StoreError
 from calibration_store.evaluation import read_variant, write_variant
 from calibration_store.files import file_digest, remove_file
 from calibration_store.layout import EvaluationPaths
+from w4a8.backend.estimates import Estimate
 from w4a8.backend.processes import SINGLE_PROCESS, SingleProcess
 from w4a8.backend.progress import ProgressBar, progress_bar
 from w4a8.evaluation.metrics import describe_variant
@@ -25,11 +26,13 @@ from w4a8.evaluation.variants import Variant
 from w4a8.model.catalog import ModelInfo, choose_dtype, model_fingerprint, package_versions
 from w4a8.model.loading import load_pipeline
 from w4a8.model.location import UNCHANGED_LOCATION, ModelLocation
+from w4a8.model.packed import AUTO
 from w4a8.model.parts import DECODER, TRANSFORMER, Pipeline, whole_model
 from w4a8.model.prompt_encoder import PromptEncoder
 from w4a8.model.prompts import draw_builtin_prompts
 from w4a8.model.runs import check_fingerprint, describe_run_model
 from w4a8.model.sampling import EulerStep, check_seeds, decode_latents, euler_steps, initial_noise
+from w4a8.options import EvaluationOptions
 from w4a8.quantized.activation_rules import ActivationRule, inputs_quantized
 
 
@@ -90,7 +93,7 @@ def choose_prompts(
 
 
 def load_evaluated(
-    manifest: Mapping[str, Any], location: ModelLocation = UNCHANGED_LOCATION
+    manifest: Mapping[str, Any], location: ModelLocation = UNCHANGED_LOCATION, native: str = AUTO
 ) -> tuple[Pipeline, ModelInfo, str | None]:
     """The model to evaluate (by default the calibration's), what is known of it, and its weights' fingerprint."""
     info, checkpoint = describe_run_model(manifest, location)
@@ -100,7 +103,7 @@ def load_evaluated(
     if model is None and info.hub_id is None:
         check_fingerprint(manifest, info, checkpoint)
     pipeline = load_pipeline(
-        info, whole_model(choose_dtype(info, manifest["activation_dtype"])), use_t5, checkpoint, lazy=True
+        info, whole_model(choose_dtype(info, manifest["activation_dtype"])), use_t5, checkpoint, lazy=True, native=native
     )
     if model is None and info.hub_id is not None:
         check_fingerprint(manifest, info, checkpoint)  # now that its files are in the cache
@@ -108,26 +111,25 @@ def load_evaluated(
 
 
 def plan_evaluation(
-    manifest: Mapping[str, Any], info: ModelInfo, fingerprint: str | None, use_t5: bool, prompts: list[str],
-    num_steps: int | None, cfg_weight: float | None, seed: int, batch_size: int,
+    options: EvaluationOptions, manifest: Mapping[str, Any], info: ModelInfo, fingerprint: str | None, use_t5: bool, prompts: list[str]
 ) -> Run:  # fmt: skip
-    """The run that every variant shares; what is not given is the calibration's."""
+    """Return the run that every variant shares; what is not given is the calibration's."""
     latent_size, default_cfg, negative = (manifest[key] for key in ("latent_size", "cfg_scale", "negative_prompt"))
     if fingerprint != manifest["weights_fingerprint"]:  # the manifest says nothing of another model
         latent_size, default_cfg, negative = info.latent_size, info.cfg_weight, ""
-    cfg_weight = default_cfg if cfg_weight is None else cfg_weight
-    check_seeds(seed, len(prompts))
+    cfg_weight = default_cfg if options.cfg_weight is None else options.cfg_weight
+    check_seeds(options.seed, len(prompts))
     return Run(
         weights_fingerprint=fingerprint,
         dtype=manifest["activation_dtype"],
         use_t5=use_t5,
         latent_size=tuple(latent_size),
         prompts=prompts,
-        num_steps=num_steps or manifest["num_steps"],
+        num_steps=options.num_steps or manifest["num_steps"],
         cfg_weight=cfg_weight,
         negative_prompt=negative if cfg_weight > 1 else "",  # DiffusionKit ignores it otherwise
-        seed=seed,
-        batch_size=batch_size,
+        seed=options.seed,
+        batch_size=options.batch_size,
         versions=package_versions() | {"device": str(mx.default_device())},
     )
 
@@ -237,8 +239,8 @@ def gathered_rows(ranks: SingleProcess, own: Mapping[int, np.ndarray], lengths: 
     return np.concatenate(found)
 
 
-def probe(pipeline: Pipeline, run: Run, variants: Sequence[Variant]) -> tuple[float, int]:
-    """(seconds, bytes at most) of a whole run, from two steps of the first batch with the last variant."""
+def estimate_evaluation(pipeline: Pipeline, run: Run, variants: Sequence[Variant], folder: Path, ranks: SingleProcess) -> Estimate:
+    """Estimate a whole run from two steps of the first batch with the last variant."""
     few = replace(run, prompts=run.prompts[: run.batch_size], num_steps=2)
     texts = PromptEncoder(pipeline, few.prompts, few.cfg_weight, few.negative_prompt, None)
     marks: list[float] = []
@@ -248,7 +250,13 @@ def probe(pipeline: Pipeline, run: Run, variants: Sequence[Variant]) -> tuple[fl
     batches = len(run.batches)
     seconds = (sampled - begin) / few.num_steps * run.num_steps * batches + (end - sampled) * batches
     latents = arrays["latents"][0, 0].nbytes * (run.num_steps + 1)
-    return seconds * len(variants), (arrays["images"][0].nbytes + latents) * len(run.prompts) * len(variants)
+    return Estimate(
+        work=f"{len(variants)} variants",
+        seconds=seconds * len(variants) / ranks.size,
+        bytes_written=(arrays["images"][0].nbytes + latents) * len(run.prompts) * len(variants),
+        folder=folder,
+        peak_bytes=mx.get_peak_memory(),
+    )
 
 
 def quantized_steps(

@@ -13,7 +13,9 @@ from calibration_store.layout import ActivationPaths, QuantizedModelPaths, Weigh
 from calibration_store.manifest import same_run
 from calibration_store.weights import WEIGHTS_METADATA
 from w4a8.model.layers import Layer
+from w4a8.model.packed import AUTO
 from w4a8.model.parts import Pipeline
+from w4a8.options import ExportOptions
 from w4a8.quantized.activation_rules import RULES, ActivationRule, rule_of
 from w4a8.quantized.exported import ExportedWeights
 from w4a8.quantized.model import NearestWeights, OtherLayers, StoredWeights, Weights
@@ -72,7 +74,7 @@ class Variant:
                 part.check(self.name, layers)
 
 
-def make_variant(name: str, calib_dir: Path, scale_is: str | None = None) -> Variant:
+def make_variant(name: str, calib_dir: Path, scale_is: str | None = None, native: str = AUTO) -> Variant:
     """The variant of a name: `fp`, a weight part, an activation part, or both with a plus.
 
     scale_is: what `scale` means in another tool's config. Raises OptionError for a name outside the vocabulary, and a
@@ -91,7 +93,7 @@ def make_variant(name: str, calib_dir: Path, scale_is: str | None = None) -> Var
             near = difflib.get_close_matches(part, ("fp", NATIVE_VARIANT, "w4-adaround", "w4-rtn", *(rule.spelled.split()[0] for rule in RULES)), 1)  # fmt: skip
             meant = f" (did you mean {near[0]}?)" if near and near[0] != part else ""
             raise OptionError(f"--variants: {name!r} is not known{meant}; there are {VARIANT_WORDS}")
-    weights = make_weights(name, weight_part, calib_dir) if weight_part else None
+    weights = make_weights(name, weight_part, calib_dir, native) if weight_part else None
     rule = None
     if rule_part is not None:
         rule_class, bits = rule_part
@@ -103,10 +105,10 @@ def is_weight_part(part: str) -> bool:
     return part == NATIVE_VARIANT or WEIGHT_PART.fullmatch(part) is not None
 
 
-def make_weights(variant: str, part: str, calib_dir: Path) -> Weights:
+def make_weights(variant: str, part: str, calib_dir: Path, native: str = AUTO) -> Weights:
     """The weights of a variant's weight part. Without a group of its own nearest rounding has the learned weights'."""
     if part == NATIVE_VARIANT:
-        return ExportedWeights(calib_dir)
+        return ExportedWeights(calib_dir, native)
     found = WEIGHT_PART.fullmatch(part).groupdict()
     bits, rest = int(found["bits"]), REST[found["rest"]]
     if found["method"]:
@@ -121,10 +123,10 @@ def make_weights(variant: str, part: str, calib_dir: Path) -> Weights:
     return NearestWeights(bits, known, rest)
 
 
-def export_variant(
-    calib_dir: Path, weights: str | None, activations: str | None, rest_bits: int, all_linears: bool, scale_is: str | None
-) -> tuple[Variant, str | None]:
-    """What stage 5 exports, checked as stage 4 does, and the name of its activation part. Defaults follow the files."""
+def export_variant(options: ExportOptions) -> tuple[Variant, str | None]:
+    """Return what stage 5 exports, checked as stage 4 does, and the name of its activation part. Defaults follow the files."""
+    calib_dir, weights, activations = options.calib_dir, options.weights, options.activations
+    rest_bits, all_linears = options.rest_bits, options.all_linears
     if weights is None:
         learned = WeightPaths(calib_dir).metadata
         if not learned.exists():
@@ -137,7 +139,7 @@ def export_variant(
             f"--weights {weights}: not known; there are w4-adaround, w4-rtn, w4-rtn-g32 and other bits and groups"
         )
     name = weights + ("-all" if all_linears else f"-r{rest_bits}" if rest_bits != 16 else "")
-    if activations is None and ActivationPaths(calib_dir).quant_config.exists():
+    if activations is None and options.layout == "mlx" and ActivationPaths(calib_dir).quant_config.exists():
         activations = "a8"
     if activations in (None, "none"):
         return make_variant(name, calib_dir), None
@@ -146,7 +148,7 @@ def export_variant(
         raise OptionError(
             f"--activations {activations}: not known; there are a8, a8-learned, a8-token (other bits, too) and none"
         )
-    both = make_variant(f"{name}+{activations}", calib_dir, scale_is)
+    both = make_variant(f"{name}+{activations}", calib_dir, options.scale_is)
     return replace(both, name=name), activations
 
 

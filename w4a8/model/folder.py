@@ -27,15 +27,15 @@ from w4a8.model.diffusionkit import (
     VAEDecoder,
 )
 from w4a8.model.location import Lora
-from w4a8.model.packed import get_ready
+from w4a8.model.packed import AUTO, get_ready
 from w4a8.model.parts import TEXT, TRANSFORMER, Parts, Pipeline, cast, load_weights
 
 
 class FolderPipeline(Pipeline):
     """A model folder in sd3-emoji's layout instead of the hub's files; packed weights stay packed."""
 
-    def __init__(self, info: ModelInfo, parts: Parts):
-        super().__init__(info, parts, use_t5=False)
+    def __init__(self, info: ModelInfo, parts: Parts, native: str = AUTO):
+        super().__init__(info, parts, use_t5=False, native=native)
         self.folder = info.folder
         with self.explained():
             self.model_config = read_model_config(info.folder)
@@ -72,7 +72,7 @@ class FolderPipeline(Pipeline):
         """Load the transformer; with `only_modulation_dict` return its adaLN weights, as DiffusionKit's does."""
         if only_modulation_dict:
             return folder_modulation_weights(self.folder, self.dtype)
-        self.mmdit = load_folder_transformer(self.folder, self.dtype, self.info.loras)
+        self.mmdit = load_folder_transformer(self.folder, self.dtype, self.info.loras, self.native)
         return None
 
     def _load_tokenizer(self, encoder: str, default: bool) -> Tokenizer:
@@ -95,14 +95,16 @@ def transformer_config(folder: Path, config: Mapping[str, Any], dtype: mx.Dtype)
     return MMDiTConfig(**own, low_memory_mode=False, dtype=getattr(mx, embedded) if embedded else dtype)
 
 
-def load_folder_transformer(folder: Path, dtype: mx.Dtype, loras: Sequence[Lora] = ()) -> MMDiT:
+def load_folder_transformer(
+    folder: Path, dtype: mx.Dtype, loras: Sequence[Lora] = (), native: str = AUTO
+) -> MMDiT:
     """The transformer of a model folder; packed layers stay packed and compute natively. Raises a UserError."""
     config = read_model_config(folder)
     check_exported(folder, config)
     model = MMDiT(transformer_config(folder, config, dtype))
     if loras and "quantization" in config:
         raise ModelError(f"--lora: the weights of {folder} are packed already; fuse it before they are quantized")
-    load_weights(model, weight_file(folder, "mmdit"), dtype, config.get("quantization"), loras)
+    load_weights(model, weight_file(folder, "mmdit"), dtype, config.get("quantization"), loras, native)
     get_ready(model)
     return model
 

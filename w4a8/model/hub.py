@@ -23,6 +23,7 @@ from w4a8.model.diffusionkit import (
     model_io,
 )
 from w4a8.model.folder import FolderPipeline
+from w4a8.model.packed import AUTO
 from w4a8.model.parts import DECODER, TEXT, TRANSFORMER, Parts, Pipeline, check_finite, load_weights
 from w4a8.model.t5 import T5Encoder
 from w4a8.model.transformer import open_transformer
@@ -31,8 +32,10 @@ from w4a8.model.transformer import open_transformer
 class HubPipeline(Pipeline):
     """A model of the Hugging Face hub, or of its local cache; local_checkpoint: its transformer and VAE come from there."""
 
-    def __init__(self, info: ModelInfo, parts: Parts, use_t5: bool, local_checkpoint: Path | None, instead: str):
-        super().__init__(info, parts, use_t5)
+    def __init__(
+        self, info: ModelInfo, parts: Parts, use_t5: bool, local_checkpoint: Path | None, instead: str, native: str = AUTO
+    ):
+        super().__init__(info, parts, use_t5, native)
         self.local_checkpoint, self.instead, self.unreachable = local_checkpoint, instead, _reach_hub()
         self.mmdit_ckpt, self.model = MMDIT_CKPT[info.hub_id], HUB_TEXT_ENCODERS
         self.model_version = info.hub_id  # what DiffusionKit looks files up by
@@ -103,9 +106,9 @@ class HubPipeline(Pipeline):
 class ExportedPipeline(HubPipeline):
     """A hub model whose transformer comes from an exported folder, and its decoder where the folder has one."""
 
-    def __init__(self, info: ModelInfo, parts: Parts, use_t5: bool, local_checkpoint: None, instead: str):
+    def __init__(self, info: ModelInfo, parts: Parts, use_t5: bool, local_checkpoint: None, instead: str, native: str = AUTO):
         self.folder = info.folder
-        super().__init__(info, parts, use_t5, local_checkpoint, instead)
+        super().__init__(info, parts, use_t5, local_checkpoint, instead, native)
 
     load_mmdit = FolderPipeline.load_mmdit
 

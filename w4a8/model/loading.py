@@ -10,6 +10,7 @@ from w4a8.model.catalog import ModelError, ModelInfo, describe_model
 from w4a8.model.diffusionkit import DiffusionPipeline, VAEDecoder
 from w4a8.model.folder import FolderPipeline
 from w4a8.model.hub import ExportedPipeline, HubPipeline
+from w4a8.model.packed import AUTO
 from w4a8.model.parts import DECODER, TEXT, TRANSFORMER, Parts, Pipeline, load_weights, whole_model
 from w4a8.model.transformer import open_transformer
 
@@ -35,21 +36,23 @@ def load_pipeline(
     local_checkpoint: Path | None = None,
     instead: str = INSTEAD,
     lazy: bool = False,
+    native: str = AUTO,
 ) -> Pipeline:
     """The asked parts of a model, weights and activations of each as stated: {TRANSFORMER: "float16", …}.
 
     local_checkpoint replaces the hub's transformer and VAE file, as DiffusionKit's `--local-ckpt` does. instead: what
-    else to do when the hub cannot be reached. lazy: every part is read when it is used. Raises ModelError when the files
+    else to do when the hub cannot be reached. lazy: every part is read when it is used. native: how packed
+    weights are multiplied (`--native`). Raises ModelError when the files
     cannot be had.
     """
     check_folder(info, use_t5, local_checkpoint)
     if local_checkpoint is not None:
         check_weight_file(local_checkpoint)
     if info.hub_id is None:
-        pipeline = FolderPipeline(info, parts)
+        pipeline = FolderPipeline(info, parts, native)
     else:
         kind = HubPipeline if info.folder is None else ExportedPipeline
-        pipeline = kind(info, parts, use_t5, local_checkpoint, instead)
+        pipeline = kind(info, parts, use_t5, local_checkpoint, instead, native)
     if info.loras and TRANSFORMER in parts:
         open_transformer(info, local_checkpoint)  # reads headers alone: a LoRA of another model is told before any work
     mx.reset_peak_memory()

@@ -15,7 +15,6 @@ from w4a8.backend.memory import device_memory
 from w4a8.backend.parallel import announce_compilation
 
 AUTO, QUANTIZED, DEQUANTIZE, DENSE = "auto", "quantized", "dequantize", "dense"
-WAYS = (AUTO, QUANTIZED, DEQUANTIZE, DENSE)
 FEW_ROWS = 256  # up to which CUDA multiplies packed weights faster than it unpacks them
 DENSE_SHARE = 0.25  # of a CPU's memory that dense copies of the weights may take
 
@@ -102,8 +101,8 @@ def native_module(module: nn.Module, packed: Packed) -> nn.Module:
     return NativeEmbedding(packed) if table else NativeLinear(packed, module.get("bias"))
 
 
-def adopt(model: nn.Module, way: str | None = None) -> None:
-    """Put native layers in place of MLX's packed ones, and let them compute one way (None: as `prefer` said)."""
+def adopt(model: nn.Module, way: str = AUTO) -> None:
+    """Put native layers in place of MLX's packed ones, and let them compute this way (`--native`)."""
 
     def replace(path: str, module: nn.Module) -> nn.Module:
         if type(module) not in (nn.QuantizedLinear, nn.QuantizedEmbedding):
@@ -113,21 +112,13 @@ def adopt(model: nn.Module, way: str | None = None) -> None:
 
     model.update_modules(tree_map_with_path(replace, model.leaf_modules(), is_leaf=nn.Module.is_module))
     layers = [module for module in model.modules() if isinstance(module, NativeLinear)]
-    way = resolve(way or PREFERRED[0], sum(dense_bytes(layer) for layer in layers))
+    way = resolve(way, sum(dense_bytes(layer) for layer in layers))
     for layer in layers:
         layer.way = way
 
 
 def dense_bytes(layer: NativeLinear) -> int:
     return layer["scales"].size * layer.group_size * layer["scales"].dtype.size
-
-
-PREFERRED = [AUTO]
-
-
-def prefer(way: str) -> None:
-    """Which way models that are loaded from now on compute (`--native`)."""
-    PREFERRED[0] = way
 
 
 def resolve(way: str, bytes_of_dense: int) -> str:

@@ -28,7 +28,7 @@ from w4a8.model.diffusionkit import (
 from w4a8.model.families import SD3
 from w4a8.model.location import Lora
 from w4a8.model.lora import with_loras
-from w4a8.model.packed import adopt
+from w4a8.model.packed import AUTO, adopt
 from w4a8.model.t5 import T5Encoder
 
 TRANSFORMER, TEXT, DECODER = "transformer", "text encoders", "VAE decoder"
@@ -64,8 +64,8 @@ class Pipeline(DiffusionPipeline, ABC):
     t5_tokenizer: T5Tokenizer
     decoder: VAEDecoder
 
-    def __init__(self, info: ModelInfo, parts: Parts, use_t5: bool):
-        self.info, self.parts = info, dict(parts)
+    def __init__(self, info: ModelInfo, parts: Parts, use_t5: bool, native: str = AUTO):
+        self.info, self.parts, self.native = info, dict(parts), native
         self.model_version = info.version
         self.family = family = info.family
         self.float16_dtype = getattr(mx, family.half)
@@ -128,7 +128,7 @@ def to_numpy(array: mx.array) -> np.ndarray:
 
 def load_weights(
     model: nn.Module, path: Path, dtype: mx.Dtype, quantization: Mapping[str, Any] | None = None,
-    loras: Sequence[Lora] = (),
+    loras: Sequence[Lora] = (), native: str = AUTO,
 ) -> nn.Module:  # fmt: skip
     """quantization: as MLX's own tools write it to config.json (bits, group_size, exceptions by layer path)."""
     check_weight_file(path)
@@ -140,7 +140,7 @@ def load_weights(
                 model, quantization["group_size"], quantization["bits"],
                 class_predicate=lambda name, module: quantization.get(name, f"{name}.scales" in scales),
             )  # fmt: skip
-            adopt(model)
+            adopt(model, native)
         weights = with_loras(weights, SD3, loras)
         model.load_weights([(key, cast(weights.pop(key), dtype)) for key in list(weights)])
     except (RuntimeError, ValueError) as error:

@@ -298,13 +298,12 @@ class DynamicPerTensor(Dynamic):
     """The range, and per channel of post-GELU inputs the shift (min + max) / 2, of each image's own tensor, all its rows."""
 
     grammar, spelled = r"a(?P<bits>[2-8])-dynamic", "a8-dynamic"
-    shifted: ClassVar[bool] = True
 
     def at(self, sigma: float, rows_per_image: int) -> Quantize:
         def quantize(name: str, x: mx.array) -> mx.array:
             grouped = x.reshape(rows_per_image, -1, *x.shape[1:])
             rows, shift, centred = (0, 2, 3), None, grouped
-            if self.shifted and is_post_gelu(name):
+            if is_post_gelu(name):
                 shift = (grouped.min(axis=rows, keepdims=True) + grouped.max(axis=rows, keepdims=True)) / 2
                 centred = grouped - shift
             reach = mx.abs(centred).max(axis=(*rows, 4), keepdims=True)
@@ -313,11 +312,6 @@ class DynamicPerTensor(Dynamic):
         return quantize
 
 
-class DynamicPerTensorUnshifted(DynamicPerTensor):
-    """The same without shifts."""
-
-    grammar, spelled = r"a(?P<bits>[2-8])-dynamic-unshifted", "a8-dynamic-unshifted"
-    shifted = False
 
 
 class DynamicPerToken(Dynamic):
@@ -353,7 +347,6 @@ RULES: tuple[type[ActivationRule], ...] = (
     StaticByStep,
     Learned,
     DynamicPerTensor,
-    DynamicPerTensorUnshifted,
     DynamicPerToken,
     Multitier,
 )

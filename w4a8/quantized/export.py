@@ -34,6 +34,7 @@ from calibration_store.model_folder import (
     weights_fingerprint,
 )
 from calibration_store.quantized_model import EXPORT_FORMAT, encode_activations, is_export
+from w4a8.backend.estimates import Estimate
 from w4a8.backend.progress import ProgressBar
 from w4a8.model.catalog import ModelInfo
 from w4a8.model.diffusionkit import MMDiT
@@ -279,14 +280,17 @@ def check_output(paths: QuantizedModelPaths, info: ModelInfo, layout: str, force
         raise StoreError(f"{paths.root}: holds an export; give --force to make it anew, or another --output")
 
 
-def estimated_seconds(mmdit: MMDiT, weights: Codes, size: Size) -> float:
-    """Seconds that packing takes, from the second layer's: the first pays for what is set up once."""
+def estimate_export(mmdit: MMDiT, weights: Codes, size: Size, folder: Path) -> Estimate:
+    """Estimate an export from its second layer: the first pays for what is set up once."""
     places = quantized_modules(mmdit, weights)
     next(places)
     begin = time.perf_counter()
     second = next(places)
     mx.eval(second.quantized.packed(second.bits).scales)
-    return (time.perf_counter() - begin) * size.quantized_float16 / (2 * second.quantized.codes.size)
+    seconds = (time.perf_counter() - begin) * size.quantized_float16 / (2 * second.quantized.codes.size)
+    return Estimate(
+        work=f"{size.modules} layers", seconds=seconds, bytes_written=size.transformer, folder=folder, peak_bytes=size.peak
+    )
 
 
 def refuse_options(export: ExportSource, layout: str, complete: bool) -> None:

@@ -15,7 +15,7 @@ from calibration_store.model_folder import check_exported
 from calibration_store.quantized_model import EXPORT, read_export
 from w4a8.model.folder import load_folder_transformer
 from w4a8.model.layers import Layer, model_layers
-from w4a8.model.packed import PREFERRED
+from w4a8.model.packed import AUTO
 from w4a8.model.parts import TRANSFORMER, Pipeline
 from w4a8.quantized.activation_rules import (
     DYNAMIC_PER_TOKEN,
@@ -34,11 +34,11 @@ class ExportedWeights(Weights):
     remedy = f"run {EXPORT} with --force"
     rest = None
 
-    def __init__(self, calib_dir: Path):
+    def __init__(self, calib_dir: Path, native: str = AUTO):
         paths = QuantizedModelPaths.below(calib_dir)
         self.folder, self.config = paths.root, read_export(paths.root)
         note = self.config["export"]
-        self.bits, self.group_size, self.way = note["weight_bits"], note["group_size"], PREFERRED[0]
+        self.bits, self.group_size, self.way = note["weight_bits"], note["group_size"], native
         self.sources = [paths.config]  # which notes the fingerprint of the weights
         self.made_from = [(paths.config, note)]
         learned = WeightPaths(calib_dir).metadata
@@ -59,7 +59,7 @@ class ExportedWeights(Weights):
         """The exported transformer in the pipeline, computing natively, until the block ends."""
         names = model_layers(pipeline.mmdit).keys()
         pipeline.drop(TRANSFORMER)
-        exported = load_folder_transformer(self.folder, pipeline.activation_dtype)
+        exported = load_folder_transformer(self.folder, pipeline.activation_dtype, native=self.way)
         if model_layers(exported).keys() != names:
             raise StoreError(f"{self.folder}: another model's layers; {self.remedy}")
         pipeline.mmdit = exported

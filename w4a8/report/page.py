@@ -308,7 +308,7 @@ PART_WORDS = (  # how a part of a variant's name begins, its bits left out -> wh
     ("a-learned", "inputs at {bits} bits, 3W's ranges"), ("a-dynamic", "inputs at {bits} bits, a range for each input"),
     ("multitier", "inputs at 4, 6 or 8 bits (experimental)"), ("a", "inputs at {bits} bits, the config's ranges"),
 )  # fmt: skip
-END_WORDS = (("-g0", "a scale per channel"), ("-g32", "groups of 32"), ("-g128", "groups of 128"), ("-r8", "the rest at 8"), ("-all", "every linear layer"), ("-unshifted", "no shift"))  # fmt: skip
+END_WORDS = (("-g0", "a scale per channel"), ("-g32", "groups of 32"), ("-g128", "groups of 128"), ("-r8", "the rest at 8"), ("-all", "every linear layer"))  # fmt: skip
 
 
 def what_it_is(variant: str) -> str:

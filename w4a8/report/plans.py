@@ -17,12 +17,12 @@ from calibration_store.layout import (
 )
 from calibration_store.manifest import saved_steps
 from calibration_store.sizes import format_bytes
-from w4a8.generation import MANIFEST_BYTES_PER_IMAGE, batches_to_do, bytes_to_do
+from w4a8.generation import batches_to_do, picture_bytes, sample_bytes
 from w4a8.model.catalog import ModelInfo
 
 
-def print_plan(plan: dict[str, Any], info: ModelInfo, paths: CalibrationPaths, complete: dict[int, dict]) -> int:
-    """Say what the run is; returns the bytes that it still has to write."""
+def print_plan(plan: dict[str, Any], info: ModelInfo, paths: CalibrationPaths, complete: dict[int, dict]) -> None:
+    """Print what the run is, and what is left of it."""
     height, width = plan["latent_size"]
     guidance = f"guidance {plan['cfg_scale']:g}" if plan["cfg_scale"] > 0 else "no guidance"
     guidance += f", negative prompt {plan['negative_prompt']!r}" if plan["negative_prompt"] else ""
@@ -39,12 +39,11 @@ def print_plan(plan: dict[str, Any], info: ModelInfo, paths: CalibrationPaths, c
     if complete:
         click.echo(f"complete in {paths.root}: {len(complete)} of {plan['num_images']} images")
     samples = missing * len(saved_steps(plan["num_steps"], plan["stride"]))
-    sample_bytes, png_bytes = bytes_to_do(plan, info, missing)
+    pictures = f", {missing} images (at most {format_bytes(picture_bytes(plan, info, missing))})" if plan["save_images"] and missing else ""
     click.echo(
-        f"to do: {len(batches) * plan['num_steps']} forward passes; {samples} samples ({format_bytes(sample_bytes)})"
-        + (f", {missing} images (at most {format_bytes(png_bytes)})" if png_bytes else "")
+        f"left: {len(batches) * plan['num_steps']} forward passes; {samples} samples ({format_bytes(missing * sample_bytes(plan))})"
+        + pictures
     )
-    return sample_bytes + png_bytes + plan["num_images"] * MANIFEST_BYTES_PER_IMAGE
 
 
 def say_how_many_prompts(prompts: Sequence[str], num_images: int, prompt_file: Path | None) -> None:

@@ -1,22 +1,12 @@
 """What the stages print at their end."""
 
-import resource
-import sys
-import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import click
-import numpy as np
-import orjson
 
-from calibration_store.sizes import format_bytes
-from calibration_store.statistics import ActivationStatistics
-from w4a8.analysis.tiers import TIERS
+from calibration_store.choices import TIER_BITS
 from w4a8.analysis.w4a8_config import DEAD_SCALE
-from w4a8.backend.words import format_seconds
 from w4a8.evaluation.gate import ONLY_IMAGES_ARE_EQUAL, only_images_are_equal
 
 
@@ -67,7 +57,7 @@ def print_tier_summary(summary: dict[str, Any]) -> None:
     for row in ("all", "first third", "middle third", "last third", *kinds):
         if row in summary["shares"]:
             share = summary["shares"][row]
-            cells = " ".join(f"{share[f'A{tier}']:6.0%}" for tier in TIERS)
+            cells = " ".join(f"{share[f'A{tier}']:6.0%}" for tier in TIER_BITS)
             click.echo(f"{row:20} {cells} {share['average_bits']:6.2f}")
     for title, names in (("switch", summary["switching_layers"]), ("always 8 bits", summary["always_8_bits"])):
         shown = ": " + ", ".join(names[:6]) + (" …" if len(names) > 6 else "") if names else ""
@@ -120,22 +110,3 @@ def print_losses(rows: list[tuple[str, dict]]) -> None:
         figures = " ".join(f"{'–':>9}" if value is None else f"{value:9.3f}" for value in held_out_losses(row).values())
         kept = "  kept round-to-nearest (Issue 22)" if row["kept_nearest"] else ""
         click.echo(f"{name:27} {figures} {row['end_training']:11.3f}{kept}")
-
-
-def print_analysis_plan(
-    statistics: ActivationStatistics, output: Path, steps_of: Callable[[ActivationStatistics], dict[str, dict]],
-    config_of: Callable[[dict[str, dict]], Iterable],
-) -> None:  # fmt: skip
-    """What an analysis would take, from that of its first step: what is known of it, and what the config says of it."""
-    start, count = time.perf_counter(), len(statistics.step_keys)
-    steps = steps_of(replace(statistics, step_keys=statistics.step_keys[:1]))
-    size = len(orjson.dumps(dict(config_of(steps)), default=list, option=orjson.OPT_SERIALIZE_NUMPY)) * count
-    seconds = (time.perf_counter() - start) * count
-    layers = next(iter(steps.values()))
-    arrays = [value for layer in layers.values() for value in vars(layer).values() if isinstance(value, np.ndarray)]
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    peak = resident + sum(array.nbytes for array in arrays) * (count - 1) + size // 2  # entries, as Python has them
-    click.echo(
-        f"to do: {len(layers)} layers at {count} steps, about {format_seconds(seconds)}, {format_bytes(size)} in {output.parent}, "
-        f"{format_bytes(peak)} of memory at the peak"
-    )

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from matplotlib.colors import BoundaryNorm, ListedColormap
 
-from w4a8.analysis.tiers import TIERS, Decision
+from calibration_store.choices import TIER_BITS
+from w4a8.analysis.tiers import Decision
 from w4a8.report.figures import heat_map
 
 
@@ -15,5 +16,5 @@ def plot_bits(path: Path, steps: dict[str, dict[str, Decision]], sigmas: dict[st
     colours = ListedColormap(["#fde725", "#21918c", "#440154"])
     norm = BoundaryNorm([3, 5, 7, 9], colours.N)
     heat_map(
-        path, bits, [sigmas[key] for key in steps], "Activation bits", "bits", norm=norm, cmap=colours, ticks=TIERS
+        path, bits, [sigmas[key] for key in steps], "Activation bits", "bits", norm=norm, cmap=colours, ticks=TIER_BITS
     )

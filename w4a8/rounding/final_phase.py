@@ -7,40 +7,50 @@ block is run again where its gradients are made, and its weights are unpacked th
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from calibration_store.block_cache import block_keys, boundary_shapes
 from calibration_store.names import block_of
 from calibration_store.rounding_checkpoint import Layers
-from w4a8.backend.parallel import on_every_core, streams_for
+from calibration_store.weights import read_quantized_block, write_losses, write_quantized_block
+from w4a8.backend.parallel import on_every_core, streams_for, working_cores
 from w4a8.backend.processes import SINGLE_PROCESS, SingleProcess
 from w4a8.backend.sums import summed
 from w4a8.model.hooks import substituted_layers
 from w4a8.model.layers import model_blocks, model_layers, run_final_layer
 from w4a8.quantized.layer import QuantizedLayer, deployed_grid
+from w4a8.rounding.iteration_bytes import IterationBytes
+from w4a8.rounding.jobs import Job
 from w4a8.rounding.quantized_forward import QuantizedForward
-from w4a8.rounding.settings import EVALUATED, STATIC_RULE, Settings, spread_over
+from w4a8.rounding.run import RoundingRun, num_weights
+from w4a8.rounding.settings import EVALUATED, STATIC_RULE, Settings
 from w4a8.rounding.training import NotFiniteError, Training, grid_slopes
-from w4a8.rounding.training_samples import SampleBatch, TrainingSamples
-from w4a8.rounding.units import SMALLEST_ERROR, Arrays, Gradients, input_rule, step_rows
+from w4a8.rounding.training_samples import SampleBatch, Samples, TrainingSamples, spread_over
+from w4a8.rounding.unit_phase import UnitPhase
+from w4a8.rounding.units import SMALLEST_ERROR, Arrays, Gradients, UnitSpec, input_rule, step_rows
 
 KEPT_BEFORE = ("scale", "zero_point", "bias", "act_scale", "act_scales")  # as {field}_before: where the phase began
 
 
 class WholeModel:
-    """The quantized model whose grids are trained: its layers' files, and what it gives for the samples."""
+    """The quantized model whose grids are trained: its layers' files, and its output for the samples."""
 
     name = "end to end"
 
     def __init__(
         self, mmdit: nn.Module, blocks: Sequence[str], samples: TrainingSamples, settings: Settings, layers: Layers,
-        ranks: SingleProcess = SINGLE_PROCESS,
+        ranks: SingleProcess = SINGLE_PROCESS, norm: float = 1.0,
     ):  # fmt: skip
-        """layers: what the files of all blocks say of their layers, before this phase; ranks: those that share the work."""
-        self.mmdit, self.samples, self.settings, self.ranks = mmdit, samples, settings, ranks
+        """layers: arrays of all blocks' files before this phase; ranks: the processes that share the work.
+
+        norm: mean squared error of the output with round-to-nearest; `build` measures it.
+        """
+        self.mmdit, self.samples, self.settings, self.ranks, self.norm = mmdit, samples, settings, ranks, norm
         self.layers = list(layers)
         found = model_layers(mmdit)
         self.input_of = {name: found[name].input_owner for name in layers}
@@ -56,7 +66,16 @@ class WholeModel:
             "bias": {name: mx.array(fields["bias"]) for name, fields in layers.items() if "bias" in fields},
             "range": {name: mx.log(mx.array(value)) for name, value in ranges.items() if value is not None},
         }
-        self.norm = max(self._mean_square(spread_over(samples.training, EVALUATED), None, False), SMALLEST_ERROR)
+
+    @classmethod
+    def build(
+        cls, mmdit: nn.Module, blocks: Sequence[str], samples: TrainingSamples, settings: Settings, layers: Layers,
+        ranks: SingleProcess = SINGLE_PROCESS,
+    ) -> "WholeModel":  # fmt: skip
+        """Return the model, with its norm measured on training samples."""
+        whole = cls(mmdit, blocks, samples, settings, layers, ranks)
+        whole.norm = max(whole.loss(spread_over(samples.training, EVALUATED), None), SMALLEST_ERROR)
+        return whole
 
     def loss(self, indices: Sequence[int], state: Mapping[str, Arrays] | None, with_inputs: bool = False) -> float:
         """Mean squared error of the output relative to round-to-nearest's (state None) on the training samples."""
@@ -224,7 +243,7 @@ def merged(totals: Gradients, found: Gradients) -> Gradients:
     return {kind: totals.get(kind, {}) | layers for kind, layers in found.items()}
 
 
-class EndToEnd(Training):
+class FinalTraining(Training):
     """The training of a `WholeModel`."""
 
     unit: WholeModel
@@ -238,9 +257,6 @@ class EndToEnd(Training):
     @property
     def inputs_from(self) -> int:
         return 0
-
-    def first_fixed(self) -> Arrays:
-        return {}
 
     def step(self) -> float:
         """As Training.step."""
@@ -282,7 +298,7 @@ def before_phase(fields: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: array for name, array in fields.items() if not name.endswith("_before")} | kept
 
 
-def after_phase(training: EndToEnd, name: str, fields: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def after_phase(training: FinalTraining, name: str, fields: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """A layer's fields with what was trained, if it made anything better, and what was there before."""
     before = before_phase(fields)
     noted = {f"{key}_before": before[key] for key in KEPT_BEFORE if key in before}
@@ -298,3 +314,66 @@ def after_phase(training: EndToEnd, name: str, fields: Mapping[str, np.ndarray])
         after["act_scale"] = ranges.max()
         after |= {"act_scales": ranges} if ranges.ndim else {}
     return before | after | noted
+
+
+class FinalPhase(Job):
+    """The last phase of a run whose units are smaller than the model."""
+
+    @classmethod
+    def of_run(cls, run: RoundingRun) -> list[Job]:
+        spec = UnitSpec(WholeModel.name, run.blocks, list(run.layers))
+        return [cls(run, spec)] if run.settings.end_to_end and spec.layers else []
+
+    @property
+    def iterations(self) -> int:
+        return self.run.settings.end_to_end
+
+    @property
+    def iteration_cost(self) -> float:
+        """Every block is run twice forwards."""
+        return len(self.run.blocks) * 4 / 3
+
+    def peak_bytes(self) -> int:
+        """Codes and grids of all layers, the tokens between the blocks, and the gradients of one block."""
+        run, settings = self.run, self.run.settings
+        units = [job for job in UnitPhase.of_run(run) if isinstance(job, UnitPhase)]
+        sizes = [num_weights(run.layers[name] for name in job.spec.layers) for job in units]
+        cached = boundary_shapes(run.cache)
+        tokens = sum(4 * math.prod(cached[key]) for key in block_keys(run.cache, run.blocks[0])[0])
+        at_once = min(settings.chunk * working_cores(), settings.batch_size)
+        grids = 8 * 4 * sum(sizes) // (settings.group_size or 1024)  # scales, zero points, their moments and slopes
+        largest = max((job.iteration_bytes() for job in units), key=lambda one: one.peak(1))
+        one = IterationBytes(4 * max(sizes), largest.sample, 1)
+        return sum(sizes) + grids + at_once * tokens * len(run.blocks) + one.peak(at_once)
+
+    def losses_paths(self) -> list[Path]:
+        return [self.run.paths.end_to_end_losses]
+
+    def is_complete(self, layers: Layers) -> bool:
+        return all("scale_before" in fields for fields in layers.values())
+
+    def open(self) -> nn.Module:
+        return self.run.open()
+
+    def samples(self, mmdit: nn.Module) -> Samples:
+        return self.run.whole_samples()
+
+    def training(self, mmdit: nn.Module, samples: Samples) -> Training:
+        run, layers = self.run, {}
+        for block in self.trained_blocks:
+            layers |= read_quantized_block(run.paths, block, run.plan)
+        before = {name: before_phase(fields) for name, fields in layers.items()}
+        return FinalTraining(WholeModel.build(mmdit, run.blocks, samples, run.settings, before, run.ranks))
+
+    def saves_before_writing(self) -> bool:
+        return True
+
+    def write(self, training: Training, losses: Mapping[str, Any], keep_alpha: bool) -> None:
+        """Write every block's file again, with what was trained where held-out samples are better off."""
+        assert isinstance(training, FinalTraining)
+        paths, plan = self.run.paths, self.run.plan
+        for block in self.trained_blocks:
+            layers = read_quantized_block(paths, block, plan)
+            write_quantized_block(paths, block, {n: after_phase(training, n, f) for n, f in layers.items()}, plan)
+        stages = [{**losses, "kept_nearest": False, "layers": len(training.unit.layers)}]
+        write_losses(paths.end_to_end_losses, self.name, stages, plan)

@@ -1,67 +1,58 @@
-"""Where the job under way stands."""
+"""Where the job under way stands, in checkpoint.npz of stage 3W."""
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 
 from calibration_store.errors import StoreError
 from calibration_store.files import remove_file
 from calibration_store.layout import WeightPaths
-from calibration_store.rounding_checkpoint import Layers, read_checkpoint, write_checkpoint
-from calibration_store.weights import layer_fault, training_run_of_0_8_0
-from w4a8.rounding.settings import Settings
+from calibration_store.rounding_checkpoint import Position, read_checkpoint, write_checkpoint
+from calibration_store.weights import training_run_of_0_8_0
 from w4a8.rounding.training import Training
-from w4a8.rounding.units import Job
+from w4a8.rounding.units import UnitSpec
 
 
 class JobCheckpoint:
-    """Where the job under way stands, on the disk; a damaged one, or one of another run, is said and left aside."""
+    """The last checkpoint of one job. A damaged one, or one of another run, is reported and left aside."""
 
-    def __init__(self, paths: WeightPaths, job: Job, plan: Mapping[str, Any], own: bool = False):
-        """own: in a file of the job's own, beside those of jobs that other ranks are at."""
-        self.job, self._places = job, (paths.checkpoint, paths.checkpoint_of(job.name))
-        self._path = self._places[own]
+    def __init__(self, paths: WeightPaths, spec: UnitSpec, plan: Mapping[str, Any], own: bool = False):
+        """own: in a file that bears the job's name, beside those of jobs that other processes are at."""
+        self.name, self._paths = spec.name, (paths.checkpoint, paths.checkpoint_of(spec.name))
+        self._path = self._paths[own]
         self.plan, self._older_plan = plan["training_run"], training_run_of_0_8_0(plan)
 
-    def save(self, index: int, training: Training, done: Layers, losses: list[dict]) -> None:
-        position = {"plan": self.plan, "job": self.job.name, "stage": index, "iteration": training.iteration}
-        arrays = {name: np.array(array) for name, array in training.arrays().items()}
-        write_checkpoint(self._path, position | {"losses": losses}, arrays, done)
+    def save(self, training: Training) -> None:
+        """Write where the training stands."""
+        position = Position(plan=self.plan, job=self.name, iteration=training.iteration)
+        write_checkpoint(self._path, position, {name: np.array(array) for name, array in training.arrays().items()})
 
-    def load(self, settings: Settings) -> tuple[dict[str, Any], dict[str, np.ndarray], Layers] | None:
-        """(position, arrays of the training, layers of finished parts) of this job's last checkpoint, or None."""
-        found = [one for one in (self._load(path, settings) for path in self._places) if one is not None]
-        return max(found, key=lambda one: (one[0]["stage"], one[0]["iteration"]), default=None)
+    def load(self) -> tuple[int, dict[str, np.ndarray]] | None:
+        """Return (iteration, arrays of the training) of this job's last checkpoint, or None."""
+        found = [one for one in map(self._load, self._paths) if one is not None]
+        return max(found, key=lambda one: one[0], default=None)
 
-    def _load(self, path: Path, settings: Settings) -> tuple[dict[str, Any], dict[str, np.ndarray], Layers] | None:
+    def _load(self, path: Path) -> tuple[int, dict[str, np.ndarray]] | None:
         try:
             found = read_checkpoint(path)
-            if found is None:
-                return None
-            position, arrays, done = found
-            if position["plan"] not in (self.plan, self._older_plan) or position["job"] != self.job.name:
-                return None
-            if not position["stage"] < len(self.job.parts) or len(position["losses"]) != position["stage"]:
-                raise ValueError(f"stage {position['stage']}")
-            expected = {name for part in self.job.parts[: position["stage"]] for name in part.layers}
-            if done.keys() != expected or any(layer_fault(f, settings.bits(name)) for name, f in done.items()):
-                raise ValueError("arrays of another unit")
         except (StoreError, ValueError) as error:
             self.discard(error, path)
             return None
-        return position, arrays, done
+        if found is None:
+            return None
+        position, arrays = found
+        same = position["plan"] in (self.plan, self._older_plan) and position["job"] == self.name
+        return (position["iteration"], arrays) if same else None
 
     def remove(self) -> None:
-        """The job is finished."""
-        for path in {self._path, self._places[1]}:
+        """Remove the files of a finished job."""
+        for path in {self._path, self._paths[1]}:
             remove_file(path)
 
     def discard(self, why: Exception, path: Path | None = None) -> None:
         """Say that a checkpoint cannot be used; the next one takes its place."""
-        click.echo(
-            f"{(path or self._path).name} cannot be used ({' '.join(str(why).split())[:160]}): {self.job.name} begins anew.",
-            err=True,
-        )
+        fault = " ".join(str(why).split())[:160]
+        print(f"{(path or self._path).name} cannot be used ({fault}): {self.name} begins anew.", file=sys.stderr)

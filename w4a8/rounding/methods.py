@@ -1,7 +1,6 @@
 """How rounding is learned: one class a method. A rounding variable α belongs to each weight; up where α >= 0."""
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
 
 import mlx.core as mx
 import numpy as np
@@ -21,8 +20,6 @@ DECIDE_FROM, DECIDED_AT, DECIDE_EVERY = 0.4, 0.98, 10  # the most decided variab
 
 class RoundingMethod(ABC):
     """α's start, what codes it stands for while it moves, and how it moves. Keeps no state of a training."""
-
-    default_lr: ClassVar[float]
 
     def __init__(self, settings: Settings):
         self.settings = settings
@@ -55,8 +52,6 @@ class RoundingMethod(ABC):
 class StraightThrough(RoundingMethod):
     """Hard codes from the start; gradients pass the rounding as if it were not there."""
 
-    default_lr = 4e-3
-
     def first_alpha(self, fraction: np.ndarray) -> mx.array:
         return mx.array(fraction) - 0.5
 
@@ -76,8 +71,6 @@ class StraightThrough(RoundingMethod):
 
 class Sigmoid(RoundingMethod):
     """AdaRound's rectified sigmoid h(α), pulled to 0 or 1 by a regularizer, and hardened on the way."""
-
-    default_lr = 1e-2
 
     def first_alpha(self, fraction: np.ndarray) -> mx.array:
         return rectified_sigmoid_inverse(mx.clip(mx.array(fraction), 1e-4, 1 - 1e-4))

@@ -21,10 +21,9 @@ class QuantizedForward:
         from key. watched: layers whose inputs are wanted.
         """
         self.weights, self.biases = weights, biases
-        self.outputs: dict[str, mx.array] = {}  # of the kept layers
         self.inputs: dict[str, mx.array] = {}  # (rows, channels) of the watched ones
         self._quantize, self._drop, self._key = quantize, drop, key
-        self._watched, self._kept = watched, ()
+        self._watched = watched
         self._given = self._quantized = None
 
     def compute(self, name: str, layer: nn.Module, x: mx.array) -> mx.array:
@@ -38,13 +37,7 @@ class QuantizedForward:
             y = y + self.biases[name] if name in self.biases else y
         else:
             y = layer(x)
-        if name in self._kept:
-            self.outputs[name] = y
         return y
-
-    def keep(self, names: Sequence[str]) -> None:
-        """Note the outputs of these layers from now on."""
-        self._kept = names
 
     def let_go(self) -> None:
         """Forget the last input: it would keep a batch's activations alive."""

@@ -11,23 +11,17 @@ import mlx.nn as nn
 from calibration_store.block_cache import holds_ends
 from calibration_store.errors import OptionError, StoreError
 from calibration_store.layout import WeightPaths
-from calibration_store.rounding_checkpoint import Layers
 from calibration_store.stage_folder import shown
-from calibration_store.weights import WEIGHTS_FORMAT, WEIGHTS_METADATA, read_losses, read_quantized_block, training_run
+from calibration_store.weights import LEARNING_RATES, WEIGHTS_FORMAT, WEIGHTS_METADATA, training_run
 from w4a8.backend.processes import SINGLE_PROCESS, SingleProcess
 from w4a8.model.layers import Layer, model_blocks, model_layers
-from w4a8.model.parts import check_finite
+from w4a8.options import RoundingOptions
 from w4a8.rounding.block_boundaries import BlockBoundaries
-from w4a8.rounding.final_phase import EndToEnd, WholeModel, before_phase
-from w4a8.rounding.kinds import MODEL, UNITS
 from w4a8.rounding.settings import Settings
-from w4a8.rounding.training import Training
 from w4a8.rounding.training_samples import Samples
-from w4a8.rounding.units import Job, Unit, UnitSpec
+from w4a8.rounding.units import MODEL, UNITS, Unit
 
 MODEL_UNIT_LIMIT = 100_000_000  # weights up to which the default unit is the whole model
-BYTES_PER_WEIGHT = 3 + 2 * 16  # codes and alpha, and a checkpoint being replaced by the next
-END_TO_END = "end to end"
 
 
 @dataclass(frozen=True)
@@ -44,6 +38,17 @@ class RoundingRun:
     blocks: list[str]
     ranks: SingleProcess = SINGLE_PROCESS
 
+    @classmethod
+    def plan_run(
+        cls, options: RoundingOptions, opened: Callable[[], nn.Module], paths: WeightPaths, cache: Mapping[str, Any],
+        schedule: Sequence[float], ranks: SingleProcess,
+    ) -> "RoundingRun":  # fmt: skip
+        """Return the run that the options ask for. Raises OptionError for what cannot be with this cache and model."""
+        mmdit, settings = opened(), Settings.of(options)
+        unit, blocks = choose_unit(mmdit, cache["block_names"], options.blocks, options.unit, settings.group_size)
+        end_to_end = choose_end_to_end(options.end_to_end, unit, blocks, mmdit, settings.iters)
+        return cls(opened, mmdit, paths, cache, schedule, replace(settings, end_to_end=end_to_end), unit, blocks, ranks)
+
     @property
     def unit_class(self) -> type[Unit]:
         return UNITS[self.unit]
@@ -55,26 +60,13 @@ class RoundingRun:
         every = model_layers(self.mmdit)
         return {name: one for name, one in every.items() if one.block in self.blocks and name not in left_out}
 
-    @cached_property
-    def jobs(self) -> list[Job]:
-        """In order; the last phase is one of its own. What holds no layer (all are excluded) is left out."""
-        jobs = self.unit_class.jobs(self.layers, self.blocks)
-        jobs = [replace(job, parts=[part for part in job.parts if part.layers]) for job in jobs]
-        if self.settings.end_to_end:
-            jobs.append(Job(END_TO_END, self.blocks, [UnitSpec(END_TO_END, list(self.layers))]))
-        return [job for job in jobs if job.parts]
-
-    def trained(self, job: Job) -> list[str]:
-        """The job's blocks that have a layer to train."""
-        return [block for block in job.blocks if any(layer.block == block for layer in self.layers.values())]
-
     @property
     def boundary_dtype(self) -> str:
         """Of the tokens that a walk keeps between blocks: FLUX's may exceed float16, which is why it is run in bfloat16."""
         return "float32" if self.mmdit.config.depth_unified else "float16"
 
     @cached_property
-    def walk(self) -> BlockBoundaries | None:
+    def boundaries(self) -> BlockBoundaries | None:
         """How the boundaries between blocks are made, where they are needed and not cached."""
         if self.unit == MODEL or not holds_ends(self.cache):
             return None
@@ -110,39 +102,6 @@ class RoundingRun:
         same = noted.get("training_run") == self.plan["training_run"]
         return self.plan | ({"block_digests": noted.get("block_digests", {})} if same else {})
 
-    def is_finished(self, job: Job) -> bool:
-        """Whether every block of the job is on disk, valid, of this run, and of this model's layers."""
-        last = job.name == END_TO_END
-        try:
-            found: Layers = {}
-            for block in self.trained(job):
-                found |= read_quantized_block(self.paths, block, self.plan_on_disk)
-            for path in [self.paths.end_to_end_losses] if last else map(self.paths.losses, self.trained(job)):
-                losses = read_losses(path, self.plan)
-                if losses["unit"] != job.name or len(losses["stages"]) != len(job.parts):
-                    return False
-        except StoreError:
-            return False
-        if last and not all("scale_before" in fields for fields in found.values()):
-            return False
-        shapes = {name: layer.shape for name, layer in self.layers.items() if layer.block in job.blocks}
-        return {name: fields["q"].shape for name, fields in found.items()} == shapes
-
-    def bytes_of(self, jobs: Sequence[Job]) -> int:
-        """What these jobs take on the disk at most."""
-        shapes = [self.layers[name].shape for job in jobs if job.name != END_TO_END for name in job_layers(job)]
-        walked = self.walk.num_bytes() if self.walk is not None and shapes else 0
-        return BYTES_PER_WEIGHT * sum(out * width for out, width in shapes) + walked
-
-    def rows_of(self, losses: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-        """(part, its losses) of every job, from what metadata.json says by block, and of the last phase by its name."""
-        found = [(job, losses.get(job.name) or losses[self.trained(job)[0]]) for job in self.jobs]
-        return [(part.name, row) for job, each in found for part, row in zip(job.parts, each["stages"], strict=True)]
-
-    def iterations(self, job: Job) -> int:
-        """Of all its parts."""
-        return self.settings.end_to_end if job.name == END_TO_END else self.settings.iters * len(job.parts)
-
     def __str__(self) -> str:
         settings, samples = self.settings, len(self.cache["samples"])
         counts = Counter(map(settings.bits, self.layers))
@@ -155,51 +114,19 @@ class RoundingRun:
             f"{f', then {settings.end_to_end} end to end' if settings.end_to_end else ''}, {samples} cached samples"
         )
 
-    def opened(self, job: Job) -> nn.Module:
-        """The transformer with the job's blocks in memory; what else it needs is read when it is used."""
-        mmdit = self.open()
-        for name in job.blocks if job.name != END_TO_END else ():
-            check_finite(model_blocks(mmdit)[name].module, f"{self.plan['model_version']}, {name}")
-        return mmdit
-
-    def training(self, mmdit: nn.Module, job: Job, index: int, samples: Samples) -> Training:
-        if job.name == END_TO_END:
-            return EndToEnd(
-                WholeModel(
-                    mmdit, job.blocks, samples, self.settings, self.finished_layers(self.trained(job)), self.ranks
-                )
-            )
-        return Training(self.unit_class(mmdit, job, job.parts[index], samples, self.settings, self.ranks))
-
-    def is_one_ranks(self, job: Job) -> bool:
-        """Whether a rank does the whole job: where all boundaries are cached, blocks need nothing of each other."""
-        return self.ranks.size > 1 and not holds_ends(self.cache) and self.unit != MODEL and job.name != END_TO_END
-
     @cached_property
     def alone(self) -> "RoundingRun":
         """The run without other ranks."""
         return replace(self, ranks=SINGLE_PROCESS)
 
-    def finished_layers(self, blocks: Sequence[str]) -> Layers:
-        """What the files of these blocks say, as it was before the last phase."""
-        found: Layers = {}
-        for block in blocks:
-            found |= read_quantized_block(self.paths, block, self.plan)
-        return {name: before_phase(fields) for name, fields in found.items()}
-
-    def samples(self, mmdit: nn.Module, job: Job) -> Samples:
-        """What a job is trained on."""
-        if self.walk is not None and job.name != END_TO_END:
-            return self.walk.samples(mmdit, job.blocks[0])
-        return self.whole_samples() if holds_ends(self.cache) else self._stretch(job.blocks)
-
     def whole_samples(self) -> Samples:
         """What enters the first block, and what the whole model gives."""
         if holds_ends(self.cache):
             return Samples.of_ends(self.paths.calib_dir, self.cache, self.mmdit)
-        return self._stretch(self.blocks)
+        return self.stretch_samples(self.blocks)
 
-    def _stretch(self, blocks: Sequence[str]) -> Samples:
+    def stretch_samples(self, blocks: Sequence[str]) -> Samples:
+        """Return what enters the first of these blocks, and what the last gives, from a cache of all boundaries."""
         return Samples.of_stretch(self.paths.calib_dir, self.cache, blocks)
 
 
@@ -227,10 +154,6 @@ def choose_unit(
     return unit, chosen
 
 
-def job_layers(job: Job) -> list[str]:
-    return [name for part in job.parts for name in part.layers]
-
-
 def choose_end_to_end(given: int | None, unit: str, blocks: Sequence[str], mmdit: nn.Module, iters: int) -> int:
     """Iterations of the last phase. Raises OptionError where not every block is trained, or all are together anyway."""
     whole = list(model_blocks(mmdit)) == list(blocks)
@@ -246,3 +169,10 @@ def choose_end_to_end(given: int | None, unit: str, blocks: Sequence[str], mmdit
 
 def num_weights(layers: Iterable[Layer]) -> int:
     return sum(out * width for out, width in (layer.shape for layer in layers))
+
+
+def what_may_change(before: Mapping[str, Any] | None) -> list[str]:
+    """Return the keys of a plan that need not be as they were: a run that met NaN may go on with other learning rates."""
+    if before is None:
+        return []
+    return [*(LEARNING_RATES if "diverged" in before else ()), *(() if "micro_batch" in before else ("micro_batch",))]

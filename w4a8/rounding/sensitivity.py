@@ -1,9 +1,7 @@
 """How much the model's output minds the quantization of each layer: what bits are given by."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -11,10 +9,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from calibration_store.errors import OptionError, StoreError
+from calibration_store.errors import StoreError
 from calibration_store.layout import BlockCachePaths
 from calibration_store.sensitivity import SENSITIVITY, write_sensitivity
-from w4a8.analysis.bit_allocation import allocate
 from w4a8.backend.parallel import streams_for
 from w4a8.backend.progress import progress_bar
 from w4a8.model.hooks import substituted_layers
@@ -22,10 +19,8 @@ from w4a8.model.layers import Layer, model_blocks, run_final_layer
 from w4a8.quantized.layer import QuantizedLayer
 from w4a8.rounding.quantized_forward import QuantizedForward
 from w4a8.rounding.run import MODEL_UNIT_LIMIT, RoundingRun, num_weights
-from w4a8.rounding.settings import spread_over
-from w4a8.rounding.training_samples import TrainingSamples, verified
+from w4a8.rounding.training_samples import TrainingSamples, spread_over, verified
 
-NATIVE_BITS = (2, 3, 4, 5, 6, 8)
 MEASURED_ON, AT_ONCE = (32, 8), (16, 2)  # samples, for small models and for large ones
 INPUT_NOISE = 0.02  # of an input's root mean square: small enough for the output to follow linearly
 
@@ -157,91 +152,3 @@ class SensitivityProbe:
             for block in self._blocks[self._at :]:
                 tokens = block.run(tokens, modulation)
         return run_final_layer(self.mmdit, tokens[0], modulation)
-
-
-# --- who gets how many bits ---------------------------------------------------------------------------------
-
-
-def layers_matching(layers: Iterable[str], pattern: str, option: str) -> list[str]:
-    """The layers that a pattern of an option names (`*` and `?` as in a shell). Raises OptionError for one that names none."""
-    found = [name for name in layers if fnmatchcase(name, pattern)]
-    if not found:
-        raise OptionError(
-            f"{option} {pattern}: no layer has such a name; they are called mm0.img.attn.q_proj, mm0.txt.mlp.fc2, …"
-        )
-    return found
-
-
-def bits_by_hand(layers: Sequence[str], given: Sequence[str]) -> dict[str, int]:
-    """`--bits PATTERN=BITS`, the last one that names a layer counts. Raises OptionError."""
-    chosen: dict[str, int] = {}
-    for option in given:
-        pattern, _, bits = option.rpartition("=")
-        if not pattern or bits not in map(str, NATIVE_BITS):
-            raise OptionError(f"--bits {option}: PATTERN=BITS with 2, 3, 4, 5, 6 or 8 bits, such as '*.mlp.fc2=8'")
-        chosen |= dict.fromkeys(layers_matching(layers, pattern, "--bits"), int(bits))
-    return chosen
-
-
-def bit_choices(text: str, average_bits: float) -> list[int]:
-    """`--bit-choices 4,8`. Raises OptionError where they cannot be, or cannot be of this average."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part in map(str, NATIVE_BITS) for part in parts):
-        raise OptionError(f"--bit-choices {text}: of 2, 3, 4, 5, 6 and 8, such as 4,8")
-    choices = sorted(set(map(int, parts)))
-    if not choices[0] <= average_bits <= choices[-1]:
-        raise OptionError(
-            f"--average-bits {average_bits:g} is not between the --bit-choices {choices[0]} and {choices[-1]}"
-        )
-    return choices
-
-
-def allocate_bits(
-    sensitivity: Mapping[str, Any],
-    layers: Sequence[str],
-    by_hand: Mapping[str, int],
-    choices: Sequence[int],
-    average_bits: float,
-) -> dict[str, int]:
-    """Bits of every layer, so many on average over their weights; what was set by hand counts, and stays."""
-    measured = sensitivity["layers"]
-    costs = [
-        {by_hand[name]: 0.0} if name in by_hand else {bits: measured[name]["weights"][str(bits)] for bits in choices}
-        for name in layers
-    ]
-    chosen, _ = allocate(costs, [measured[name]["size"] for name in layers], average_bits)
-    return dict(zip(layers, chosen, strict=True))
-
-
-@dataclass(frozen=True)
-class BitOptions:
-    """`--average-bits`, `--bit-choices`, `--bits`, `--exclude` as given."""
-
-    average_bits: float | None
-    bit_choices: str
-    bits: Sequence[str]
-    exclude: Sequence[str]
-
-
-def choose_bits(rounding: RoundingRun, options: BitOptions, dry_run: bool) -> RoundingRun:
-    """The run with bits for every layer; measures what is not known yet, but not in a dry run. Raises OptionError."""
-    every = list(rounding.layers)
-    excluded = [name for pattern in options.exclude for name in layers_matching(every, pattern, "--exclude")]
-    layers = [name for name in every if name not in excluded]
-    if not layers:
-        raise OptionError("--exclude leaves no layer")
-    settings = replace(rounding.settings, excluded=list(dict.fromkeys(excluded)))
-    chosen = bits_by_hand(layers, options.bits)
-    if options.average_bits is not None:
-        choices = bit_choices(options.bit_choices, options.average_bits)
-        if len(rounding.blocks) != len(model_blocks(rounding.mmdit)):
-            raise OptionError("--average-bits is of the whole model: leave --blocks out")
-        settings = replace(settings, average_bits=options.average_bits, bit_choices=choices)
-        sensitivity = known_sensitivity(rounding, choices)
-        if not rounding.ranks.from_rank_0(sensitivity is not None) and not dry_run:
-            note_sensitivity(rounding, choices)
-            sensitivity = known_sensitivity(rounding, choices)
-        if sensitivity is not None:
-            chosen = allocate_bits(sensitivity, layers, chosen, choices, options.average_bits)
-    other = {name: bits for name, bits in chosen.items() if bits != settings.weight_bits}
-    return replace(rounding, settings=replace(settings, layer_bits=other))

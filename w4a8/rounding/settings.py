@@ -4,40 +4,48 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
+from w4a8.options import RoundingOptions
 
 TUNE_SHARE = 0.3  # of the iterations: codes decided, scales, zero points, biases and ranges trained
 INPUTS_FROM = 0.5  # share of the iterations after which inputs are quantized, too: not from the first one on
 LR_SCALES = 1e-3
-ITERS = 400
+DEFAULT_LR_ALPHA = {"ste": 4e-3, "sigmoid": 1e-2}  # by rounding method
 EVALUATED = 64  # samples that a loss is measured on
 TOKEN_RULE, STATIC_RULE = "token", "static"  # rules of the inputs: dynamic per token; a learned range for each noise level
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The options of a run, and its shares of iterations."""
+    """What decides the result of a run beside the cache, as plan.json notes it; defaults are those of the options."""
 
-    iters: int
-    batch_size: int
-    weight_bits: int
-    activation_bits: int  # 0: inputs stay as they are
-    group_size: int
-    rounding: str  # a name of methods.METHODS
-    qdrop: float
-    lr_alpha: float
-    lr_activation_scale: float
-    regularizer_weight: float
-    seed: int
+    iters: int = RoundingOptions.iters
+    batch_size: int = RoundingOptions.batch_size
+    weight_bits: int = RoundingOptions.weight_bits
+    activation_bits: int = RoundingOptions.activation_bits  # 0: inputs stay as they are
+    group_size: int = RoundingOptions.group_size
+    rounding: str = RoundingOptions.rounding  # a name of methods.METHODS
+    qdrop: float = RoundingOptions.qdrop  # share of input elements left unquantized while ranges are trained
+    lr_alpha: float = DEFAULT_LR_ALPHA["ste"]
+    lr_activation_scale: float = RoundingOptions.lr_activation_scale
+    regularizer_weight: float = 0.01  # of sigmoid's pull to 0 or 1, beside a loss of 1 for round-to-nearest
+    seed: int = RoundingOptions.seed
     micro_batch: int = 0  # samples whose gradients are made at once; 0: the whole batch
     window: int = 0  # samples that an iteration draws from, a window that moves over them all; 0: all of them
-    activation_rule: str = STATIC_RULE
-    block_inputs: str = "original"  # or "mixed": half of the elements as the quantized blocks before give them
+    activation_rule: str = RoundingOptions.activation_rule
+    block_inputs: str = "original"  # what blocks are trained on; noted because 0.8.0 also had "mixed"
     end_to_end: int = 0  # iterations of the last phase, all blocks' grids against the model's output
     layer_bits: Mapping[str, int] = field(default_factory=dict)  # of layers whose codes are not of weight_bits
     average_bits: float | None = None  # under which layer_bits were chosen, of bit_choices
     bit_choices: Sequence[int] = ()
     excluded: Sequence[str] = ()  # layers that stay as they are
+
+    @classmethod
+    def of(cls, options: RoundingOptions) -> "Settings":
+        """Return the settings that these options give before the model, memory and bits of single layers decide the rest."""
+        names = ("iters", "batch_size", "weight_bits", "activation_bits", "group_size", "rounding", "qdrop", "lr_activation_scale", "seed")
+        rate = DEFAULT_LR_ALPHA[options.rounding] if options.lr_alpha is None else options.lr_alpha
+        given = {name: getattr(options, name) for name in names}
+        return cls(**given, lr_alpha=rate, activation_rule=options.activation_rule)
 
     @property
     def chunk(self) -> int:
@@ -65,11 +73,3 @@ class Settings:
 def cosine(progress: float) -> float:
     """1 at the start, 0 at the end."""
     return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-
-
-def spread_over(indices: Sequence[int], count: int) -> Sequence[int]:
-    """At most `count` of the indices, the same at every call; drawn, so that no step of the schedule is passed over."""
-    if len(indices) <= count:
-        return indices
-    chosen = np.random.default_rng(len(indices)).choice(len(indices), count, replace=False)
-    return [indices[position] for position in np.sort(chosen)]

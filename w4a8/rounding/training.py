@@ -1,10 +1,10 @@
-"""The optimization of one unit: rounding variables first, then with the codes decided scales, zero points, biases, ranges."""
+"""The training that every phase of stage 3W shares: state, optimizers, batches, checkpoints, and how grids and ranges move."""
 
 import functools
-import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.optimizers as optimizers
@@ -14,8 +14,10 @@ from mlx.utils import tree_flatten, tree_map
 from w4a8.backend.interrupts import finishing
 from w4a8.backend.parallel import compiled
 from w4a8.backend.progress import ProgressBar
-from w4a8.rounding.settings import EVALUATED, LR_SCALES, cosine, spread_over
-from w4a8.rounding.units import Arrays, Gradients, Unit
+from w4a8.rounding.methods import Arrays
+from w4a8.rounding.settings import LR_SCALES, Settings, cosine
+from w4a8.rounding.training_samples import TrainingSamples
+from w4a8.rounding.units import Gradients
 
 CURVE_POINTS = 50  # of the training losses that are kept
 OPTIMIZERS = ("alpha", "scale", "range")  # what each of them moves; `scale` also zero points and biases
@@ -49,12 +51,24 @@ class Adam(optimizers.Adam):
         return moved
 
 
-class Training:
-    """A unit's state, optimizers and iteration; `step` takes one."""
+class TrainedUnit(Protocol):
+    """What is trained: a unit, or the whole model."""
+
+    name: str
+    layers: list[str]
+    settings: Settings
+    samples: TrainingSamples
+    input_of: dict[str, str]  # layer -> the layer that names their shared input
+    start: dict[str, Arrays]
+
+
+class Training(ABC):
+    """The state, the optimizers and the iteration of a training. Subclasses say what an iteration moves."""
 
     codes_per_step = 10.0  # a zero point moves so many codes where a scale moves by a factor of e
+    unit: TrainedUnit
 
-    def __init__(self, unit: Unit):
+    def __init__(self, unit: TrainedUnit):
         self.unit, self.settings, self.iteration = unit, unit.settings, 0
         self.state: dict[str, Arrays] = {key: dict(value) for key, value in unit.start.items()}
         self.optimizers = {name: Adam(1e-3, bias_correction=True) for name in OPTIMIZERS}
@@ -63,25 +77,26 @@ class Training:
         self._good = (self._parts(), 0)  # the last state whose loss was finite, and its iteration
 
     @property
+    @abstractmethod
     def iters(self) -> int:
-        return self.settings.iters
+        """Number of iterations."""
 
     @property
-    def rounding_iters(self) -> int:
-        """Those that move the rounding; the others tune scales, zero points and biases."""
-        return self.settings.rounding_iters
-
-    @property
+    @abstractmethod
     def inputs_from(self) -> int:
-        return self.settings.inputs_from
+        """The first iteration whose inputs are quantized."""
 
     def first_fixed(self) -> Arrays:
-        """What the method keeps beside α."""
-        return self.unit.method.begin(self.state["alpha"])
+        """Return what the rounding method keeps beside α, at the start."""
+        return {}
 
-    def final_losses(self) -> dict[str, Any]:
-        """The losses of the finished training."""
-        return final_losses(self)
+    def changed_share(self) -> float:
+        """Return the share of the weights that by now do not round as they would at the start."""
+        return 0.0
+
+    @abstractmethod
+    def measure(self) -> dict[str, Any]:
+        """Return the losses of the finished training. Raises NotFiniteError where one is not finite."""
 
     # what a checkpoint holds
 
@@ -137,25 +152,12 @@ class Training:
 
     # one iteration
 
+    @abstractmethod
     def step(self) -> float:
-        """One iteration on a batch that only seed and iteration decide; returns its loss.
+        """Take one iteration on a batch that only seed and iteration decide; return its loss.
 
         Raises NotFiniteError, back at the last state whose loss and gradients were finite.
         """
-        unit, settings = self.unit, self.settings
-        tuning = self.iteration >= self.rounding_iters
-        codes = unit.codes(self.state, hard=tuning)
-        quantized = unit.quantized(self.state, codes, with_ranges=self.iteration >= settings.inputs_from)
-        near = self.near(min(self.iteration + 1, self.iters - 1)) if settings.window else ()
-        loss, gradients = unit.gradients(quantized, self.drawn(self.iteration), self.iteration, near)
-        self._check(loss, gradients)
-        if tuning:
-            self.tune(codes, gradients)
-        else:
-            self.round(gradients["weights"])
-        if gradients["ranges"]:
-            self.move_ranges(gradients["ranges"])
-        return self._finished(loss)
 
     def drawn(self, iteration: int) -> np.ndarray:
         """An iteration's samples: seed and iteration decide."""
@@ -195,28 +197,6 @@ class Training:
         """The training losses of the whole training, the mean of each stretch of iterations."""
         counts = np.bincount([self._stretch(iteration) for iteration in range(self.iters)])
         return [round(float(total) / count, 6) for total, count in zip(self.curve, counts, strict=True)]
-
-    def round(self, weight_gradients: Arrays) -> None:
-        """Move the rounding variables."""
-        settings, alphas, method = self.settings, self.state["alpha"], self.unit.method
-        progress = self.iteration / self.rounding_iters
-        count = sum(alpha.size for alpha in alphas.values())
-        gradients = {}
-        for name, alpha in alphas.items():
-            scale = self.state["scale"][name]
-            slope = (weight_gradients[name].reshape(*scale.shape, -1) * scale[..., None]).reshape(alpha.shape)
-            gradients[name] = method.gradient(alpha, slope, self.fixed.get(name), progress, count)
-        optimizer = self.optimizers["alpha"]
-        optimizer.learning_rate = settings.lr_alpha * cosine(progress)
-        moved = optimizer.apply_gradients(gradients, alphas)
-        self.state["alpha"], self.fixed = method.settle(alphas, moved, self.fixed, progress, self.iteration)
-
-    def tune(self, codes: Arrays, gradients: Gradients) -> None:
-        """Move scales, zero points and biases."""
-        state = self.state
-        slopes = grid_slopes(codes, state["scale"], state["zero_point"], gradients["weights"])
-        progress = (self.iteration - self.rounding_iters) / max(1, self.iters - self.rounding_iters)
-        self.move_grids(slopes | {"bias": gradients["biases"]}, progress)
 
     def move_grids(self, slopes: Gradients, progress: float) -> None:
         """Move scales (on a log scale), zero points and biases along their slopes. progress: 0 to 1, slows down."""
@@ -290,8 +270,8 @@ def train(
             loss = training.step()
             average = loss if average is None else 0.9 * average + 0.1 * loss
             count()
-            if training.iteration % 10 == 0 and "alpha" in training.unit.start:
-                changed = f"{changed_share(training):.1%}"
+            if training.iteration % 10 == 0:
+                changed = f"{training.changed_share():.1%}"
             bar.set_postfix(loss=f"{average:.3f}", changed=changed, refresh=False)
             if interrupted() or time.monotonic() - last_saved > checkpoint_seconds:
                 save()
@@ -299,33 +279,3 @@ def train(
             if interrupted():
                 raise KeyboardInterrupt
     return training.measure() | {"curve": training.mean_losses()}
-
-
-def final_losses(training: Training) -> dict[str, Any]:
-    """The losses of a finished training on held-out samples, and at its end on those that it was trained on."""
-    unit, state = training.unit, training.state
-    held_out, chosen = (spread_over(ids, EVALUATED) for ids in (unit.samples.held_out, unit.samples.training))
-    codes = unit.codes(state, hard=True)
-    final = unit.quantized(state, codes, with_ranges=False)
-    with_ranges = unit.loss_with_ranges(held_out, unit.quantized(state, codes, with_ranges=True))
-    first = unit.quantized(unit.start, unit.codes(unit.start, hard=True), with_ranges=False)
-    hardened = unit.quantized({**unit.start, "alpha": state["alpha"]}, codes, with_ranges=False)
-    losses = {
-        "nearest": unit.loss(held_out, unit.nearest_state()),
-        "start": unit.loss(held_out, first),
-        "hardened": unit.loss(held_out, hardened),
-        "end": unit.loss(held_out, final),
-        "end_activations": with_ranges,
-        "end_training": unit.loss(chosen, final),
-    }
-    for name, value in losses.items():
-        if value is not None and not math.isfinite(value):
-            raise NotFiniteError(f"the held-out loss {name!r} is not finite after iteration {training.iteration}")
-    return losses
-
-
-def changed_share(training: Training) -> float:
-    """Share of the unit's weights that by now do not round as they would at the start."""
-    start = training.unit.start["alpha"]
-    changed = [((alpha >= 0) != (start[name] >= 0)).sum() for name, alpha in training.state["alpha"].items()]
-    return sum(changed).item() / sum(alpha.size for alpha in start.values())

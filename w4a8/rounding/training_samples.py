@@ -46,10 +46,9 @@ class TrainingSamples(Protocol):
     def steps(self, indices: Sequence[int]) -> np.ndarray:
         """For each sample, which of the cached steps it is of: positions in key_timesteps."""
 
-    def batch(self, indices: Sequence[int], key: mx.array | None = None) -> SampleBatch:
+    def batch(self, indices: Sequence[int]) -> SampleBatch:
         """Inputs, modulation input and outputs of these samples.
 
-        key: where inputs were kept quantized, too, half of their elements are taken from there (QDrop), drawn from it.
         """
 
     def keep(self, indices: Sequence[int]) -> None:
@@ -70,9 +69,9 @@ class Samples:
 
     def __init__(
         self, places: Sequence[SampleId], read: Callable[[SampleId], list[np.ndarray]], key_timesteps: Sequence[int],
-        quantized: Callable[[SampleId], list[np.ndarray]] | None = None, inputs: int = 2,
+        inputs: int = 2,
     ):  # fmt: skip
-        """read: a sample's arrays, inputs (so many) first, then modulation input and outputs; quantized: its inputs as the quantized blocks before give them.
+        """read: a sample's arrays, inputs (so many) first, then modulation input and outputs.
 
         No file stays open: an operating system allows a few hundred.
         """
@@ -81,9 +80,8 @@ class Samples:
             np.array([list(key_timesteps).index(step) for _, step in places]),
             range(len(key_timesteps)),
         )
-        self._read = read if quantized is None else lambda place: [*read(place), *quantized(place)]
+        self._read = read
         self._inputs = inputs
-        self._count = len(read(places[0]))  # of arrays before the quantized inputs
         first = self._read(places[0])
         self.num_bytes = len(places) * sum(member.nbytes for member in first)
         self._arrays: list = []
@@ -127,7 +125,7 @@ class Samples:
         """As TrainingSamples.steps."""
         return self._steps[np.asarray(indices)]
 
-    def batch(self, indices: Sequence[int], key: mx.array | None = None) -> SampleBatch:
+    def batch(self, indices: Sequence[int]) -> SampleBatch:
         """As TrainingSamples.batch."""
         if self._arrays:
             picks = mx.array(indices) if isinstance(self._arrays[0], mx.array) else np.asarray(indices)
@@ -139,12 +137,8 @@ class Samples:
             else:
                 rows = map(mx.array, self._stacked(indices))
             found = [array.astype(mx.float32) for array in rows]
-        arrays, quantized = found[: self._count], found[self._count :]
-        for position, other in enumerate(quantized if key is not None else ()):
-            key, drawn = mx.random.split(key)
-            arrays[position] = mx.where(mx.random.bernoulli(0.5, other.shape, drawn), arrays[position], other)
-        *tokens, modulation = arrays[: self._inputs + 1]
-        return SampleBatch(tokens, modulation, arrays[self._inputs + 1 :])
+        *tokens, modulation = found[: self._inputs + 1]
+        return SampleBatch(tokens, modulation, found[self._inputs + 1 :])
 
     def keep(self, indices: Sequence[int]) -> None:
         """As TrainingSamples.keep."""
@@ -235,3 +229,11 @@ def split_samples(image_ids: list[int]) -> tuple[list[int], list[int]]:
     held_out = [i for i, image in enumerate(image_ids) if image in judges] or list(range(0, len(image_ids), 10))
     judging = set(held_out)
     return [i for i in range(len(image_ids)) if i not in judging] or held_out, held_out
+
+
+def spread_over(indices: Sequence[int], count: int) -> Sequence[int]:
+    """At most `count` of the indices, the same at every call; drawn, so that no step of the schedule is passed over."""
+    if len(indices) <= count:
+        return indices
+    chosen = np.random.default_rng(len(indices)).choice(len(indices), count, replace=False)
+    return [indices[position] for position in np.sort(chosen)]

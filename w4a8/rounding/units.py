@@ -1,4 +1,4 @@
-"""What is trained together for its own output: one class a kind of unit, layer, sublayer, block or whole model."""
+"""What is trained together for its own output: one class a kind of unit, a block or the whole model."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ from w4a8.backend.parallel import compiled, on_every_core, streams_for
 from w4a8.backend.processes import SINGLE_PROCESS, SingleProcess
 from w4a8.backend.sums import summed
 from w4a8.model.hooks import substituted_layers
-from w4a8.model.layers import Layer, model_blocks, model_layers
+from w4a8.model.layers import Layer, model_blocks, model_layers, run_final_layer
 from w4a8.quantized.activation_rules import DynamicPerToken, Learned
 from w4a8.quantized.arithmetic import grid_position, searched_grid
 from w4a8.quantized.layer import QuantizedLayer, deployed_grid
 from w4a8.rounding.methods import METHODS, Arrays
 from w4a8.rounding.quantized_forward import QuantizedForward
-from w4a8.rounding.settings import EVALUATED, STATIC_RULE, Settings, spread_over
-from w4a8.rounding.training_samples import SampleBatch, TrainingSamples
+from w4a8.rounding.settings import EVALUATED, STATIC_RULE, Settings
+from w4a8.rounding.training_samples import SampleBatch, TrainingSamples, spread_over
 
 STATE_KEYS = ("alpha", "scale", "zero_point", "bias", "range")
 Gradients = dict[str, Arrays]  # of weights, biases and ranges
@@ -30,19 +30,11 @@ SMALLEST_RANGE, SMALLEST_ERROR = 1e-8, 1e-20
 
 @dataclass(frozen=True)
 class UnitSpec:
-    """Layers of a stretch of blocks that are trained together."""
-
-    name: str
-    layers: list[str]
-
-
-@dataclass(frozen=True)
-class Job:
-    """A stretch of blocks that shares samples and files, and its parts, trained one after the other."""
+    """Layers that are trained together, and the stretch of blocks that they belong to."""
 
     name: str
     blocks: list[str]
-    parts: list[UnitSpec]
+    layers: list[str]
 
 
 @dataclass(frozen=True)
@@ -65,57 +57,85 @@ class QuantizedUnit:
         return self.rule.ranges if isinstance(self.rule, Learned) else {}
 
 
-class Unit:
-    """Layers, the loss of what they give, and the pieces that their training starts from. Subclasses say what they give."""
+@dataclass(frozen=True)
+class UnitGrids:
+    """Where the training of a unit's layers starts from, found in the weights alone."""
 
-    def __init__(
-        self, mmdit: nn.Module, job: Job, part: UnitSpec, samples: TrainingSamples, settings: Settings, ranks: SingleProcess = SINGLE_PROCESS
-    ):
-        """ranks: those that share the work on this unit."""
-        self.mmdit, self.samples, self.settings, self.ranks = mmdit, samples, settings, ranks
-        self.name, self.layers = part.name, part.layers
-        self.method = METHODS[settings.rounding](settings)
-        self._decided = compiled(lambda floor, alpha, top: mx.clip(floor + (alpha >= 0).astype(mx.float32), 0, top))
-        self._undecided = compiled(lambda floor, alpha, top: mx.clip(floor + self.method.up(alpha), 0, top))
-        blocks, layers = model_blocks(mmdit), model_layers(mmdit)
-        self._blocks = [blocks[name] for name in job.blocks]
-        linears: dict[str, Layer] = {name: layers[name] for name in self.layers}
-        self.input_of = {name: layer.input_owner for name, layer in linears.items()}
-        self.weights = {name: layer.weight for name, layer in linears.items()}
-        self.biases = {name: layer.bias for name, layer in linears.items() if layer.bias is not None}
-        self.nearest: dict[str, QuantizedLayer] = {}
-        self._floor: Arrays = {}
-        start: dict[str, Arrays] = {key: {} for key in STATE_KEYS}
-        dense = {name: np.array(weight, np.float32) for name, weight in self.weights.items()}
+    nearest: dict[str, QuantizedLayer]  # round-to-nearest on a min-max grid
+    floor: Arrays  # (out, in) float32: the code below each weight on the searched grid
+    start: dict[str, Arrays]  # α, scale and zero point by layer
+
+    @classmethod
+    def search(cls, weights: Arrays, settings: Settings) -> "UnitGrids":
+        """Search a grid for each layer, on every core."""
+        dense = {name: np.array(weight, np.float32) for name, weight in weights.items()}
+        method, found = METHODS[settings.rounding](settings), cls({}, {}, {key: {} for key in STATE_KEYS})
 
         def grids(name: str) -> tuple[QuantizedLayer, np.ndarray, np.ndarray]:
             bits, group = settings.bits(name), settings.group_size
-            return QuantizedLayer.nearest(dense[name], bits, group), *deployed_grid(
-                *searched_grid(dense[name], bits, group)
-            )
+            grid = deployed_grid(*searched_grid(dense[name], bits, group))
+            return QuantizedLayer.nearest(dense[name], bits, group), *grid
 
         for name, (nearest, scale, zero_point) in zip(dense, on_every_core(grids, dense), strict=True):
-            self.nearest[name] = nearest
             position = grid_position(dense[name], scale, zero_point)
-            self._floor[name] = mx.array(np.floor(position))
-            start["alpha"][name] = self.method.first_alpha(position - np.floor(position))
-            start["scale"][name], start["zero_point"][name] = mx.array(scale), mx.array(zero_point)
-        start["bias"] = dict(self.biases)
+            found.nearest[name], found.floor[name] = nearest, mx.array(np.floor(position))
+            found.start["alpha"][name] = method.first_alpha(position - np.floor(position))
+            found.start["scale"][name], found.start["zero_point"][name] = mx.array(scale), mx.array(zero_point)
+        return found
+
+
+@dataclass(frozen=True)
+class UnitMeasures:
+    """What was measured with the unquantized unit, and with round-to-nearest, on training samples."""
+
+    norms: list[float]  # mean squared error of each output with round-to-nearest, which losses are relative to
+    shifts: Arrays  # (channels,) of post-GELU inputs
+    ranges: Arrays  # clipping ranges to start from, by input
+
+
+class Unit:
+    """Layers, the loss of their output, and the pieces that their training starts from. Subclasses define the output.
+
+    `build` makes a unit; the constructor stores.
+    """
+
+    def __init__(
+        self, mmdit: nn.Module, spec: UnitSpec, samples: TrainingSamples, settings: Settings, ranks: SingleProcess,
+        grids: UnitGrids, measures: UnitMeasures,
+    ):  # fmt: skip
+        """ranks: the processes that share the work on this unit."""
+        self.mmdit, self.samples, self.settings, self.ranks = mmdit, samples, settings, ranks
+        self.name, self.layers = spec.name, spec.layers
+        self.method = METHODS[settings.rounding](settings)
+        self._decided = compiled(lambda floor, alpha, top: mx.clip(floor + (alpha >= 0).astype(mx.float32), 0, top))
+        self._undecided = compiled(lambda floor, alpha, top: mx.clip(floor + self.method.up(alpha), 0, top))
+        self._blocks = [model_blocks(mmdit)[name] for name in spec.blocks]
+        layers = model_layers(mmdit)
+        linears: dict[str, Layer] = {name: layers[name] for name in self.layers}
+        self.input_of = {name: layer.input_owner for name, layer in linears.items()}
+        self.weights = {name: layer.weight for name, layer in linears.items()}
+        self.biases: Arrays = {name: layer.bias for name, layer in linears.items() if layer.bias is not None}
+        self.nearest, self._floor = grids.nearest, grids.floor
+        self.norms, self.shifts = measures.norms, measures.shifts
+        ranges = {name: mx.log(value) for name, value in measures.ranges.items()}
+        self.start: dict[str, Arrays] = grids.start | {"bias": dict(self.biases), "range": ranges}
+
+    @classmethod
+    def build(
+        cls, mmdit: nn.Module, spec: UnitSpec, samples: TrainingSamples, settings: Settings, ranks: SingleProcess = SINGLE_PROCESS
+    ) -> "Unit":  # fmt: skip
+        """Search the layers' grids, measure norms, shifts and ranges on training samples, and return the unit."""
+        layers = model_layers(mmdit)
+        grids = UnitGrids.search({name: layers[name].weight for name in spec.layers}, settings)
+        bare = cls(mmdit, spec, samples, settings, ranks, grids, UnitMeasures([], {}, {}))
         chosen = spread_over(samples.training, EVALUATED)
-        self.norms = [max(error, SMALLEST_ERROR) for error in self.mean_squares(self.nearest_state(), chosen)]
-        self.shifts, ranges = self._measure_inputs(chosen)
-        start["range"] = {name: mx.log(value) for name, value in ranges.items()}
-        self.start = start
+        norms = [max(error, SMALLEST_ERROR) for error in bare.mean_squares(bare.nearest_state(), chosen)]
+        return cls(mmdit, spec, samples, settings, ranks, grids, UnitMeasures(norms, *bare.measured_inputs(chosen)))
 
     @classmethod
-    def jobs(cls, layers: Mapping[str, Layer], blocks: Sequence[str]) -> list[Job]:
-        """What is trained together, in order: here a block at a time."""
-        of_block = {block: [name for name, layer in layers.items() if layer.block == block] for block in blocks}
-        return [Job(block, [block], cls.parts(block, layers, names)) for block, names in of_block.items()]
-
-    @classmethod
-    def parts(cls, block: str, layers: Mapping[str, Layer], names: list[str]) -> list[UnitSpec]:
-        return [UnitSpec(block, names)]
+    def specs(cls, layers: Mapping[str, Layer], blocks: Sequence[str]) -> list[UnitSpec]:
+        """Return the units of a run, in order; here each block is one."""
+        return [UnitSpec(block, [block], [name for name, one in layers.items() if one.block == block]) for block in blocks]
 
     # what the unit gives, quantized and not
 
@@ -155,10 +175,6 @@ class Unit:
         """Mean over outputs of the error relative to round-to-nearest: 1 for that on the training samples."""
         errors = self._over_batches(self.loss_parts, state, indices)
         return sum(errors) / len(errors)
-
-    def loss_with_ranges(self, indices: Sequence[int], state: QuantizedUnit) -> float | None:
-        """`loss` of a state with quantized inputs; None where it is not known, or they are not quantized."""
-        return None if state.rule is None else self.loss(indices, state)
 
     def _over_batches(self, parts, state: QuantizedUnit, indices: Sequence[int]) -> list[float]:
         weights, biases, chunks = state.weights, state.biases, self.settings.micro_batches(indices)
@@ -205,7 +221,7 @@ class Unit:
                 part = parts[number]
                 key = mx.random.key(hash((settings.seed, iteration, number * settings.chunk)) % 2**32)
                 with mx.stream(stream):
-                    batch = self.samples.batch(part, key)
+                    batch = self.samples.batch(part)
                     share = len(part) / len(indices)
                     given = loss_of(parameters, batch, step_rows(self.samples, part, batch.modulation), key)
                     found.append(tree_map(partial(mx.multiply, share), given))
@@ -251,7 +267,7 @@ class Unit:
         """How inputs are quantized while they are."""
         return input_rule(self.settings, ranges, self.shifts)
 
-    def _measure_inputs(self, indices: Sequence[int]) -> tuple[Arrays, Arrays]:
+    def measured_inputs(self, indices: Sequence[int]) -> tuple[Arrays, Arrays]:
         """Shifts of the post-GELU layers, (min + max) / 2 per channel, and for every input the ranges to start from.
 
         A range (), or with learned ranges one for each cached step, (steps,). It costs no more than the full one by the
@@ -303,6 +319,33 @@ class Unit:
             watching = QuantizedForward({}, {}, watched=names)
             self.run(self.samples.batch(indices[begin : begin + size]), watching)
             yield watching.inputs
+
+
+class BlockUnit(Unit):
+    """A block for its outputs (BRECQ)."""
+
+
+class ModelUnit(Unit):
+    """Every block at once, for the velocity that the model gives."""
+
+    @classmethod
+    def specs(cls, layers: Mapping[str, Layer], blocks: Sequence[str]) -> list[UnitSpec]:
+        return [UnitSpec(MODEL, list(blocks), list(layers))]
+
+    def outputs(self, batch: SampleBatch, stand_in: QuantizedForward) -> list[mx.array]:
+        return [run_final_layer(self.mmdit, self.run(batch, stand_in)[0], batch.modulation)]
+
+    def targets(self, batch: SampleBatch) -> list[mx.array]:
+        given = batch.outputs[0]
+        return [given if self.samples.holds_velocity else run_final_layer(self.mmdit, given, batch.modulation)]
+
+
+
+
+
+
+MODEL = "model"
+UNITS: dict[str, type[Unit]] = {"block": BlockUnit, MODEL: ModelUnit}
 
 
 def step_rows(samples: TrainingSamples, indices: Sequence[int], rows: mx.array) -> mx.array:

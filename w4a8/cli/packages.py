@@ -1,0 +1,11 @@
+"""The first import of every script: it ends the script with one line where packages are missing."""
+
+import importlib.util
+import sys
+
+NEEDED = ("click", "filelock", "msgspec", "numpy", "orjson", "tqdm")  # by every script; the analyzers do without MLX
+if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+    sys.exit(
+        f"Error: {sys.executable} has no {', '.join(missing)}: run `make setup` once, then `source .venv/bin/activate`, "
+        "and `python` has everything (Issue 36)"
+    )

@@ -1,0 +1,205 @@
+"""The options of every stage and their defaults: what a script's command line gives to the code that computes.
+
+A default stands here alone: `cli.stage` puts it into the click declaration of the same name. No MLX, no NumPy: `--help` reads it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from calibration_store.errors import OptionError
+from w4a8.model.location import UNCHANGED_LOCATION, Lora, ModelLocation
+
+DEFAULT_FOLDER = Path("calibration_data")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderOptions:
+    """The folder that all stages share."""
+
+    calib_dir: Path = DEFAULT_FOLDER
+
+
+@dataclass(frozen=True, kw_only=True)
+class WritingOptions(FolderOptions):
+    """Options of a stage that works for long: going on, starting over, and how much it may write."""
+
+    max_bytes: int | None = None
+    resume: bool = False
+    force: bool = False
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        """Raise OptionError for options that exclude each other."""
+        if self.resume and self.force:
+            raise OptionError("--resume goes on with a run and --force starts over: give one of them")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """What is drawn with which model, in stage 1 and by draw_images.py. None: the model's own default."""
+
+    num_steps: int | None = None
+    cfg_weight: float | None = None
+    negative_prompt: str = ""
+    latent_size: tuple[int, int] | None = None
+    batch_size: int = 1
+    use_t5: bool | None = None
+    dtype: str | None = None
+    loras: tuple[Lora, ...] = ()
+    prompt_file: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions(SamplingOptions, WritingOptions):
+    """Stage 1, generate_calibration_data.py."""
+
+    model: str | None = None
+    local_checkpoint: Path | None = None
+    num_images: int = 10
+    seed: int = 42
+    stride: int = 1
+    text_group: int | None = None
+    save_images: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheOptions(WritingOptions):
+    """Stage 2W, cache_adaround_data.py. None: chosen by --max-bytes, or 5 images and every 5th step."""
+
+    location: ModelLocation = UNCHANGED_LOCATION
+    num_images: int | None = None
+    stride: int | None = None
+    steps: str | None = None
+    blocks: str | None = None
+    boundaries: str | None = None
+    text_group: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectionOptions(WritingOptions):
+    """Stage 2A, collect_layer_activations.py."""
+
+    location: ModelLocation = UNCHANGED_LOCATION
+    num_images: int = 5
+    stride: int = 2
+    text_group: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalysisOptions(FolderOptions):
+    """What stages 3A and 3A' share."""
+
+    stats: Path | None = None
+    output: Path | None = None
+    with_plot: bool = False
+    dry_run: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class W4A8Options(AnalysisOptions):
+    """Stage 3A, analyze_activations.py."""
+
+    use_hist_p999: bool = False
+    outlier_threshold: float = 2.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class TierOptions(AnalysisOptions):
+    """Stage 3A', analyze_activations_multitier.py."""
+
+    policy: str = "threshold"
+    a4_threshold: float = 6.0
+    a6_threshold: float = 10.0
+    shifted_a4_threshold: float = 5.0
+    shifted_a6_threshold: float = 8.0
+    min_sqnr: float | None = None
+    average_bits: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundingOptions(WritingOptions):
+    """Stage 3W, optimize_adaround.py. None: chosen by the model's size, by memory, or by the rounding method."""
+
+    location: ModelLocation = UNCHANGED_LOCATION
+    blocks: str | None = None
+    unit: str | None = None
+    iters: int = 400
+    batch_size: int = 16
+    micro_batch: int | None = None
+    weight_bits: int = 4
+    activation_bits: int = 8
+    activation_rule: str = "token"
+    average_bits: str | None = None
+    bits: tuple[str, ...] = ()
+    sensitivity_only: bool = False
+    group_size: int = 64
+    end_to_end: int | None = None
+    rounding: str = "ste"
+    qdrop: float = 0.5
+    lr_alpha: float | None = None
+    lr_activation_scale: float = 5e-3
+    seed: int = 0
+    checkpoint_seconds: float = 30.0
+    alpha: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions(FolderOptions):
+    """Stage 4, evaluate_quantization.py. None: the calibration run's."""
+
+    location: ModelLocation = UNCHANGED_LOCATION
+    scale_is: str | None = None
+    prompt_file: Path | None = None
+    num_images: int = 16
+    num_steps: int | None = None
+    cfg_weight: float | None = None
+    seed: int = 10_000
+    batch_size: int = 8
+    variants: str | None = None
+    min_psnr: float | None = None
+    max_step_error: float | None = None
+    output: Path | None = None
+    grid_map: str = "difference"
+    native: str = "auto"
+    text_group: int | None = None
+    dry_run: bool = False
+    resume: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(FolderOptions):
+    """Stage 5, export_quantized_model.py. None: what stages 3W and 3A left."""
+
+    location: ModelLocation = UNCHANGED_LOCATION
+    weights: str | None = None
+    activations: str | None = None
+    scale_is: str | None = None
+    layout: str = "mlx"
+    rest_bits: int = 16
+    all_linears: bool = False
+    complete: bool = False
+    output: Path | None = None
+    force: bool = False
+    dry_run: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawingOptions(SamplingOptions):
+    """draw_images.py."""
+
+    prompts: tuple[str, ...] = ()
+    model: str = "sd3-emoji"
+    compare: str | None = None
+    seed: int = 0
+    activations: bool = False
+    native: str = "auto"
+    output: Path = Path("drawn")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions(FolderOptions):
+    """report_calibration.py."""
+
+    output: Path | None = None
+    force: bool = False
+    dry_run: bool = False

@@ -1,0 +1,148 @@
+"""The first phase: every unit's rounding is learned for the unit's own output, then its grids and ranges (BRECQ, AdaRound)."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+import numpy as np
+
+from calibration_store.block_cache import VELOCITY, block_keys, boundary_shapes, holds_ends, stored_shapes
+from calibration_store.names import block_of
+from calibration_store.rounding_checkpoint import Layers
+from calibration_store.weights import write_losses, write_quantized_block
+from w4a8.model.layers import model_blocks
+from w4a8.model.parts import check_finite
+from w4a8.quantized.arithmetic import grid_position
+from w4a8.rounding.iteration_bytes import TRAINING_SCORE_ARRAYS, TRAINING_TOKEN_ARRAYS, IterationBytes
+from w4a8.rounding.jobs import Job
+from w4a8.rounding.run import RoundingRun, num_weights
+from w4a8.rounding.training import Training
+from w4a8.rounding.training_samples import Samples
+from w4a8.rounding.unit_training import UnitTraining
+from w4a8.rounding.units import MODEL
+
+BYTES_PER_WEIGHT = 3 + 2 * 16  # codes and alpha, and a checkpoint being replaced by the next
+
+
+class UnitPhase(Job):
+    """The learned rounding of one unit: a block, or the whole model."""
+
+    @classmethod
+    def of_run(cls, run: RoundingRun) -> list[Job]:
+        specs = run.unit_class.specs(run.layers, run.blocks)
+        return [cls(run, spec) for spec in specs if spec.layers]  # a unit whose layers are all excluded is left out
+
+    @property
+    def iterations(self) -> int:
+        return self.run.settings.iters
+
+    @property
+    def trial(self) -> Job:
+        """The first unit where blocks are walked one after the other: its inputs are cached."""
+        return self if self.run.boundaries is None else self.of_run(self.run)[0]
+
+    @property
+    def timed_from(self) -> int:
+        return self.run.settings.rounding_iters
+
+    @property
+    def is_one_process(self) -> bool:
+        """Whether blocks need nothing of each other: all boundaries are cached."""
+        run = self.run
+        return run.ranks.size > 1 and not holds_ends(run.cache) and run.unit != MODEL
+
+    @property
+    def bytes_written(self) -> int:
+        return BYTES_PER_WEIGHT * num_weights(self.run.layers[name] for name in self.spec.layers)
+
+    def peak_bytes(self) -> int:
+        return 0
+
+    def iteration_bytes(self) -> IterationBytes:
+        """Estimate what an iteration takes, from shapes alone."""
+        run = self.run
+        cached, config = boundary_shapes(run.cache), run.mmdit.config
+        shapes = [cached[key] for key in block_keys(run.cache, self.spec.blocks[0])[0]]
+        rows, hidden, tokens = shapes[0][0], shapes[0][-1], sum(shape[1] for shape in shapes)
+        arrays, scores = rows * tokens * hidden, rows * config.num_heads * tokens**2
+        weights = num_weights(run.layers[name] for name in self.spec.layers)
+        sample = 4 * int(TRAINING_TOKEN_ARRAYS * arrays + TRAINING_SCORE_ARRAYS * scores)
+        return IterationBytes(4 * weights, sample, len(self.spec.blocks))
+
+    def sample_bytes(self) -> int:
+        """Return the number of bytes that one cached sample takes in memory."""
+        run, blocks = self.run, self.spec.blocks
+        stored, walked = stored_shapes(run.cache), np.dtype(run.boundary_dtype).itemsize
+        shapes = stored | boundary_shapes(run.cache)
+        inputs, outputs = block_keys(run.cache, blocks[0], blocks[-1])
+        outputs = [VELOCITY] if holds_ends(run.cache) and run.unit == MODEL else outputs
+        keys = [*inputs, "modulation_input", *outputs]
+        return sum((2 if key in stored else walked) * int(np.prod(shapes[key])) for key in keys)
+
+    def losses_paths(self) -> list[Path]:
+        return [self.run.paths.losses(block) for block in self.trained_blocks]
+
+    def open(self) -> nn.Module:
+        mmdit = self.run.open()
+        for name in self.spec.blocks:
+            check_finite(model_blocks(mmdit)[name].module, f"{self.run.plan['model_version']}, {name}")
+        return mmdit
+
+    def samples(self, mmdit: nn.Module) -> Samples:
+        run = self.run
+        if run.boundaries is not None:
+            return run.boundaries.samples(mmdit, self.spec.blocks[0])
+        return run.whole_samples() if holds_ends(run.cache) else run.stretch_samples(self.spec.blocks)
+
+    def few_samples(self, mmdit: nn.Module) -> Samples:
+        run = self.run
+        return self.samples(mmdit) if run.boundaries is None else run.boundaries.few(mmdit, run.settings.batch_size)
+
+    def training(self, mmdit: nn.Module, samples: Samples) -> Training:
+        return UnitTraining(self.run.unit_class.build(mmdit, self.spec, samples, self.run.settings, self.run.ranks))
+
+    def write(self, training: Training, losses: Mapping[str, Any], keep_alpha: bool) -> None:
+        """Write what was learned; where held-out samples are no better off than with round-to-nearest, write that."""
+        assert isinstance(training, UnitTraining)
+        kept_nearest = not losses["end"] < losses["nearest"]
+        trained = trained_layers(training, kept_nearest)
+        stages = [{**losses, "kept_nearest": kept_nearest, "layers": len(trained)}]
+        for block in self.trained_blocks:
+            layers = {name: dict(fields) for name, fields in trained.items() if block_of(name) == block}
+            for fields in () if keep_alpha else layers.values():
+                del fields["alpha"]
+            write_quantized_block(self.run.paths, block, layers, self.run.plan)
+            write_losses(self.run.paths.losses(block), self.name, stages, self.run.plan)
+
+
+def trained_layers(training: UnitTraining, keep_nearest: bool) -> Layers:
+    """Return the arrays of a trained unit's layers as block files hold them: {layer: {field: array}}."""
+    unit, state = training.unit, training.state
+    quantized = unit.nearest
+    if not keep_nearest:
+        quantized = dict(unit.quantized(state, unit.codes(state, hard=True), with_ranges=False).layers)
+    layers: Layers = {}
+    for name in unit.layers:
+        fields = quantized[name].fields()
+        if keep_nearest:
+            lower = np.floor(grid_position(np.array(unit.weights[name]), fields["scale"], fields["zero_point"]))
+            alpha = np.where(fields["q"] > lower, 0.5, -0.5)
+        else:
+            alpha = np.array(state["alpha"][name])
+        bias = {key: fields.pop(key) for key in ("bias",) if key in fields}
+        layers[name] = bias | {"alpha": half_alpha(alpha)} | fields
+        if state["range"]:
+            ranges = np.exp(np.array(state["range"][unit.input_of[name]], np.float32))
+            layers[name]["act_scale"] = ranges.max()
+            if ranges.ndim:
+                layers[name]["act_scales"] = ranges
+        if name in unit.shifts:
+            layers[name]["act_shift"] = np.array(unit.shifts[name])
+    return layers
+
+
+def half_alpha(alpha: np.ndarray) -> np.ndarray:
+    """Return α in float16 on the same side of 0; a negative α that is too small becomes the smallest negative number."""
+    half = alpha.astype(np.float16)
+    return np.where((alpha < 0) & (half == 0), -np.finfo(np.float16).smallest_subnormal, half)

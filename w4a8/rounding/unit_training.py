@@ -1,0 +1,98 @@
+"""The training of one unit: rounding variables first, then with the codes decided scales, zero points, biases and ranges."""
+
+import math
+from typing import Any
+
+from w4a8.rounding.methods import Arrays
+from w4a8.rounding.settings import EVALUATED, cosine
+from w4a8.rounding.training import NotFiniteError, Training, grid_slopes
+from w4a8.rounding.training_samples import spread_over
+from w4a8.rounding.units import Gradients, Unit
+
+
+class UnitTraining(Training):
+    """The training of a `Unit`."""
+
+    unit: Unit
+
+    @property
+    def iters(self) -> int:
+        return self.settings.iters
+
+    @property
+    def rounding_iters(self) -> int:
+        """Number of iterations that move the rounding; the others tune scales, zero points and biases."""
+        return self.settings.rounding_iters
+
+    @property
+    def inputs_from(self) -> int:
+        return self.settings.inputs_from
+
+    def first_fixed(self) -> Arrays:
+        return self.unit.method.begin(self.state["alpha"])
+
+    def changed_share(self) -> float:
+        start = self.unit.start["alpha"]
+        changed = [((alpha >= 0) != (start[name] >= 0)).sum().item() for name, alpha in self.state["alpha"].items()]
+        return sum(changed) / sum(alpha.size for alpha in start.values())
+
+    def step(self) -> float:
+        """As Training.step."""
+        unit, settings = self.unit, self.settings
+        tuning = self.iteration >= self.rounding_iters
+        codes = unit.codes(self.state, hard=tuning)
+        quantized = unit.quantized(self.state, codes, with_ranges=self.iteration >= settings.inputs_from)
+        near = self.near(min(self.iteration + 1, self.iters - 1)) if settings.window else ()
+        loss, gradients = unit.gradients(quantized, self.drawn(self.iteration), self.iteration, near)
+        self._check(loss, gradients)
+        if tuning:
+            self.tune(codes, gradients)
+        else:
+            self.round(gradients["weights"])
+        if gradients["ranges"]:
+            self.move_ranges(gradients["ranges"])
+        return self._finished(loss)
+
+    def round(self, weight_gradients: Arrays) -> None:
+        """Move the rounding variables."""
+        settings, alphas, method = self.settings, self.state["alpha"], self.unit.method
+        progress = self.iteration / self.rounding_iters
+        count = sum(alpha.size for alpha in alphas.values())
+        gradients = {}
+        for name, alpha in alphas.items():
+            scale = self.state["scale"][name]
+            slope = (weight_gradients[name].reshape(*scale.shape, -1) * scale[..., None]).reshape(alpha.shape)
+            gradients[name] = method.gradient(alpha, slope, self.fixed.get(name), progress, count)
+        optimizer = self.optimizers["alpha"]
+        optimizer.learning_rate = settings.lr_alpha * cosine(progress)
+        moved = optimizer.apply_gradients(gradients, alphas)
+        self.state["alpha"], self.fixed = method.settle(alphas, moved, self.fixed, progress, self.iteration)
+
+    def tune(self, codes: Arrays, gradients: Gradients) -> None:
+        """Move scales, zero points and biases."""
+        state = self.state
+        slopes = grid_slopes(codes, state["scale"], state["zero_point"], gradients["weights"])
+        progress = (self.iteration - self.rounding_iters) / max(1, self.iters - self.rounding_iters)
+        self.move_grids(slopes | {"bias": gradients["biases"]}, progress)
+
+    def measure(self) -> dict[str, Any]:
+        """The losses of a finished training on held-out samples, and at its end on those that it was trained on."""
+        unit, state = self.unit, self.state
+        held_out, chosen = (spread_over(ids, EVALUATED) for ids in (unit.samples.held_out, unit.samples.training))
+        codes = unit.codes(state, hard=True)
+        final = unit.quantized(state, codes, with_ranges=False)
+        deployed = unit.quantized(state, codes, with_ranges=True)
+        first = unit.quantized(unit.start, unit.codes(unit.start, hard=True), with_ranges=False)
+        hardened = unit.quantized({**unit.start, "alpha": state["alpha"]}, codes, with_ranges=False)
+        losses = {
+            "nearest": unit.loss(held_out, unit.nearest_state()),
+            "start": unit.loss(held_out, first),
+            "hardened": unit.loss(held_out, hardened),
+            "end": unit.loss(held_out, final),
+            "end_activations": unit.loss(held_out, deployed) if deployed.rule is not None else None,
+            "end_training": unit.loss(chosen, final),
+        }
+        for name, value in losses.items():
+            if value is not None and not math.isfinite(value):
+                raise NotFiniteError(f"the held-out loss {name!r} is not finite after iteration {self.iteration}")
+        return losses
