@@ -80,11 +80,18 @@ def test_recipes_name_flags_that_exist(recipe):
         assert not unknown, f"{recipe}: {script} has no {unknown}"
 
 
-@pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("*.py")))
+@pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("*.py") if path.name != "hooks.py"))
 def test_a_python_without_the_packages_says_what_to_do(script):
     done = subprocess.run([sys.executable, "-S", ROOT / script, "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "has no click" in done.stderr, done.stderr
     assert "make setup" in done.stderr and "activate" in done.stderr
+
+
+def test_importing_a_package_ends_no_program():
+    """A program that imports the packages where something is missing gets an ImportError, and goes on as it likes."""
+    code = "import w4a8, calibration_store\ntry: import hooks\nexcept ImportError: print('goes on')"
+    done = subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout == "goes on\n", done.stderr
 
 
 def recipe_said(recipe, *words, **environment):
@@ -133,6 +140,26 @@ def test_functions_that_the_walks_name_exist():
         source = (ROOT / file).read_text()
         for name in re.findall(r"`([A-Za-z_.]+)`", names):
             assert re.search(rf"(?:def|class) {name.split('.')[-1]}\b", source), f"{file} has no {name}"
+
+
+def module_file(path: str) -> bool:
+    """Return whether a module or a package lies at a path below the repository."""
+    return (ROOT / f"{path}.py").exists() or (ROOT / path / "__init__.py").exists()
+
+
+def test_dotted_names_resolve():
+    """Every w4a8.… and calibration_store.… in backticks, in the pages and in the code's prose, is a module or lies in one."""
+    missing = []
+    for path in [*SOURCES, *(ROOT / name for name in DOCUMENTS)]:
+        for name in set(re.findall(r"`((?:w4a8|calibration_store)(?:\.\w+)+)`", path.read_text())):
+            parts = name.split(".")
+            files = [count for count in range(1, len(parts) + 1) if module_file("/".join(parts[:count]))]
+            found = importlib.import_module(".".join(parts[: max(files)]))
+            for attribute in parts[max(files) :]:
+                found = getattr(found, attribute, None)
+            if found is None:
+                missing.append(f"{path.name}: {name}")
+    assert missing == []
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

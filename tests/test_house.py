@@ -1,6 +1,9 @@
 """The house's rules: where imports stand, who may know what, how large a file may be, and that MLX is fast whoever comes first."""
 
 import ast
+import dataclasses
+import graphlib
+import importlib
 import re
 import resource
 import subprocess
@@ -9,6 +12,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from conftest import ROOT
+
+from w4a8 import options
 
 STAGES = sorted(path for path in ROOT.glob("*.py") if "\ndef main(" in path.read_text())
 PACKAGE = sorted((ROOT / "w4a8").rglob("*.py"))
@@ -49,7 +54,7 @@ def imported(tree: ast.AST) -> set[str]:
 def imports_in_functions(path: Path) -> list[tuple[str, int]]:
     """(function, line) of every import inside a function that the rule does not allow.
 
-    A script's `run` (or `main`) may begin with one block of imports, and import a figure's module under `if with_plot:`.
+    A script's `run` (or `main`) may begin with one block of imports, and import a figure's module under `if options.with_plot:`.
     """
     found = []
     for function in ast.walk(ast.parse(path.read_text())):
@@ -59,7 +64,7 @@ def imports_in_functions(path: Path) -> list[tuple[str, int]]:
         if path not in PACKAGE + STORE and function.name in ("run", "main"):
             body = function.body[1:] if ast.get_docstring(function) else function.body
             head = next((i for i, node in enumerate(body) if not is_import(node)), len(body))
-            plots = [n for n in body if isinstance(n, ast.If) and ast.unparse(n.test) == "with_plot"]
+            plots = [n for n in body if isinstance(n, ast.If) and ast.unparse(n.test) == "options.with_plot"]
             allowed = {id(node) for node in body[:head]} | {id(n) for p in plots for n in ast.walk(p) if is_import(n)}
             inside = [node for node in inside if id(node) not in allowed]
         found += [(function.name, node.lineno) for node in inside]
@@ -79,9 +84,21 @@ def test_a_stage_is_a_story():
     def fault(path):
         text = path.read_text()
         functions = [node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
-        return functions if functions != ["main", "run"] else not 50 <= len(text.splitlines()) <= 200
+        return functions if functions != ["main", "run"] else not 50 <= len(text.splitlines()) <= 210
 
     assert len(STAGES) == 10 and offenders(STAGES, fault) == {}
+
+
+def test_a_story_fits_on_a_screen():
+    """`run` takes its stage's options as one object, and has at most 60 lines beside its imports."""
+
+    def fault(path):
+        (run,) = [node for node in ast.parse(path.read_text()).body if getattr(node, "name", "") == "run"]
+        imports = sum(node.end_lineno - node.lineno + 1 for node in run.body if is_import(node))
+        names = [argument.arg for argument in run.args.args]
+        return names if names != ["options"] else run.end_lineno - run.lineno + 1 - imports > 60
+
+    assert offenders(STAGES, fault) == {}
 
 
 def test_help_loads_nothing_heavy_and_is_fast():
@@ -123,6 +140,67 @@ def test_nobody_imports_a_script():
 
 def test_the_store_knows_no_command_line_and_no_mlx():
     assert offenders(STORE, imports_of({"click", "mlx", "torch", "diffusionkit", "w4a8", "hooks"})) == {}
+
+
+def modules_imported(path: Path) -> set[str]:
+    """Return the modules of the packages that a file imports, with the names that it takes from them."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def test_only_scripts_import_the_command_line():
+    below = [path for path in PACKAGE if path.parent.name != "cli"]
+    assert offenders([*below, *STORE], lambda path: {name for name in modules_imported(path) if name.startswith("w4a8.cli")}) == {}
+
+
+def test_packages_import_each_other_in_no_circle():
+    """A package is a folder of w4a8, a module beside these folders, hooks.py or calibration_store."""
+
+    def package(module: str) -> str:
+        return ".".join(module.split(".")[: 2 if module.startswith("w4a8.") else 1])
+
+    arrows: dict[str, set[str]] = {}
+    for path in [*PACKAGE, *STORE, ROOT / "hooks.py"]:
+        own = package(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        found = {package(module) for module in modules_imported(path) if module.startswith(("w4a8.", "calibration_store", "hooks"))}
+        arrows.setdefault(own, set()).update(found - {own})
+    list(graphlib.TopologicalSorter(arrows).static_order())  # raises CycleError, which names a circle
+
+
+def test_one_public_name_has_one_meaning():
+    """No two modules of the packages define the same public name, constants included."""
+    owners: dict[str, set[str]] = {}
+    for path in [*PACKAGE, *STORE]:
+        for node in ast.parse(path.read_text()).body:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+            names = [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
+            names += [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else []
+            for name in names:
+                if not name.startswith("_"):
+                    owners.setdefault(name, set()).add(str(path.relative_to(ROOT)))
+    assert {name: sorted(paths) for name, paths in owners.items() if len(paths) > 1} == {}
+
+
+def test_every_option_is_a_field_and_every_field_an_option():
+    """Scripts declare what w4a8/options.py has: the same names; the defaults stand there alone."""
+    location = {"model", "local_checkpoint", "loras"}  # the field `location`, beside --model of stages that choose one
+
+    def fault(path):
+        text = path.read_text()
+        kind = getattr(options, re.search(r"@cli\.stage\((\w+)\)", text)[1])
+        fields = {field.name: field.default for field in dataclasses.fields(kind)}
+        command = importlib.import_module(path.stem).main
+        declared = {parameter.name: parameter.default for parameter in command.params}
+        given = set(declared) - location | ({"location"} if "location" in fields else location & set(fields))
+        wrong = {name for name, default in declared.items() if name in fields and default != fields[name]}
+        return (given ^ set(fields)) | wrong | set(re.findall(r"\bdefault=.*", text))
+
+    assert offenders(STAGES, fault) == {}
 
 
 def test_only_the_store_knows_keys_and_names():

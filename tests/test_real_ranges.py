@@ -90,7 +90,7 @@ def errors_of(layer, kind, entry, migration):
 
 
 def test_a_range_from_a_few_tokens_does_not_cut_ordinary_ones_off():
-    """FIELD_NOTES: 308 tokens × 6,144 channels, maxima as in block 22's text fc2, one rare row: −9.6 dB once."""
+    """Check 308 tokens × 6,144 channels, maxima as in block 22's text fc2, one rare row: −9.6 dB once."""
     layer = real_layers()["mm22.txt.mlp.fc2"]
     x = np.concatenate(synthetic_inputs(layer, "rare", 308, 1, 0))
     limits, histograms, moments = cpu_statistics(x)
