@@ -18,11 +18,6 @@ import click
 from calibration_store.choices import BOUNDARIES
 from w4a8.options import CacheOptions
 
-OPTIONS = {
-    "num_images": "--num-images", "stride": "--stride", "blocks": "--blocks", "boundaries": "--boundaries",
-    "key_timesteps": "--steps",
-}  # fmt: skip
-
 
 @cli.stage(CacheOptions)
 @cli.calib_dir_option
@@ -80,7 +75,8 @@ def run(options: CacheOptions) -> None:
 
     manifest, paths = read_manifest(options.calib_dir), BlockCachePaths(options.calib_dir)
     ranks = join(options.calib_dir)
-    folder = StageFolder(paths, paths.plan, CACHE_PLAN, read_plan, OPTIONS, options.resume, options.force, ranks)
+    flags = cli.flags(main, num_images="num_images", stride="stride", blocks="blocks", boundaries="boundaries", key_timesteps="steps")
+    folder = StageFolder(paths, paths.plan, CACHE_PLAN, read_plan, flags, options.resume, options.force, ranks)
     before = folder.before()
     boundaries = choose_boundaries(options.boundaries, options.blocks, before)
     with folder.held(options.dry_run):

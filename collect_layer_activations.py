@@ -15,7 +15,6 @@ import click
 
 from w4a8.options import CollectionOptions
 
-OPTIONS = {"num_images": "--num-images", "stride": "--stride"}
 STEP_FILE_SIZES = 4  # of a partial result, that a step's files take: an array a layer, where partials have one an input
 
 
@@ -57,7 +56,8 @@ def run(options: CollectionOptions) -> None:
 
     manifest, paths = read_manifest(options.calib_dir), ActivationPaths(options.calib_dir)
     ranks = join(options.calib_dir)
-    folder = StageFolder(paths, paths.collection, COLLECTION, COLLECTION.read, OPTIONS, options.resume, options.force, ranks)
+    flags = cli.flags(main, num_images="num_images", stride="stride")
+    folder = StageFolder(paths, paths.collection, COLLECTION, COLLECTION.read, flags, options.resume, options.force, ranks)
     images, selection = select_passes(manifest, options.num_images, options.stride, folder.before(num_images=options.num_images))
     plan = {"format": PARTIAL_FORMAT, **selection}
     places, dtype = places_of(plan), manifest["activation_dtype"]

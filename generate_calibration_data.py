@@ -75,7 +75,6 @@ def run(options: GenerationOptions) -> None:
     from calibration_store.stage_folder import StageFolder
     from w4a8.backend.launched import join
     from w4a8.generation import (
-        RUN_OPTIONS,
         batches_to_do,
         begun,
         bytes_to_do,
@@ -107,8 +106,12 @@ def run(options: GenerationOptions) -> None:
     plan["weights_fingerprint"] = model_fingerprint(info, plan["use_t5"], options.local_checkpoint)
     say_how_many_prompts(prompts, options.num_images, options.prompt_file)
     paths, complete = CalibrationPaths(options.calib_dir), {}
+    flags = cli.flags(
+        main, activation_dtype="dtype", use_t5="use_t5", num_steps="num_steps", cfg_scale="cfg_weight", negative_prompt="negative_prompt",
+        latent_size="latent_size", sampler_shift="model", seed_base="seed", stride="stride", save_images="save_images",
+    )  # fmt: skip
     folder = StageFolder(
-        paths, paths.manifest, MANIFEST, lambda path: read_manifest(path.parent), RUN_OPTIONS, options.resume, options.force, ranks, "samples"
+        paths, paths.manifest, MANIFEST, lambda path: read_manifest(path.parent), flags, options.resume, options.force, ranks, "samples"
     )  # fmt: skip
     with folder.held(options.dry_run):
         manifest = folder.check(finished(plan))

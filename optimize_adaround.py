@@ -21,13 +21,13 @@ from calibration_store.choices import GROUP_SIZES, INPUT_RULES, ROUNDING_METHODS
 from calibration_store.limits import MOST_ITERATIONS, MOST_SECONDS
 from w4a8.options import RoundingOptions
 
-OPTIONS = {
-    "unit": "--unit", "block_names": "--blocks", "iters": "--iters", "batch_size": "--batch-size", "weight_bits": "--weight-bits",
-    "activation_bits": "--activation-bits", "group_size": "--group-size", "rounding": "--rounding", "qdrop": "--qdrop",
-    "lr_alpha": "--lr-alpha", "lr_activation_scale": "--lr-activation-scale", "regularizer_weight": "a regularizer weight of",
-    "block_inputs": "block inputs that are", "end_to_end": "--end-to-end", "activation_rule": "--activation-rule",
-    "average_bits": "--average-bits", "bit_choices": "widths of --average-bits", "layer_bits": "--bits", "excluded": "--bits of 16 for",
-    "seed": "--seed", "micro_batch": "--micro-batch", "selected_image_ids": "cached images", "key_timesteps": "cached steps",
+NAMED_LIKE_THEIR_OPTION = (  # entries of the plan
+    "unit", "iters", "batch_size", "weight_bits", "activation_bits", "group_size", "rounding", "qdrop", "lr_alpha", "lr_activation_scale",
+    "end_to_end", "activation_rule", "average_bits", "seed", "micro_batch",
+)  # fmt: skip
+WITHOUT_AN_OPTION = {
+    "selected_image_ids": "cached images", "key_timesteps": "cached steps", "bit_choices": "widths of --average-bits",
+    "excluded": "--bits of 16 for", "regularizer_weight": "a regularizer weight of", "block_inputs": "block inputs that are",
 }  # fmt: skip
 
 
@@ -165,7 +165,8 @@ def run(options: RoundingOptions) -> None:
     calib_dir, paths = options.calib_dir, WeightPaths(options.calib_dir)
     cache, manifest, ranks = read_cache_metadata(calib_dir), read_manifest(calib_dir), join(calib_dir)
     schedule, _ = run_schedule(manifest)
-    folder = StageFolder(paths, paths.plan, WEIGHTS_PLAN, WEIGHTS_PLAN.read, OPTIONS, options.resume, options.force, ranks)
+    flags = cli.flags(main, block_names="blocks", layer_bits="bits", **dict(zip(NAMED_LIKE_THEIR_OPTION, NAMED_LIKE_THEIR_OPTION, strict=True)))
+    folder = StageFolder(paths, paths.plan, WEIGHTS_PLAN, WEIGHTS_PLAN.read, flags | WITHOUT_AN_OPTION, options.resume, options.force, ranks)
     with folder.held(options.dry_run):
         opened, before = run_transformer(manifest, options.location), folder.before()
         rounding = RoundingRun.plan_run(options, opened, paths, cache, schedule, ranks)

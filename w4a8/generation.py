@@ -39,20 +39,6 @@ MANIFEST_BYTES_PER_IMAGE = 400
 
 
 # manifest key -> the option that sets it: what --resume compares
-RUN_OPTIONS = {
-    "activation_dtype": "--dtype",
-    "use_t5": "--t5/--no-t5",
-    "num_steps": "--num-steps",
-    "cfg_scale": "--cfg-weight",
-    "negative_prompt": "--negative-prompt",
-    "latent_size": "--latent-size",
-    "sampler_shift": "--model",
-    "seed_base": "--seed",
-    "stride": "--stride",
-    "save_images": "--images/--no-images",
-}
-
-
 def model_of_run(calib_dir: Path) -> str | None:
     """What the run in a folder was begun with; None where there is none."""
     return read_manifest(calib_dir)["model_version"] if CalibrationPaths(calib_dir).manifest.exists() else None

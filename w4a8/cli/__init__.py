@@ -7,7 +7,7 @@ from calibration_store.sizes import format_bytes
 from w4a8.backend.interrupts import finishing
 from w4a8.backend.progress import progress_bar
 from w4a8.backend.words import format_seconds, interpreter, shortened
-from w4a8.cli.command import Interrupted, StageCommand, interruptible, stage, stage_command
+from w4a8.cli.command import Interrupted, StageCommand, flags, interruptible, stage, stage_command
 from w4a8.cli.options import (
     COUNT,
     DECIBELS,
@@ -44,6 +44,7 @@ __all__ = [
     "analysis_options",
     "calib_dir_option",
     "finishing",
+    "flags",
     "format_bytes",
     "format_seconds",
     "interpreter",

@@ -228,6 +228,12 @@ def stage(kind: type[Any]) -> Callable[[Callable[[Any], None]], click.Command]:
     return decorate
 
 
+def flags(command: click.Command, **fields: str) -> dict[str, str]:
+    """Return {key of a plan: flag on the command line}, from {key of a plan: field of the stage's options}."""
+    spelled = {parameter.name: "/".join([*parameter.opts, *parameter.secondary_opts]) for parameter in command.params}
+    return {key: spelled[field] for key, field in fields.items()}
+
+
 def plain_ascii(name: str) -> codecs.CodecInfo | None:
     """ASCII under a name of its own: click takes a stream that is called ascii for a mistake and writes UTF-8 to it."""
     if name != "plain_ascii":
