@@ -74,9 +74,8 @@ def quant_config_fault(config: Config) -> str | None:
     for name, migration in (config.get("outlier_config") or {}).items():
         multipliers, listed = migration["multiplier_vector"], set(migration["outlier_indices"])
         wide = {index for index, m in enumerate(multipliers) if m > 1}
-        if not wide <= listed or any(
-            index >= len(multipliers) for index in listed
-        ):  # the multiplier of a listed channel may round to 1
+        outside = any(index >= len(multipliers) for index in listed)
+        if not wide <= listed or outside:  # the multiplier of a listed channel may round to 1
             return (
                 f"outlier_config: {name}: outlier_indices lack a channel whose multiplier is above 1, "
                 "or name one that is not there"

@@ -76,9 +76,7 @@ class _Metrics(TypedDict):
 class Metrics(_Metrics, total=False):
     """The entries of metrics.json that the toolkit reads; the file has more."""
 
-    calibration_run: (
-        Digest  # identity of the run with the images in selected_image_ids; files of 0.8.0 have neither key
-    )
+    calibration_run: Digest  # identity of the run with selected_image_ids; files of 0.8.0 have neither key
     selected_image_ids: list[Index]
     weights_fingerprint: Digest | None
     model_version: Name

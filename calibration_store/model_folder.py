@@ -244,11 +244,7 @@ def weight_file(folder: Path, part: str) -> Path:
     return folder / f"{part}.safetensors"
 
 
-DECIDING_FILES = (
-    "vocab.json",
-    "merges.txt",
-    "activations.json",
-)  # files that decide the images, beside the weights and config.json
+DECIDING_FILES = ("vocab.json", "merges.txt", "activations.json")  # decide the images, as weights and config.json do
 
 
 def role_of(path: Path) -> str | None:

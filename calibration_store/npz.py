@@ -36,9 +36,7 @@ def write_npz(path: Path, arrays: Mapping[str, np.ndarray], durable: bool = True
             offsets.append(file.tell())
             size = len(header) + array.nbytes
             padding = -(file.tell() + _LOCAL_HEADER.size + len(name) + 4 + len(header)) % 64
-            extra = struct.pack("<HH", 0xD935, padding) + bytes(
-                padding
-            )  # zipalign, of Android, pads with this field, too
+            extra = struct.pack("<HH", 0xD935, padding) + bytes(padding)  # the padding field of Android's zipalign
             file.write(_LOCAL_HEADER.pack(b"PK\3\4", 20, 0, 0, 0, 33, 0, size, size, len(name), len(extra)))
             file.write(name.encode() + extra + header)
             file.write(_bytes_of(array))
@@ -91,9 +89,7 @@ NPZ_ERRORS = (
     ValueError, TypeError, IndexError, OSError, EOFError, AttributeError, RuntimeError, NotImplementedError,
     struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error, MemoryError, RecursionError,
 )  # fmt: skip
-LARGEST_NPZ = (
-    16 * 2**30
-)  # limit in bytes of a file that is read as a whole; compressed members may unpack to a quarter of it
+LARGEST_NPZ = 16 * 2**30  # limit in bytes of a file that is read as a whole; compressed members unpack to a quarter
 HEADER_BYTES = 2**14  # limit of the header of an .npy file, which takes far less
 NPY_MAGIC = b"\x93NUMPY"
 

@@ -48,9 +48,7 @@ COLLECT = "collect_layer_activations.py"
 COLLECTION = JsonFormat(
     PARTIAL_FORMAT, _Collection, COLLECT, lambda plan: distinct(plan["selected_image_ids"], "selected_image_ids: image")
 )
-GRID = (
-    256  # bins of a histogram; its row also has the grid's exponent and first bin, and the number of values not finite
-)
+GRID = 256  # bins of a histogram; its row also has the grid's exponent, its first bin, and the values not finite
 LAYERS = Rule(
     "is not a list of distinct layers",
     lambda a: len(set(a.tolist())) == a.size and all(LAYER.fullmatch(str(name)) for name in a),

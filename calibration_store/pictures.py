@@ -23,10 +23,8 @@ VARIANT_CHUNK = "variant"  # keyword in the pictures of stage 4
 PICTURE_ERRORS = (OSError, SyntaxError, ValueError, struct.error, MemoryError)  # PIL raises these for damaged files
 PNG_HEAD = struct.Struct(">8s4x4s2L")  # signature, IHDR, width, height
 MOST_PIXELS = 2**26
-PNG_SIGNATURE, PNG_CHUNK = (
-    b"\x89PNG\r\n\x1a\n",
-    struct.Struct(">L4s"),
-)  # a chunk begins with the length of its data and its type
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_CHUNK = struct.Struct(">L4s")  # the beginning of a chunk: length of its data, type
 
 
 @contextlib.contextmanager

@@ -41,9 +41,7 @@ class _Activations(TypedDict):
 class Activations(_Activations, total=False):
     """The entries of activations.json: how a runtime may quantize the inputs of the linear layers."""
 
-    per_timestep: dict[
-        StepKey, dict[LayerName, LayerRange]
-    ]  # "static by step": the step with the nearest sigma applies
+    per_timestep: dict[StepKey, dict[LayerName, LayerRange]]  # "static by step": the nearest sigma's step applies
     sigma_map: dict[StepKey, NotNegative]
     layers: dict[LayerName, LayerRange]  # "static"
 

@@ -1,7 +1,7 @@
 """Pieces of file formats: JSON as msgspec types, NPZ as members with dtype, shape and rules, checked by every reader.
 
-A format is declared once, from the pieces of this module, beside the code that reads and writes it. A rule can break
-an array: tools/corruption_campaign.py derives its damaged files from the same declarations.
+A format is declared once, from the pieces of this module, beside the code that reads and writes it. A rule can also
+break an array: tools/corruption_campaign.py derives its damaged files from the same declarations.
 """
 
 from collections.abc import Callable, Mapping
@@ -45,9 +45,7 @@ NotNegative = Annotated[float, Meta(ge=0, le=MOST_THRESHOLD)]
 Positive = Annotated[float, Meta(gt=0, le=MOST_THRESHOLD)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 Bounded = Annotated[float, Meta(ge=-MOST_THRESHOLD, le=MOST_THRESHOLD)]
-Name = Annotated[
-    str, Meta(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")
-]  # printed without escapes
+Name = Annotated[str, Meta(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]  # printed as it is
 Prompt = Annotated[str, Meta(min_length=1)]
 Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 StepKey = Annotated[str, Meta(pattern="^[0-9]{1,9}$")]

@@ -61,7 +61,7 @@ class StageFolder:
     def held(self, dry_run: bool = False) -> Iterator[None]:
         """Lock the folder against every other run until the block ends.
 
-        A dry run locks nothing, nor does a rank but the first. Raises StoreError when another process has locked the
+        A dry run and the ranks above 0 lock nothing. Raises StoreError when another process has locked the
         folder, or the folder cannot be written.
         """
         with contextlib.nullcontext() if dry_run or not self._is_first else locked_folder(self.paths.root):
