@@ -1,28 +1,70 @@
-"""The only place that knows folders, file names, formats and keys; NumPy, no MLX, no command line.
+"""Everything that the stages leave on the disk: folders, file names, formats and keys. No MLX, no command line.
 
-A module a format, which it declares, checks, reads and writes: manifest, samples, pictures (1), block_cache, cache_plan (2W),
-partials, statistics (2A), weights, checkpoint (3W), configs (3A, 3A'), evaluation (4), model_folder. Below them: layout (where
-files are), names (layers and keys), stage_folder (the life of a stage), schema, npz, files, errors. FORMAT strings
-and keys are a contract (calibration_data/README.md): extra keys may be added, existing ones keep their meaning.
+Other programs import the readers in `__all__` from here; docs/api.md has an example of each. They are declared in
+calibration_store/api.py and loaded when one of them is asked for, since every script's `--help` imports this package
+(for its limits and choices) and must not wait for NumPy. `dir()` and type checkers see `__all__` as it is.
 
-Other programs read with `read_manifest`, `read_cached_block`, `read_cached_ends`, `read_statistics`, `read_config`,
-`read_quantized_block`, which raise StoreError in one line; they are found here when they are asked for.
+A module declares, checks, reads and writes one format: manifest, samples, pictures (1), block_cache, cache_plan,
+sensitivity (2W), partials, statistics (2A), weights, rounding_checkpoint (3W), configs (3A, 3A'), evaluation (4),
+model_folder, quantized_model (5). Below them: layout (where files are), names (layers and keys), stage_folder (the life
+of a stage), choices, limits, schema, npz, histograms, files, sizes, errors. FORMAT strings and keys are a contract
+(calibration_data/README.md): extra keys may be added, existing ones keep their meaning.
 """
 
 import importlib
+from typing import TYPE_CHECKING
 
-READERS = {
-    "read_manifest": "manifest",
-    "read_cached_block": "block_cache",
-    "read_cached_ends": "block_cache",
-    "read_statistics": "statistics",
-    "read_config": "configs",
-    "read_quantized_block": "weights",
-    "StoreError": "errors",
-}
+__all__ = [
+    "ActivationStatistics",
+    "CachedBlock",
+    "CachedEnds",
+    "ExportedModel",
+    "LayerStatistics",
+    "StoreError",
+    "read_cache_metadata",
+    "read_cached_block",
+    "read_cached_ends",
+    "read_manifest",
+    "read_metrics",
+    "read_multitier_config",
+    "read_quant_config",
+    "read_quantized_block",
+    "read_quantized_model",
+    "read_sample",
+    "read_sensitivity",
+    "read_statistics",
+    "read_weights_metadata",
+]
+
+if TYPE_CHECKING:
+    from calibration_store.api import (
+        ActivationStatistics,
+        CachedBlock,
+        CachedEnds,
+        ExportedModel,
+        LayerStatistics,
+        StoreError,
+        read_cache_metadata,
+        read_cached_block,
+        read_cached_ends,
+        read_manifest,
+        read_metrics,
+        read_multitier_config,
+        read_quant_config,
+        read_quantized_block,
+        read_quantized_model,
+        read_sample,
+        read_sensitivity,
+        read_statistics,
+        read_weights_metadata,
+    )
+else:  # a type checker that saw this function would believe every name
+
+    def __getattr__(name: str) -> object:
+        if name in __all__:
+            return getattr(importlib.import_module("calibration_store.api"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def __getattr__(name: str):
-    if name in READERS:
-        return getattr(importlib.import_module(f"calibration_store.{READERS[name]}"), name)
-    raise AttributeError(f"calibration_store has no {name}")
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -1,4 +1,4 @@
-"""The block cache (2W): what every block saw and gave in one pass."""
+"""The block cache (2W): inputs and outputs of the transformer's blocks in passes at stored latents."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ from msgspec import Meta
 from calibration_store.choices import Boundaries
 from calibration_store.errors import StoreError
 from calibration_store.files import write_json
-from calibration_store.layout import BlockCachePaths, CalibrationPaths
-from calibration_store.manifest import read_manifest, same_run
+from calibration_store.layout import BlockCachePaths
+from calibration_store.manifest import refuse_other_run
 from calibration_store.names import MULTIMODAL, UNIFIED, BlockName, block_kind
 from calibration_store.npz import map_npz, write_npz
 from calibration_store.schema import (
@@ -43,12 +43,14 @@ Key = Annotated[str, Meta(pattern=r"^(mm|uni)[0-9]{1,4}__(arg|out)[01]$")]
 Shape = tuple[Annotated[int, Meta(ge=1, le=2)], Side, Literal[1], Side]  # rows, tokens, 1, hidden
 
 
-ALL, ENDS = "all", "ends"  # every boundary between blocks; only those of the whole stack, and what the model gives
-PATCH = 4  # elements of a latent that make a token
+ALL, ENDS = "all", "ends"  # every boundary between blocks; the first block's inputs and the transformer's output alone
+PATCH = 4  # positions of a latent (2 x 2) in a token
 VELOCITY = "velocity"
 
 
 class BlockShapes(TypedDict):
+    """Keys and shapes of a block's inputs and outputs."""
+
     input_keys: list[Key]
     input_shapes: list[Shape]
     output_keys: list[Key]
@@ -56,6 +58,8 @@ class BlockShapes(TypedDict):
 
 
 class SampleEntry(TypedDict):
+    """A sample's file, relative to the cache's folder."""
+
     image_id: Index
     step_index: Index
     file: RelativePath
@@ -75,6 +79,8 @@ class _CacheMetadata(TypedDict):
 
 
 class CacheMetadata(_CacheMetadata, total=False):
+    """metadata.json, written last. Files of earlier versions lack these entries."""
+
     calibration_run: Digest
     num_images: Count
     blocks: str | None
@@ -87,15 +93,16 @@ class CacheMetadata(_CacheMetadata, total=False):
 
 
 def cache_fault(metadata: CacheMetadata) -> str | None:
-    """What the entries of a cache's metadata say of each other that cannot be."""
+    """Return the first contradiction between entries of a cache's metadata, or None."""
     names, shapes = metadata["block_names"], metadata["block_shapes"]
     fault = distinct(names, "block_names: block") or distinct(metadata["selected_image_ids"], "image")
     fault = fault or distinct(metadata["key_timesteps"], "key_timesteps: step")
     if fault or set(names) != set(shapes):
         return fault or "block_shapes are not of block_names"
     for name, block in shapes.items():
-        for side in ("input", "output"):
-            if not 1 <= len(block[f"{side}_keys"]) == len(block[f"{side}_shapes"]) <= 2:
+        inputs, outputs = (block["input_keys"], block["input_shapes"]), (block["output_keys"], block["output_shapes"])
+        for side, (keys, of_keys) in (("input", inputs), ("output", outputs)):
+            if not 1 <= len(keys) == len(of_keys) <= 2:
                 return f"block_shapes: {name}: {side}_keys and {side}_shapes do not belong together"
     wrong = next((name for name in names if not _keys_fit(name, shapes[name])), None)
     if wrong is not None:
@@ -111,7 +118,8 @@ def cache_fault(metadata: CacheMetadata) -> str | None:
         _, height, width, channels = metadata["velocity_shape"]
         tokens = [shape[1] for shape in shapes[names[0]]["input_shapes"]]
         if channels != 16 or height * width not in [PATCH * count for count in tokens]:
-            return f"velocity_shape: {metadata['velocity_shape']}, with {' and '.join(map(str, tokens))} tokens in block_shapes"
+            counts = " and ".join(map(str, tokens))
+            return f"velocity_shape: {metadata['velocity_shape']}, with {counts} tokens in block_shapes"
         if block_kind(names[0])[1] or metadata.get("blocks") is not None:
             return "boundaries 'ends' of a part of the blocks"
     pairs = [(sample["image_id"], sample["step_index"]) for sample in metadata["samples"]]
@@ -125,18 +133,18 @@ def cache_fault(metadata: CacheMetadata) -> str | None:
 
 
 def _keys_fit(name: str, block: BlockShapes) -> bool:
-    """Whether a block's keys are its own: a block's input is its predecessor's output, the first one's its arguments."""
+    """Return whether a block's keys are those of its inputs (its arguments, if it is first) and of its outputs."""
     kind, number = block_kind(name)
     before, source = (f"{kind}{number - 1}", "out") if number else (name, "arg")
     sides = "01" if kind == MULTIMODAL else "0"
     inputs, outputs = (
-        [f"{block_name}__{what}{side}" for side in sides] for block_name, what in ((before, source), (name, "out"))
+        [f"{owner}__{kind_of_key}{side}" for side in sides] for owner, kind_of_key in ((before, source), (name, "out"))
     )
     return block["input_keys"] == inputs and block["output_keys"] in (outputs, outputs[:1])
 
 
 def _shapes_of_keys(metadata: Mapping[str, Any]) -> dict[str, list[tuple[int, ...]]]:
-    """Every stored boundary's shapes, as the blocks on both sides of it say: one, if they agree."""
+    """Return {key: distinct shapes of a boundary}, from the blocks on both its sides; one shape where they agree."""
     shapes: dict[str, list[tuple[int, ...]]] = {}
     for block in metadata["block_shapes"].values():
         for side in ("input", "output"):
@@ -150,26 +158,26 @@ CACHE_METADATA = JsonFormat(CACHE_FORMAT, CacheMetadata, CACHE_SCRIPT, cache_fau
 
 
 def cache_record(shapes: Mapping[str, Sequence[int]], dtype: str = "float16") -> Record:
-    """Return the arrays of a sample of the block cache, from the shapes of its boundaries and of modulation_input."""
+    """Return the declaration of a sample's arrays, from the shapes of its boundaries and of modulation_input."""
     members = {key: Member((dtype,), tuple(shape), (FINITE,)) for key, shape in shapes.items()}
     where = {"image_id": Member(INTEGERS, ()), "step_index": Member(INTEGERS, ()), CALIBRATION_RUN: OF_RUN}
     return Record(members | where)
 
 
 def holds_ends(metadata: Mapping[str, Any]) -> bool:
-    """Whether a cache (or its plan) holds the ends of the stack of blocks alone."""
+    """Return whether a cache, or its plan, holds the ends of the stack of blocks alone."""
     return metadata.get("boundaries", ALL) == ENDS
 
 
 def boundary_shapes(metadata: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shape of every boundary between blocks and of modulation_input by its key, stored or not."""
+    """Return {key: shape} of every boundary between blocks, stored or not, and of modulation_input."""
     shapes = {key: found[0] for key, found in _shapes_of_keys(metadata).items()}
     rows, _, _, hidden = next(iter(shapes.values()))
     return shapes | {"modulation_input": (rows, 1, 1, hidden)}
 
 
 def stored_shapes(metadata: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shape of every array of a cache's sample files, by its key."""
+    """Return {key: shape} of the arrays in a cache's sample files, but for those that say whose sample it is."""
     shapes = boundary_shapes(metadata)
     if not holds_ends(metadata):
         return shapes
@@ -178,7 +186,7 @@ def stored_shapes(metadata: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def ends_of(arrays: Mapping[str, Any], first: Sequence[str]) -> dict[str, Any]:
-    """What `--boundaries ends` keeps; first: the keys of the first block's inputs."""
+    """Return the entries that a cache of `--boundaries ends` stores. first: keys of the first block's inputs."""
     return {key: arrays[key] for key in (*first, "modulation_input", VELOCITY)}
 
 
@@ -186,12 +194,15 @@ def check_cached_sample(
     path: Path, image_id: int, step_index: int, shapes: Mapping[str, Sequence[int]], checked: bool, run: str | None,
     remedy: str = CACHE_REMEDY, dtype: str = "float16",
 ) -> dict[str, np.ndarray]:  # fmt: skip
-    """Return the arrays of a sample of the cache, mapped. checked: verify checksums and that every value is finite.
+    """Return the arrays of a sample of the cache as read-only maps of the file.
 
-    run: the calibration run of the cache, as its metadata says; None: not looked at. Raises StoreError when the file is missing, damaged, or of
-    another run, image, step or shape.
+    shapes: of the arrays that are wanted. checked: verify checksums, and that every value is finite. run: the
+    calibration run of the cache, from its metadata; None: not compared. Raises StoreError when the file is missing,
+    damaged, or of another run, image, step or shape.
     """
-    arrays = map_npz(path, [*shapes, "image_id", "step_index"], remedy, checked, [] if run is None else [CALIBRATION_RUN])
+    arrays = map_npz(
+        path, [*shapes, "image_id", "step_index"], remedy, checked, [] if run is None else [CALIBRATION_RUN]
+    )
     record = cache_record(shapes, dtype)
     if not checked:  # finiteness would read the data
         record = Record({key: member._replace(rules=()) for key, member in record.members.items()})
@@ -205,13 +216,15 @@ def check_cached_sample(
 
 
 def boundary_keys(names: Sequence[str]) -> dict[str, tuple[list[str], list[str]]]:
-    """The NPZ keys of each block's (inputs, outputs): a block's input is its predecessor's output, stored once.
+    """Return {block: (keys of its inputs, keys of its outputs)}.
 
-    names: all blocks of the model in order. mm0 and uni0 take what no block gives: their arguments are stored.
+    A boundary is stored once, under the block that outputs it. names: all blocks of the model in order. mm0 and uni0
+    take inputs that are no block's output: their arguments are stored.
     """
     unified = any(block_kind(name)[0] == UNIFIED for name in names)
     last_multimodal = [name for name in names if block_kind(name)[0] == MULTIMODAL][-1]
-    keys, previous = {}, None
+    keys: dict[str, tuple[list[str], list[str]]] = {}
+    previous: list[str] = []
     for name in names:
         kind, number = block_kind(name)
         if kind == MULTIMODAL:
@@ -229,15 +242,15 @@ def boundary_keys(names: Sequence[str]) -> dict[str, tuple[list[str], list[str]]
 def cached_sample_arrays(
     image_id: int, step_index: int, boundaries: Mapping[str, np.ndarray], run: str | None
 ) -> dict[str, np.ndarray]:
-    """Return what a sample file holds: the boundaries and modulation_input by key, and of which image, step and run they are."""
-    where = {"image_id": np.int32(image_id), "step_index": np.int32(step_index)}
+    """Return the arrays of a sample file: boundaries and modulation_input by key, and its image, step and run."""
+    where = {"image_id": np.array(image_id, np.int32), "step_index": np.array(step_index, np.int32)}
     return {key: np.asarray(array) for key, array in boundaries.items()} | where | of_run(run)
 
 
 def write_cached_sample(
     paths: BlockCachePaths, run: str, image_id: int, step_index: int, boundaries: Mapping[str, np.ndarray]
 ) -> None:
-    """Write one sample; runs on the writer's thread while the next pass computes."""
+    """Write one sample, on the writer's thread while the next pass computes. Raises WriteError."""
     write_npz(paths.sample(image_id, step_index), cached_sample_arrays(image_id, step_index, boundaries, run))
 
 
@@ -245,9 +258,9 @@ def write_cache_metadata(
     paths: BlockCachePaths, manifest: Mapping[str, Any], plan: Mapping[str, Any], blocks: Sequence[str],
     keys: Mapping[str, tuple[list[str], list[str]]], of_key: Mapping[str, Sequence[int]],
 ) -> None:  # fmt: skip
-    """Describe the finished cache; written last, so a cache with metadata.json is complete.
+    """Write metadata.json, which describes the finished cache. It is written last, so a cache that has one is complete.
 
-    blocks are the cached ones, keys `boundary_keys` of the whole model, of_key the shape of every stored array.
+    blocks: the cached blocks. keys: `boundary_keys` of the whole model. of_key: {key: shape} of every stored array.
     """
     samples = [
         {"image_id": image_id, "step_index": step, "file": str(paths.sample(image_id, step).relative_to(paths.root))}
@@ -285,7 +298,10 @@ def write_cache_metadata(
 
 @dataclass(frozen=True)
 class CachedBlock:
-    """What one block saw and gave in one pass: tokens (R, tokens, 1, hidden) float16, mapped from the file."""
+    """Inputs and outputs of one block in one pass: tokens (R, tokens, 1, hidden) float16, read-only maps of the file.
+
+    R rows: 2 with guidance (conditional, then unconditional), else 1.
+    """
 
     image_id: int
     step_index: int
@@ -295,36 +311,32 @@ class CachedBlock:
 
 
 def read_cache_metadata(calib_dir: Path) -> dict[str, Any]:
-    """The block cache's metadata. Raises StoreError when there is none or it is of another calibration run."""
+    """Read the block cache's metadata. Raises StoreError when there is none, or it is of another calibration run."""
     path = BlockCachePaths(calib_dir).metadata
     metadata = CACHE_METADATA.read(path)
-    manifest = CalibrationPaths(calib_dir).manifest
-    if manifest.exists() and not same_run(read_manifest(calib_dir), metadata):
-        raise StoreError(
-            f"{path}: made from another calibration run than {manifest}; run cache_adaround_data.py --force"
-        )
+    refuse_other_run(calib_dir, path, metadata, "run cache_adaround_data.py --force")
     return metadata
 
 
 def block_keys(metadata: Mapping[str, Any], block: str, last: str | None = None) -> tuple[list[str], list[str]]:
-    """NPZ keys of (the inputs of `block`, the outputs of `last`, by default the same block)."""
+    """Return the NPZ keys of (the inputs of `block`, the outputs of `last`, by default the same block)."""
     return metadata["block_shapes"][block]["input_keys"], metadata["block_shapes"][last or block]["output_keys"]
 
 
 def read_cached_block(
     calib_dir: Path, block: str, last: str | None = None, metadata: Mapping[str, Any] | None = None
 ) -> Iterator[CachedBlock]:
-    """One block's inputs and outputs over all samples of the cache, without loading any other block's.
+    """Yield one block's inputs and outputs for every sample of the cache; no other block's arrays are read.
 
-    With `last`, the inputs of `block` and the outputs of `last`: a stretch of blocks. metadata: the cache's, where it is
-    known already. Raises StoreError (also after the
-    first samples) when a file is missing, damaged or of another run.
+    last: the block whose outputs are wanted, for a stretch of blocks from `block` on; by default `block` itself.
+    metadata: the cache's, where it has been read. Raises StoreError, also after the first samples, when a file is
+    missing, damaged or of another run, or when the cache lacks the block.
     """
     paths, metadata = BlockCachePaths(calib_dir), metadata or read_cache_metadata(calib_dir)
     if holds_ends(metadata):
         raise StoreError(
-            f"{paths.metadata}: holds only the ends of the stack of blocks (--boundaries ends), not the boundaries of {block}; "
-            f"run {CACHE_SCRIPT} --boundaries all --force for them"
+            f"{paths.metadata}: holds only the ends of the stack of blocks (--boundaries ends), not the boundaries of "
+            f"{block}; run {CACHE_SCRIPT} --boundaries all --force for them"
         )
     for name in (block, last or block):
         if name not in metadata["block_names"]:
@@ -347,17 +359,17 @@ def read_cached_block(
 
 @dataclass(frozen=True)
 class CachedEnds:
-    """The ends of one pass, float16, mapped from the file."""
+    """Both ends of the stack of blocks in one pass, float16, read-only maps of the file. R rows as in `CachedBlock`."""
 
     image_id: int
     step_index: int
-    inputs: tuple[np.ndarray, ...]  # of the first block: tokens (R, tokens, 1, hidden)
-    velocity: np.ndarray  # (R, h, w, channels): what the transformer gives
+    inputs: tuple[np.ndarray, ...]  # of the first block, as `CachedBlock` has them
+    velocity: np.ndarray  # (R, h, w, channels): the transformer's output
     modulation_input: np.ndarray  # (R, 1, 1, hidden)
 
 
 def read_cached_ends(calib_dir: Path, metadata: Mapping[str, Any] | None = None) -> Iterator[CachedEnds]:
-    """A cache of `--boundaries ends`, sample by sample. Raises StoreError as `read_cached_block` does."""
+    """Yield every sample of a cache of `--boundaries ends`. Raises StoreError as `read_cached_block` does."""
     paths, metadata = BlockCachePaths(calib_dir), metadata or read_cache_metadata(calib_dir)
     if not holds_ends(metadata):
         raise StoreError(f"{paths.metadata}: a cache of --boundaries all; `read_cached_block` reads it")
@@ -372,7 +384,7 @@ def read_cached_ends(calib_dir: Path, metadata: Mapping[str, Any] | None = None)
 def is_cached(
     paths: BlockCachePaths, run: str, image_id: int, step_index: int, shapes: Mapping[str, Sequence[int]]
 ) -> bool:
-    """Return whether a sample of this run's cache is on the disk, whole (checksums included), with arrays of these shapes."""
+    """Return whether a sample of this run is on the disk, whole (checksums included), with arrays of these shapes."""
     try:
         check_cached_sample(paths.sample(image_id, step_index), image_id, step_index, shapes, checked=True, run=run)
     except StoreError:

@@ -1,4 +1,4 @@
-"""What a block cache (2W) is, while it is under way: plan.json."""
+"""plan.json: the description of a block cache (2W) that is under way."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +20,7 @@ class _CachePlan(TypedDict):
 
 
 class CachePlan(_CachePlan, total=False):
-    """plan.json: what a cache is, while it is under way. Those of versions before 0.7 have no `boundaries`: all."""
+    """The entries of plan.json. Files of versions before 0.7 have no `boundaries`: they stand for "all"."""
 
     boundaries: Boundaries
 
@@ -29,9 +29,10 @@ CACHE_PLAN = JsonFormat(CACHE_FORMAT, CachePlan, CACHE_SCRIPT)
 
 
 def choose_boundaries(given: str | None, blocks: str | None, before: Mapping[str, Any] | None) -> str:
-    """What --boundaries means: as given, as the plan that --resume goes on with has it, else the ends where all blocks are cached.
+    """Return what a cache stores: "all" or "ends".
 
-    Raises OptionError for the ends of a part of the blocks.
+    The option --boundaries decides where it is `given`, else the plan `before`, which --resume goes on with. Else it is
+    the ends where all blocks are cached (`blocks` is None). Raises OptionError for the ends of a part of the blocks.
     """
     if given == ENDS and blocks is not None:
         raise OptionError("--boundaries ends is of all blocks: leave --blocks out, or say --boundaries all")
@@ -41,7 +42,10 @@ def choose_boundaries(given: str | None, blocks: str | None, before: Mapping[str
 
 
 def plan_cache(selection: Mapping[str, Any], blocks: str | None, boundaries: str) -> dict[str, Any]:
-    """plan.json: what a cache is. selection: of images and steps (w4a8.passes); blocks: as `--blocks` has them."""
+    """Return the content of plan.json.
+
+    selection: the plan of images and steps (w4a8.passes). blocks: as `--blocks` was given.
+    """
     last = ("selected_image_ids", "key_timesteps")
     named = None if blocks is None else ",".join(sorted(set(blocks.replace(" ", "").split(","))))
     first = {key: value for key, value in selection.items() if key not in last}
@@ -50,5 +54,5 @@ def plan_cache(selection: Mapping[str, Any], blocks: str | None, boundaries: str
 
 
 def read_plan(path: Path) -> dict[str, Any]:
-    """A cache's plan.json; versions before 0.7 cached all boundaries without a word. Raises StoreError."""
+    """Read a cache's plan.json; one of a version before 0.7 gets `boundaries` "all". Raises StoreError."""
     return {"boundaries": ALL} | CACHE_PLAN.read(path)

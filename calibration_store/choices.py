@@ -1,13 +1,13 @@
-"""Every choice that a stage offers and a file notes, declared once: command lines, formats, registries and tests read it.
+"""Every choice that a stage offers and a file notes, declared once for command lines, formats, registries and tests.
 
-Types are for annotations and for msgspec's checks of files; the tuple of the same name has their values.
+Each type is for annotations and for msgspec's checks of files; the tuple of the same name holds its values.
 """
 
 from typing import Literal, get_args
 
 WeightBits = Literal[2, 3, 4, 5, 6, 8]  # widths of a code that MLX multiplies natively
 WEIGHT_BITS: tuple[int, ...] = get_args(WeightBits)
-ActivationBits = Literal[0, 2, 3, 4, 5, 6, 7, 8]  # 0: inputs stay as they are; a symmetric grid needs 2
+ActivationBits = Literal[0, 2, 3, 4, 5, 6, 7, 8]  # 0: inputs are not quantized; a symmetric grid needs 2 bits
 ACTIVATION_BITS: tuple[int, ...] = get_args(ActivationBits)
 GroupSize = Literal[0, 32, 64, 128]  # inputs that share a scale; 0: one scale per output channel
 GROUP_SIZES: tuple[int, ...] = get_args(GroupSize)
@@ -18,17 +18,17 @@ REST_BITS: tuple[int, ...] = get_args(RestBits)
 TierBits = Literal[4, 6, 8]  # bits of a layer's input in a multi-tier config
 TIER_BITS: tuple[int, ...] = get_args(TierBits)
 
-UnitName = Literal["model", "block"]  # what stage 3W trains for its own output
+UnitName = Literal["model", "block"]  # the part of a model that stage 3W trains for that part's output
 UNIT_NAMES: tuple[str, ...] = get_args(UnitName)
 KnownUnit = Literal["model", "block", "sublayer", "layer"]  # files of 0.8.0 also have the last two
 RoundingMethodName = Literal["ste", "sigmoid"]
 ROUNDING_METHODS: tuple[str, ...] = get_args(RoundingMethodName)
-InputRule = Literal["token", "static"]  # inputs while weights are trained: per token, or learned for each noise level
+InputRule = Literal["token", "static"]  # an input's range in training: of each token, or learned for each noise level
 INPUT_RULES: tuple[str, ...] = get_args(InputRule)
 
-Boundaries = Literal["all", "ends"]  # what stage 2W keeps
+Boundaries = Literal["all", "ends"]  # tokens that stage 2W stores: between all blocks, or at the ends of the stack
 BOUNDARIES: tuple[str, ...] = get_args(Boundaries)
-ScaleMeaning = Literal["range", "step"]  # what `scale` means in a quantization config
+ScaleMeaning = Literal["range", "step"]  # meaning of `scale` in a quantization config
 SCALE_MEANINGS: tuple[str, ...] = get_args(ScaleMeaning)
 Precision = Literal["float16", "bfloat16", "float32"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
@@ -38,5 +38,5 @@ NativeWay = Literal["auto", "quantized", "dequantize", "dense"]  # how packed we
 NATIVE_WAYS: tuple[str, ...] = get_args(NativeWay)
 ExportFormat = Literal["mlx", "gguf"]
 EXPORT_FORMATS: tuple[str, ...] = get_args(ExportFormat)
-GridMap = Literal["difference", "flip"]  # what stage 4's grid shows beside each image
+GridMap = Literal["difference", "flip"]  # map that stage 4's grid shows beside each image
 GRID_MAPS: tuple[str, ...] = get_args(GridMap)

@@ -26,7 +26,7 @@ class _ConfigEntry(TypedDict):
 
 
 class ConfigEntry(_ConfigEntry, total=False):
-    """A layer at a step. Other tools' files have no `clipping_range`."""
+    """The quantization of a layer's input at a step. Other tools' files have no `clipping_range`."""
 
     shift: Annotated[list[Bounded], Meta(min_length=1)] | None
     shifted_scale: NotNegative | None
@@ -37,6 +37,8 @@ class ConfigEntry(_ConfigEntry, total=False):
 
 
 class Migration(TypedDict):
+    """The outlier migration of a layer: each channel of the input is divided by its multiplier."""
+
     outlier_indices: list[Index]
     multiplier_vector: Annotated[list[Annotated[float, Meta(ge=1, le=2**24)]], Meta(min_length=1)]
     scale_normal: NotNegative
@@ -49,16 +51,16 @@ class _Config(TypedDict):
 
 
 class Config(_Config, total=False):
-    """quant_config.json and quant_config_multitier.json."""
+    """The entries of quant_config.json and quant_config_multitier.json."""
 
     outlier_config: dict[LayerName, Migration] | None
-    metadata: dict[str, Any] | None  # StatisticsMetadata and what the analyzer notes
+    metadata: dict[str, Any] | None  # StatisticsMetadata, and further entries of the analyzer
     summary: dict[str, Any] | None
     thresholds: dict[str, Any] | None
 
 
 def quant_config_fault(config: Config) -> str | None:
-    """What the entries of a config say of each other that cannot be."""
+    """Return the first contradiction between entries of a config, or None."""
     metadata = config.get("metadata") or {}
     if metadata.get("scale_meaning", "range") not in ("range", "step"):
         return f"metadata: scale_meaning {metadata['scale_meaning']!r} is neither 'range' nor 'step'"
@@ -72,8 +74,12 @@ def quant_config_fault(config: Config) -> str | None:
     for name, migration in (config.get("outlier_config") or {}).items():
         multipliers, listed = migration["multiplier_vector"], set(migration["outlier_indices"])
         wide = {index for index, m in enumerate(multipliers) if m > 1}
-        if not wide <= listed or any(index >= len(multipliers) for index in listed):  # a listed one may round to 1
-            return f"outlier_config: {name}: outlier_indices lack a channel whose multiplier is above 1, or name one that is not there"
+        outside = any(index >= len(multipliers) for index in listed)
+        if not wide <= listed or outside:  # the multiplier of a listed channel may round to 1
+            return (
+                f"outlier_config: {name}: outlier_indices lack a channel whose multiplier is above 1, "
+                "or name one that is not there"
+            )
     if CALIBRATION_RUN not in metadata:
         return None
     if set(config["per_timestep"]) != {str(step) for step in metadata["key_timesteps"]}:
@@ -82,18 +88,23 @@ def quant_config_fault(config: Config) -> str | None:
 
 
 W4A8_CONFIG = JsonFormat(W4A8_FORMAT, Config, "analyze_activations.py", quant_config_fault, limit=2**31)
-MULTITIER_CONFIG = JsonFormat(MULTITIER_FORMAT, Config, "analyze_activations_multitier.py", quant_config_fault, limit=2**31)
+MULTITIER_CONFIG = JsonFormat(
+    MULTITIER_FORMAT, Config, "analyze_activations_multitier.py", quant_config_fault, limit=2**31
+)
 ANALYZED_AGAIN = "run {} again to make it anew"
 
 
 def read_config(path: Path, multitier: bool) -> dict[str, Any]:
-    """A config of stage 3A or 3A', or another tool's. Raises StoreError in one line."""
+    """Read a config of stage 3A (multitier: of stage 3A'), or another tool's. Raises StoreError in one line."""
     kind = MULTITIER_CONFIG if multitier else W4A8_CONFIG
     return kind.read(path, ANALYZED_AGAIN.format(kind.made_by))
 
 
 def write_quant_config(path: Path, head: Mapping[str, Any], steps: Iterator[tuple[str, Mapping]]) -> None:
-    """Write a quantization config atomically, `per_timestep` a step at a time: compact, never whole in memory."""
+    """Write a quantization config atomically and compactly, `per_timestep` a step at a time.
+
+    The whole config never is in memory. head: the other entries. steps: (step key, {layer: entry}). Raises WriteError.
+    """
     with atomic_file(path) as file:
         file.write(orjson.dumps(head, option=orjson.OPT_SERIALIZE_NUMPY)[:-1] + b',"per_timestep":{')
         for position, (key, layers) in enumerate(steps):
@@ -103,7 +114,10 @@ def write_quant_config(path: Path, head: Mapping[str, Any], steps: Iterator[tupl
 
 
 def refuse_other_format(path: Path, own_format: str, option: str) -> None:
-    """Raise StoreError when `path` is a file that another stage wrote: an output never takes its place."""
+    """Raise StoreError when a file exists and has another format: no output takes the place of another stage's file.
+
+    option: the option that names another file, for the message.
+    """
     if not os.path.exists(path):
         return
     with open_regular(path, f"give another {option}", limit=None) as file:
@@ -113,5 +127,5 @@ def refuse_other_format(path: Path, own_format: str, option: str) -> None:
 
 
 def write_temporal_analysis(path: Path, sigmas: Mapping[str, float], layers: Mapping[str, Mapping]) -> None:
-    """Write how each layer behaves along the schedule, beside a config."""
+    """Write each layer's behaviour along the schedule, beside a config. sigmas: {step key: sigma}."""
     write_json(path, {"format": TEMPORAL_FORMAT, "sigma_map": sigmas, "layers": layers})

@@ -1,8 +1,14 @@
-"""What a user is told in one line. Nothing here knows of a command line: exit codes are what a stage ends with."""
+"""Errors that a user is told in one line.
+
+Nothing here knows of a command line: `exit_code` is what the process of a stage ends with.
+"""
 
 
 class UserError(Exception):
-    """Something that its reader can mend; the message is one line that says what is wrong, where, and what to do."""
+    """An error that the reader of its message can mend.
+
+    The message is one line that says what is wrong, where, and what to do.
+    """
 
     exit_code = 2
 
@@ -12,14 +18,14 @@ class UserError(Exception):
 
 
 class StoreError(UserError):
-    """A file or folder is not what it should be."""
+    """A file or a folder that is not what it should be."""
 
 
 class WriteError(StoreError):
-    """A file could not be written; what was complete before stays complete."""
+    """A file that could not be written; files that were complete before stay complete."""
 
     exit_code = 1
 
 
 class OptionError(UserError):
-    """An option's value cannot be: alone, beside another, or with this model."""
+    """An option's value that cannot be used: alone, beside another option, or with this model."""

@@ -1,4 +1,4 @@
-"""What stage 4 leaves: images and latents of each variant, and the metrics."""
+"""Files of stage 4: images and latents of each variant, and the metrics."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,7 +36,7 @@ EVALUATION_RUN = Record(
 
 
 class Figure(TypedDict):
-    """Of all images; None where there is none: PSNR when all are equal, FLIP where it is not installed."""
+    """A metric over all images. None: no image has a value (PSNR of equal images; FLIP where it is not installed)."""
 
     mean: float | None
     median: float | None
@@ -45,13 +45,17 @@ class Figure(TypedDict):
 
 
 class ImageMetrics(TypedDict):
+    """The metrics of one image against the original's."""
+
     prompt: str
-    psnr: float | None  # of an equal image
+    psnr: float | None  # None: the image equals the original
     ssim: float
     flip: float | None
 
 
 class VariantMetrics(TypedDict):
+    """The metrics of one variant."""
+
     psnr: Figure
     ssim: Figure
     flip: Figure
@@ -70,9 +74,9 @@ class _Metrics(TypedDict):
 
 
 class Metrics(_Metrics, total=False):
-    """The entries of metrics.json that are read; the file has more."""
+    """The entries of metrics.json that the toolkit reads; the file has more."""
 
-    calibration_run: Digest  # identity of the run with the images in selected_image_ids; files of 0.8.0 have neither key
+    calibration_run: Digest  # identity of the run with selected_image_ids; files of 0.8.0 have neither key
     selected_image_ids: list[Index]
     weights_fingerprint: Digest | None
     model_version: Name
@@ -95,7 +99,10 @@ METRICS = JsonFormat(EVALUATION_FORMAT, Metrics, "evaluate_quantization.py", met
 
 
 def read_images(paths: EvaluationPaths, variant: str, count: int) -> np.ndarray | None:
-    """The images (N, H, W, 3) uint8 that a variant drew; None where its file is not there. Raises StoreError for a damaged one."""
+    """Return the images (count, height, width, 3) uint8 that a variant drew, or None where it has no file.
+
+    Raises StoreError for a damaged file, or one with another number of images.
+    """
     remedy = "run evaluate_quantization.py again to make it anew"
     for path in paths.runs_of(variant):
         arrays = map_npz(path, ["images"], remedy, checked=True)
@@ -106,16 +113,19 @@ def read_images(paths: EvaluationPaths, variant: str, count: int) -> np.ndarray 
     return None
 
 
-def read_variant(path: Path, identity: str, images: int, states: int, latent_size: tuple[int, int]) -> dict | None:
-    """The images and latents of a variant, {"images", "latents"}; None unless the file is whole and what is asked for.
+def read_variant(
+    path: Path, identity: str, images: int, states: int, latent_size: tuple[int, int]
+) -> dict[str, np.ndarray] | None:  # fmt: skip
+    """Return the images and latents of a variant, or None unless the file is whole and of this identity and size.
 
-    identity: what they follow from (a digest); states: of a trajectory, its start included.
+    "images" are (images, height, width, 3) uint8, "latents" (images, states, h, w, 16) float32. identity: digest of
+    everything that they follow from. states: of a trajectory, its start included. latent_size: (h, w).
     """
     height, width = latent_size
     latents = 4 * 16 * images * states * height * width  # bytes
     try:
         arrays = read_npz(path, "", EVALUATION_RUN.names, max(LARGEST_NPZ, 2 * latents))
-    except StoreError:  # damaged: made anew
+    except StoreError:  # absent or damaged: the caller makes it anew
         return None
     sizes = {"images": images, "states": states, "latent height": height, "latent width": width}
     if EVALUATION_RUN.fault(arrays, **sizes) or arrays["identity"].item() != identity:
@@ -126,13 +136,13 @@ def read_variant(path: Path, identity: str, images: int, states: int, latent_siz
 
 
 def write_variant(path: Path, identity: str, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write the images and latents of a variant, and what they follow from."""
-    write_npz(path, arrays | {"identity": np.array(identity)})
+    """Write the images and latents of a variant. identity: digest of what they follow from. Raises WriteError."""
+    write_npz(path, {**arrays, "identity": np.array(identity)})
 
 
 def write_metrics(
     paths: EvaluationPaths, parameters: Mapping[str, Any], low_psnr: float, variants: Mapping[str, Mapping]
 ) -> None:
-    """Write metrics.json: the run's parameters, and every variant's figures."""
+    """Write metrics.json: the run's parameters and every variant's metrics. low_psnr: in dB. Raises WriteError."""
     content = {"format": EVALUATION_FORMAT, **parameters, "low_psnr": low_psnr, "variants": variants}
     write_json(paths.metrics, content)

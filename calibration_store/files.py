@@ -1,4 +1,4 @@
-"""Files: atomic writes, locks, free space, JSON, PNG, and a thread that writes."""
+"""Atomic writes, locks, free space, JSON and PNG files, and a thread that writes."""
 
 import contextlib
 import errno
@@ -9,10 +9,11 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import BoundedSemaphore
+from types import TracebackType
 from typing import Any
 
 import filelock
@@ -23,11 +24,14 @@ from calibration_store.errors import StoreError, WriteError
 from calibration_store.sizes import format_bytes
 
 TEMP_SUFFIX = ".tmp"
-LARGEST = 256 * 2**20  # bytes of a file that is read as a whole, unless its kind has another limit
+LARGEST = 256 * 2**20  # limit in bytes of a file that is read as a whole; some formats have a limit of their own
 
 
 def files_matching(folder: Path, pattern: str) -> list[Path]:
-    """Return the files in a folder whose names match a pattern, and the temporary ones of such names, sorted."""
+    """Return the files in a folder whose names match a pattern, and the temporary files of such names, sorted.
+
+    A folder that does not exist has none. Raises StoreError for a folder that cannot be read.
+    """
     if not os.path.isdir(folder):
         return []
     temp = rf"\.(?:{pattern})\.[a-z0-9_]+{re.escape(TEMP_SUFFIX)}"
@@ -40,10 +44,10 @@ def files_matching(folder: Path, pattern: str) -> list[Path]:
 
 @contextlib.contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Create `folder` and hold it against a second writer until the block ends. The lock leaves no file.
+    """Create `folder`, and lock it against a second writer until the block ends. The lock leaves no file.
 
-    A folder that is still empty at the end is removed again. Raises StoreError when another process holds it
-    or it cannot be written.
+    A folder that is still empty at the end is removed again. Raises StoreError when another process holds the folder,
+    or when the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -67,9 +71,14 @@ def locked_folder(folder: Path) -> Iterator[None]:
 def require_space(
     folder: Path, num_bytes: int, remedy: str = "lower --num-images or raise --stride", budget: int | None = None
 ) -> None:
-    """Raise StoreError when num_bytes more are above the budget, or than the disk of `folder` (which need not exist yet) can hold."""
+    """Raise StoreError when `num_bytes` exceed the budget, or the free bytes of the disk that holds `folder`.
+
+    The folder need not exist yet. remedy: what the message advises. budget: bytes of --max-bytes; None: no limit.
+    """
     if budget is not None and num_bytes > budget:
-        raise StoreError(f"{folder}: needs {format_bytes(num_bytes)}, --max-bytes allows {format_bytes(budget)}; {remedy}")
+        raise StoreError(
+            f"{folder}: needs {format_bytes(num_bytes)}, --max-bytes allows {format_bytes(budget)}; {remedy}"
+        )
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if num_bytes > free:
@@ -82,19 +91,18 @@ def require_space(
 def atomic_file(path: Path, durable: bool = True) -> Iterator[io.BufferedWriter]:
     """Open a temporary file beside `path`; on success flush it to the disk and rename it, else remove it.
 
-    durable: wait for the disk; without it a power loss may leave a torn file, which its checksums must tell.
-
-    Raises WriteError for what the operating system refuses (full disk, missing right).
+    durable: wait until the disk has the bytes. Without the wait a power loss may leave a torn file, which only its
+    checksums show. Raises WriteError where the operating system refuses (full disk, missing right).
     """
     with replacements() as files, files.write(path, durable) as file:
         yield file
 
 
 class Replacements:
-    """Several files that are written under temporary names first, and renamed when all of them are on the disk."""
+    """Several files that are written under temporary names, and renamed when all of them are on the disk."""
 
     def __init__(self) -> None:
-        self.written: dict[Path, Path] = {}  # path -> the temporary file beside it, until they are renamed
+        self.written: dict[Path, Path] = {}  # path -> the temporary file beside it, until that one is renamed
 
     @contextlib.contextmanager
     def write(self, path: Path, durable: bool = True) -> Iterator[io.BufferedWriter]:
@@ -129,7 +137,7 @@ class Replacements:
 
 @contextlib.contextmanager
 def replacements() -> Iterator[Replacements]:
-    """Collect the files that the block writes, and rename them into place at its end; after an error remove them instead.
+    """Collect the files that the block writes, and rename them into place at its end; after an error remove them.
 
     Raises WriteError.
     """
@@ -142,19 +150,19 @@ def replacements() -> Iterator[Replacements]:
 
 
 def refusal(error: OSError) -> str:
-    """Return the operating system's message; a full disk in plain words."""
+    """Return the operating system's message, or plain words where the disk is full."""
     return "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error.strerror)
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """`atomic_file` for libraries that open a file by its name: yields the name of the temporary one."""
+    """Yield the name of the temporary file of `atomic_file`, for libraries that open a file by its name."""
     with atomic_file(path) as file:
         yield Path(file.name)
 
 
 def remove_file(path: Path) -> None:
-    """Remove a file. Raises WriteError where the system refuses."""
+    """Remove a file, if it exists. Raises WriteError where the operating system refuses."""
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
@@ -162,14 +170,14 @@ def remove_file(path: Path) -> None:
 
 
 def clear_temporaries(folder: Path, pattern: str) -> None:
-    """Remove the temporary files that a kill left of files whose names match a pattern. Raises WriteError."""
+    """Remove the temporary files that a kill left, of files whose names match a pattern. Raises WriteError."""
     for path in files_matching(folder, pattern):
         if path.suffix == TEMP_SUFFIX:
             remove_file(path)
 
 
 def remove_folder(folder: Path, owned: Sequence[Path]) -> None:
-    """Remove files of ours, then their folder unless it holds others'. Raises WriteError where the system refuses."""
+    """Remove the files that a stage owns, then their folder, unless it holds other files. Raises WriteError."""
     for path in owned:
         remove_file(path)
     with contextlib.suppress(OSError):  # not empty, or not there
@@ -186,10 +194,12 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def open_regular(path: Path, remedy: str, absent: str = "not found", limit: int | None = LARGEST) -> Iterator[io.BufferedReader]:
-    """Open a file for reading that is neither a pipe nor a device, and not larger than `limit` bytes.
+def open_regular(
+    path: Path, remedy: str, absent: str = "not found", limit: int | None = LARGEST
+) -> Iterator[io.BufferedReader]:
+    """Open a regular file for reading: neither a pipe nor a device, and at most `limit` bytes large.
 
-    Raises StoreError that says what the operating system says; `remedy` where the file is absent or too large.
+    Raises StoreError in the operating system's words, and with `remedy` where the file is absent or too large.
     """
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a pipe would wait for a writer
@@ -206,7 +216,7 @@ def open_regular(path: Path, remedy: str, absent: str = "not found", limit: int 
 
 
 def read_bytes(path: Path, remedy: str, absent: str = "not found", limit: int | None = LARGEST) -> bytes:
-    """Return a file's content. Raises StoreError as `open_regular` does, and for what does not fit into memory."""
+    """Return a file's content. Raises StoreError as `open_regular` does, and where the memory is too small."""
     try:
         with open_regular(path, remedy, absent, limit) as file:
             return file.read()
@@ -224,7 +234,7 @@ def file_digest(path: Path) -> str:
 
 
 def why_unreadable(path: Path, error: OSError, remedy: str, absent: str = "not found") -> str:
-    """What kept a file from being read, and what helps: not `remedy` where the file is there."""
+    """Return why a file could not be read, with `remedy` where the file does not exist."""
     if isinstance(error, (FileNotFoundError, NotADirectoryError)):
         if path.is_symlink():
             return f"a link to {os.readlink(path)}, which does not exist; mend or remove the link"
@@ -235,13 +245,13 @@ def why_unreadable(path: Path, error: OSError, remedy: str, absent: str = "not f
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON atomically, indented, keys in the order given. NumPy scalars and arrays are accepted."""
+    """Write JSON atomically: indented, with the keys in the order given. NumPy scalars and arrays are accepted."""
     with atomic_file(path) as file:
         file.write(orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY) + b"\n")
 
 
 def write_png(path: Path, image: Image.Image, chunks: Mapping[str, str] | None = None) -> None:
-    """Write an image as PNG atomically; chunks: text that image programs show (prompt, seed)."""
+    """Write an image as PNG atomically. chunks: text by keyword, which image programs show (prompt, seed)."""
     text = PngImagePlugin.PngInfo()
     for key, value in (chunks or {}).items():
         text.add_itxt(key, value)
@@ -250,26 +260,29 @@ def write_png(path: Path, image: Image.Image, chunks: Mapping[str, str] | None =
 
 
 class BackgroundWriter:
-    """Runs writes on one thread, in order, with at most `pending` waiting: memory stays bounded by them. On several, in any order.
+    """A queue of writes that run on threads of their own; at most `pending` writes wait, which bounds the memory.
 
-    A failed write is raised by the next `submit` or by leaving the `with` block.
+    One thread writes in the order of submission, several threads write in any order. A failed write is raised by the
+    next `submit`, or at the end of the `with` block.
     """
 
     def __init__(self, pending: int = 1, threads: int = 1):
         self._slots = BoundedSemaphore(pending + threads)
         self._pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="writer")
-        self._futures: list[Future] = []
+        self._futures: list[Future[Any]] = []
 
     def __enter__(self) -> "BackgroundWriter":
         return self
 
-    def __exit__(self, kind, error, traceback) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self._pool.shutdown(wait=True, cancel_futures=kind is not None)
         if kind is None:
             self._raise_failures()
 
-    def submit(self, write, *args) -> None:
-        """Queue `write(*args)`; waits while the queue is full."""
+    def submit(self, write: Callable[..., Any], *args: Any) -> None:
+        """Queue `write(*args)`, after a wait where the queue is full. Raises the error of an earlier write."""
         self._slots.acquire()
         future = self._pool.submit(write, *args)
         future.add_done_callback(lambda _: self._slots.release())
@@ -277,7 +290,7 @@ class BackgroundWriter:
         self._raise_failures()
 
     def drain(self) -> None:
-        """Wait until everything submitted is written."""
+        """Wait until every submitted write is done. Raises the error of a failed write."""
         for future in self._futures:
             future.result()
         self._futures.clear()

@@ -1,6 +1,6 @@
-"""Where every stage keeps what: all folders and file names, below one `--calib-dir`.
+"""All folders and file names of every stage, below one `--calib-dir`.
 
-`owned_files` are those that a stage wrote, its half-written temporary files included: what --force removes.
+`owned_files` of a class are the files that a stage wrote, half-written temporary files included; --force removes them.
 """
 
 import os
@@ -27,7 +27,7 @@ def _owned(patterns: dict[Path, str]) -> list[Path]:
 
 
 class CalibrationPaths:
-    """Stage 1; `root` is the calibration folder itself."""
+    """Paths of stage 1; `root` is the calibration folder itself."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -42,7 +42,10 @@ class CalibrationPaths:
         return self.images / f"{image_id:04d}.png"
 
     def owned_files(self) -> list[Path]:
-        """A PNG is ours when it says so itself or the manifest lists it: people keep their own 0001.png."""
+        """Return the stage's files. A PNG is one of them where its text or the manifest says so.
+
+        People keep files of their own under names such as 0001.png.
+        """
         listed = listed_pictures(self.manifest)
         pictures = [
             path for path in files_matching(self.images, r"\d{4,}\.png") if path.name in listed or is_our_picture(path)
@@ -51,7 +54,7 @@ class CalibrationPaths:
 
 
 class BlockCachePaths:
-    """Stage 2W; `calib_dir` is the folder that all stages share."""
+    """Paths of stage 2W; `calib_dir` is the folder that all stages share."""
 
     def __init__(self, calib_dir: Path):
         self.calib_dir = calib_dir
@@ -59,7 +62,7 @@ class BlockCachePaths:
         self.metadata = self.root / "metadata.json"
         self.plan = self.root / "plan.json"
         self.samples = self.root / "samples"
-        self.sensitivity = self.root / "sensitivity.json"  # written by stage 3W, and stale without these samples
+        self.sensitivity = self.root / "sensitivity.json"  # written by stage 3W, from these samples
 
     def sample(self, image_id: int, step_index: int) -> Path:
         return self.samples / _sample_name(image_id, step_index)
@@ -70,7 +73,7 @@ class BlockCachePaths:
 
 
 class ActivationPaths:
-    """Stages 2A, 3A and 3A'; `calib_dir` is the folder that all stages share."""
+    """Paths of stages 2A, 3A and 3A'; `calib_dir` is the folder that all stages share."""
 
     def __init__(self, calib_dir: Path):
         self.calib_dir = calib_dir
@@ -94,7 +97,7 @@ class ActivationPaths:
         return self.partials / _sample_name(image_id, step_index)
 
     def owned_files(self) -> list[Path]:
-        """Stage 2A's, and what the analyzers made from them: without these statistics it is stale."""
+        """Return the files of stage 2A, and those that the analyzers made from them, which are stale without them."""
         patterns = {
             self.root: r"layer_statistics\.json",
             self.timestep_stats: r"step_\d+(\.npz|_index\.json)",
@@ -109,14 +112,14 @@ WRITTEN_BESIDE |= {"scale_over_sigma.png", "scale_map.png", "shift_map.png", "bi
 
 
 def clear_analysis_temporaries(config: Path) -> None:
-    """Remove what a kill of an analyzer left half-written beside a config."""
+    """Remove the half-written files that a kill of an analyzer left beside a config."""
     clear_temporaries(config.parent, "|".join(map(re.escape, (config.name, *WRITTEN_BESIDE))))
 
 
 def analysis_files(paths: ActivationPaths) -> list[Path]:
-    """What stages 3A and 3A' made from the statistics in this folder.
+    """Return the files that stages 3A and 3A' made from the statistics in this folder.
 
-    A config says in its metadata which run it is of, and which files were written beside it; another tool's says nothing.
+    The metadata of a config name its run and the files that were written beside it; another tool's name neither.
     """
     found = []
     for config in (paths.quant_config, paths.multitier_config):
@@ -126,14 +129,14 @@ def analysis_files(paths: ActivationPaths) -> list[Path]:
                 continue
             names = set(metadata.get("written_with", [])) & WRITTEN_BESIDE
             files = [config, *(paths.root / name for name in sorted(names))]
-        except (StoreError, ValueError, TypeError, KeyError, RecursionError):  # there is none, or it is not ours
+        except (StoreError, ValueError, TypeError, KeyError, RecursionError):  # absent, or another tool's
             continue
         found += [path for path in files if path.is_file()]
     return found
 
 
 class WeightPaths:
-    """Stage 3W; `calib_dir` is the folder that all stages share."""
+    """Paths of stage 3W; `calib_dir` is the folder that all stages share."""
 
     def __init__(self, calib_dir: Path):
         self.calib_dir = calib_dir
@@ -147,30 +150,31 @@ class WeightPaths:
         return self.root / f"{block}.npz"
 
     def checkpoint_of(self, block: str) -> Path:
-        """Where blocks are trained at the same time by several processes."""
+        """Return the checkpoint of one block, for several processes that train blocks at the same time."""
         return self.root / f"checkpoint_{block}.npz"
 
     def losses(self, block: str) -> Path:
         return self.root / f"{block}_losses.json"
 
     def boundary(self, block: str) -> "BoundaryPaths":
-        """Return the folder of a block's outputs for every sample; it exists while the block's neighbours are trained."""
+        """Return the folder of a block's outputs for every sample; it exists while the block's neighbours train."""
         return BoundaryPaths(self.root / "boundaries" / block)
 
     @property
     def boundaries(self) -> list["BoundaryPaths"]:
-        """Return the boundary folders that exist, sorted by name. Runs of 0.8.0 also left some that end in `_quantized`."""
+        """Return the boundary folders that exist, sorted by name; those of 0.8.0 may end in `_quantized`."""
         folder = self.root / "boundaries"
         names = sorted(os.listdir(folder)) if folder.is_dir() else []
         return [BoundaryPaths(folder / name) for name in names if re.fullmatch(rf"{BLOCK_PATTERN}(_quantized)?", name)]
 
     def owned_files(self) -> list[Path]:
-        names = rf"(metadata|plan|end_to_end_losses)\.json|checkpoint(_{BLOCK_PATTERN})?\.npz|{BLOCK_PATTERN}(\.npz|_losses\.json)"
+        names = r"(metadata|plan|end_to_end_losses)\.json"
+        names += rf"|checkpoint(_{BLOCK_PATTERN})?\.npz|{BLOCK_PATTERN}(\.npz|_losses\.json)"
         return files_matching(self.root, names) + [path for each in self.boundaries for path in each.owned_files()]
 
 
 class BoundaryPaths:
-    """A boundary between blocks that stage 3W makes on its way; `root` is a folder of its own."""
+    """Paths of a boundary between blocks that stage 3W makes on its way; `root` is a folder of its own."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -183,7 +187,7 @@ class BoundaryPaths:
 
 
 class EvaluationPaths:
-    """Stage 4; `root` is evaluation/ below the folder that all stages share, or --output."""
+    """Paths of stage 4; `root` is evaluation/ below the folder that all stages share, or --output."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -193,18 +197,22 @@ class EvaluationPaths:
         self.runs = root / "runs"
         self.images = root / "images"
 
+    @classmethod
+    def below(cls, calib_dir: Path) -> "EvaluationPaths":
+        return cls(calib_dir / "evaluation")
+
     def image(self, variant: str, index: int) -> Path:
-        """What a variant drew for a prompt."""
+        """Return the picture that a variant drew for a prompt."""
         return self.images / variant / f"{index:04d}.png"
 
     def image_folders(self) -> list[tuple[Path, list[Path]]]:
-        """Every variant's folder of images, and our files in it: those that name the variant, and half-written ones."""
+        """Return every variant's folder of images, and the stage's files in it, half-written ones included."""
         folders = sorted(path for path in self.images.glob("*") if path.is_dir() and not path.is_symlink())
         found = [(folder, files_matching(folder, r"\d{4,}\.png")) for folder in folders]
         return [(folder, [path for path in files if is_our_picture(path, VARIANT_CHUNK)]) for folder, files in found]
 
     def refuse_foreign_images(self, variants: Sequence[str], count: int) -> None:
-        """Raise StoreError where an image of a variant would take the place of a file that is not ours."""
+        """Raise StoreError where an image of a variant would take the place of a file that this stage did not write."""
         for path in (self.image(variant, index) for variant in variants for index in range(count)):
             if os.path.lexists(path) and not is_our_picture(path, VARIANT_CHUNK):
                 raise StoreError(f"{path}: not written by this stage; move it, or give another --output")
@@ -213,47 +221,49 @@ class EvaluationPaths:
         return files_matching(self.root, r"metrics\.json|(grid|error_over_steps)\.png")
 
     def run(self, variant: str, identity: str) -> Path:
-        """The images and latents of one variant; identity says what they follow from."""
+        """Return the file with a variant's images and latents. identity: digest of what they follow from."""
         return self.runs / f"{variant}_{identity[:16]}.npz"
 
     def clear_temporaries(self) -> None:
-        """Remove what a kill left half-written, of every variant."""
+        """Remove the half-written files of every variant that a kill left."""
         clear_temporaries(self.root, r"metrics\.json|(grid|error_over_steps)\.png")
         clear_temporaries(self.runs, r".+_[0-9a-f]{16}\.npz")
         for folder, _ in self.image_folders():
             clear_temporaries(folder, r"\d{4,}\.png")
 
     def runs_of(self, variant: str) -> list[Path]:
-        """Every file of one variant, half-written temporary ones included."""
+        """Return every file with images and latents of one variant, half-written temporary ones included."""
         return files_matching(self.runs, rf"{re.escape(variant)}_[0-9a-f]{{16}}\.npz")
 
 
 class ReportPaths:
-    """report_calibration.py; `root` is report/ below the folder that all stages share, or --output."""
+    """Paths of report_calibration.py; `root` is report/ below the folder that all stages share, or --output."""
 
     def __init__(self, root: Path):
         self.root = root
         self.page = root / "index.html"
 
     def clear_temporaries(self) -> None:
-        """Remove what a kill left half-written."""
+        """Remove the half-written files that a kill left."""
         clear_temporaries(self.root, re.escape(self.page.name))
 
 
-# hub models of which DiffusionKit has a 4-bit file, and its name
+# The hub models for which DiffusionKit has a 4-bit file, and the name of that file.
 HUB_4BIT_FILES = {
     "argmaxinc/mlx-stable-diffusion-3.5-large": "sd3.5_large_4bit_quantized.safetensors",
     "argmaxinc/mlx-FLUX.1-schnell": "flux-schnell-4bit-quantized.safetensors",
 }
 
 
-EXPORTED = r"config\.json|activations\.json|(mmdit|clip_l|clip_g|decoder)\.safetensors|vocab\.json|merges\.txt|captions\.txt|"
+EXPORTED = (
+    r"config\.json|activations\.json|(mmdit|clip_l|clip_g|decoder)\.safetensors|vocab\.json|merges\.txt|captions\.txt|"
+)
 EXPORTED += "|".join(map(re.escape, HUB_4BIT_FILES.values()))
 EXPORTED_GGUF = r".+-q4_1\.gguf"
 
 
 class QuantizedModelPaths:
-    """Stage 5; `root` is quantized_model/ below the folder that all stages share, or --output."""
+    """Paths of stage 5; `root` is quantized_model/ below the folder that all stages share, or --output."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -268,38 +278,41 @@ class QuantizedModelPaths:
         return self.root / f"{name}-q4_1.gguf"
 
     def hub_file(self, model: str) -> Path:
-        """Every linear layer packed, in the layout of DiffusionKit's 4-bit hub file of sd3.5_large or flux-schnell."""
+        """Return the file that has the layout of DiffusionKit's 4-bit hub file, with every linear layer packed."""
         return self.root / HUB_4BIT_FILES[model]
 
     def owned_files(self) -> list[Path]:
-        """Of an exported model folder; another model's folder has no such files, or a config.json of its own."""
+        """Return the files of an export. Another model's folder may have such names, too: `is_export` tells."""
         return files_matching(self.root, EXPORTED)
 
     def gguf_files(self) -> list[Path]:
         return files_matching(self.root, EXPORTED_GGUF)
 
     def clear_temporaries(self) -> None:
-        """Remove what a kill left half-written."""
+        """Remove the half-written files that a kill left."""
         clear_temporaries(self.root, f"{EXPORTED}|{EXPORTED_GGUF}")
 
 
 class DrawingPaths:
-    """draw_images.py; `root` is its --output."""
+    """Paths of draw_images.py; `root` is its --output."""
 
     def __init__(self, root: Path):
         self.root = root
         self.comparison = root / "compare.png"
 
     def image(self, index: int, compared: bool = False) -> Path:
-        """Image `index`, or that of the model that it is compared with."""
+        """Return the picture of prompt `index`. compared: by the second model, which the first is compared with."""
         return self.root / f"{index:04d}{'_compared' if compared else ''}.png"
 
     def clear_temporaries(self) -> None:
-        """Remove what a kill left half-written."""
+        """Remove the half-written files that a kill left."""
         clear_temporaries(self.root, r"\d{4,}(_compared)?\.png|compare\.png")
 
     def refuse_foreign_files(self, count: int, compared: bool) -> None:
-        """Raise StoreError where one of `count` images (or what is compared) would take the place of a file that is not ours."""
+        """Raise StoreError where one of `count` images would replace a file that draw_images.py did not write.
+
+        compared: a second model draws, too, and a comparison is written.
+        """
         wanted = [
             self.image(index, other) for index in range(count) for other in ((False, True) if compared else (False,))
         ]

@@ -1,6 +1,6 @@
-"""Limits of numbers, the same for options (click, in w4a8/cli) and for files (the schemas of this package).
+"""Limits of numbers: the same for options (click, in w4a8/cli) and for files (the schemas of this package).
 
-This module imports nothing, since `--help` reads it.
+This module imports nothing, since `--help` loads it.
 """
 
 MOST = 2**31 - 1  # limit of every count that has no limit of its own

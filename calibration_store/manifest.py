@@ -1,4 +1,4 @@
-"""Stage 1's manifest, and what it says to the stages after it: identity, images, steps."""
+"""Stage 1's manifest, and what later stages derive from it: the run's identity, images and steps."""
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -36,6 +36,8 @@ GENERATE = "generate_calibration_data.py"
 
 
 class ImageEntry(TypedDict):
+    """A finished image in `images`."""
+
     image_id: Index
     prompt: Prompt
     negative_prompt: str
@@ -62,12 +64,17 @@ class _Manifest(TypedDict):
 
 
 class LoraEntry(TypedDict):
+    """A LoRA in `loras`."""
+
     file: Name
     scale: Annotated[float, Meta(ge=-MOST_LORA_SCALE, le=MOST_LORA_SCALE)]
 
 
 class Manifest(_Manifest, total=False):
-    """The entries of manifest.json. Files of version 0.2.0 have no `weights_fingerprint`; `completed` adds what else may lack."""
+    """The entries of manifest.json.
+
+    Files of version 0.2.0 have no `weights_fingerprint`. `completed` adds the other entries that a file may lack.
+    """
 
     negative_prompt: str
     stride: Steps
@@ -76,16 +83,19 @@ class Manifest(_Manifest, total=False):
     prompts_sha256: Digest
     local_checkpoint: Name | None
     architecture: Literal["sd3", "flux"]  # absent: sd3
-    loras: list[LoraEntry]  # fused into the transformer's weights; absent: none
+    loras: list[LoraEntry]  # fused into the transformer's weights; absent: no LoRA
     weights_fingerprint: Digest
-    batch_option: Count  # what was asked for; a run of fewer images has fewer rows in a pass
+    batch_option: Count  # as --batch-size was given; a run of fewer images has fewer rows in a pass
 
 
 SHARED_WITH_IMAGES = {"cfg_weight": "cfg_scale", "negative_prompt": "negative_prompt", "num_steps": "num_steps"}
 
 
 def completed(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a manifest with every key. Keys that other programs leave out are derived from the images, or get stage 1's defaults."""
+    """Return a manifest with every key.
+
+    Keys that other programs leave out are derived from the images, or get stage 1's defaults.
+    """
     images = manifest["images"]
     usual = {
         "negative_prompt": images[0]["negative_prompt"] if images else "",
@@ -98,7 +108,7 @@ def completed(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def manifest_fault(content: Manifest) -> str | None:
-    """What a manifest's entries say of each other that cannot be."""
+    """Return the first contradiction between entries of a manifest, or None."""
     manifest = completed(content)
     images = manifest["images"]
     if seed_fault(manifest["seed_base"] + manifest["num_images"] - 1):
@@ -129,34 +139,43 @@ MANIFEST = JsonFormat(MANIFEST_FORMAT, Manifest, GENERATE, manifest_fault, limit
 
 
 def stored_dtype(activation_dtype: str) -> str:
-    """How latents of a run's precision are kept: NumPy has no bfloat16, whose values float32 holds exactly."""
+    """Return the dtype in which latents of a run's precision are stored.
+
+    NumPy has no bfloat16; float32 holds its values exactly.
+    """
     return "float32" if activation_dtype == "bfloat16" else activation_dtype
 
 
 def prompts_digest(prompts: Sequence[str]) -> str:
-    """SHA-256 of the prompts in order: tells another list under --resume."""
+    """Return the SHA-256 of the prompts in order, joined by line feeds; --resume recognizes another list by it."""
     return hashlib.sha256("\n".join(prompts).encode()).hexdigest()
 
 
-def read_manifest(root: Path) -> dict[str, Any]:
-    """Read the manifest of a calibration folder. Raises StoreError, also for one of version 0.2.0 or older."""
-    path = CalibrationPaths(root).manifest
+def read_manifest(calib_dir: Path) -> dict[str, Any]:
+    """Read the manifest of a calibration folder, with every key (`completed`).
+
+    Raises StoreError when the file is missing or damaged, of another format, or of version 0.2.0 or older.
+    """
+    path = CalibrationPaths(calib_dir).manifest
     manifest = MANIFEST.read(path)
     if "weights_fingerprint" not in manifest:
         raise StoreError(
-            f"{path}: of version 0.2.0 or older, which did not note the model's weights (and padded sd3-emoji's prompts "
-            f"wrongly); run {GENERATE} with --force to make the run anew"
+            f"{path}: of version 0.2.0 or older, which did not note the model's weights (and padded sd3-emoji's "
+            f"prompts wrongly); run {GENERATE} with --force to make the run anew"
         )
     return completed(manifest)
 
 
-IDENTITY_KEYS = ("weights_fingerprint", "num_steps", "cfg_scale", "negative_prompt", "latent_size", "use_t5")
-IDENTITY_KEYS += ("sampler_shift", "seed_base", "activation_dtype", "batch_size")
+IDENTITY_KEYS = (
+    "weights_fingerprint", "num_steps", "cfg_scale", "negative_prompt", "latent_size", "use_t5", "sampler_shift",
+    "seed_base", "activation_dtype", "batch_size",
+)  # fmt: skip
 
 
 def run_identity(manifest: Mapping[str, Any], image_ids: Iterable[int]) -> str:
-    """SHA-256 over what the samples of these images follow from, wherever the model lies and however the run grew.
+    """Return the SHA-256 over everything that the samples of these images follow from.
 
+    The values of IDENTITY_KEYS and the images' prompts decide, and neither the model's folder nor the size of the run.
     Raises StoreError when the run lacks one of the images.
     """
     prompts = {image["image_id"]: image["prompt"] for image in manifest["images"]}
@@ -168,7 +187,7 @@ def run_identity(manifest: Mapping[str, Any], image_ids: Iterable[int]) -> str:
 
 
 def image_identity(manifest: Mapping[str, Any], image_id: int) -> str | None:
-    """Return `run_identity` of one image, which stays the same when the run grows; None where the run lacks the image."""
+    """Return `run_identity` of one image, or None where the run lacks it. A run that grows does not change it."""
     images = manifest["images"]
     at_its_place = image_id < len(images) and images[image_id]["image_id"] == image_id
     found = images[image_id : image_id + 1] if at_its_place else [i for i in images if i["image_id"] == image_id]
@@ -181,24 +200,36 @@ def _identity(manifest: Mapping[str, Any], prompts: Sequence[Sequence[int | str]
 
 
 def same_run(manifest: Mapping[str, Any], made_from: Mapping[str, Any]) -> bool:
-    """Whether files that note their `calibration_run` and `selected_image_ids` come from this run.
+    """Return whether a file that notes its `calibration_run` and `selected_image_ids` comes from this run.
 
-    Files that note no run (another tool's) are taken as they are.
+    A file that notes no run (another tool's) is believed.
     """
     noted, used = made_from.get("calibration_run"), made_from.get("selected_image_ids")
     if noted is None:
         return True
+    if not used:
+        return False
     known = {image["image_id"] for image in manifest["images"]}
-    return bool(used) and set(used) <= known and noted == run_identity(manifest, used)
+    return set(used) <= known and noted == run_identity(manifest, used)
+
+
+def refuse_other_run(calib_dir: Path, path: Path, made_from: Mapping[str, Any], remedy: str) -> None:
+    """Raise StoreError where a file comes from another run than the calibration folder's (`same_run`).
+
+    path: the file that the message names, made_from: its metadata. A folder without a manifest refuses nothing.
+    """
+    manifest = CalibrationPaths(calib_dir).manifest
+    if manifest.exists() and not same_run(read_manifest(calib_dir), made_from):
+        raise StoreError(f"{path}: made from another calibration run than {manifest}; {remedy}")
 
 
 def select_images(
     manifest: Mapping[str, Any], num_images: int, before: Sequence[int] | None = None
 ) -> list[dict[str, Any]]:
-    """num_images entries of a finished run's images, evenly over the whole run, without repeats.
+    """Return `num_images` entries of a finished run's images, evenly over the whole run, without repeats.
 
-    before: the image_ids that a stage under way chose already; a run that has grown since does not change them. Raises
-    StoreError when the run is unfinished or has fewer images.
+    before: the image_ids that a stage under way has chosen; they stay when the run has grown since. Raises StoreError
+    when the run is unfinished or has fewer images.
     """
     images = manifest["images"]
     if before is not None:
@@ -212,23 +243,27 @@ def select_images(
         )
     if num_images > len(images):
         raise StoreError(
-            f"--num-images {num_images}: the calibration run has {len(images)} images; give --num-images {len(images)} or fewer"
+            f"--num-images {num_images}: the calibration run has {len(images)} images; "
+            f"give --num-images {len(images)} or fewer"
         )
     return [images[round(i)] for i in np.linspace(0, len(images) - 1, num_images)]
 
 
 def saved_steps(num_steps: int, stride: int) -> list[int]:
-    """Step indices that stage 1 keeps: every stride-th model input, and num_steps for the finished latent."""
+    """Return the step indices that stage 1 stores: every stride-th, and num_steps for the finished latent."""
     return [*range(0, num_steps, stride), num_steps]
 
 
 def select_steps(manifest: Mapping[str, Any], stride: int) -> list[int]:
-    """Every stride-th of the model inputs that stage 1 saved, as step indices."""
+    """Return the step indices of every stride-th model input that stage 1 stored."""
     return saved_steps(manifest["num_steps"], manifest["stride"])[:-1][::stride]
 
 
 def write_manifest(paths: CalibrationPaths, plan: Mapping[str, Any], complete: Mapping[int, Mapping]) -> None:
-    """Note the run and its complete images {image_id: entry}, whose files survive a power loss from here on."""
+    """Write manifest.json with a run's plan and its complete images, {image_id: entry}.
+
+    The images' files survive a power loss from here on. Raises WriteError.
+    """
     for folder in (paths.samples, paths.images):
         if folder.is_dir():
             sync_folder(folder)

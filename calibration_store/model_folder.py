@@ -1,6 +1,7 @@
-"""A model folder in models/sd3-emoji's layout: config, tokenizer, weight files; and the fingerprint of any model's weights.
+"""A model folder in the layout of models/sd3-emoji: config, tokenizer, weight files; the fingerprint of any model.
 
-The folder that stage 5 exports from a hub model holds the transformer alone: `base_model` names where the rest is.
+The folder that stage 5 exports from a hub model holds the transformer alone: `base_model` names
+the hub model with the rest.
 """
 
 import hashlib
@@ -25,8 +26,8 @@ BUNDLED_MODEL = "sd3-emoji"
 LAYOUT = f"models/{BUNDLED_MODEL} shows the layout of a model folder"
 CONFIG_FILE = "config.json"
 LOCAL_FILES = ("mmdit", "clip_l", "clip_g", "decoder")
-HEAD_WIDTH = 64  # of SD3's transformer and of CLIP, whatever their size
-TEXT_WIDTH = 4096  # DiffusionKit pads the features of both text encoders to it
+HEAD_WIDTH = 64  # channels of a head in SD3's transformers and in CLIP, at every size
+TEXT_WIDTH = 4096  # channels to which DiffusionKit pads the features of both text encoders
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 LatentShift = Annotated[float, Meta(ge=-1e6, le=1e6)]  # shift_factor of a VAE
 Shift = Annotated[float, Meta(ge=1e-3, le=1e3)]  # shift of a sampler's schedule
@@ -46,14 +47,14 @@ class _TransformerConfig(TypedDict):
 
 
 class TransformerConfig(_TransformerConfig, total=False):
-    """SD3's MMDiT; absent entries are as DiffusionKit's MMDiTConfig has them."""
+    """The section of SD3's MMDiT. Absent entries have the defaults of DiffusionKit's MMDiTConfig."""
 
     use_qk_norm: bool  # SD3.5
     mlp_ratio: Annotated[int, Meta(ge=1, le=64)]
     layer_norm_eps: Annotated[float, Meta(gt=0, le=1)]
     frequency_embed_dim: Side
     max_period: Count
-    timestep_dtype: Precision  # what timesteps are embedded in; absent: the run's
+    timestep_dtype: Precision  # dtype in which timesteps are embedded; absent: the run's
 
 
 class ClipConfig(TypedDict):
@@ -78,6 +79,8 @@ class VaeConfig(TypedDict):
 
 
 class LatentFormat(TypedDict):
+    """The scale and the shift between the latents of the transformer and of the VAE."""
+
     scale_factor: Positive
     shift_factor: LatentShift
 
@@ -95,7 +98,7 @@ class _ModelConfig(TypedDict):
 
 class _Export(TypedDict):
     format: Literal["quantized_model_v1"]
-    weights: Name  # as stage 4's variants: w4-adaround, w4-rtn-g64
+    weights: Name  # a name of stage 4's variants: w4-adaround, w4-rtn-g64
     weight_bits: WeightBits
     group_size: GroupSize
     activations: Name | None
@@ -103,12 +106,12 @@ class _Export(TypedDict):
     weights_fingerprint: Digest  # of the original model
     calibration_run: Digest | None
     selected_image_ids: list[Index]
-    adaround_weights: Digest | None  # of the metadata.json that the codes belong to
+    adaround_weights: Digest | None  # SHA-256 of the metadata.json that the codes belong to
     files: dict[str, Digest]  # role (`role_of`) -> fingerprint of the file
 
 
 class Export(_Export, total=False):
-    """The `export` entry of config.json: what was quantized, the model and run it came from, and digests of the written files."""
+    """The `export` entry of config.json: the way of quantization, the original model, the run, digests of the files."""
 
     config: Digest  # of config.json without this entry; exports of 0.8.0 have none
     layer_bits: dict[LayerName, Annotated[int, Meta(ge=2, le=8)]]
@@ -116,12 +119,14 @@ class Export(_Export, total=False):
 
 
 class ModelConfig(_ModelConfig, total=False):
+    """The entries of config.json of a folder that holds a whole model."""
+
     name: Name
     export: Export
-    tokenizer_l: TokenizerConfig  # absent: as DiffusionKit pads, true
-    tokenizer_g: TokenizerConfig  # absent: false
+    tokenizer_l: TokenizerConfig  # absent: pad_with_eos is true, as DiffusionKit pads
+    tokenizer_g: TokenizerConfig  # absent: pad_with_eos is false
     use_t5: Literal[False]
-    quantization: dict[str, Any]  # of packed weights, as MLX's own tools write it
+    quantization: dict[str, Any]  # groups and bits of packed weights, as MLX's own tools write them
     default_num_steps: Count
 
 
@@ -131,24 +136,26 @@ class _BasedConfig(TypedDict):
 
 
 class BasedConfig(_BasedConfig, total=False):
-    """config.json of a folder that holds the transformer of a hub model alone."""
+    """The entries of config.json of a folder that holds a hub model's transformer alone."""
 
     name: Name
     export: Export
 
 
 def config_fault(config: ModelConfig) -> str | None:
-    """What the sections of a config say of each other that cannot be."""
+    """Return the first contradiction between sections of a config, or None."""
     mmdit, vae, (height, width) = config["mmdit"], config["vae"], config["latent_size"]
-    for name in ("mmdit", "clip_l", "clip_g"):
-        hidden = config[name]["hidden_size" if name == "mmdit" else "model_dims"]
-        if hidden != HEAD_WIDTH * config[name]["num_heads"]:
-            return f"{name}: {config[name]['num_heads']} heads of {HEAD_WIDTH} are not {hidden} wide"
-    if config["clip_l"]["model_dims"] + config["clip_g"]["model_dims"] > TEXT_WIDTH:
+    clip_l, clip_g = config["clip_l"], config["clip_g"]
+    widths = [("mmdit", mmdit["hidden_size"], mmdit["num_heads"])]
+    widths += [(name, clip["model_dims"], clip["num_heads"]) for name, clip in (("clip_l", clip_l), ("clip_g", clip_g))]
+    for name, hidden, heads in widths:
+        if hidden != HEAD_WIDTH * heads:
+            return f"{name}: {heads} heads of {HEAD_WIDTH} are not {hidden} wide"
+    if clip_l["model_dims"] + clip_g["model_dims"] > TEXT_WIDTH:
         return f"the text encoders are wider than {TEXT_WIDTH} together"
-    if config["clip_l"]["max_length"] != config["clip_g"]["max_length"]:
+    if clip_l["max_length"] != clip_g["max_length"]:
         return "clip_l and clip_g have another max_length"
-    pooled = config["clip_l"]["projection_dim"] + config["clip_g"]["projection_dim"]
+    pooled = clip_l["projection_dim"] + clip_g["projection_dim"]
     if mmdit["pooled_text_embed_dim"] != pooled:
         return f"mmdit: pooled_text_embed_dim {mmdit['pooled_text_embed_dim']} is not the encoders' {pooled}"
     for side in (height, width):
@@ -164,7 +171,7 @@ def config_fault(config: ModelConfig) -> str | None:
 
 
 def quantization_fault(quantization: Mapping[str, Any]) -> str | None:
-    """What is wrong with a `quantization` entry: group_size and bits, and the same, or false, for layers by their path."""
+    """Return what is wrong with a `quantization` entry: group_size and bits, and both, or false, for layers by path."""
     for name, value in quantization.items():
         if "." in name and value is not False and not isinstance(value, dict):
             return f"quantization: {name}: {value!r} is neither an object nor false"
@@ -180,7 +187,7 @@ VOCABULARY = JsonFormat(None, dict[str, Index], "", lambda vocabulary: distinct(
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
-    """config.json, checked; keys that the toolkit does not know are kept, but in the networks' sections. Raises StoreError in one line."""
+    """Read config.json. Unknown keys are kept, but in the networks' sections refused. Raises StoreError in one line."""
     path = config_file(folder)
     based = b'"base_model"' in read_bytes(path, LAYOUT)
     (BASED_CONFIG if based else MODEL_CONFIG).read(path, LAYOUT)
@@ -189,9 +196,8 @@ def read_model_config(folder: Path) -> dict[str, Any]:
         config_digest(config)
     except (ValueError, TypeError, RecursionError) as error:  # in an entry that no schema looks at
         raise StoreError(f"{path}: not valid JSON ({error}); {LAYOUT}") from None
-    for section, known in (
-        () if based else (("mmdit", TransformerConfig), ("clip_l", ClipConfig), ("clip_g", ClipConfig))
-    ):
+    networks = {"mmdit": TransformerConfig, "clip_l": ClipConfig, "clip_g": ClipConfig}
+    for section, known in ({} if based else networks).items():
         unknown = sorted(config[section].keys() - known.__annotations__.keys())
         if unknown:  # it would change what the model is, or mean nothing
             raise StoreError(f"{path}: {section}: {unknown[0]!r} is none of {', '.join(known.__annotations__)}")
@@ -199,10 +205,10 @@ def read_model_config(folder: Path) -> dict[str, Any]:
 
 
 def read_tokenizer_files(folder: Path, vocab_size: int) -> tuple[dict[str, int], dict[tuple[str, str], int]]:
-    """(token -> id, pair -> rank) of vocab.json and merges.txt. Raises StoreError in one line.
+    """Return ({token: id}, {pair of tokens: rank}) of vocab.json and merges.txt. Raises StoreError in one line.
 
-    Every id must be a row of the text encoders' tables (another one reads outside the memory that is theirs), and the end
-    token the largest: the pooled feature is taken where the ids are largest.
+    Every id must be a row of the text encoders' tables (any other id reads outside their memory), and the end token's
+    the largest: the pooled feature is taken where the ids are largest.
     """
     path = folder / "vocab.json"
     vocabulary = VOCABULARY.read(path, LAYOUT)
@@ -234,15 +240,15 @@ def config_file(folder: Path) -> Path:
 
 
 def weight_file(folder: Path, part: str) -> Path:
-    """Of one of LOCAL_FILES."""
+    """Return the weight file of a part, one of LOCAL_FILES."""
     return folder / f"{part}.safetensors"
 
 
-DECIDING_FILES = ("vocab.json", "merges.txt", "activations.json")  # decide the images, beside weights and config.json
+DECIDING_FILES = ("vocab.json", "merges.txt", "activations.json")  # decide the images, as weights and config.json do
 
 
 def role_of(path: Path) -> str | None:
-    """Return the key of a file in `export.files`: a part, or the file's name; None for a file that decides no image."""
+    """Return the key of a file in `export.files`: its part, or its name; None for a file that decides no image."""
     if path.stem in LOCAL_FILES and path.suffix == ".safetensors":
         return path.stem
     return path.name if path.name in DECIDING_FILES else None
@@ -260,21 +266,23 @@ def config_digest(config: Mapping[str, Any]) -> str:
 
 
 def captions_file(folder: Path) -> Path | None:
-    """Prompts that the model was made for, if it brings any."""
+    """Return the file with prompts that the model was made for, or None where the folder has none."""
     path = folder / "captions.txt"
     return path if path.exists() else None
 
 
 def missing_files(folder: Path, based: bool = False) -> list[str]:
-    """Names of what a model folder needs and has not; based: the rest comes from its base model."""
+    """Return the names of the files that a model folder lacks. based: its base model has all but the transformer."""
     return [path.name for path in folder_files(folder, based).values() if not os.path.lexists(path)]
 
 
 def check_exported(folder: Path, config: Mapping[str, Any]) -> None:
-    """Whether an exported folder's weight files are those that were exported. Raises StoreError in one line."""
+    """Raise StoreError unless a folder's files are those whose digests the `export` entry of its config has, if any."""
     note = config.get("export", {})
     if note and "quantization" not in config:
-        raise StoreError(f"{config_file(folder)}: an export without 'quantization'; run export_quantized_model.py with --force")
+        raise StoreError(
+            f"{config_file(folder)}: an export without 'quantization'; run export_quantized_model.py with --force"
+        )
     wrong = [
         path
         for role, digest in note.get("files", {}).items()
@@ -306,7 +314,10 @@ def packed_fault(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]
         if layer == name or f"{layer}.weight" not in shapes:
             continue
         own = quantization.get(layer, quantization)
-        if not isinstance(own, dict) or shapes[f"{layer}.weight"][-1] * 32 != shape[-1] * own["group_size"] * own["bits"]:
+        if (
+            not isinstance(own, dict)
+            or shapes[f"{layer}.weight"][-1] * 32 != shape[-1] * own["group_size"] * own["bits"]
+        ):
             return f"quantization: {layer} is not packed with the bits and group size that it says"
         found.add(own["bits"])
     if not found <= allowed | {rest} or (not note.get("layer_bits") and note["weight_bits"] not in found):
@@ -315,12 +326,12 @@ def packed_fault(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]
 
 
 def check_weight_file(path: Path) -> None:
-    """Whether a safetensors file is whole: its header, and as many bytes as that says. Raises StoreError."""
+    """Raise StoreError unless a safetensors file is whole: its header, and the number of bytes that the header says."""
     weight_sizes(path)
 
 
 def weight_sizes(path: Path) -> dict[str, tuple[str, int]]:
-    """Return {name: (dtype as safetensors spells it, elements)} of a safetensors file, from its header. Raises StoreError."""
+    """Return {name: (dtype in safetensors' spelling, elements)} of a safetensors file's header. Raises StoreError."""
     return {name: (dtype, math.prod(shape)) for name, (dtype, shape) in _weight_header(path).items()}
 
 
@@ -331,29 +342,29 @@ def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 def _weight_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     with open_regular(path, LAYOUT, limit=None):
-        pass  # no pipe, no device
+        pass  # safe_open would wait for a pipe or a device
     try:
         with safe_open(path, "numpy") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (the file is no mapping)
             header = {name: (each.get_dtype(), tuple(each.get_shape())) for name, each in slices.items()}
     except OSError as error:
         raise StoreError(f"{path}: {why_unreadable(path, error, LAYOUT)}") from None
-    except (SafetensorError, MemoryError) as error:  # a file that claims more than can be mapped
+    except (SafetensorError, MemoryError) as error:  # MemoryError: a header that claims more bytes than can be mapped
         raise StoreError(f"{path}: truncated or damaged ({error}); copy or download it again") from None
     if not header:
         raise StoreError(f"{path}: holds no weights; copy or download it again")
     return header
 
 
-WHOLE_FILE = 64 * 2**20  # bytes up to which a file is hashed as a whole
+WHOLE_FILE = 64 * 2**20  # largest file, in bytes, that is hashed as a whole
 SAMPLES, SAMPLE_BYTES = 256, 2**16
 
 
 def weights_fingerprint(files: Mapping[str, Path]) -> str:
-    """SHA-256 over what a model's numbers come from: roles, sizes and contents of its files, wherever they lie.
+    """Return the SHA-256 over the roles, sizes and contents of a model's files, {role: file}, in whatever folder.
 
-    Of files above 64 MiB the safetensors header and 256 evenly spaced pieces of 64 KiB are read: a tenth of a second.
-    Raises StoreError when a file cannot be read.
+    A file above 64 MiB is sampled: its safetensors header and 256 evenly spaced pieces of 64 KiB, in a tenth of a
+    second. Raises StoreError when a file cannot be read.
     """
     digest = hashlib.sha256()
     for role in sorted(files):
@@ -372,9 +383,10 @@ def weights_fingerprint(files: Mapping[str, Path]) -> str:
 
 
 def folder_files(folder: Path, based: bool = False) -> dict[str, Path]:
-    """Role -> file of everything in a model folder that decides its images (captions and README do not).
+    """Return {role: file} of the files in a model folder that decide its images (captions and README do not).
 
-    based: the folder of a hub model's export, which needs only the transformer and brings its own decoder at most.
+    based: the folder of a hub model's export, which needs the transformer alone; other parts are listed where they
+    exist.
     """
     if based:
         own = [part for part in LOCAL_FILES if part == "mmdit" or os.path.lexists(weight_file(folder, part))]

@@ -1,4 +1,4 @@
-"""NPZ, written, read and mapped without NumPy's detours."""
+"""Write, read and map NPZ files without the slow parts of np.savez and np.load."""
 
 import functools
 import io
@@ -20,14 +20,14 @@ from calibration_store.files import atomic_file, open_regular, read_bytes
 def write_npz(path: Path, arrays: Mapping[str, np.ndarray], durable: bool = True) -> None:
     """Write an uncompressed NPZ atomically; equal arrays give equal bytes. durable: as `atomic_file`.
 
-    np.savez computes the checksums between the writes, in one thread. Here threads compute them while the data
-    goes to the disk, and data begin at multiples of 64 bytes so that they can be mapped aligned. The format
-    is the same: a ZIP archive of stored .npy files.
+    np.savez computes the checksums between the writes, in one thread. Here threads compute them while the data go to
+    the disk, and data begin at multiples of 64 bytes, so that a mapped array is aligned. The format is the same: a ZIP
+    archive of stored .npy files. Raises WriteError.
     """
     members = [(f"{key}.npy", _npy_header(array), np.ascontiguousarray(array)) for key, array in arrays.items()]
     if sum(array.nbytes + 1024 for *_, array in members) >= 2**32:
         with atomic_file(path, durable) as file:
-            np.savez(file, **arrays)  # ZIP64
+            np.savez(file, **arrays)  # type: ignore[arg-type]  # ZIP64; NumPy's stubs take the arrays for allow_pickle
         return
     with atomic_file(path, durable) as file, ThreadPoolExecutor(max_workers=min(4, len(members))) as pool:
         checksums = [pool.submit(_crc32, header, array) for _, header, array in members]
@@ -36,7 +36,7 @@ def write_npz(path: Path, arrays: Mapping[str, np.ndarray], durable: bool = True
             offsets.append(file.tell())
             size = len(header) + array.nbytes
             padding = -(file.tell() + _LOCAL_HEADER.size + len(name) + 4 + len(header)) % 64
-            extra = struct.pack("<HH", 0xD935, padding) + bytes(padding)  # the field Android's zipalign pads with
+            extra = struct.pack("<HH", 0xD935, padding) + bytes(padding)  # the padding field of Android's zipalign
             file.write(_LOCAL_HEADER.pack(b"PK\3\4", 20, 0, 0, 0, 33, 0, size, size, len(name), len(extra)))
             file.write(name.encode() + extra + header)
             file.write(_bytes_of(array))
@@ -66,7 +66,7 @@ def _npy_header(array: np.ndarray) -> bytes:
 
 
 def _bytes_of(array: np.ndarray) -> memoryview:
-    return memoryview(array.reshape(-1).view(np.uint8))
+    return array.reshape(-1).view(np.uint8).data
 
 
 def _crc32(header: bytes, array: np.ndarray) -> int:
@@ -74,7 +74,7 @@ def _crc32(header: bytes, array: np.ndarray) -> int:
 
 
 def npz_bytes(arrays: Mapping[str, np.ndarray]) -> int:
-    """Size in bytes of the file that `write_npz` writes."""
+    """Return the size in bytes of the file that `write_npz` writes of these arrays."""
     size = 0
     for key, array in arrays.items():
         header = len(_npy_header(array))
@@ -83,22 +83,24 @@ def npz_bytes(arrays: Mapping[str, np.ndarray]) -> int:
     return size + sum(_CENTRAL_HEADER.size + len(key) + 4 for key in arrays) + 22
 
 
-# what damaged bytes raise in zipfile, NumPy's header parser (which runs out of memory or depth) and the file system
+# Damaged bytes raise these errors in zipfile, in the file system, and in NumPy's header parser, which may run out of
+# memory or depth.
 NPZ_ERRORS = (
-    ValueError, TypeError, IndexError, OSError, EOFError, AttributeError, RuntimeError, NotImplementedError, struct.error,
-    tokenize.TokenError, zipfile.BadZipFile, zlib.error, MemoryError, RecursionError,
+    ValueError, TypeError, IndexError, OSError, EOFError, AttributeError, RuntimeError, NotImplementedError,
+    struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error, MemoryError, RecursionError,
 )  # fmt: skip
-LARGEST_NPZ = 16 * 2**30  # bytes of a file that is read as a whole; its compressed members may unpack to a quarter of that
-HEADER_BYTES = 2**14  # more than the header of an .npy file takes
+LARGEST_NPZ = 16 * 2**30  # limit in bytes of a file that is read as a whole; compressed members unpack to a quarter
+HEADER_BYTES = 2**14  # limit of the header of an .npy file, which takes far less
 NPY_MAGIC = b"\x93NUMPY"
 
 
 def read_npz(path: Path, remedy: str, wanted: Callable[[str], bool], limit: int = LARGEST_NPZ) -> dict[str, np.ndarray]:
-    """Read the arrays of an NPZ whose keys are wanted, checksums included; read-only; pickled arrays are refused.
+    """Read the arrays of an NPZ whose keys are wanted, and verify their checksums. The arrays are read-only.
 
-    limit: bytes that the file may have, and that its arrays may have together; no other member is unpacked. np.load takes
-    0.1 ms a member, most of it for parsing headers and copying: too long for the thousands of members of statistics.
-    Raises StoreError with `remedy` (what to run) when the file is missing, damaged or larger.
+    limit: bytes that the file may have; compressed members that are wanted may unpack to a quarter of it, and other
+    members are not unpacked. np.load takes 0.1 ms a member, most of it for parsing headers and copying: too long for
+    the thousands of members of statistics. Raises StoreError with `remedy` (the command to run) when the file is
+    missing, damaged or larger, or when a member is pickled.
     """
     return npz_arrays(path, read_bytes(path, remedy, "missing", limit), remedy, wanted, limit // 4)
 
@@ -106,7 +108,10 @@ def read_npz(path: Path, remedy: str, wanted: Callable[[str], bool], limit: int 
 def npz_arrays(
     path: Path, content: bytes, remedy: str, wanted: Callable[[str], bool], limit: int
 ) -> dict[str, np.ndarray]:  # fmt: skip
-    """Return the wanted arrays of an NPZ whose content is known; limit: bytes that compressed members may unpack to."""
+    """Return the wanted arrays of an NPZ whose content has been read, as `read_npz` does.
+
+    path: the file that a StoreError names. limit: bytes that compressed members may unpack to.
+    """
     arrays, left = {}, limit
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -127,7 +132,10 @@ def npz_arrays(
 
 
 def _member_bytes(content: bytes | memoryview, member: zipfile.ZipInfo, checked: bool = True) -> memoryview:
-    """Return the data of one member, its checksum verified. A compressed one is unpacked when its header fits its size."""
+    """Return the data of one member. A compressed one is unpacked when the header of its array fits its size.
+
+    checked: verify the checksum. Raises one of NPZ_ERRORS.
+    """
     names = struct.unpack_from("<HH", content, member.header_offset + 26)
     start = member.header_offset + _LOCAL_HEADER.size + sum(names)
     data = memoryview(content)[start : start + member.compress_size]
@@ -144,10 +152,12 @@ def _member_bytes(content: bytes | memoryview, member: zipfile.ZipInfo, checked:
 
 
 def _npy_head(data: memoryview) -> tuple[int, tuple[int, ...], np.dtype, bool]:
-    """Return (where the data begin, shape, dtype, Fortran order) of an .npy file."""
+    """Return (offset of the data, shape, dtype, Fortran order) of an .npy file. Raises one of NPZ_ERRORS."""
     if bytes(data[:6]) != NPY_MAGIC:
         raise ValueError("no .npy file")
-    size, start = (struct.unpack_from("<H", data, 8)[0], 10) if data[6] == 1 else (struct.unpack_from("<L", data, 8)[0], 12)
+    size, start = (
+        (struct.unpack_from("<H", data, 8)[0], 10) if data[6] == 1 else (struct.unpack_from("<L", data, 8)[0], 12)
+    )
     if size > HEADER_BYTES:
         raise ValueError(f"a header of {size} bytes")
     shape, fortran, dtype = _npy_layout(bytes(data[: start + size]))
@@ -161,7 +171,7 @@ def _check_size(found: int, shape: tuple[int, ...], dtype: np.dtype) -> None:
 
 
 def _npy_array(data: memoryview) -> np.ndarray:
-    """Return the array of a whole .npy file, without a copy; big-endian ones, which MLX does not know, are converted."""
+    """Return the array of a whole .npy file: without a copy, but for a big-endian one, which MLX does not know."""
     begin, shape, dtype, fortran = _npy_head(data)
     _check_size(len(data) - begin, shape, dtype)
     array = np.frombuffer(data, dtype, math.prod(shape), begin).reshape(shape, order="F" if fortran else "C")
@@ -182,15 +192,15 @@ def _npy_layout(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
 def map_npz(
     path: Path, keys: Sequence[str], remedy: str, checked: bool = False, optional: Sequence[str] = ()
 ) -> dict[str, np.ndarray]:  # fmt: skip
-    """Return members of an uncompressed NPZ, mapped read-only where they lie in the file: only what is used is read.
+    """Return members of an uncompressed NPZ as read-only maps of the file: the disk is read where an array is used.
 
-    checked: verify the members' checksums, which reads them. optional: members that the file may lack. Raises StoreError
-    when the file or a member is missing or damaged, or when members are compressed.
+    checked: verify the members' checksums, which reads them whole. optional: members that the file may lack. Raises
+    StoreError when the file or a member is missing or damaged, or when a member is compressed.
     """
     arrays = {}
     try:
         with open_regular(path, remedy, "missing", None) as file, zipfile.ZipFile(file) as archive:
-            content = memoryview(np.memmap(file, np.uint8, "r"))
+            content = np.memmap(file, np.uint8, "r").data
             for key in [*keys, *(key for key in optional if f"{key}.npy" in archive.NameToInfo)]:
                 member = archive.getinfo(f"{key}.npy")
                 if member.compress_type != zipfile.ZIP_STORED:

@@ -1,4 +1,4 @@
-"""The statistics of one pass (2A), which --resume goes on from."""
+"""Statistics of single passes (2A), from which --resume goes on."""
 
 from collections.abc import Mapping
 from itertools import pairwise
@@ -48,7 +48,7 @@ COLLECT = "collect_layer_activations.py"
 COLLECTION = JsonFormat(
     PARTIAL_FORMAT, _Collection, COLLECT, lambda plan: distinct(plan["selected_image_ids"], "selected_image_ids: image")
 )
-GRID = 256  # bins of a histogram; three more columns: the grid's exponent, its first bin, values that are not finite
+GRID = 256  # bins of a histogram; its row also has the grid's exponent, its first bin, and the values not finite
 LAYERS = Rule(
     "is not a list of distinct layers",
     lambda a: len(set(a.tolist())) == a.size and all(LAYER.fullmatch(str(name)) for name in a),
@@ -61,7 +61,7 @@ def _fits(limits: np.ndarray, channels: np.ndarray) -> bool:
 
 
 def _histograms_hold(histograms: np.ndarray, limits: np.ndarray, channels: np.ndarray) -> bool:
-    """Each histogram's grid is that of its input's limits, and it counts as many values in every channel."""
+    """Return whether each histogram lies on its limits' grid, and counts the same number of values per channel."""
     for row, part in zip(histograms.tolist(), _parts(channels), strict=True):
         low, high = float(limits[0, part].min()), float(limits[1, part].max())
         total = sum(row[:GRID])
@@ -81,6 +81,7 @@ def _histograms_hold(histograms: np.ndarray, limits: np.ndarray, channels: np.nd
 
 
 def _parts(channels: np.ndarray) -> list[slice]:
+    """Return the slice of each input's channels among the channels of all inputs."""
     ends = np.cumsum(channels, dtype=np.int64).tolist()
     return [slice(start, end) for start, end in pairwise([0, *ends])]
 
@@ -90,7 +91,7 @@ def _moments_hold(moments: np.ndarray, limits: np.ndarray) -> bool:
 
 
 def _moments_within(mean: np.ndarray, mean_square: np.ndarray, low: np.ndarray, high: np.ndarray) -> bool:
-    """Means lie between the extremes and mean squares between the square of the mean and of the extremes."""
+    """Return whether means lie between the extremes, and mean squares between the squares of mean and extremes."""
     reach = np.maximum(np.abs(low), np.abs(high)).astype(np.float64)
     slack = 1e-3 * reach + 1e-30
     square = mean_square.astype(np.float64)
@@ -122,7 +123,7 @@ PARTIAL = Record(
         ),
         Relation(
             "minima are above maxima", ("limits",), lambda limits: bool((limits[0] <= limits[1]).all()),
-            lambda limits: {"limits": limits[::-1] + np.float32([[1], [0]])},
+            lambda limits: {"limits": limits[::-1] + np.array([[1], [0]], np.float32)},
         ),
         Relation(
             "moments lie outside the limits", ("moments", "limits"), _moments_hold,
@@ -137,12 +138,12 @@ PARTIAL = Record(
 
 
 def write_partial(paths: ActivationPaths, arrays: Mapping[str, np.ndarray], run: str) -> None:
-    """Write one pass's statistics (arrays: PARTIAL) of a calibration run where its image and step belong."""
+    """Write one pass's statistics (arrays: PARTIAL). run: `image_identity` of its image. Raises WriteError."""
     write_npz(paths.partial(int(arrays["image_id"]), int(arrays["step_index"])), {**arrays, **of_run(run)})
 
 
 def read_partial(paths: ActivationPaths, run: str, image_id: int, step_index: int) -> dict[str, np.ndarray]:
-    """Return the statistics of one pass (arrays: PARTIAL). Raises StoreError that names the file."""
+    """Read the statistics of one pass (arrays: PARTIAL). Raises StoreError that names the file."""
     path = paths.partial(image_id, step_index)
     remedy = f"run {COLLECT} with --resume to make it anew"
     arrays = read_npz(path, remedy, PARTIAL.names)
@@ -157,7 +158,10 @@ def read_partial(paths: ActivationPaths, run: str, image_id: int, step_index: in
 def is_partial_complete(
     paths: ActivationPaths, run: str, image_id: int, step_index: int, channels_of: Mapping[str, int]
 ) -> bool:
-    """Return whether the result of one pass is on the disk, valid, of this run, and of a model whose layers have these inputs."""
+    """Return whether the statistics of one pass are on the disk, valid, and of this run and model.
+
+    channels_of: {layer: number of channels of its input}.
+    """
     try:
         arrays = read_partial(paths, run, image_id, step_index)
     except StoreError:

@@ -1,4 +1,7 @@
-"""Stage 1's pictures: each says in text chunks what it is of, which makes it ours and tells it from another image's."""
+"""PNG files that the stages write.
+
+Each names its image in text chunks, which tell it from files of other programs and from pictures of other images.
+"""
 
 import contextlib
 import io
@@ -9,25 +12,27 @@ from typing import Any
 
 import orjson
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from calibration_store.errors import StoreError
 from calibration_store.files import TEMP_SUFFIX, read_bytes
 
-# A picture says what it is of, in text chunks: that makes it ours, and tells one image's picture from another's.
-OUR_CHUNK = "calibration_image"
-DRAWN_CHUNK = "drawn_image"
-VARIANT_CHUNK = "variant"  # of an image that stage 4 wrote
-PICTURE_ERRORS = (OSError, SyntaxError, ValueError, struct.error, MemoryError)  # what PIL raises for damaged files
+OUR_CHUNK = "calibration_image"  # keyword in the pictures of stage 1
+DRAWN_CHUNK = "drawn_image"  # keyword in the pictures of draw_images.py
+VARIANT_CHUNK = "variant"  # keyword in the pictures of stage 4
+PICTURE_ERRORS = (OSError, SyntaxError, ValueError, struct.error, MemoryError)  # PIL raises these for damaged files
 PNG_HEAD = struct.Struct(">8s4x4s2L")  # signature, IHDR, width, height
 MOST_PIXELS = 2**26
-PNG_SIGNATURE, PNG_CHUNK = b"\x89PNG\r\n\x1a\n", struct.Struct(">L4s")  # a chunk begins with the length of its data and its type
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_CHUNK = struct.Struct(">L4s")  # the beginning of a chunk: length of its data, type
 
 
 @contextlib.contextmanager
-def opened_png(path: Path, remedy: str, most_pixels: int = MOST_PIXELS) -> Iterator[Image.Image]:
-    """Open a PNG of at most `most_pixels` pixels, and no other format; PIL decodes it when it is used.
+def opened_png(path: Path, remedy: str, most_pixels: int = MOST_PIXELS) -> Iterator[PngImageFile]:
+    """Open a PNG of at most `most_pixels` pixels, and no other format; PIL decodes it when the block uses it.
 
-    Raises StoreError in one line: missing, no regular file, no PNG, larger, or damaged where the block finds it so.
+    Raises StoreError in one line: the file is missing, not a regular file, not a PNG, larger, or found damaged by the
+    block.
     """
     content = read_bytes(path, remedy)
     try:
@@ -35,13 +40,14 @@ def opened_png(path: Path, remedy: str, most_pixels: int = MOST_PIXELS) -> Itera
         if (signature, chunk) != (PNG_SIGNATURE, b"IHDR") or width * height > most_pixels:
             raise ValueError("no PNG of this size")
         with Image.open(io.BytesIO(content), formats=["PNG"]) as picture:
+            assert isinstance(picture, PngImageFile)  # the only class of this format
             yield picture
     except PICTURE_ERRORS:
         raise StoreError(f"{path}: damaged, or no PNG of at most {most_pixels} pixels; {remedy}") from None
 
 
 def picture_chunks(image: Mapping[str, Any]) -> dict[str, str]:
-    """The text chunks of an image's PNG."""
+    """Return the text chunks of the PNG of an image, its entry in the manifest."""
     return {OUR_CHUNK: str(image["image_id"]), "prompt": image["prompt"], "seed": str(image["seed"])}
 
 
@@ -55,8 +61,12 @@ def drawing_chunks(
     size: tuple[int, int],
     model: str,
 ) -> dict[str, str]:
-    """The text chunks of a drawn PNG; `parameters` is what image programs read, in their own notation. size (width, height)."""
-    settings = f"Steps: {steps}, Sampler: Euler, CFG scale: {cfg_weight:g}, Seed: {seed}, Size: {size[0]}x{size[1]}, Model: {model}"
+    """Return the text chunks of a PNG that draw_images.py writes.
+
+    `parameters` is what programs for generated images read, in their notation. size: (width, height).
+    """
+    settings = f"Steps: {steps}, Sampler: Euler, CFG scale: {cfg_weight:g}, Seed: {seed}, "
+    settings += f"Size: {size[0]}x{size[1]}, Model: {model}"
     negative = f"Negative prompt: {negative_prompt}\n" if negative_prompt else ""
     return {
         DRAWN_CHUNK: str(index),
@@ -71,16 +81,16 @@ def drawing_chunks(
 
 
 def listed_pictures(manifest: Path) -> set[str]:
-    """Names of the PNG files that a manifest of any version lists."""
+    """Return the names of the PNG files that a manifest of any version lists."""
     try:
         images = orjson.loads(read_bytes(manifest, ""))["images"]
         return {Path(image["filename"]).name for image in images if image["filename"]}
-    except (StoreError, ValueError, TypeError, KeyError, RecursionError):  # none, or damaged: it lists nothing
+    except (StoreError, ValueError, TypeError, KeyError, RecursionError):  # absent or damaged: it lists no picture
         return set()
 
 
 def is_our_picture(path: Path, chunk: str = OUR_CHUNK) -> bool:
-    """Whether stage 1 (or whoever writes this chunk) wrote a file (temporary ones: by their name)."""
+    """Return whether the stage that writes this chunk wrote a file; the name decides for a temporary one."""
     if path.suffix == TEMP_SUFFIX:
         return True
     try:
@@ -102,7 +112,7 @@ def text_keywords(png: bytes) -> set[str]:
 
 
 def is_picture(path: Path, image: Mapping[str, Any], size: tuple[int, int]) -> bool:
-    """Whether a file is the whole PNG of this image, size (width, height)."""
+    """Return whether a file is the whole PNG of this image, its entry in the manifest. size: (width, height)."""
     try:
         with opened_png(path, "", size[0] * size[1]) as picture:
             if picture.size != size or picture.mode != "RGB":
@@ -113,7 +123,7 @@ def is_picture(path: Path, image: Mapping[str, Any], size: tuple[int, int]) -> b
         return False
 
 
-def is_of(picture: Image.Image, image: Mapping[str, Any]) -> bool:
-    """Return whether a picture says that it is of this image, its entry in the manifest."""
+def is_of(picture: PngImageFile, image: Mapping[str, Any]) -> bool:
+    """Return whether the text chunks of a picture are those of this image, its entry in the manifest."""
     chunks = picture_chunks(image)
     return {key: picture.text.get(key) for key in chunks} == chunks

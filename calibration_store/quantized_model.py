@@ -1,4 +1,4 @@
-"""What stage 5 leaves beside the weights: the clipping ranges of the activations, and what config.json notes of the export."""
+"""Files that stage 5 writes beside the weights: activations.json, and config.json with its `export` entry."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +24,10 @@ class _Range(TypedDict):
 
 
 class LayerRange(_Range, total=False):
-    """x̂ = Δ·clip(round((x − shift) / Δ), −n, n) + shift, Δ = clipping_range / n, n = 2^(bits − 1) − 1."""
+    """The range of a layer's input x.
+
+    x̂ = Δ·clip(round((x − shift) / Δ), −n, n) + shift, Δ = clipping_range / n, n = 2^(bits − 1) − 1.
+    """
 
     shift: Annotated[list[Bounded], Meta(min_length=1)]
 
@@ -36,15 +39,15 @@ class _Activations(TypedDict):
 
 
 class Activations(_Activations, total=False):
-    """activations.json: how the inputs of the linear layers are quantized, for runtimes that can."""
+    """The entries of activations.json: how a runtime may quantize the inputs of the linear layers."""
 
-    per_timestep: dict[StepKey, dict[LayerName, LayerRange]]  # static by step: that of the nearest sigma
+    per_timestep: dict[StepKey, dict[LayerName, LayerRange]]  # "static by step": the nearest sigma's step applies
     sigma_map: dict[StepKey, NotNegative]
-    layers: dict[LayerName, LayerRange]  # static
+    layers: dict[LayerName, LayerRange]  # "static"
 
 
 def activations_fault(content: Activations) -> str | None:
-    """What activations.json must hold for its rule."""
+    """Return the entry of activations.json that its rule lacks, or the first contradiction, or None."""
     needed = {"static by step": ("per_timestep", "sigma_map"), "static": ("layers",)}.get(content["rule"], ())
     missing = [key for key in needed if not content.get(key)]
     if missing:
@@ -60,18 +63,18 @@ ACTIVATIONS = JsonFormat(ACTIVATIONS_FORMAT, Activations, EXPORT, activations_fa
 
 
 def read_activations(folder: Path) -> dict[str, Any]:
-    """An exported folder's activation ranges. Raises StoreError in one line."""
+    """Read an exported folder's activations.json. Raises StoreError in one line."""
     path = QuantizedModelPaths(folder).activations
     return ACTIVATIONS.read(path, f"run {EXPORT} with --force and --activations")
 
 
 def encode_activations(content: Mapping[str, Any]) -> bytes:
-    """Return activations.json, compact: it holds a number per channel of every post-GELU input and step."""
+    """Return the bytes of activations.json, without spaces: post-GELU inputs have a number per channel and step."""
     return orjson.dumps({"format": ACTIVATIONS_FORMAT, **content}, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 def is_export(path: Path) -> bool:
-    """Whether a config.json is one that stage 5 wrote, whole or not. Raises StoreError when it cannot be read."""
+    """Return whether stage 5 wrote a config.json, valid or not. Raises StoreError when the file cannot be read."""
     try:
         found = orjson.loads(read_bytes(path, "give another --output"))
     except ValueError:
@@ -80,7 +83,7 @@ def is_export(path: Path) -> bool:
 
 
 def read_export(folder: Path) -> dict[str, Any]:
-    """config.json of a folder that stage 5 wrote. Raises StoreError for a folder that is none."""
+    """Read config.json of a folder that stage 5 wrote. Raises StoreError, also for any other model folder."""
     paths = QuantizedModelPaths(folder)
     config = read_model_config(folder)
     if "export" not in config or "quantization" not in config:
@@ -89,7 +92,11 @@ def read_export(folder: Path) -> dict[str, Any]:
 
 
 def float16_bytes(sizes: Mapping[str, tuple[str, int]], quantization: Mapping[str, Any]) -> int:
-    """Of the weights of a file, packed (MLX: 32-bit words, `bits` by layer) or not."""
+    """Return the bytes that the weights of a file would take in float16.
+
+    sizes: {name: (dtype, elements)} as `weight_sizes` returns them; packed weights are U32 words. quantization: the
+    entry of config.json, with the bits of the packed layers.
+    """
     packed = {name.removesuffix(".weight") for name, (dtype, _) in sizes.items() if dtype == "U32"}
     total = 0
     for name, (dtype, elements) in sizes.items():

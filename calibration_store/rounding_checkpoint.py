@@ -1,4 +1,4 @@
-"""checkpoint.npz of stage 3W: where the job under way stands, so that a kill costs little."""
+"""checkpoint.npz of stage 3W: the state of the job under way, so that a kill costs little."""
 
 import os
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ Layers = dict[str, dict[str, np.ndarray]]  # {layer: {field: array}}
 
 
 class Position(TypedDict):
-    """Where a checkpoint stands: the run's digest, the job's name, the number of finished iterations."""
+    """The position of a checkpoint: the run's digest, the job's name, the number of finished iterations."""
 
     plan: Digest
     job: Name
@@ -25,15 +25,15 @@ class Position(TypedDict):
 
 
 def write_checkpoint(path: Path, position: Position, training: Mapping[str, np.ndarray]) -> None:
-    """Write where a job stands, and the arrays of its training."""
+    """Write the position of a job, and the arrays of its training by name. Raises WriteError."""
     arrays = {f"training.{name}": array for name, array in training.items()}
     write_npz(path, arrays | {"position": np.frombuffer(orjson.dumps(position), np.uint8)})
 
 
 def read_checkpoint(path: Path) -> tuple[Position, dict[str, np.ndarray]] | None:
-    """Return (position, arrays of the training) of the last checkpoint; None where there is none.
+    """Return (position, arrays of the training) of the last checkpoint, or None where there is no file.
 
-    Raises StoreError or ValueError for one that cannot be.
+    Raises StoreError or ValueError for a damaged file.
     """
     if not os.path.lexists(path):
         return None

@@ -27,14 +27,14 @@ from calibration_store.schema import (
 def sample_arrays(
     x: np.ndarray, timestep: np.ndarray, sigma: float, step_index: int, image_id: int, is_final: bool
 ) -> dict[str, np.ndarray]:
-    """The arrays of one sample file. x (1, h, w, 16) and timestep () share a dtype, `stored_dtype`."""
+    """Return the arrays of a sample file. x: (1, h, w, 16); timestep: (), stored in the dtype of x, `stored_dtype`."""
     return {
         "x": x,
         "timestep": np.asarray(timestep, dtype=x.dtype),
-        "sigma": np.float32(sigma),
-        "step_index": np.int32(step_index),
-        "image_id": np.int32(image_id),
-        "is_final": np.bool_(is_final),
+        "sigma": np.array(sigma, np.float32),
+        "step_index": np.array(step_index, np.int32),
+        "image_id": np.array(image_id, np.int32),
+        "is_final": np.array(is_final, np.bool_),
     }
 
 
@@ -53,12 +53,12 @@ SPARE_BYTES = 2**20  # room for a sample file's headers and single numbers, besi
 
 
 def write_sample(paths: CalibrationPaths, arrays: Mapping[str, np.ndarray], run: str) -> None:
-    """Write one sample (arrays of `sample_arrays`) where its image and step belong; run: `image_identity`."""
+    """Write one sample, the arrays of `sample_arrays`. run: `image_identity` of its image. Raises WriteError."""
     write_npz(paths.sample(int(arrays["image_id"]), int(arrays["step_index"])), {**arrays, **of_run(run)})
 
 
 def sample_bytes(plan: Mapping[str, Any]) -> int:
-    """Return the bytes on the disk of one image's samples: exact, from one sample's real layout."""
+    """Return the bytes on the disk of one image's samples, exactly. plan: the entries of a manifest."""
     x = np.zeros((1, *plan["latent_size"], 16), stored_dtype(plan["activation_dtype"]))
     steps = saved_steps(plan["num_steps"], plan["stride"])
     return npz_bytes(sample_arrays(x, np.zeros(()), 0.0, 0, 0, False) | of_run("0" * 64)) * len(steps)
@@ -71,10 +71,12 @@ def read_sample(
     step_index: int,
     schedule: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Read one sample and check that it belongs to this run.
+    """Read one sample, and check that it belongs to this run.
 
-    schedule: the run's (sigmas, timesteps), which the sample must have been taken at. Raises StoreError that names the
-    file when it is missing, damaged, not finite, or of another image, step, size or dtype.
+    Returns x (1, h, w, 16) and timestep () in the run's stored dtype, sigma () float, step_index () and image_id ()
+    integer, is_final () bool. schedule: the run's (sigmas, timesteps), at which the sample must have been taken. Raises
+    StoreError that names the file when it is missing, damaged, not finite, or of another run, image, step, size or
+    dtype.
     """
     path = paths.sample(image_id, step_index)
     remedy = f"run {GENERATE} with --resume to make it anew"
@@ -108,7 +110,10 @@ def is_complete(
     schedule: tuple[Sequence[float], Sequence[float]],
     picture_size: tuple[int, int],
 ) -> bool:
-    """Whether every file of an image (its entry in the plan) is on disk and what it should be."""
+    """Return whether every file of an image, its entry in the plan, is on the disk, whole, and of this run.
+
+    schedule: the run's (sigmas, timesteps). picture_size: (width, height) in pixels.
+    """
     if manifest["save_images"] and not is_picture(paths.image(image["image_id"]), image, picture_size):
         return False
     try:

@@ -1,7 +1,7 @@
-"""What a file may hold: JSON as msgspec types, NPZ as members with dtype, shape and meaning; checked where it is read.
+"""Pieces of file formats: JSON as msgspec types, NPZ as members with dtype, shape and rules, checked by every reader.
 
-A format is declared once, beside the code that reads and writes it, from the pieces of this module. A rule knows how
-to break itself: tools/corruption_campaign.py derives its damaged files from the same declarations.
+A format is declared once, from the pieces of this module, beside the code that reads and writes it. A rule can also
+break an array: tools/corruption_campaign.py derives its damaged files from the same declarations.
 """
 
 from collections.abc import Callable, Mapping
@@ -34,7 +34,7 @@ from calibration_store.limits import (
 
 Count = Annotated[int, Meta(ge=1, le=MOST)]
 Index = Annotated[int, Meta(ge=0, le=MOST)]
-Seed = Annotated[int, Meta(ge=0)]  # msgspec knows no bound above 63 bits: `seed_fault` has it
+Seed = Annotated[int, Meta(ge=0)]  # msgspec knows no bound above 63 bits: `seed_fault` checks it
 Images = Annotated[int, Meta(ge=1, le=MOST_IMAGES)]
 Steps = Annotated[int, Meta(ge=1, le=MOST_STEPS)]
 Iterations = Annotated[int, Meta(ge=0, le=MOST_ITERATIONS)]
@@ -45,11 +45,11 @@ NotNegative = Annotated[float, Meta(ge=0, le=MOST_THRESHOLD)]
 Positive = Annotated[float, Meta(gt=0, le=MOST_THRESHOLD)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 Bounded = Annotated[float, Meta(ge=-MOST_THRESHOLD, le=MOST_THRESHOLD)]
-Name = Annotated[str, Meta(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]  # shown as it is
+Name = Annotated[str, Meta(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]  # printed as it is
 Prompt = Annotated[str, Meta(min_length=1)]
 Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 StepKey = Annotated[str, Meta(pattern="^[0-9]{1,9}$")]
-RelativePath = Annotated[str, Meta(pattern=r"^(?!/)(?!(.*/)?\.\.(/|$))[^\x00]+$")]  # stays inside its folder
+RelativePath = Annotated[str, Meta(pattern=r"^(?!/)(?!(.*/)?\.\.(/|$))[^\x00]+$")]  # never leads out of its folder
 
 
 class _Head(TypedDict, total=False):
@@ -58,13 +58,13 @@ class _Head(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class JsonFormat:
-    """A kind of JSON file: its `format` string (None: it has none), its type, and what the type cannot say."""
+    """A kind of JSON file: its `format` string (None: it has none), its type, and checks that a type cannot express."""
 
     name: str | None
     type: Any
     made_by: str
-    fault: Callable[[Any], str | None] = lambda content: None  # of decoded content: what is wrong with it
-    limit: int = LARGEST  # bytes of a file
+    fault: Callable[[Any], str | None] = lambda content: None  # decoded content -> what is wrong with it, or None
+    limit: int = LARGEST  # bytes that a file may have
     flag: str = " with --force"  # the script needs this flag to write over a damaged file
 
     def read(self, path: Path, remedy: str | None = None) -> Any:
@@ -79,7 +79,7 @@ class JsonFormat:
                         f"{path}: format {found!r} is not {self.name!r}; run {self.made_by} to make it anew"
                     )
             return self._checked(content)
-        except ValueError as error:  # what msgspec raises, and a fault
+        except ValueError as error:  # msgspec raises it, and `_checked` does for a fault
             raise StoreError(f"{path}: {error}; {remedy}") from None
         except (MemoryError, RecursionError):
             raise StoreError(f"{path}: not valid JSON (too deep, or too large for the memory); {remedy}") from None
@@ -117,7 +117,7 @@ def seed_fault(seed: int) -> str | None:
 
 
 def distinct(values: list, what: str) -> str | None:
-    """The fault of a list that names something twice, or None."""
+    """Return the fault of a list that names a value twice, or None. what: the word for a value in the message."""
     if len(set(values)) == len(values):
         return None
     repeated = next(value for position, value in enumerate(values) if value in values[:position])
@@ -128,9 +128,9 @@ def distinct(values: list, what: str) -> str | None:
 
 
 class Rule(NamedTuple):
-    """What must hold for an array; `broken` gives a copy for which it does not (None: it has no room for one)."""
+    """A condition on an array. `broken` returns a copy that violates it, or None where no copy can."""
 
-    says: str  # the fault in words, after the member's name
+    says: str  # the fault in words, which follow the member's name
     holds: Callable[[np.ndarray], bool]
     broken: Callable[[np.ndarray], np.ndarray | None]
 
@@ -150,21 +150,23 @@ FINITE = Rule("holds NaN or infinity", lambda a: bool(np.isfinite(a).all()), _wi
 POSITIVE = Rule("is not above 0 everywhere", lambda a: bool((a > 0).all()), _with(0))
 NOT_NEGATIVE = Rule("holds negative values", lambda a: a.size == 0 or bool(a.min() >= 0), _with(-1))
 ASCENDING = Rule(
-    "has bins of zero width", lambda a: bool((a[1:] > a[:-1]).all()), lambda a: np.full_like(a, a[0]) if a.size > 1 else None
-)  # fmt: skip
+    "has bins of zero width",
+    lambda a: bool((a[1:] > a[:-1]).all()),
+    lambda a: np.full_like(a, a[0]) if a.size > 1 else None,
+)
 
 
 def below(limit: int) -> Rule:
-    """Codes of a grid with `limit` levels."""
+    """Return the rule for the codes of a grid with `limit` levels."""
     return Rule(f"holds codes above {limit - 1}", lambda a: a.size == 0 or int(a.max()) < limit, _with(limit))
 
 
 class Relation(NamedTuple):
-    """What must hold between members; `broken` gives changed copies of some of them."""
+    """A condition on several members. `broken` returns changed copies of some of them, which violate it."""
 
     says: str
     members: tuple[str, ...]
-    holds: Callable[..., bool]  # of the members, in that order
+    holds: Callable[..., bool]  # takes the members in that order, as `broken` does
     broken: Callable[..., dict[str, np.ndarray]]
 
 
@@ -174,7 +176,11 @@ TEXT_DTYPES = tuple(f"str{32 * length}" for length in range(1, 129))
 
 
 class Member(NamedTuple):
-    """An array: dtypes that are read, shape (numbers; names, equal where they are equal; (name, 1): one more)."""
+    """The declaration of an array: dtypes that are read, shape, rules.
+
+    The shape has numbers, names (the same name stands for the same length), and pairs: ("bins", 1) is one more than
+    "bins".
+    """
 
     dtypes: tuple[str, ...]
     shape: tuple[int | str | tuple[str, int], ...]
@@ -182,18 +188,18 @@ class Member(NamedTuple):
     optional: bool = False
 
 
-CALIBRATION_RUN = "calibration_run"  # member of every NPZ that a stage hands on: the identity of its calibration run
-TRAINING_RUN = "training_run"  # member of the files of stage 3W: the digest of their plan
-OF_RUN = Member(TEXT_DTYPES, (), optional=True)  # files of 0.8.0 have none, and are believed by their metadata
+CALIBRATION_RUN = "calibration_run"  # member of every NPZ that a later stage reads: the identity of the calibration run
+TRAINING_RUN = "training_run"  # member of the files of stage 3W: the digest of the plan
+OF_RUN = Member(TEXT_DTYPES, (), optional=True)  # files of 0.8.0 have none; their metadata are believed
 
 
 def of_run(run: str | None, name: str = CALIBRATION_RUN) -> dict[str, np.ndarray]:
-    """Return the member that says which run a file is of; none where no run is known."""
+    """Return {name: run}, the member that says which run a file is of; {} where no run is known."""
     return {} if run is None else {name: np.array(run)}
 
 
 def run_fault(arrays: Mapping[str, np.ndarray], run: str | None, name: str = CALIBRATION_RUN) -> str | None:
-    """Return the fault of a file that says it is of another run, or None."""
+    """Return the fault of a file whose member `name` is of another run, or None."""
     if name not in arrays or run is None:
         return None
     own = arrays[name].dtype.name in TEXT_DTYPES and arrays[name].shape == () and arrays[name].item() == run
@@ -208,11 +214,11 @@ class Record:
     relations: tuple[Relation, ...] = ()
 
     def names(self, key: str) -> bool:
-        """Return whether a key is one of a file's arrays."""
+        """Return whether a key is declared here."""
         return key in self.members
 
     def fault(self, arrays: Mapping[str, np.ndarray], **sizes: int) -> str | None:
-        """What is wrong with the arrays, or None. sizes: lengths that are known, by their name in the shapes."""
+        """Return what is wrong with the arrays, or None. sizes: known lengths, by their names in the shapes."""
         for name, member in self.members.items():
             array = arrays.get(name)
             if array is None:
@@ -235,7 +241,7 @@ class Record:
 
 
 def _shape_fault(name: str, found: tuple[int, ...], wanted: tuple, sizes: dict[str, int]) -> str | None:
-    """Compare a shape and note the lengths that it names for the first time in `sizes`."""
+    """Return the fault of a shape, or None. Lengths that the shape names for the first time are added to `sizes`."""
     if len(found) != len(wanted):
         return f"{name} has shape {found}, not of {len(wanted)} dimensions"
     for length, side in zip(found, wanted, strict=True):

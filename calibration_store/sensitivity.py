@@ -1,4 +1,7 @@
-"""How much the model's output minds the quantization of a layer: measured by stage 3W on the block cache, which it lies beside."""
+"""Sensitivity of the model's output to the quantization of each layer.
+
+Stage 3W measures it on the block cache, and writes sensitivity.json beside that cache.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,8 +12,8 @@ from msgspec import Meta
 from calibration_store.choices import GroupSize
 from calibration_store.errors import StoreError
 from calibration_store.files import write_json
-from calibration_store.layout import BlockCachePaths, CalibrationPaths
-from calibration_store.manifest import read_manifest, same_run
+from calibration_store.layout import BlockCachePaths
+from calibration_store.manifest import refuse_other_run
 from calibration_store.names import LayerName, input_owner
 from calibration_store.schema import Count, Digest, Index, JsonFormat, NotNegative
 
@@ -20,15 +23,22 @@ BitsKey = Literal["2", "3", "4", "5", "6", "8"]
 
 
 class LayerSensitivity(TypedDict):
-    """Mean squared error of the velocity, relative to its mean square, when this layer's weight alone is rounded to nearest."""
+    """The errors of one layer's weight, by bits.
+
+    An error is the mean squared error of the velocity, relative to its mean square, when this weight alone is rounded
+    to nearest.
+    """
 
     weights: Annotated[dict[BitsKey, NotNegative], Meta(min_length=1)]
-    size: Count  # of the weight
+    size: Count  # elements of the weight
 
 
 class Sensitivity(TypedDict):
-    """sensitivity.json. `inputs`: by layer, at each of `sigmas`, the velocity's mean squared error for each unit of mean
-    squared error of the layer's input; q, k and v of a stream have one input, noted for q."""
+    """The entries of sensitivity.json.
+
+    `inputs` has for each layer, at each of `sigmas`, the velocity's mean squared error for each unit of mean squared
+    error of the layer's input. q, k and v of a stream share one input, noted for q.
+    """
 
     format: Literal["layer_sensitivity_v1"]
     calibration_run: Digest | None
@@ -43,7 +53,7 @@ class Sensitivity(TypedDict):
 
 
 def sensitivity_fault(content: Sensitivity) -> str | None:
-    """What the entries say of each other that cannot be."""
+    """Return the first contradiction between entries of sensitivity.json, or None."""
     steps = len(content["key_timesteps"])
     if len(content["sigmas"]) != steps:
         return f"{len(content['sigmas'])} sigmas for {steps} key_timesteps"
@@ -60,24 +70,22 @@ SENSITIVITY = JsonFormat(SENSITIVITY_FORMAT, Sensitivity, MEASURE, sensitivity_f
 
 
 def read_sensitivity(calib_dir: Path) -> dict[str, Any]:
-    """What was measured. Raises StoreError when there is nothing, or it is of another calibration run."""
+    """Read sensitivity.json. Raises StoreError when it is missing, damaged or of another calibration run."""
     path = BlockCachePaths(calib_dir).sensitivity
     content = SENSITIVITY.read(path, f"run {MEASURE}")
-    manifest = CalibrationPaths(calib_dir).manifest
-    if manifest.exists() and not same_run(read_manifest(calib_dir), content):
-        raise StoreError(f"{path}: made from another calibration run than {manifest}; run {MEASURE}")
+    refuse_other_run(calib_dir, path, content, f"run {MEASURE}")
     return content
 
 
 def write_sensitivity(calib_dir: Path, content: Mapping[str, Any]) -> None:
-    """Write sensitivity.json."""
+    """Write sensitivity.json. content: the entries of `Sensitivity` but for `format`. Raises WriteError."""
     write_json(BlockCachePaths(calib_dir).sensitivity, {"format": SENSITIVITY_FORMAT, **content})
 
 
 def input_gain(sensitivity: Mapping[str, Any], layer: str, sigma: float) -> float:
-    """Of a layer's input at the nearest measured noise level; q, k and v have a third of their input's each.
+    """Return the velocity's squared error per unit of a layer's squared input error, at the nearest measured sigma.
 
-    Raises StoreError for a layer that was not measured.
+    q, k and v get a third of their shared input's value each. Raises StoreError for a layer that was not measured.
     """
     owner = input_owner(layer)
     if layer not in sensitivity["layers"]:

@@ -1,4 +1,4 @@
-"""The life of a stage in its folder, once: hold it, check what is there, begin or go on, work, finish."""
+"""The life of a stage in its folder: lock it, check its files, begin or go on, work, finish."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ _Written = TypeVar("_Written")
 
 
 class StagePaths(Protocol):
-    """Where a stage keeps what (calibration_store/layout.py)."""
+    """The paths of a stage (calibration_store/layout.py)."""
 
     @property
     def root(self) -> Path: ...
@@ -25,7 +25,7 @@ class StagePaths(Protocol):
 
 
 class Processes(Protocol):
-    """The processes that share a folder: rank 0 creates, notes and finishes; the others wait for it."""
+    """The processes that share a folder: rank 0 creates it, notes the plan and finishes; the others wait for rank 0."""
 
     rank: int
 
@@ -36,8 +36,8 @@ class Processes(Protocol):
 class StageFolder:
     """A stage's folder under `--resume`, `--force`, or neither.
 
-    record is the JSON file that says what the run in the folder is (its plan), of a format, read with `read`; options names
-    the flag behind each key of the plan that a run cannot change while it goes on.
+    record: the JSON file with the plan of the run in the folder. format: its format; read: a function that reads it.
+    options: for each key of the plan that a run cannot change when it goes on, the flag that sets it.
 
         with folder.held(dry_run):
             folder.check(plan)
@@ -55,19 +55,23 @@ class StageFolder:
     resume: bool = False
     force: bool = False
     ranks: Processes | None = None  # None: one process alone
-    what: str = "files"  # that lie in the folder
+    what: str = "files"  # word for the folder's files in messages
 
     @contextlib.contextmanager
     def held(self, dry_run: bool = False) -> Iterator[None]:
-        """Keep every other run out until the block ends; a dry run, and any rank but the first, holds nothing.
+        """Lock the folder against every other run until the block ends.
 
-        Raises StoreError when another process is at work here, or the folder cannot be written.
+        A dry run and the ranks above 0 lock nothing. Raises StoreError when another process has locked the
+        folder, or the folder cannot be written.
         """
         with contextlib.nullcontext() if dry_run or not self._is_first else locked_folder(self.paths.root):
             yield
 
     def before(self, **options: Any) -> dict[str, Any] | None:
-        """The plan that --resume goes on with, if there is one with these options. Raises StoreError when it is damaged."""
+        """Return the plan that --resume goes on with, or None where there is none with these options.
+
+        Raises StoreError for a damaged plan.
+        """
         if not self.resume or not self.record.exists():
             return None
         before = self.read(self.record)
@@ -77,14 +81,16 @@ class StageFolder:
         """Raise StoreError when the folder is used and neither --resume nor --force is given."""
         if self._is_used() and not (self.resume or self.force):
             raise StoreError(
-                f"{self.paths.root} holds a run already: --resume goes on with it, --force starts over, or use another --calib-dir"
+                f"{self.paths.root} holds a run already: --resume goes on with it, --force starts over, "
+                "or use another --calib-dir"
             )
 
     def check(self, plan: Mapping[str, Any], may_change: Sequence[str] = ()) -> dict[str, Any] | None:
-        """Whether the run may begin, go on or start over here; writes nothing. Returns the plan that it goes on with.
+        """Check that the run may begin, go on or start over here, and return the plan that it goes on with, or None.
 
-        may_change: keys of the plan that need not be as they were. Raises StoreError when the folder is used and neither
-        flag is given, or when --resume would mix two runs, and OptionError for a plan that no file can hold.
+        Nothing is written. may_change: keys of the plan that need not be as they were. Raises StoreError when the
+        folder is used and neither flag is given, or when --resume would mix two runs, and OptionError for a plan that
+        no file can hold.
         """
         self.format.encode(plan)
         self.refuse_used()
@@ -94,9 +100,10 @@ class StageFolder:
             raise StoreError(f"{self.paths.root}: {self.what} without {self.record.name}; use --force to start over")
         before = self.read(self.record)
         for key, flag in self.options.items():
-            if key not in may_change and _plain(before.get(key)) != _plain(plan[key]):
+            earlier = _plain(before.get(key))
+            if key not in may_change and earlier != _plain(plan[key]):
                 raise StoreError(
-                    f"--resume: the run in {self.paths.root} has {flag} {shown(_plain(before.get(key)))}, not {shown(plan[key])}; "
+                    f"--resume: the run in {self.paths.root} has {flag} {shown(earlier)}, not {shown(plan[key])}; "
                     "give the same value, use --force to start over, or another --calib-dir"
                 )
         if before.get("calibration_run") != plan.get("calibration_run"):
@@ -104,15 +111,16 @@ class StageFolder:
         return before
 
     def todo(self, items: Iterable[_Item], is_done: Callable[[_Item], bool]) -> list[_Item]:
-        """The items that are left: those that are not on the disk, whole and this run's; with --force all."""
+        """Return the items that are left to do: all with --force, else those that are not done."""
         return [item for item in items if self.force or not is_done(item)]
 
     def begin(self, plan: Mapping[str, Any], anew: bool = False) -> None:
-        """After `check`: clear half-written files, with --force all of an earlier run's, and note what the run is.
+        """Remove half-written files, or with --force all files of an earlier run, and write the plan, after `check`.
 
-        anew: note the plan also where one is noted. An earlier run goes when the new one's plan is on the disk.
+        anew: write the plan also where one exists. An earlier run's files go when the new plan is on the disk. Raises
+        WriteError.
         """
-        self._barrier()  # every rank has looked at what was there
+        self._barrier()  # until every rank has looked at the files that are removed here
         if self._is_first:
             owned = self.paths.owned_files()
             if anew or self.force or not self.record.exists():
@@ -126,7 +134,10 @@ class StageFolder:
         self._barrier()
 
     def finish(self, write: Callable[[], _Written]) -> _Written | None:
-        """Write what says that the stage is complete, once every rank's items are on the disk; rank 0 does."""
+        """Call `write` on rank 0, once every rank's items are on the disk; its file says that the stage is complete.
+
+        Returns its result on rank 0, None on the other ranks.
+        """
         self._barrier()
         return write() if self._is_first else None
 
@@ -143,17 +154,17 @@ class StageFolder:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON has it."""
+    """Return a value as JSON returns it: a tuple becomes a list."""
     return list(value) if isinstance(value, tuple) else value
 
 
 def shown(value: Any) -> str:
-    """A value in a message; an empty one is seen."""
+    """Return a value as text for a message; the empty string gets quotes."""
     return repr(value) if value == "" else str(value)
 
 
 def clear_files(owned: Sequence[Path], first: Path, everything: bool) -> None:
-    """Remove temporary files, or everything, `first` first: without it the others are no run."""
+    """Remove a stage's temporary files, or all of its files, `first` before the others: without it they are no run."""
     for path in sorted(owned, key=lambda path: path != first):
         if everything or path.suffix == TEMP_SUFFIX:
             remove_file(path)

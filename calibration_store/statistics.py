@@ -1,4 +1,4 @@
-"""Statistics of every layer's input, per step (2A), also those that another tool wrote."""
+"""Statistics of every layer's input, step by step (2A), of this toolkit or another one."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from msgspec import Meta
 from calibration_store.choices import Precision
 from calibration_store.errors import StoreError
 from calibration_store.files import write_json
-from calibration_store.histograms import HISTOGRAM_BINS
+from calibration_store.histograms import HISTOGRAM_BINS, histogram_fault
 from calibration_store.layout import ActivationPaths
 from calibration_store.names import POST_GELU_SUFFIX, LayerName, layer_key, layer_prefix
 from calibration_store.npz import read_npz, write_npz
@@ -49,7 +49,7 @@ STATISTICS_FORMAT = "per_timestep_npz_v2"
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """What one layer's input looked like at one step; arrays in the dtype of the file."""
+    """The statistics of one layer's input at one step; arrays have the dtype of the file."""
 
     avg_min: np.ndarray  # (channels,)
     avg_max: np.ndarray  # (channels,)
@@ -58,32 +58,34 @@ class LayerStatistics:
     shift: np.ndarray | None  # (channels,), post-GELU layers
     counts: np.ndarray | None  # (bins,)
     edges: np.ndarray | None  # (bins + 1,)
-    entry: Mapping[str, Any]  # what the JSON index says of it; may be empty
+    entry: Mapping[str, Any]  # the layer's entry in the JSON index; may be empty
 
     @property
     def histogram(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """(counts, edges), where the file has them."""
-        return None if self.counts is None else (self.counts, self.edges)
+        """Return (counts (bins,), edges (bins + 1,)), or None where the file has none."""
+        return None if self.counts is None or self.edges is None else (self.counts, self.edges)
 
     def reach(self) -> np.ndarray:
-        """Per channel, the largest |x − shift| between the average minimum and maximum: (channels,) float64."""
+        """Return each channel's largest |x − shift| between the average minimum and maximum: (channels,) float64."""
         return self._reach(self.avg_min, self.avg_max)
 
     def full_reach(self) -> np.ndarray:
-        """The same between the extremes of all images: (channels,) float64.
+        """Return each channel's largest |x − shift| between the extremes of all images: (channels,) float64.
 
-        A file without them but with a histogram gives the averages, wider by what the histogram's range exceeds them.
+        A file without extremes but with a histogram gives `reach`, scaled by the histogram's range over
+        `tensor_absmax`, if above 1.
         """
         if self.extremes is not None:
             return self._reach(*self.extremes)
-        if self.counts is None or not self.tensor_absmax():
+        if self.histogram is None or not self.tensor_absmax():
             return self.reach()
-        filled = np.flatnonzero(self.counts)
-        widest = max(-self.edges[filled[0]], self.edges[filled[-1] + 1])
+        counts, edges = self.histogram
+        filled = np.flatnonzero(counts)
+        widest = max(-edges[filled[0]], edges[filled[-1] + 1])
         return self.reach() * max(1.0, widest / self.tensor_absmax())
 
     def centred_power(self) -> np.ndarray | None:
-        """Per channel, E[(x − shift)²], (channels,) float64; None where the file has no moments."""
+        """Return E[(x − shift)²] of each channel, (channels,) float64, or None where the file has no moments."""
         if self.moments is None:
             return None
         mean, square = (moment.astype(np.float64) for moment in self.moments)
@@ -95,7 +97,7 @@ class LayerStatistics:
         return np.maximum(np.abs(low - shift), np.abs(high - shift)).astype(np.float64)
 
     def tensor_absmax(self) -> float:
-        """max over channels of max(|avg_min|, |avg_max|)."""
+        """Return the maximum over channels of max(|avg_min|, |avg_max|)."""
         return float(max(-self.avg_min.min(), self.avg_max.max(), self.avg_min.max(), -self.avg_max.min()))
 
 
@@ -110,9 +112,9 @@ class ActivationStatistics:
     metadata: dict[str, Any]
 
     def read_step(self, key: str) -> dict[str, LayerStatistics]:
-        """Every layer's statistics at one step.
+        """Read every layer's statistics at one step, {layer: statistics}. key: one of `step_keys`.
 
-        Raises StoreError, one line that names file and layer, when something is missing, not finite or impossible.
+        Raises StoreError, one line that names file and layer, when an array is missing, not finite or impossible.
         """
         index_path, path = self.timestep_dir / f"step_{key}_index.json", self.timestep_dir / f"step_{key}.npz"
         remedy = f"run {COLLECT} with --force to make it anew (TROUBLESHOOTING_GUIDE Issue 21)"
@@ -154,6 +156,8 @@ def _is_known(key: str) -> bool:
 
 
 class IndexEntry(TypedDict, total=False):
+    """A layer in the index of a step."""
+
     n_batches: Count
     tensor_absmax: NotNegative
     tensor_min: Bounded
@@ -202,7 +206,7 @@ STATISTICS = Record(
         ),
         Relation(
             "shift lies outside the extremes", ("shift", "min", "max"),
-            lambda shift, low, high: bool((np.abs(shift) <= 1.001 * np.maximum(np.abs(low), np.abs(high)) + 1e-30).all()),
+            lambda shift, low, high: bool((abs(shift) <= 1.001 * np.maximum(abs(low), abs(high)) + 1e-30).all()),
             lambda shift, low, high: {"shift": (2 * np.abs(high) + 2 * np.abs(low) + 1).astype(shift.dtype)},
         ),
     ),
@@ -214,9 +218,9 @@ def _pair(fields: Mapping[str, np.ndarray], first: str, second: str) -> tuple[np
 
 
 def _entry_fault(fields: Mapping[str, np.ndarray], entry: Mapping[str, Any], own: bool) -> str | None:
-    """What a layer's arrays and its entry in the index say of each other that cannot be, or None.
+    """Return the first contradiction between a layer's arrays and its entry in the index, or None.
 
-    own: the statistics are this toolkit's, whose layers have all fields, and whose histograms count every value.
+    own: the statistics are this toolkit's, as for `histogram_fault`.
     """
     for first, second in (("min", "max"), ("mean", "mean_square"), ("hist_counts", "hist_edges")):
         if (first in fields) != (second in fields):
@@ -237,31 +241,12 @@ def _entry_fault(fields: Mapping[str, np.ndarray], entry: Mapping[str, Any], own
     for key, value in exact.items():
         if key in entry and abs(entry[key] - float(value)) > 1e-3 * abs(float(value)) + 1e-6:
             return f"the index says {key} {entry[key]:.6g}, the arrays {float(value):.6g}"
-    return _histogram_fault(fields, entry, own) if "hist_counts" in fields else None
-
-
-def _histogram_fault(fields: Mapping[str, np.ndarray], entry: Mapping[str, Any], own: bool) -> str | None:
-    counts, edges = fields["hist_counts"], fields["hist_edges"]
-    total = counts.sum(dtype=np.float64)
-    if not 0 < total < 2**63:
-        return "the histogram is empty" if not total else "hist_counts sum to more than int64 holds"
-    widest = max(abs(float(edges[0])), abs(float(edges[-1])))
-    for key in ("hist_p999", "hist_p99", "hist_p01", "hist_p001"):
-        if abs(entry.get(key, 0.0)) > widest:
-            return f"the index says {key} {entry[key]:.6g}, outside the histogram"
-    if not own or "min" not in fields:
-        return None
-    filled = np.flatnonzero(counts)
-    if not (edges[filled[0]] <= fields["min"].min() < edges[filled[0] + 1]):
-        return "hist_counts do not begin at the smallest value"
-    if not (edges[filled[-1]] <= fields["max"].max() < edges[filled[-1] + 1]):
-        return "hist_counts do not end at the largest value"
-    if int(total) % (fields["min"].size * entry.get("n_batches", 1)):
-        return "hist_counts do not sum to the values seen"
-    return None
+    return histogram_fault(fields, entry, own) if "hist_counts" in fields else None
 
 
 class StatisticsMetadata(TypedDict, total=False):
+    """The metadata of statistics, and of the configs made from them."""
+
     num_images: Count
     num_timesteps: Count
     total_processed: Count
@@ -277,7 +262,7 @@ class StatisticsMetadata(TypedDict, total=False):
 
 
 def metadata_fault(metadata: Mapping[str, Any]) -> str | None:
-    """What is wrong with the metadata that statistics, and the configs made from them, carry."""
+    """Return what is wrong with the metadata of statistics, or of a config made from them; None for sound ones."""
     try:
         msgspec.convert(metadata, StatisticsMetadata)
     except msgspec.ValidationError as error:
@@ -298,17 +283,17 @@ class _Statistics(TypedDict):
 
 
 class Statistics(_Statistics, total=False):
-    """layer_statistics.json; other tools' files may lack the rest."""
+    """The entries of layer_statistics.json; other tools' files may lack those below."""
 
     hist_bins: Count
     timestep_dir: Name
     shift_momentum: Share
     post_gelu_suffix: Name
-    metadata: dict[str, Any]  # StatisticsMetadata, and what else another tool notes
+    metadata: dict[str, Any]  # StatisticsMetadata, and further entries of another tool
 
 
 def statistics_fault(content: Statistics) -> str | None:
-    """What the entries of layer_statistics.json say of each other that cannot be."""
+    """Return the first contradiction between entries of layer_statistics.json, or None."""
     keys = [str(key) for key in content["step_keys"]]
     for key in keys:
         if key not in content["sigma_map"]:
@@ -328,7 +313,7 @@ def statistics_fault(content: Statistics) -> str | None:
 
 
 def sigma_fault(sigma_map: Mapping[str, float]) -> str | None:
-    """Return the fault of a schedule whose sigmas do not fall, step after step, from at most 1; None for a sound one."""
+    """Return the fault of a schedule, {step key: sigma}, whose sigmas do not fall from at most 1; else None."""
     sigmas = [sigma_map[key] for key in sorted(sigma_map, key=int)]
     falls = all(later < earlier for earlier, later in pairwise(sigmas)) and sigmas[0] <= 1.001
     return None if falls else "sigma_map: sigmas do not fall from 1 step after step"
@@ -338,9 +323,10 @@ STATISTICS_FILE = JsonFormat(STATISTICS_FORMAT, Statistics, COLLECT, statistics_
 
 
 def read_statistics(path: Path) -> ActivationStatistics:
-    """Open layer_statistics.json, its steps in ascending order.
+    """Read layer_statistics.json, its steps in ascending order; `read_step` of the result reads the arrays.
 
-    Another tool's `timestep_dir` may be absolute, beside the file, or relative to the working folder. Raises StoreError when the format is not per_timestep_npz_v2 or an entry is missing or cannot be.
+    Another tool's `timestep_dir` may be absolute, beside the file, or relative to the working folder. Raises StoreError
+    when the format is not per_timestep_npz_v2, or when an entry is missing or invalid.
     """
     content = STATISTICS_FILE.read(path)
     folder = Path(content.get("timestep_dir", "timestep_stats"))
@@ -359,10 +345,10 @@ def write_step(
     paths: ActivationPaths, step_index: int, layers: Mapping[str, tuple[Mapping[str, np.ndarray], Mapping[str, Any]]],
     run: str | None = None,
 ) -> None:  # fmt: skip
-    """Write one step's statistics, {layer: (arrays by field, its entry in the index)}; run: the calibration run."""
+    """Write a step, {layer: (arrays by field, entry in the index)}. run: `run_identity`. Raises WriteError."""
     key = str(step_index)
     arrays = {layer_key(name, field): array for name, (fields, _) in layers.items() for field, array in fields.items()}
-    write_npz(paths.step_arrays(key), arrays | {"step_index": np.int32(step_index)} | of_run(run))
+    write_npz(paths.step_arrays(key), arrays | {"step_index": np.array(step_index, np.int32)} | of_run(run))
     write_json(paths.step_index(key), {name: entry for name, (_, entry) in layers.items()})
 
 
@@ -373,7 +359,7 @@ def write_statistics(
     sigmas: Sequence[float],
     momentum: float,
 ) -> None:
-    """Write layer_statistics.json, last: the steps are on the disk. sigmas: of every step of the run."""
+    """Write layer_statistics.json, after all steps. sigmas: of every step of the run. Raises WriteError."""
     steps, image_ids = plan["key_timesteps"], plan["selected_image_ids"]
     statistics = {
         "format": STATISTICS_FORMAT,

@@ -1,4 +1,4 @@
-"""Learned rounding (3W): codes, grids and ranges of every layer, losses, and the checkpoint of the unit under way."""
+"""Learned rounding (3W): codes, grids and ranges of every layer, losses, plan.json and metadata.json."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -61,16 +61,16 @@ class _MadeFrom(TypedDict, total=False):
     model_version: Name | None
     calibration_run: Digest | None
     weights_fingerprint: Digest | None
-    micro_batch: Count  # samples whose gradients were made at once; older files have none
-    window: Index  # samples that an iteration drew from; 0, and in older files: all
-    activation_rule: InputRule  # older files have static ones, the same at every step
+    micro_batch: Count  # samples whose gradients were computed at once; absent in older files
+    window: Index  # samples that an iteration drew from; 0, or absent in older files: all samples
+    activation_rule: InputRule  # absent in older files: static ranges, the same at every step
     range_sigmas: list[NotNegative]  # noise levels of `act_scales`, the cached steps
     schedule: list[NotNegative]  # noise levels of the calibration run's steps
     block_inputs: Literal["original", "mixed"]
     end_to_end: Iterations  # iterations of the last phase
-    training_run: Digest  # digest of the plan (function `training_run`); files of 0.8.0 have none
-    layer_bits: dict[LayerName, Bits]  # of layers whose codes are not of weight_bits
-    excluded: list[LayerName]  # layers that stay as they are
+    training_run: Digest  # digest of the plan (function `training_run`); absent in files of 0.8.0
+    layer_bits: dict[LayerName, Bits]  # bits of the layers whose codes do not have weight_bits
+    excluded: list[LayerName]  # layers that are not quantized
     average_bits: float | None
     bit_choices: list[Bits] | None
     diverged: Name  # plan.json: the unit whose loss was not finite; --resume may then lower the learning rates
@@ -92,7 +92,7 @@ class _Training(TypedDict):
 
 
 class WeightsPlan(_Weights, _Training, _MadeFrom):
-    """plan.json: what a run of stage 3W is, while it is under way."""
+    """plan.json: the description of a run of stage 3W that is under way."""
 
 
 class _StageLosses(TypedDict):
@@ -107,12 +107,15 @@ class _StageLosses(TypedDict):
 
 
 class StageLosses(_StageLosses, total=False):
-    curve: Annotated[
-        list[float], Meta(max_length=256)
-    ]  # mean training loss of stretches of iterations; not in older files
+    """Errors of a unit in one stage of its training; 1 is the error of round-to-nearest on the training samples."""
+
+    # mean training loss of stretches of iterations; absent in older files
+    curve: Annotated[list[float], Meta(max_length=256)]
 
 
 class BlockLosses(TypedDict):
+    """The losses of one unit, stage after stage."""
+
     unit: Name
     stages: Annotated[list[StageLosses], Meta(min_length=1, max_length=64)]
 
@@ -122,13 +125,16 @@ class _BlockLossesFile(BlockLosses):
 
 
 class BlockLossesFile(_BlockLossesFile, total=False):
-    """The losses of one unit, kept in a file of their own until metadata.json is written."""
+    """The losses of one unit in a file of their own, until metadata.json is written."""
 
     training_run: Digest
 
 
 class WeightsMetadata(_Weights, _MadeFrom, total=False):
-    """metadata.json, written last: bits and groups; other tools' (benchmarks/gptq.py) say no more, ours the whole plan."""
+    """metadata.json, written last: bits and groups, and the whole plan of a run of stage 3W.
+
+    Other tools write bits and groups alone.
+    """
 
     unit: KnownUnit
     iters: Iterations
@@ -142,15 +148,16 @@ class WeightsMetadata(_Weights, _MadeFrom, total=False):
 
 
 def weights_fault(content: WeightsPlan | WeightsMetadata) -> str | None:
-    """What the entries of plan.json and metadata.json say of each other that cannot be."""
+    """Return the first contradiction between entries of plan.json or metadata.json, or None."""
     ids, steps = content.get("selected_image_ids", []), content.get("key_timesteps", [])
-    fault = distinct(content["block_names"], "block_names: block") or distinct(ids, "image")
+    names, by_block = content["block_names"], dict[str, Any](content)
+    fault = distinct(names, "block_names: block") or distinct(ids, "image")
     if fault:
         return fault
     if content.get("num_samples", 0) != len(ids) * len(steps):
         return "num_samples is not that of selected_image_ids and key_timesteps"
     for key in ("losses", "block_digests"):
-        if set(content.get(key, content["block_names"])) != set(content["block_names"]):
+        if set(by_block.get(key, names)) != set(names):
             return f"{key} are not those of block_names"
     return seed_fault(content.get("seed", 0))
 
@@ -174,9 +181,10 @@ DEPLOYED = Rule("is no float16 value above 0", _fits_float16, lambda a: np.full_
 
 
 def layer_record(bits: int) -> Record:
-    """Return the arrays of one layer in a block file: W (out, in) in groups of in / groups inputs.
+    """Return the declaration of one layer's arrays in a block file: W (out, in), in groups of in / groups inputs.
 
-    Scales and minima, −scale · zero point, are deployed as float16.
+    Ŵ = scale·(q − zero_point), with codes q of `bits` bits. Scales and minima, −scale·zero_point, must fit float16, in
+    which they are deployed.
     """
     grid, ranges = (FINITE, POSITIVE, DEPLOYED), (FINITE, POSITIVE)
     minima = Relation(
@@ -204,18 +212,19 @@ def layer_record(bits: int) -> Record:
 
 
 FIELDS = frozenset(layer_record(8).members)
-FIELD_DTYPES = {"q": np.uint8, "alpha": None}  # dtypes that readers get; None: the file's own; all other fields float32
+FIELD_DTYPES = {"q": np.uint8, "alpha": None}  # dtypes that readers get; None: the file's own; of other fields: float32
 
 
 def layer_fault(fields: Mapping[str, np.ndarray], bits: int) -> str | None:
-    """What is wrong with one layer's arrays, or None."""
+    """Return what is wrong with one layer's arrays, or None."""
     return layer_record(bits).fault(fields)
 
 
 def training_run(plan: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of a plan, without what may differ within one run.
+    """Return the SHA-256 of a plan, without the entries that may differ within one run.
 
-    Learning rates may change after a fault. Noise levels follow from the calibration run, and devices round them differently.
+    Learning rates may change after a fault. Noise levels follow from the calibration run, and devices round them
+    differently.
     """
     return _plan_digest(plan, (*LEARNING_RATES, *NOISE_LEVELS))
 
@@ -225,7 +234,7 @@ NOISE_LEVELS = ("schedule", "range_sigmas")
 
 
 def training_run_of_0_8_0(plan: Mapping[str, Any]) -> str:
-    """Return the digest that checkpoints of 0.8.0 have in the place of `training_run`; it includes the noise levels."""
+    """Return the digest that checkpoints of 0.8.0 have in place of `training_run`; it includes the noise levels."""
     return _plan_digest(plan, LEARNING_RATES)
 
 
@@ -235,17 +244,18 @@ def _plan_digest(plan: Mapping[str, Any], without: Sequence[str]) -> str:
 
 
 def _is_known(key: str) -> bool:
-    """Return whether a member of a block's file is one of ours; others are not unpacked."""
+    """Return whether a member of a block's file is declared; other members are not unpacked."""
     return key in (CALIBRATION_RUN, TRAINING_RUN) or key.rpartition("__")[2] in FIELDS
 
 
 def read_quantized_block(
     paths: WeightPaths, block: str, plan: Mapping[str, Any] | None = None
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Read the learned quantization of one block: {layer: {field: array}}; codes are uint8, α as it is, all else float32.
+    """Read the learned quantization of one block, {layer: {field: array}}; `layer_record` has fields and shapes.
 
-    plan: what the run is, bits and group size included, and the digest of the file where metadata.json has it; by default
-    metadata.json's. Raises StoreError that names the file.
+    Codes `q` are uint8, `alpha` has the dtype of the file, and all other fields are float32. plan: bits, group size and
+    run, with the digests of the files where they are known; by default metadata.json. Raises StoreError that names the
+    file.
     """
     plan = plan or WEIGHTS_METADATA.read(paths.metadata)
     remedy = f"run {OPTIMIZE} with --resume to make it anew"
@@ -281,7 +291,7 @@ def read_quantized_block(
 
 
 def _given(field: str, array: np.ndarray) -> np.ndarray:
-    """Return a field as readers are given it, whatever dtype another writer chose."""
+    """Return a field in the dtype that readers get, whatever dtype another writer chose."""
     dtype = FIELD_DTYPES.get(field, np.float32)
     return array if dtype is None else array.astype(dtype, copy=False)
 
@@ -289,14 +299,14 @@ def _given(field: str, array: np.ndarray) -> np.ndarray:
 def write_quantized_block(
     paths: WeightPaths, block: str, layers: Mapping[str, Mapping[str, np.ndarray]], plan: Mapping[str, Any]
 ) -> None:
-    """Write one block's layers, {layer: {field: array}}, and which run they are of: what `read_quantized_block` reads."""
+    """Write one block's layers, {layer: {field: array}}, with the identity of their run. Raises WriteError."""
     fields = {layer_key(name, field): array for name, found in layers.items() for field, array in found.items()}
     whose = of_run(plan.get(CALIBRATION_RUN)) | of_run(plan.get(TRAINING_RUN), TRAINING_RUN)
     write_npz(paths.block(block), fields | whose)
 
 
 def write_losses(path: Path, unit: str, stages: Sequence[Mapping[str, Any]], plan: Mapping[str, Any]) -> None:
-    """Write the losses of a unit, a stage of it at a time; path: of a block that was trained in it."""
+    """Write the losses of a unit, one entry for each stage of its training. path: of one of the unit's blocks."""
     whose = {TRAINING_RUN: plan[TRAINING_RUN]} if TRAINING_RUN in plan else {}
     write_json(path, {"format": LOSSES.name, "unit": unit, "stages": stages, **whose})
 
@@ -310,7 +320,10 @@ def read_losses(path: Path, plan: Mapping[str, Any]) -> BlockLosses:
 
 
 def write_weights_metadata(paths: WeightPaths, plan: Mapping[str, Any]) -> dict[str, BlockLosses]:
-    """Write metadata.json, last; return every block's losses, and those of the last phase by the name of its unit."""
+    """Write metadata.json, after all blocks; return {block: losses}, and the losses of the last phase by its unit.
+
+    Raises StoreError for a block or losses that cannot be read, and WriteError.
+    """
     losses = {block: read_losses(paths.losses(block), plan) for block in plan["block_names"]}
     last = {"end_to_end_losses": read_losses(paths.end_to_end_losses, plan)} if plan.get("end_to_end") else {}
     digests = {block: file_digest(paths.block(block)) for block in plan["block_names"]}

@@ -13,6 +13,7 @@ from calibration_store.errors import StoreError, WriteError
 from calibration_store.files import BackgroundWriter, atomic_file, locked_folder, require_space, write_json
 from calibration_store.layout import CalibrationPaths
 from calibration_store.manifest import saved_steps
+from calibration_store.names import block_kind
 from calibration_store.npz import npz_bytes, read_npz, write_npz
 from calibration_store.samples import read_sample, sample_arrays
 from calibration_store.schema import JsonFormat
@@ -175,3 +176,9 @@ def test_temporary_files_are_recognised_as_ours(tmp_path):
         "0000_000.npz",
     ]
     assert os.path.exists(tmp_path / "notes.txt")
+
+
+def test_a_name_that_no_block_has_is_refused():
+    assert block_kind("uni12") == ("uni", 12)
+    with pytest.raises(ValueError, match="'mm' is not the name of a block"):
+        block_kind("mm")
