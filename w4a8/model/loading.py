@@ -8,7 +8,7 @@ import mlx.core as mx
 from calibration_store.model_folder import BUNDLED_MODEL, LAYOUT, check_weight_file, missing_files, weight_file
 from w4a8.model.catalog import ModelError, ModelInfo, describe_model
 from w4a8.model.diffusionkit import DiffusionPipeline, VAEDecoder
-from w4a8.model.folder import FolderPipeline
+from w4a8.model.folder import FolderPipeline, folder_modulation_weights, load_folder_transformer
 from w4a8.model.hub import ExportedPipeline, HubPipeline
 from w4a8.model.packed import AUTO
 from w4a8.model.parts import DECODER, TEXT, TRANSFORMER, Parts, Pipeline, load_weights, whole_model
@@ -84,9 +84,12 @@ def diffusionkit_pipeline(folder: str | Path, **options: Any) -> DiffusionPipeli
         raise ModelError(f"{folder}: names no base_model, where DiffusionKit would find text encoders and VAE")
 
     class Exported(DiffusionPipeline):
-        folder, load_mmdit = info.folder, FolderPipeline.load_mmdit
+        def load_mmdit(self, only_modulation_dict: bool = False) -> list[tuple[str, mx.array]] | None:
+            if only_modulation_dict:
+                return folder_modulation_weights(info.folder, self.dtype)
+            self.mmdit = load_folder_transformer(info.folder, self.dtype)
+            return None
 
-    Exported.info = info
     pipeline = Exported(model_version=info.base, **options)
     decoder = weight_file(info.folder, "decoder")
     if decoder.exists():
