@@ -12,7 +12,7 @@ import mlx.core as mx
 from mlx.utils import tree_map
 
 from calibration_store.model_folder import weight_file
-from w4a8.model.catalog import ModelError, ModelInfo, model_files
+from w4a8.model.catalog import ExportedModel, HubModel, ModelError, model_files
 from w4a8.model.diffusionkit import (
     HUB_TEXT_ENCODERS,
     MMDIT_CKPT,
@@ -22,7 +22,7 @@ from w4a8.model.diffusionkit import (
     hub_constants,
     model_io,
 )
-from w4a8.model.folder import FolderPipeline
+from w4a8.model.folder import load_folder_transformer
 from w4a8.model.packed import AUTO
 from w4a8.model.parts import DECODER, TEXT, TRANSFORMER, Parts, Pipeline, check_finite, load_weights
 from w4a8.model.t5 import T5Encoder
@@ -33,7 +33,7 @@ class HubPipeline(Pipeline):
     """A model of the Hugging Face hub, or of its local cache; local_checkpoint: its transformer and VAE come from there."""
 
     def __init__(
-        self, info: ModelInfo, parts: Parts, use_t5: bool, local_checkpoint: Path | None, instead: str, native: str = AUTO
+        self, info: HubModel, parts: Parts, use_t5: bool, local_checkpoint: Path | None, instead: str, native: str = AUTO
     ):
         super().__init__(info, parts, use_t5, native)
         self.local_checkpoint, self.instead, self.unreachable = local_checkpoint, instead, _reach_hub()
@@ -106,11 +106,12 @@ class HubPipeline(Pipeline):
 class ExportedPipeline(HubPipeline):
     """A hub model whose transformer comes from an exported folder, and its decoder where the folder has one."""
 
-    def __init__(self, info: ModelInfo, parts: Parts, use_t5: bool, local_checkpoint: None, instead: str, native: str = AUTO):
+    def __init__(self, info: ExportedModel, parts: Parts, use_t5: bool, instead: str, native: str = AUTO):
+        super().__init__(info, parts, use_t5, None, instead, native)
         self.folder = info.folder
-        super().__init__(info, parts, use_t5, local_checkpoint, instead, native)
 
-    load_mmdit = FolderPipeline.load_mmdit
+    def load_mmdit(self) -> None:
+        self.mmdit = load_folder_transformer(self.folder, self.dtype, self.info.loras, self.native)
 
     def load_decoder(self, half: bool) -> VAEDecoder:
         path = weight_file(self.folder, "decoder")
