@@ -129,8 +129,8 @@ def packed_size(mmdit: nn.Module, weights: Codes) -> Size:
             name, group = layers.get(id(module)), weights.group_size
             bits = weights.bits_of(name) if name is not None and name not in excluded else 0
             if name is None:
-                held = weights.rest is not None and weights.rest.holds(path, module)
-                bits, group = (weights.rest.bits, GROUPS_OF_THE_REST) if held else (0, 0)
+                held = weights.other_layers is not None and weights.other_layers.includes(path, module)
+                bits, group = (weights.other_layers.bits, GROUPS_OF_THE_REST) if held else (0, 0)
             if key == "weight" and bits and isinstance(module, (nn.Linear, nn.Embedding)):
                 quantized += array.size * bits // 8 + 4 * array.size // packed_group(array.shape[1], group)
                 dense += 2 * array.size
@@ -295,7 +295,7 @@ def estimate_export(mmdit: MMDiT, weights: Codes, size: Size, folder: Path) -> E
 
 def refuse_options(export: ExportSource, layout: str, complete: bool) -> None:
     """What a layout cannot hold, and options that would change nothing. Raises OptionError."""
-    weights, rest = export.weights, export.weights.rest
+    weights, rest = export.weights, export.weights.other_layers
     if layout == "gguf" and (weights.bits > GGUF_BITS or weights.group_size != 32):
         groups = f"groups of {weights.group_size}" if weights.group_size else "a scale per channel"
         raise OptionError(

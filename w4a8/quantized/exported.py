@@ -32,7 +32,7 @@ class ExportedWeights(Weights):
     """quantized_model/ below the calibration folder."""
 
     remedy = f"run {EXPORT} with --force"
-    rest = None
+    other_layers = None
 
     def __init__(self, calib_dir: Path, native: str = AUTO):
         paths = QuantizedModelPaths.below(calib_dir)

@@ -36,7 +36,7 @@ class OtherLayers:
     bits: int
     all_linears: bool = False
 
-    def holds(self, path: str, module: nn.Module) -> bool:
+    def includes(self, path: str, module: nn.Module) -> bool:
         """Whether a module outside the blocks' layers is quantized."""
         if self.all_linears:
             return isinstance(module, nn.Linear)
@@ -49,7 +49,7 @@ class Weights(ABC):
 
     bits: int
     group_size: int
-    rest: OtherLayers | None
+    other_layers: OtherLayers | None
     sources: list[Path]
     made_from: list[tuple[Path, Mapping[str, Any]]]
     remedy: str  # what to run for files of another run
@@ -96,7 +96,7 @@ class NearestWeights(Codes):
 
     bits: int
     group_size: int
-    rest: OtherLayers | None = None
+    other_layers: OtherLayers | None = None
     sources: tuple = ()
     made_from: tuple = ()
     remedy: str = ""
@@ -121,8 +121,8 @@ class StoredWeights(Codes):
 
     remedy = "run cache_adaround_data.py and optimize_adaround.py with --force"
 
-    def __init__(self, calib_dir: Path, rest: OtherLayers | None = None):
-        self.rest = rest
+    def __init__(self, calib_dir: Path, other_layers: OtherLayers | None = None):
+        self.other_layers = other_layers
         self.paths = WeightPaths(calib_dir)
         self.metadata = WEIGHTS_METADATA.read(self.paths.metadata)
         self.bits: int = self.metadata["weight_bits"]
@@ -203,13 +203,13 @@ def quantized_modules(mmdit: nn.Module, weights: Codes) -> Iterator[QuantizedMod
         module = layers[name].module
         yield QuantizedModule(path_of[id(module)], module, quantized, weights.bits_of(name))
     for path, module in modules.items():
-        if path in in_blocks or weights.rest is None or not weights.rest.holds(path, module):
+        if path in in_blocks or weights.other_layers is None or not weights.other_layers.includes(path, module):
             continue
         weight = module.weight
         if weight.shape[1] % GROUPS_OF_THE_REST:
             raise OptionError(f"groups of {GROUPS_OF_THE_REST} do not divide the {weight.shape[1]} inputs of {path}")
-        nearest = QuantizedLayer.nearest(np.array(weight.astype(mx.float32)), weights.rest.bits, GROUPS_OF_THE_REST)
-        yield QuantizedModule(path, module, nearest, weights.rest.bits)
+        nearest = QuantizedLayer.nearest(np.array(weight.astype(mx.float32)), weights.other_layers.bits, GROUPS_OF_THE_REST)
+        yield QuantizedModule(path, module, nearest, weights.other_layers.bits)
 
 
 def put_in_place(mmdit: nn.Module, weights: Codes) -> None:
