@@ -57,7 +57,7 @@ def denoise(folder, prompt, seed, output):
 
 def load_hub_file(path, output):
     """What DiffusionKit's loaders of its 4-bit SD3.5-large make of a file."""
-    model_io.LOCAl_SD3_CKPT = path
+    model_io.LOCAl_SD3_CKPT, model_io._FLOAT16 = path, mx.float16  # as DiffusionPipeline sets them
     mmdit = model_io.load_mmdit(key=LARGE_4BIT, float16=True, model_key=LARGE_4BIT, low_memory_mode=False)
     decoder = model_io.load_vae_decoder(key=LARGE_4BIT, float16=True)
     model_io.load_vae_encoder(key=LARGE_4BIT, float16=True)

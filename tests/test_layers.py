@@ -46,6 +46,8 @@ def test_unified_blocks_run_on_their_own():
     assert [layer.name for layer in block.layers][:2] == ["uni1.attn.q_proj", "uni1.attn.k_proj"]
     tokens, modulation = mx.random.normal((1, 12, 1, 256)), mx.random.normal((1, 1, 1, 256))
     rope = flux.pre_sdpa_rope(text_sequence_length=4, latent_image_resolution=(2, 4))
+    with pytest.raises(RuntimeError, match="note_latent_size says which latent size the tokens are of"):
+        block.run([tokens], modulation)
     note_latent_size(flux, (4, 8))
     alone = block.run([tokens], modulation)
     stream = block.module.transformer_block

@@ -76,7 +76,7 @@ def test_texts_are_those_of_single_prompts_whatever_the_group(emoji, group):
     texts = PromptEncoder(pipeline, prompts, 4.0, "", group)
     pipeline.load(TRANSFORMER)
     for some in (prompts[:1], prompts[:2], prompts[2:]):
-        found, expected = texts.of(some), encode_prompts(emoji, some, 4.0)
+        found, expected = texts.encode(some), encode_prompts(emoji, some, 4.0)
         assert mx.array_equal(found.tokens, expected.tokens) and mx.array_equal(found.pooled, expected.pooled)
         assert (not pipeline.has(TEXT) and not pipeline.has(TRANSFORMER)) or group is None
 

@@ -115,14 +115,14 @@ def draw(
     needs = needs_of(pipeline, plan.latent_size, plan.batch_size, plan.cfg_weight > 0, plan.num_steps + 1)
     together = refuse_too_large(pipeline, needs, plan.batch_size, ("--batch-size", "--no-t5", "--latent-size"))
     texts = PromptEncoder(pipeline, plan.prompts, plan.cfg_weight, plan.negative_prompt, None)
-    texts.of(plan.prompts[:1])
+    texts.encode(plan.prompts[:1])
     pipeline.load(TRANSFORMER)
     marks = [time.perf_counter()]
     for start in range(0, len(plan.prompts), plan.batch_size):
         prompts = plan.prompts[start : start + plan.batch_size]
         filled = prompts + prompts[-1:] * (plan.batch_size - len(prompts))
         seeds = [plan.seed + start + min(row, len(prompts) - 1) for row in range(plan.batch_size)]
-        text = texts.of(filled)
+        text = texts.encode(filled)
         noise = mx.concatenate([initial_noise(seed, plan.latent_size) for seed in seeds])
         with contextlib.closing(euler_steps(pipeline, text, noise, plan.num_steps, plan.cfg_weight)) as states:
             for state in quantized_steps(pipeline, states, rule, 2 if plan.cfg_weight > 0 else 1):

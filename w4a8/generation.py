@@ -264,7 +264,7 @@ def prepare(
     needs = needs_of(pipeline, plan["latent_size"], size, guidance > 0, plan["num_steps"] + 1)
     together = refuse_too_large(pipeline, needs, size, what_takes_less(plan))
     texts = PromptEncoder(pipeline, prompts_of(batches), guidance, plan["negative_prompt"], text_group)
-    texts.of(prompts_of(batches[:1]))
+    texts.encode(prompts_of(batches[:1]))
     if plan["save_images"]:
         pipeline.load(DECODER)
         pipeline.drop(*(() if together else (DECODER,)))
@@ -312,7 +312,7 @@ def sample_batch(
     """
     cfg_weight = plan["cfg_scale"]
     batch = batch + batch[-1:] * (plan["batch_size"] - len(batch))
-    text = texts.of([image["prompt"] for image in batch])
+    text = texts.encode([image["prompt"] for image in batch])
     noise = mx.concatenate([initial_noise(image["seed"], tuple(plan["latent_size"])) for image in batch])
     return euler_steps(pipeline, text, noise, num_steps, cfg_weight)
 

@@ -117,7 +117,7 @@ class StoredPasses:
         refuse_too_large(
             self.pipeline, needs_of(self.pipeline, size, 1, guidance, self.manifest["num_steps"] + 1), 1, ()
         )
-        self.texts.of([self.images[0]["prompt"]])
+        self.texts.encode([self.images[0]["prompt"]])
 
     @cached_property
     def texts(self) -> PromptEncoder:
@@ -155,7 +155,7 @@ class StoredPasses:
         for start in range(0, len(places), size):
             chosen = places[start : start + size]
             samples = [read_sample(paths, self.manifest, *place, schedule) for place in chosen]
-            yield PassBatch(self.pipeline, chosen, samples, self.texts.of([prompts[image_id] for image_id, _ in chosen]))
+            yield PassBatch(self.pipeline, chosen, samples, self.texts.encode([prompts[image_id] for image_id, _ in chosen]))
 
     def probe(self, step: int, work: Callable[[Pass], _Result]) -> tuple[float, _Result]:
         """Seconds of `work` on the first image's pass at a step (the second of two times), and what it gave."""

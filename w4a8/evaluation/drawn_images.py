@@ -191,14 +191,14 @@ def sample(
     """
     marks = [] if marks is None else marks
     batches, size = run.batches, run.batch_size
-    texts.of(batches[0])
+    texts.encode(batches[0])
     pipeline.drop(DECODER)
     finished, latents = {}, {}
     with variant.in_place(pipeline):
         marks.append(time.perf_counter())
         for number in ranks.owned_indices(len(batches)):
             begin, prompts = number * size, batches[number]
-            text = texts.of(prompts)
+            text = texts.encode(prompts)
             noise = mx.concatenate([initial_noise(run.seed + begin + i, run.latent_size) for i in range(len(prompts))])
             noise = noise.astype(pipeline.activation_dtype)
             trajectory = []

@@ -38,19 +38,21 @@ from w4a8.model.location import Lora
 BUNDLED_FOLDER = Path(__file__).resolve().parents[2] / "models" / BUNDLED_MODEL
 HUB_MODELS = tuple(key for key in MMDIT_CKPT if "4bit" not in key)
 HUB_VAE_DOWNSCALE = 8
-DISTILLED_STEPS = 4  # what FLUX.1-schnell was distilled for
+DEFAULT_STEPS = 50  # Euler steps
+DISTILLED_STEPS = 4  # Euler steps that FLUX.1-schnell was distilled for
 
 
 class ModelError(UserError):
     """The model cannot be had or used; the message is one line that says why and what to do."""
 
 
-@dataclass(frozen=True)
-class ModelInfo:
-    """What is known of a model before its weights are read."""
+@dataclass(frozen=True, kw_only=True)
+class _Model:
+    """What is known of any model before its weights are read."""
 
-    version: str  # as it was given: sd3-emoji, a hub id, or a local folder
-    folder: Path | None  # None for a hub id
+    version: str  # the value of --model: sd3-emoji, a hub id, or a local folder
+    folder: Path | None  # None: every part comes from the hub
+    hub_id: str | None  # the hub's model that lacking parts come from; None for a folder that holds every part
     latent_size: tuple[int, int]
     max_latent_size: int
     patch_size: int
@@ -58,21 +60,39 @@ class ModelInfo:
     cfg_weight: float
     use_t5: bool
     sampler_shift: float
-    captions: Path | None  # prompts that the model was made for, if it brings any
-    base: str | None = None  # hub id of what an exported folder does not hold: text encoders, VAE
+    captions: Path | None = None  # prompts that the model was made for, if it brings any
     loras: tuple[Lora, ...] = ()  # fused into the transformer's weights when they are read
-    num_steps: int = 50  # Euler steps where nothing else is said
-    left_out: str | None = None  # what DiffusionKit does not do of it
+    num_steps: int = DEFAULT_STEPS
+    left_out: str | None = None  # the part of the model that DiffusionKit does not compute
 
     @property
     def family(self) -> Family:
-        """Its architecture."""
+        """The model's architecture."""
         return family_of(self.hub_id)
 
-    @property
-    def hub_id(self) -> str | None:
-        """Where on the hub parts of the model come from; None for a folder that holds everything."""
-        return self.base if self.folder is not None else self.version
+
+@dataclass(frozen=True, kw_only=True)
+class FolderModel(_Model):
+    """A folder in sd3-emoji's layout, which holds every part."""
+
+    folder: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubModel(_Model):
+    """A model that DiffusionKit knows by its hub id."""
+
+    hub_id: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportedModel(HubModel):
+    """A folder with the exported transformer of a hub model, whose text encoders and VAE still come from the hub."""
+
+    folder: Path
+
+
+ModelInfo = FolderModel | HubModel
 
 
 def describe_model(name: str, loras: Sequence[Lora] = ()) -> ModelInfo:
@@ -82,55 +102,65 @@ def describe_model(name: str, loras: Sequence[Lora] = ()) -> ModelInfo:
     """
     if loras:
         return dataclasses.replace(describe_model(name), loras=tuple(loras))
-    if name in MMDIT_CKPT and name not in HUB_MODELS:
-        raise ModelError(f"--model {name}: its weights are packed already; quantize the original model's")
     if name in HUB_MODELS:
-        config = HUB_MMDIT_CONFIGS[name]
-        return ModelInfo(
+        return _describe_hub_model(name)
+    if name in MMDIT_CKPT:
+        raise ModelError(f"--model {name}: its weights are packed already; quantize the original model's")
+    folder = _find_folder(name)
+    config = read_model_config(folder)
+    if "base_model" not in config:
+        return FolderModel(
             version=name,
-            folder=None,
-            latent_size=(HEIGHT[name] // HUB_VAE_DOWNSCALE, WIDTH[name] // HUB_VAE_DOWNSCALE),
-            max_latent_size=family_of(name).max_latent_size or config.max_latent_resolution,
-            patch_size=config.patch_size,
-            vae_downscale=HUB_VAE_DOWNSCALE,
-            cfg_weight=family_of(name).cfg_weight,
-            use_t5=True,
-            sampler_shift=SHIFT[name],
-            captions=None,
-            num_steps=DISTILLED_STEPS if "schnell" in name else ModelInfo.num_steps,
-            left_out="its guidance embedding, which DiffusionKit does not know" if "dev" in name else None,
+            folder=folder,
+            hub_id=None,
+            latent_size=tuple(config["latent_size"]),
+            max_latent_size=config["mmdit"]["max_latent_resolution"],
+            patch_size=config["mmdit"]["patch_size"],
+            vae_downscale=config["vae"]["downscale"],
+            cfg_weight=float(config["default_cfg_weight"]),
+            use_t5=False,
+            sampler_shift=float(config["sampler_shift"]),
+            captions=captions_file(folder),
         )
+    if config["base_model"] not in HUB_MODELS:
+        raise ModelError(f"{config_file(folder)}: base_model {config['base_model']} is none of {', '.join(HUB_MODELS)}")
+    base = _describe_hub_model(config["base_model"])
+    return ExportedModel(**{**vars(base), "version": name, "folder": folder})
+
+
+def _describe_hub_model(name: str) -> HubModel:
+    """Describe one of HUB_MODELS."""
+    config, family = HUB_MMDIT_CONFIGS[name], family_of(name)
+    return HubModel(
+        version=name,
+        folder=None,
+        hub_id=name,
+        latent_size=(HEIGHT[name] // HUB_VAE_DOWNSCALE, WIDTH[name] // HUB_VAE_DOWNSCALE),
+        max_latent_size=family.max_latent_size or config.max_latent_resolution,
+        patch_size=config.patch_size,
+        vae_downscale=HUB_VAE_DOWNSCALE,
+        cfg_weight=family.cfg_weight,
+        use_t5=True,
+        sampler_shift=SHIFT[name],
+        num_steps=DISTILLED_STEPS if "schnell" in name else DEFAULT_STEPS,
+        left_out="its guidance embedding, which DiffusionKit does not know" if "dev" in name else None,
+    )
+
+
+def _find_folder(name: str) -> Path:
+    """Return the folder that a `--model` value names. Raises ModelError, with a hint, where there is none."""
     try:
         folder = BUNDLED_FOLDER if name == BUNDLED_MODEL else Path(name).expanduser().resolve()
     except (RuntimeError, OSError, ValueError) as error:  # ~nobody, a link that leads back to itself, a null character
         raise ModelError(f"--model {name!r}: {error}") from None
-    if not name or not os.path.isdir(folder):
-        known = ", ".join((BUNDLED_MODEL, *HUB_MODELS))
-        near = []
-        with suppress(OSError):  # a name that no folder can have
-            near = sorted(filter(Path.is_dir, folder.parent.glob(f"*/{glob.escape(folder.name)}"))) if name else []
-        hint = f"; there is {min(str(near[0]), os.path.relpath(near[0]), key=len)}" if near else ""
-        raise ModelError(f"--model {name or repr(name)}: no such folder, and not one of {known}{hint}")
-    config = read_model_config(folder)
-    if "base_model" in config:
-        if config["base_model"] not in HUB_MODELS:
-            raise ModelError(
-                f"{config_file(folder)}: base_model {config['base_model']} is none of {', '.join(HUB_MODELS)}"
-            )
-        base = describe_model(config["base_model"])
-        return dataclasses.replace(base, version=name, folder=folder, base=base.version)
-    return ModelInfo(
-        version=name,
-        folder=folder,
-        latent_size=tuple(config["latent_size"]),
-        max_latent_size=config["mmdit"]["max_latent_resolution"],
-        patch_size=config["mmdit"]["patch_size"],
-        vae_downscale=config["vae"]["downscale"],
-        cfg_weight=float(config["default_cfg_weight"]),
-        use_t5=False,
-        sampler_shift=float(config["sampler_shift"]),
-        captions=captions_file(folder),
-    )
+    if name and os.path.isdir(folder):
+        return folder
+    known = ", ".join((BUNDLED_MODEL, *HUB_MODELS))
+    near = []
+    with suppress(OSError):  # a name that no folder can have
+        near = sorted(filter(Path.is_dir, folder.parent.glob(f"*/{glob.escape(folder.name)}"))) if name else []
+    hint = f"; there is {min(str(near[0]), os.path.relpath(near[0]), key=len)}" if near else ""
+    raise ModelError(f"--model {name or repr(name)}: no such folder, and not one of {known}{hint}")
 
 
 def model_files(
@@ -140,7 +170,7 @@ def model_files(
 
     download: fetch what lacks; raises what the hub's client raises.
     """
-    own = folder_files(info.folder, info.base is not None) if info.folder is not None else {}
+    own = folder_files(info.folder, info.hub_id is not None) if info.folder is not None else {}
     if info.hub_id is None:
         return own
     repository = MMDIT_CKPT[info.hub_id]

@@ -16,7 +16,7 @@ from calibration_store.model_folder import (
     read_tokenizer_files,
     weight_file,
 )
-from w4a8.model.catalog import ModelError, ModelInfo
+from w4a8.model.catalog import FolderModel, ModelError
 from w4a8.model.diffusionkit import (
     HUB_MMDIT_CONFIGS,
     CLIPTextModel,
@@ -34,7 +34,7 @@ from w4a8.model.parts import TEXT, TRANSFORMER, Parts, Pipeline, cast, load_weig
 class FolderPipeline(Pipeline):
     """A model folder in sd3-emoji's layout instead of the hub's files; packed weights stay packed."""
 
-    def __init__(self, info: ModelInfo, parts: Parts, native: str = AUTO):
+    def __init__(self, info: FolderModel, parts: Parts, native: str = AUTO):
         super().__init__(info, parts, use_t5=False, native=native)
         self.folder = info.folder
         with self.explained():

@@ -12,7 +12,7 @@ import mlx.core as mx
 from mlx.utils import tree_map
 
 from calibration_store.model_folder import weight_file
-from w4a8.model.catalog import ModelError, ModelInfo, model_files
+from w4a8.model.catalog import ExportedModel, HubModel, ModelError, model_files
 from w4a8.model.diffusionkit import (
     HUB_TEXT_ENCODERS,
     MMDIT_CKPT,
@@ -22,18 +22,36 @@ from w4a8.model.diffusionkit import (
     hub_constants,
     model_io,
 )
-from w4a8.model.folder import FolderPipeline
+from w4a8.model.families import Family
+from w4a8.model.folder import load_folder_transformer
 from w4a8.model.packed import AUTO
 from w4a8.model.parts import DECODER, TEXT, TRANSFORMER, Parts, Pipeline, check_finite, load_weights
 from w4a8.model.t5 import T5Encoder
 from w4a8.model.transformer import open_transformer
 
 
+@contextmanager
+def loader_globals(local_checkpoint: Path | None, family: Family) -> Iterator[None]:
+    """Let DiffusionKit's loaders read this checkpoint, in the family's 16 bits, until the block ends.
+
+    DiffusionKit keeps both as globals of its module `model_io`. Its loaders read the VAE from there, so a checkpoint
+    that holds no VAE (FLUX's) is not named to them.
+    """
+    before = model_io.LOCAl_SD3_CKPT, model_io._FLOAT16
+    whole = local_checkpoint is not None and family.vae_inside
+    model_io.LOCAl_SD3_CKPT = str(local_checkpoint) if whole else None
+    model_io._FLOAT16 = getattr(mx, family.half)
+    try:
+        yield
+    finally:
+        model_io.LOCAl_SD3_CKPT, model_io._FLOAT16 = before
+
+
 class HubPipeline(Pipeline):
     """A model of the Hugging Face hub, or of its local cache; local_checkpoint: its transformer and VAE come from there."""
 
     def __init__(
-        self, info: ModelInfo, parts: Parts, use_t5: bool, local_checkpoint: Path | None, instead: str, native: str = AUTO
+        self, info: HubModel, parts: Parts, use_t5: bool, local_checkpoint: Path | None, instead: str, native: str = AUTO
     ):
         super().__init__(info, parts, use_t5, native)
         self.local_checkpoint, self.instead, self.unreachable = local_checkpoint, instead, _reach_hub()
@@ -50,18 +68,18 @@ class HubPipeline(Pipeline):
                     setattr(self, f"tokenizer_{encoder}", tokenizer)
 
     def read(self, part: str) -> None:
-        whole = self.local_checkpoint is not None and self.family.vae_inside
-        model_io.LOCAl_SD3_CKPT = str(self.local_checkpoint) if whole else None
-        model_io._FLOAT16 = self.float16_dtype
+        """Set the part's attributes from its files in the hub's cache, or from the local checkpoint."""
         half, source = self.parts[part] != "float32", self.local_checkpoint
-        if part == TRANSFORMER:
-            self.load_mmdit()
-            check_finite(self.mmdit, source or f"{self.info.version}, transformer")
-        elif part == DECODER:
-            self.decoder = self.load_decoder(half)
-            check_finite(self.decoder, (whole and source) or f"{self.info.version}, VAE decoder")
-        else:
-            self._load_text(half)
+        with loader_globals(source, self.family):
+            if part == TRANSFORMER:
+                self.load_mmdit()
+                check_finite(self.mmdit, source or f"{self.info.version}, transformer")
+            elif part == DECODER:
+                self.decoder = self.load_decoder(half)
+                inside = source if self.family.vae_inside else None
+                check_finite(self.decoder, inside or f"{self.info.version}, VAE decoder")
+            else:
+                self._load_text(half)
 
     @contextmanager
     def explained(self) -> Iterator[None]:
@@ -106,11 +124,12 @@ class HubPipeline(Pipeline):
 class ExportedPipeline(HubPipeline):
     """A hub model whose transformer comes from an exported folder, and its decoder where the folder has one."""
 
-    def __init__(self, info: ModelInfo, parts: Parts, use_t5: bool, local_checkpoint: None, instead: str, native: str = AUTO):
+    def __init__(self, info: ExportedModel, parts: Parts, use_t5: bool, instead: str, native: str = AUTO):
+        super().__init__(info, parts, use_t5, None, instead, native)
         self.folder = info.folder
-        super().__init__(info, parts, use_t5, local_checkpoint, instead, native)
 
-    load_mmdit = FolderPipeline.load_mmdit
+    def load_mmdit(self) -> None:
+        self.mmdit = load_folder_transformer(self.folder, self.dtype, self.info.loras, self.native)
 
     def load_decoder(self, half: bool) -> VAEDecoder:
         path = weight_file(self.folder, "decoder")

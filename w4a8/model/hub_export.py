@@ -21,6 +21,7 @@ from w4a8.model.diffusionkit import (
     hf_hub_download,
     model_io,
 )
+from w4a8.model.hub import loader_globals
 from w4a8.model.loading import load_pipeline
 from w4a8.model.parts import DECODER, TEXT
 
@@ -32,9 +33,13 @@ def hub_decoder(info: ModelInfo, local_checkpoint: Path | None) -> dict[str, mx.
 
 
 def hub_encoder(info: ModelInfo, local_checkpoint: Path | None) -> dict[str, mx.array]:
-    """Parameters of a hub model's VAE encoder, in its 16 bits; after `hub_decoder`, which says where the checkpoint is."""
+    """Return the parameters of a hub model's VAE encoder, in the family's 16 bits.
+
+    Raises ModelError where the checkpoint holds none that can be read.
+    """
     try:
-        encoder = model_io.load_vae_encoder(float16=True, key=MMDIT_CKPT[info.version])
+        with loader_globals(local_checkpoint, info.family):
+            encoder = model_io.load_vae_encoder(float16=True, key=MMDIT_CKPT[info.version])
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise ModelError(f"{local_checkpoint or info.version}: has no VAE encoder that can be read ({error})") from None
     return dict(tree_flatten(encoder.parameters()))

@@ -179,11 +179,19 @@ def note_latent_size(mmdit: nn.Module, latent_size: Sequence[int]) -> None:
     mmdit["_latent_size"] = tuple(latent_size)
 
 
+def image_token_grid(mmdit: nn.Module) -> tuple[int, int]:
+    """Return the rows and columns of image tokens. Raises RuntimeError where `note_latent_size` was not called."""
+    if "_latent_size" not in mmdit:
+        raise RuntimeError("note_latent_size says which latent size the tokens are of; call it before blocks run alone")
+    height, width = mmdit["_latent_size"]
+    return height // mmdit.config.patch_size, width // mmdit.config.patch_size
+
+
 def positions(mmdit: nn.Module, tokens: Sequence[mx.array]) -> mx.array | None:
     """FLUX's positional_encodings for a block's tokens; None where the positions are in the first tokens."""
     if mmdit.config.pos_embed_type != PositionalEncoding.PreSDPARope:
         return None
-    height, width = (side // mmdit.config.patch_size for side in mmdit["_latent_size"])
+    height, width = image_token_grid(mmdit)
     text = sum(array.shape[1] for array in tokens) - height * width
     return mmdit.pre_sdpa_rope(text_sequence_length=text, latent_image_resolution=(height, width))
 
@@ -191,7 +199,7 @@ def positions(mmdit: nn.Module, tokens: Sequence[mx.array]) -> mx.array | None:
 def run_final_layer(mmdit: nn.Module, tokens: mx.array, modulation_input: mx.array) -> mx.array:
     """Tokens of the last block -> the velocity, one patch an image token (R, tokens, 1, patch² · 16)."""
     if mmdit.config.depth_unified:
-        height, width = (side // mmdit.config.patch_size for side in mmdit["_latent_size"])
+        height, width = image_token_grid(mmdit)
         tokens = tokens[:, -height * width :]
     mmdit.final_layer["_modulation_params"] = {0.0: mmdit.final_layer.adaLN_modulation(modulation_input)}
     return mmdit.final_layer(tokens, mx.zeros((1,)))

@@ -6,9 +6,9 @@ from typing import Any
 import mlx.core as mx
 
 from calibration_store.model_folder import BUNDLED_MODEL, LAYOUT, check_weight_file, missing_files, weight_file
-from w4a8.model.catalog import ModelError, ModelInfo, describe_model
+from w4a8.model.catalog import ExportedModel, FolderModel, ModelError, ModelInfo, describe_model
 from w4a8.model.diffusionkit import DiffusionPipeline, VAEDecoder
-from w4a8.model.folder import FolderPipeline
+from w4a8.model.folder import FolderPipeline, folder_modulation_weights, load_folder_transformer
 from w4a8.model.hub import ExportedPipeline, HubPipeline
 from w4a8.model.packed import AUTO
 from w4a8.model.parts import DECODER, TEXT, TRANSFORMER, Parts, Pipeline, load_weights, whole_model
@@ -48,11 +48,13 @@ def load_pipeline(
     check_folder(info, use_t5, local_checkpoint)
     if local_checkpoint is not None:
         check_weight_file(local_checkpoint)
-    if info.hub_id is None:
+    pipeline: Pipeline
+    if isinstance(info, FolderModel):
         pipeline = FolderPipeline(info, parts, native)
+    elif isinstance(info, ExportedModel):
+        pipeline = ExportedPipeline(info, parts, use_t5, instead, native)
     else:
-        kind = HubPipeline if info.folder is None else ExportedPipeline
-        pipeline = kind(info, parts, use_t5, local_checkpoint, instead, native)
+        pipeline = HubPipeline(info, parts, use_t5, local_checkpoint, instead, native)
     if info.loras and TRANSFORMER in parts:
         open_transformer(info, local_checkpoint)  # reads headers alone: a LoRA of another model is told before any work
     mx.reset_peak_memory()
@@ -67,9 +69,9 @@ def check_folder(info: ModelInfo, use_t5: bool, local_checkpoint: Path | None) -
         return
     if local_checkpoint is not None:
         raise ModelError("--local-checkpoint goes with a hub model; a model folder brings its own weights")
-    if use_t5 and info.base is None:
+    if use_t5 and info.hub_id is None:
         raise ModelError(f"--t5: {info.version} has no T5 text encoder; use --no-t5")
-    missing = missing_files(info.folder, info.base is not None)
+    missing = missing_files(info.folder, info.hub_id is not None)
     if missing:
         raise ModelError(f"{info.folder}: no {', '.join(missing)}; {LAYOUT}")
 
@@ -80,15 +82,19 @@ def diffusionkit_pipeline(folder: str | Path, **options: Any) -> DiffusionPipeli
     options: DiffusionPipeline's (w16, a16, shift, use_t5, low_memory_mode). Raises a UserError for a folder that is none.
     """
     info = describe_model(str(folder))
-    if info.base is None:
+    if not isinstance(info, ExportedModel):
         raise ModelError(f"{folder}: names no base_model, where DiffusionKit would find text encoders and VAE")
+    exported = info.folder
 
     class Exported(DiffusionPipeline):
-        folder, load_mmdit = info.folder, FolderPipeline.load_mmdit
+        def load_mmdit(self, only_modulation_dict: bool = False) -> list[tuple[str, mx.array]] | None:
+            if only_modulation_dict:
+                return folder_modulation_weights(exported, self.dtype)
+            self.mmdit = load_folder_transformer(exported, self.dtype)
+            return None
 
-    Exported.info = info
-    pipeline = Exported(model_version=info.base, **options)
-    decoder = weight_file(info.folder, "decoder")
+    pipeline = Exported(model_version=info.hub_id, **options)
+    decoder = weight_file(exported, "decoder")
     if decoder.exists():
         pipeline.decoder = load_weights(VAEDecoder(), decoder, pipeline.dtype)
     return pipeline

@@ -89,7 +89,7 @@ class PromptEncoder:
         self.group = group or default_group(pipeline, cfg_weight)
         self._known: dict[str, TextConditioning] = {}
 
-    def of(self, prompts: Sequence[str]) -> TextConditioning:
+    def encode(self, prompts: Sequence[str]) -> TextConditioning:
         """As `encode_prompts`: conditional rows first."""
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
         if missing:

@@ -56,7 +56,7 @@ def replaying(
     if texts is None:
         text = encode_prompts(pipeline, [image["prompt"]], image["cfg_weight"], image["negative_prompt"])
     else:
-        text = texts.of([image["prompt"]])
+        text = texts.encode([image["prompt"]])
     with modulation_cache(pipeline, [text.pooled], mx.array(np.array(timesteps), text.pooled.dtype)):
         yield Replay(pipeline, text)
 

@@ -1,6 +1,7 @@
-"""How the input of every layer is quantized: one class a rule. Simulated: quantized and dequantized in float32.
+"""Rules by which the input of every layer is quantized, a class each. They simulate: x̂ is dequantized to float32.
 
-A new rule is a subclass here: its name in `--variants` (grammar, spelled), the files that it follows from, and x̂.
+A new rule is a subclass here: it says its name in `--variants` (grammar, spelled), the files that it follows from, and
+x̂.
 """
 
 import os
@@ -25,61 +26,62 @@ from w4a8.model.layers import Layer
 from w4a8.quantized.differentiable import fake_quantize
 from w4a8.quantized.model import StoredWeights, check_coverage
 
-STATIC_BY_STEP, STATIC, DYNAMIC_PER_TOKEN = (
-    "static by step",
-    "static",
-    "dynamic per token, asymmetric",
-)  # in activations.json
-SMALLEST_STEP = 1e-10  # of a token that holds only zeros
+# The values of `rule` in activations.json.
+STATIC_BY_STEP, STATIC, DYNAMIC_PER_TOKEN = "static by step", "static", "dynamic per token, asymmetric"
+SMALLEST_STEP = 1e-10  # the step of a token that holds only zeros
 Quantize = Callable[[str, mx.array], mx.array]  # (layer, x (R, tokens, 1, channels) float32) -> x̂
 
 
 class ActivationRule(ABC):
-    """A rule; `sources` are the files it follows from, made_from what these say of their run, remedy what makes them anew."""
+    """A rule.
 
-    grammar: ClassVar[str]  # regular expression of its name; a group `bits` where they can be chosen
+    It follows from the files `sources`; `made_from` pairs such files with their notes of the run they were made from.
+    """
+
+    grammar: ClassVar[str]  # regular expression of the rule's name; a group `bits` where they can be chosen
     spelled: ClassVar[str]  # an example, for people
 
-    sources: list[Path]
-    made_from: list[tuple[Path, Mapping[str, Any]]]
-    remedy: str = ""
+    sources: Sequence[Path]
+    made_from: Sequence[tuple[Path, Mapping[str, Any]]]
+    remedy: str = ""  # the commands that make the files anew
 
     @classmethod
     @abstractmethod
     def named(
         cls, variant: str, bits: int | None, calib_dir: Path, rounded: bool, scale_is: str | None
     ) -> "ActivationRule":
-        """The rule of a variant's name. rounded: the variant's weights are quantized; scale_is: `--scale-is`.
+        """Make the rule that a variant's name stands for.
 
-        Raises a UserError when a file that it needs is missing or cannot be.
+        rounded: the variant's weights are quantized, too. scale_is: the value of `--scale-is`. Raises a UserError
+        when a file that the rule needs is missing or invalid.
         """
 
     @abstractmethod
     def at(self, sigma: float, rows_per_image: int) -> Quantize:
-        """x̂ of every layer at a noise level; rows r·images + i of x belong to image i."""
+        """Return the function that gives x̂ at a noise level. Rows r·images + i of x belong to image i."""
 
     def check(self, variant: str, layers: Mapping[str, Layer]) -> None:  # noqa: B027  (most have no file)
-        """Whether its files are of this model, all of its layers at every step. Raises StoreError that names the variant."""
+        """Raise StoreError that names the variant unless the files are of this model: all layers at every step."""
 
     def exported(self) -> dict[str, Any] | None:
-        """The rule as an exported model's activations.json holds it (`rule_of_export`); None: not for export."""
+        """Return the content of activations.json (`rule_of_export` reads it); None for a rule that is not exported."""
         return None
 
 
 @contextmanager
 def inputs_quantized(mmdit: nn.Module, rule: ActivationRule, rows_per_image: int) -> Iterator[Callable[[float], None]]:
-    """The inputs of all linear layers quantized as the rule says, in the layers' dtype, until the block ends.
+    """Quantize the inputs of all linear layers by the rule, in the layers' dtype, until the block ends.
 
-    Yields `step(sigma)`, to be called before each pass.
+    Yields `step(sigma)`, which must be called before each pass.
     """
     quantize: Quantize
-    given = quantized = None
+    latest: tuple[mx.array, mx.array] | None = None  # the last input, and x̂
 
     def record(name: str, x: mx.array) -> mx.array:
-        nonlocal given, quantized
-        if given is not x:  # q, k and v of a stream are given the same array
-            given, quantized = x, quantize(name, x.astype(mx.float32)).astype(x.dtype)
-        return quantized
+        nonlocal latest
+        if latest is None or latest[0] is not x:  # q, k and v of a stream are given the same array
+            latest = x, quantize(name, x.astype(mx.float32)).astype(x.dtype)
+        return latest[1]
 
     def step(sigma: float) -> None:
         nonlocal quantize
@@ -93,14 +95,15 @@ def inputs_quantized(mmdit: nn.Module, rule: ActivationRule, rows_per_image: int
 
 
 class StaticByStep(ActivationRule):
-    """quant_config.json (3A): a range, and where it has them shift and multipliers, for every layer and step."""
+    """The ranges of quant_config.json (3A), one for every layer and step, with shifts and multipliers if it has any."""
 
     grammar, spelled = r"a(?P<bits>[2-8])", "a8 (any bits)"
     script: ClassVar[str] = "analyze_activations.py"
     multitier: ClassVar[bool] = False
 
     def __init__(self, entries: Mapping[float, Mapping[str, dict[str, Any]]], path: Path, metadata: Mapping[str, Any]):
-        self.entries, self.path = entries, path  # {sigma: {layer: entry}}
+        """entries: {sigma: {layer: entry}}, as `activation_entry` makes them; metadata: the file's notes of its run."""
+        self.entries, self.path = entries, path
         self.sources, self.made_from = [path], [(path, metadata)]
         self.remedy = f"run collect_layer_activations.py --force, then {self.script}"
 
@@ -108,6 +111,7 @@ class StaticByStep(ActivationRule):
     def named(
         cls, variant: str, bits: int | None, calib_dir: Path, rounded: bool, scale_is: str | None
     ) -> "StaticByStep":
+        """Read the config. Raises StoreError where it is missing, invalid, or leaves open what its scales mean."""
         paths = ActivationPaths(calib_dir)
         path = paths.multitier_config if cls.multitier else paths.quant_config
         if not os.path.lexists(path):
@@ -118,9 +122,10 @@ class StaticByStep(ActivationRule):
         entries = [entry for layers in config["per_timestep"].values() for entry in layers.values()]
         if scale_is is None and not all("clipping_range" in entry for entry in entries):
             raise StoreError(
-                f"{path}: another tool's: its 'scale' may be the range or the step; say --scale-is range or --scale-is step"
+                f"{path}: another tool's: its 'scale' may be the range or the step; "
+                "say --scale-is range or --scale-is step"
             )
-        # W·m has other codes than W: beside weights that were rounded without it, nothing is migrated
+        # W·m has other codes than W: beside weights that were rounded without m, nothing is migrated.
         migration = {} if rounded else config.get("outlier_config") or {}
         by_sigma = {
             config["sigma_map"][key]: {
@@ -131,10 +136,11 @@ class StaticByStep(ActivationRule):
         return cls(by_sigma, path, metadata)
 
     def check(self, variant: str, layers: Mapping[str, Layer]) -> None:
+        """Raise StoreError unless every step has every layer, with a value per channel where it has several."""
         for sigma, entries in self.entries.items():
             check_coverage(variant, f"sigma {sigma:g}", set(entries), layers)
             for name, entry in entries.items():
-                for key in ("shift", "multipliers"):  # one that is not one per channel would broadcast
+                for key in ("shift", "multipliers"):  # a single value would broadcast over the channels
                     if key in entry and entry[key].shape != layers[name].shape[1:]:
                         raise StoreError(
                             f"{self.path}: {name} at sigma {sigma:g}: {entry[key].size} values of {key} for "
@@ -142,6 +148,7 @@ class StaticByStep(ActivationRule):
                         )
 
     def at(self, sigma: float, rows_per_image: int) -> Quantize:
+        """Return the function that quantizes by the ranges of the nearest noise level that has any."""
         entries = self.entries[min(self.entries, key=lambda known: abs(known - sigma))]
 
         def quantize(name: str, x: mx.array) -> mx.array:
@@ -154,6 +161,7 @@ class StaticByStep(ActivationRule):
         return quantize
 
     def exported(self) -> dict[str, Any] | None:
+        """Return the content of activations.json; None with several bit widths, or migrated outliers."""
         widths = {entry["bits"] for layers in self.entries.values() for entry in layers.values()}
         migrated = any("multipliers" in entry for layers in self.entries.values() for entry in layers.values())
         if len(widths) > 1 or migrated:
@@ -167,7 +175,7 @@ class StaticByStep(ActivationRule):
 
 
 class Multitier(StaticByStep):
-    """quant_config_multitier.json (3A'): 4, 6 or 8 bits for every layer and step."""
+    """The ranges of quant_config_multitier.json (3A'), with 4, 6 or 8 bits for every layer and step."""
 
     grammar, spelled = "multitier", "multitier"
     script, multitier = "analyze_activations_multitier.py", True
@@ -176,11 +184,12 @@ class Multitier(StaticByStep):
 def activation_entry(
     entry: dict[str, Any], migration: dict[str, Any] | None, bits: int | None, scale_is: str | None
 ) -> dict[str, Any]:
-    """One layer's entry at one step as `StaticByStep` takes it; `bits` overrides the entry's.
+    """Return one layer's entry at one step as `StaticByStep` takes it; `bits` overrides the entry's.
 
-    migration: the layer's outlier_config where its weights take part in it. A config without our `clipping_range` is clipped
-    at its scale, which is a range or (scale_is "step") a step of the entry's own bits; its outliers are not migrated,
-    as no range of the migrated tensor is given. A range of 0 (a layer that saw only zeros) becomes 1.
+    migration: the layer's outlier_config where its weights take part in it. A config without our `clipping_range` is
+    clipped at its scale, which is a range or (scale_is "step") a step of the entry's own bits; its outliers are not
+    migrated, because the range of the migrated tensor is not given. A range of 0 (a layer that saw only zeros)
+    becomes 1.
     """
     found: dict[str, Any] = {"bits": bits or entry["bits"]}
     if "clipping_range" not in entry:
@@ -197,22 +206,25 @@ def activation_entry(
 
 
 class Learned(ActivationRule):
-    """Stage 3W's: a range for every input, and shifts of the post-GELU ones. Ranges follow the noise level where they were
-    trained so: given at some sigmas, log-linear in between."""
+    """The ranges that stage 3W trained, one for every input, with shifts of the post-GELU ones.
+
+    A range that was trained to follow the noise level is given at some sigmas, and log-linear in between.
+    """
 
     grammar, spelled = r"a(?P<bits>[2-8])-learned", "a8-learned"
 
     def __init__(
         self, ranges: Mapping[str, Any], shifts: Mapping[str, mx.array], bits: int, sigmas: Sequence[float] = ()
     ):
-        """By layer: ranges (), or one for each of the sigmas, (sigmas,); shifts (channels,)."""
+        """ranges: by layer, () or one for each of the sigmas, (sigmas,); shifts: by layer, (channels,)."""
         self.ranges, self.shifts, self.bits, self.sigmas = ranges, shifts, bits, sigmas
-        self.schedule: Sequence[float] = ()  # noise levels that an export spells out
+        self.schedule: Sequence[float] = ()  # the noise levels whose ranges an export lists
         self.sources, self.made_from = [], []
         self._stored: StoredWeights | None = None
 
     @classmethod
     def named(cls, variant: str, bits: int | None, calib_dir: Path, rounded: bool, scale_is: str | None) -> "Learned":
+        """Read the ranges beside the learned weights. Raises OptionError where they were trained at other bits."""
         stored = StoredWeights(calib_dir)
         if bits != stored.activation_bits:
             raise OptionError(f"{variant}: {stored.paths.root} holds {stored.activation_bits} bits")
@@ -223,26 +235,23 @@ class Learned(ActivationRule):
                 shifts[name] = mx.array(fields["act_shift"])
         rule = cls(ranges, shifts, bits, stored.metadata.get("range_sigmas", ()))
         rule.schedule = stored.metadata.get("schedule", ())
-        rule.sources, rule.made_from, rule.remedy, rule._stored = (
-            stored.sources,
-            stored.made_from,
-            stored.remedy,
-            stored,
-        )
+        rule.sources, rule.made_from, rule.remedy = stored.sources, stored.made_from, stored.remedy
+        rule._stored = stored
         return rule
 
     def check(self, variant: str, layers: Mapping[str, Layer]) -> None:
+        """Raise StoreError unless every layer that is quantized has its range, and a shift per channel if any."""
         if self._stored is not None:
             self._stored.check(variant, layers)
         left_out = set() if self._stored is None else set(self._stored.excluded)
         check_coverage(variant, "its ranges", set(self.ranges) | left_out, layers)
         for name, shift in self.shifts.items():
-            if shift.shape != layers[name].shape[1:]:  # one value would broadcast
+            if shift.shape != layers[name].shape[1:]:  # a single value would broadcast over the channels
                 width = layers[name].shape[1]
                 raise StoreError(f"{variant}: {name}: {shift.size} values of shift for {width} channels; {self.remedy}")
 
     def range_at(self, name: str, sigma: float) -> float:
-        """A layer's clipping range at a noise level: log-linear between those that are known, the nearest one beyond."""
+        """Return a layer's clipping range at a noise level: log-linear between known levels, the nearest outside."""
         found = np.asarray(self.ranges[name], np.float64)
         if not found.ndim:
             return float(found)
@@ -250,15 +259,20 @@ class Learned(ActivationRule):
         return float(np.exp(np.interp(sigma, np.asarray(self.sigmas)[order], np.log(found)[order])))
 
     def at(self, sigma: float = 0.0, rows_per_image: int = 1) -> Quantize:
+        """Return the function that quantizes by the ranges at a noise level; inputs of excluded layers stay."""
+
         def quantize(name: str, x: mx.array) -> mx.array:
-            if name not in self.ranges:  # an excluded layer's
+            if name not in self.ranges:
                 return x
             return fake_quantize(x, self.range_at(name, sigma), self.bits, self.shifts.get(name))
 
         return quantize
 
     def of_rows(self, steps: mx.array) -> Quantize:
-        """x̂ where row r of x is at noise level sigmas[steps[r]]; gradients reach the ranges. steps (rows,)."""
+        """Return the function for inputs whose row r is at noise level sigmas[steps[r]]; gradients reach the ranges.
+
+        steps (rows,).
+        """
 
         def quantize(name: str, x: mx.array) -> mx.array:
             found = self.ranges[name]
@@ -268,6 +282,7 @@ class Learned(ActivationRule):
         return quantize
 
     def exported(self) -> dict[str, Any]:
+        """Return the content of activations.json: ranges by layer, and by noise level where they follow it."""
         shifts = {name: np.array(shift) for name, shift in self.shifts.items()}
 
         def layers(sigma: float) -> dict[str, Any]:
@@ -284,22 +299,29 @@ class Learned(ActivationRule):
 
 
 class Dynamic(ActivationRule):
-    """A rule that needs no file: ranges are those of what is quantized."""
+    """A rule that needs no file, because each range is that of the values that are quantized."""
 
     def __init__(self, bits: int):
         self.bits, self.sources, self.made_from = bits, [], []
 
     @classmethod
     def named(cls, variant: str, bits: int | None, calib_dir: Path, rounded: bool, scale_is: str | None) -> "Dynamic":
+        """Make the rule of these bits."""
+        assert bits is not None  # the grammar of every dynamic rule has a group `bits`
         return cls(bits)
 
 
 class DynamicPerTensor(Dynamic):
-    """The range, and per channel of post-GELU inputs the shift (min + max) / 2, of each image's own tensor, all its rows."""
+    """A range for the tensor of each image, all of its rows together.
+
+    Post-GELU inputs are shifted by (min + max) / 2 of each channel first.
+    """
 
     grammar, spelled = r"a(?P<bits>[2-8])-dynamic", "a8-dynamic"
 
     def at(self, sigma: float, rows_per_image: int) -> Quantize:
+        """Return the function that quantizes by the range of each image's tensor, at every noise level alike."""
+
         def quantize(name: str, x: mx.array) -> mx.array:
             grouped = x.reshape(rows_per_image, -1, *x.shape[1:])
             rows, shift, centred = (0, 2, 3), None, grouped
@@ -312,14 +334,13 @@ class DynamicPerTensor(Dynamic):
         return quantize
 
 
-
-
 class DynamicPerToken(Dynamic):
-    """Each token on a grid of its own, asymmetric: 2^bits levels from its minimum to its maximum, 0 among them."""
+    """An asymmetric grid for each token: 2^bits levels from its minimum to its maximum, 0 among them."""
 
     grammar, spelled = r"a(?P<bits>[2-8])-token", "a8-token"
 
     def at(self, sigma: float, rows_per_image: int) -> Quantize:
+        """Return the function that quantizes by the grid of each token, at every noise level alike."""
         top = 2**self.bits - 1
 
         def quantize(name: str, x: mx.array) -> mx.array:
@@ -332,36 +353,31 @@ class DynamicPerToken(Dynamic):
         return quantize
 
     def of_rows(self, steps: mx.array) -> Quantize:
-        """x̂ with gradients that pass through it as if it were not there."""
+        """Return the function with gradients that pass through it unchanged."""
         quantize = self.at(0.0, 1)
         return lambda name, x: x + mx.stop_gradient(quantize(name, x) - x)
 
     def exported(self) -> dict[str, Any]:
+        """Return the content of activations.json: the name of the rule, and its bits."""
         return {"rule": DYNAMIC_PER_TOKEN, "bits": self.bits}
 
 
 # --- by name, and from an export ----------------------------------------------------------------------------
 
 
-RULES: tuple[type[ActivationRule], ...] = (
-    StaticByStep,
-    Learned,
-    DynamicPerTensor,
-    DynamicPerToken,
-    Multitier,
-)
+RULES: tuple[type[ActivationRule], ...] = (StaticByStep, Learned, DynamicPerTensor, DynamicPerToken, Multitier)
 
 
 def rule_of(part: str) -> tuple[type[ActivationRule], int | None] | None:
-    """The rule that a part of a variant's name stands for, and its bits; None for another name."""
+    """Return the rule that a part of a variant's name stands for, and its bits; None for another name."""
     for rule in RULES:
         match = re.fullmatch(rule.grammar, part)
         if match:
             bits = match.groupdict().get("bits")
-            return rule, bits and int(bits)
+            return rule, int(bits) if bits else None
     return None
 
 
 def exported_range(clipping_range: float, shift: np.ndarray | None) -> dict[str, Any]:
-    """A layer's entry in activations.json."""
+    """Return a layer's entry in activations.json."""
     return {"clipping_range": clipping_range} | ({} if shift is None else {"shift": shift})

@@ -1,21 +1,25 @@
-"""The arithmetic of weights: grids, codes, packing. NumPy; grid_position and dequantize take MLX arrays, too."""
+"""Compute grids, codes and packed words of weights, in NumPy; grid_position and dequantize take MLX arrays, too."""
 
 import numpy as np
 
-CACHED = 2**17  # weights of a core's cache
+CACHED = 2**17  # number of weights that a core's cache holds
 
 
 def min_max_grid(weight: np.ndarray, bits: int, group_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Asymmetric grid over each group's range: scale and zero point (out, groups) float32, Ŵ = scale·(code − zero point).
+    """Return an asymmetric grid over each group's range, Ŵ = scale·(code − zero point).
 
-    weight (out, in); groups of group_size consecutive inputs, 0 for one group per output channel. The range always
-    holds 0; the zero point is the integer code of 0.
+    weight (out, in); group_size is the number of consecutive inputs in a group, 0 for one group per output channel.
+    Returns scale and zero point, (out, groups) float32 each. The range always holds 0; the zero point is the integer
+    code of 0.
     """
     return _grid(_grouped(weight, group_size), bits, 1.0)
 
 
 def searched_grid(weight: np.ndarray, bits: int, group_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """As `min_max_grid`, but of 21 ranges between 0.6 and 1 × the group's, the one with the least squared error."""
+    """Return a grid as `min_max_grid` does, but over the best of 21 ranges between 0.6 and 1 × the group's.
+
+    The best range of a group is the one with the least squared error Σ (Ŵ − W)².
+    """
     rows = max(1, CACHED // weight.shape[1])
     parts = [_searched(weight[begin : begin + rows], bits, group_size) for begin in range(0, len(weight), rows)]
     scale, zero_point = map(np.concatenate, zip(*parts, strict=True))
@@ -24,21 +28,21 @@ def searched_grid(weight: np.ndarray, bits: int, group_size: int) -> tuple[np.nd
 
 def _searched(weight: np.ndarray, bits: int, group_size: int) -> tuple[np.ndarray, np.ndarray]:
     grouped = _grouped(weight, group_size).astype(np.float32)
-    best_error = best = None
+    best_error = None
     for shrink in np.linspace(1, 0.6, 21):
         scale, zero_point = _grid(grouped, bits, shrink)
-        error = grouped / scale[..., None]  # everything else in place
+        error = grouped / scale[..., None]  # the only large array: what follows is computed in its place
         error += zero_point[..., None]
         np.subtract(np.clip(np.rint(error), 0, 2**bits - 1), error, out=error)
         error = np.einsum("ogi,ogi->og", error, error) * np.square(scale)
-        if best is None:
-            best_error, best = error, (scale, zero_point)
+        if best_error is None:
+            best_error, best_scale, best_zero_point = error, scale, zero_point
         else:
-            best = tuple(
-                np.where(error < best_error, new, old) for new, old in zip((scale, zero_point), best, strict=True)
-            )
+            better = error < best_error
+            best_scale = np.where(better, scale, best_scale)
+            best_zero_point = np.where(better, zero_point, best_zero_point)
             best_error = np.minimum(error, best_error)
-    return best
+    return best_scale, best_zero_point
 
 
 def _grouped(weight: np.ndarray, group_size: int) -> np.ndarray:
@@ -53,25 +57,31 @@ def _grid(grouped: np.ndarray, bits: int, shrink: float) -> tuple[np.ndarray, np
 
 
 def grid_position(weight, scale, zero_point):
-    """Where each weight lies on its grid, as a real code: W / scale + zero point (out, in). NumPy or MLX arrays."""
+    """Return each weight's position on its grid, as a real code: W / scale + zero point (out, in).
+
+    weight (out, in); scale and zero_point (out, groups). NumPy or MLX arrays.
+    """
     return (weight.reshape(*scale.shape, -1) / scale[..., None] + zero_point[..., None]).reshape(weight.shape)
 
 
 def dequantize(codes, scale, minimum):
-    """Ŵ = scale·code + minimum, (out, in), from codes (out, in), as `mx.dequantize` computes it. NumPy or MLX arrays."""
+    """Return Ŵ = scale·code + minimum, (out, in), as `mx.dequantize` computes it.
+
+    codes (out, in); scale and minimum (out, groups). NumPy or MLX arrays.
+    """
     return (codes.reshape(*scale.shape, -1) * scale[..., None] + minimum[..., None]).reshape(codes.shape)
 
 
 def nearest_codes(weight: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, bits: int) -> np.ndarray:
-    """Round to nearest: codes (out, in) uint8."""
+    """Round weights (out, in) to the nearest codes of a grid (out, groups). Returns codes (out, in) uint8."""
     return np.clip(np.rint(grid_position(weight, scale, zero_point)), 0, 2**bits - 1).astype(np.uint8)
 
 
 def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Codes (out, in) uint8 -> uint32 (out, in·bits / 32), the layout of `mx.quantize`: the first code in the lowest bits.
+    """Pack codes (out, in) uint8 into words (out, in·bits / 32) uint32, the first code in a word's lowest bits.
 
-    With a grid's scale and minimum as scales and biases, `mx.dequantize` and `mx.quantized_matmul` read it. in·bits must
-    be a multiple of 32.
+    This is the layout of `mx.quantize`: `mx.dequantize` and `mx.quantized_matmul` read it with a grid's scale and
+    minimum as scales and biases. in·bits must be a multiple of 32.
     """
     if 8 % bits == 0:
         packed, count = codes[:, :: 8 // bits].copy(), 8 // bits

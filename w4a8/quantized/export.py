@@ -1,4 +1,4 @@
-"""Stage 5: pack a model's transformer a layer at a time, and write it as a model folder that MLX runs."""
+"""Pack a model's transformer a layer at a time, and write it as a model folder that MLX runs (stage 5)."""
 
 import os
 import shutil
@@ -54,13 +54,13 @@ from w4a8.quantized.model import GROUPS_OF_THE_REST, Codes, StoredWeights, quant
 NO_GGUF = {
     "argmaxinc/mlx-FLUX.1-dev": "DiffusionKit leaves FLUX.1-dev's guidance embedding out, which other programs need"
 }
-GGUF_BITS = 5  # codes of more have no exact form there: those layers are float16
+GGUF_BITS = 5  # codes of more bits have no exact form in GGUF: their layers are written as float16
 NamedArrays = dict[str, mx.array]
 
 
 @dataclass(frozen=True)
 class ExportSource:
-    """What is exported: a model, its quantized weights and the rule for its inputs; names as in stage 4's variants."""
+    """A model to export, its quantized weights and the rule for its inputs; names as in stage 4's variants."""
 
     info: ModelInfo
     local_checkpoint: Path | None
@@ -71,9 +71,9 @@ class ExportSource:
     rule: ActivationRule | None
 
     def note(self, files: Mapping[Path, Path]) -> dict[str, Any]:
-        """Return the `export` entry of config.json: the origin of the weights, and digests of the files that decide the images.
+        """Return the `export` entry of config.json: the weights' origin, and digests of the files that decide images.
 
-        files: path -> where it lies until it takes its place.
+        files: final path -> temporary path that the file has now.
         """
         learned = self.weights if isinstance(self.weights, StoredWeights) else None
         made_from = learned.metadata if learned else {}
@@ -93,34 +93,42 @@ class ExportSource:
             "selected_image_ids": run.get("selected_image_ids", []),
             "adaround_weights": learned and file_digest(learned.paths.metadata),
             "files": {
-                role: weights_fingerprint({role: place})
-                for path, place in files.items()
+                role: weights_fingerprint({role: written})
+                for path, written in files.items()
                 if (role := role_of(path)) is not None
             },
         }
 
+    def encoded_rule(self) -> bytes:
+        """Return the content of activations.json; empty where inputs are not quantized."""
+        if self.rule is None:
+            return b""
+        content = self.rule.exported()
+        assert content is not None  # rules that are not exported are refused as options
+        return encode_activations(content)
+
 
 @dataclass(frozen=True)
 class Size:
-    """Bytes of a transformer on the disk: its quantized modules (and how many), all of it, and the same in float16."""
+    """Bytes of a transformer on the disk: of its quantized modules and of the whole, each beside its float16 size."""
 
     quantized: int
     quantized_float16: int
-    modules: int
+    modules: int  # number of quantized modules
     transformer: int
     transformer_float16: int
-    largest_layer: int  # weights
+    largest_layer: int  # number of weights
 
     @property
     def peak(self) -> int:
-        """What exporting holds in memory: the file, and a layer with its float32 copies."""
+        """Bytes that exporting holds in memory: the file, and one layer with its float32 copies."""
         return self.transformer + 16 * self.largest_layer
 
 
 def packed_size(mmdit: nn.Module, weights: Codes) -> Size:
-    """What packing this model gives, from shapes alone."""
+    """Compute the size of the packed model, from shapes alone."""
     layers = {id(layer.module): name for name, layer in model_layers(mmdit).items()}
-    excluded = set(weights.excluded)
+    excluded, others = set(weights.excluded), weights.other_layers
     quantized = dense = modules = other = other_float16 = largest = 0
     for path, module in mmdit.named_modules():
         for key, array in module.items():
@@ -128,9 +136,8 @@ def packed_size(mmdit: nn.Module, weights: Codes) -> Size:
                 continue
             name, group = layers.get(id(module)), weights.group_size
             bits = weights.bits_of(name) if name is not None and name not in excluded else 0
-            if name is None:
-                held = weights.rest is not None and weights.rest.holds(path, module)
-                bits, group = (weights.rest.bits, GROUPS_OF_THE_REST) if held else (0, 0)
+            if name is None and others is not None and others.includes(path, module):
+                bits, group = others.bits, GROUPS_OF_THE_REST
             if key == "weight" and bits and isinstance(module, (nn.Linear, nn.Embedding)):
                 quantized += array.size * bits // 8 + 4 * array.size // packed_group(array.shape[1], group)
                 dense += 2 * array.size
@@ -143,36 +150,37 @@ def packed_size(mmdit: nn.Module, weights: Codes) -> Size:
 
 
 def pack_transformer(mmdit: MMDiT, weights: Codes, bar: ProgressBar) -> dict[str, Any]:
-    """Native layers in place of the dense ones; returns the `quantization` entry of config.json, as MLX's tools write it.
+    """Put native layers in place of the dense ones. A dense weight is dropped as soon as it is packed.
 
-    A dense weight is let go as soon as it is packed.
+    Returns the `quantization` entry of config.json, as MLX's own tools write it: group_size, bits and mode of the
+    first layer, then those of every packed layer by its path, and False for the modules that stay dense.
     """
     modules = {path: m for path, m in mmdit.named_modules() if isinstance(m, (nn.Linear, nn.Embedding))}
     entry: dict[str, Any] = {}
-    for place in quantized_modules(mmdit, weights):
-        packed = place.quantized.packed(place.bits)
-        if place.quantized.bias is not None:
-            place.module["bias"] = mx.array(place.quantized.bias).astype(mx.float16)
-        native = native_module(place.module, packed)
+    for each in quantized_modules(mmdit, weights):
+        packed = each.quantized.packed(each.bits)
+        if each.quantized.bias is not None:
+            each.module["bias"] = mx.array(each.quantized.bias).astype(mx.float16)
+        native = native_module(each.module, packed)
         mx.eval(native.parameters())
-        place.module.clear()
-        mmdit.update_modules(tree_unflatten([(place.path, native)]))
+        each.module.clear()
+        mmdit.update_modules(tree_unflatten([(each.path, native)]))
         layer = {"group_size": packed.group_size, "bits": packed.bits, "mode": "affine"}
         entry = entry or dict(layer)
-        entry[place.path] = layer
+        entry[each.path] = layer
         bar.update()
     return entry | {path: False for path in modules if path not in entry}
 
 
 def refuse_overflow(name: str, array: mx.array) -> mx.array:
-    """The array. Raises StoreError where it is not finite."""
+    """Return the array. Raises StoreError where it is not finite; packed words (uint32) always are."""
     if array.dtype != mx.uint32 and not mx.isfinite(array).all().item():
         raise StoreError(f"{name} holds NaN or infinity; it is not exported")
     return array
 
 
 def write_arrays(files: Replacements, path: Path, arrays: NamedArrays) -> None:
-    """Write a safetensors file, which takes its place with the others."""
+    """Write a safetensors file, which takes its final path together with the other files."""
     with files.write(path) as file:
         mx.save_safetensors(file, arrays, {"format": "mlx"})
 
@@ -181,20 +189,19 @@ RestOfModel = tuple[dict[str, NamedArrays], list[Path], dict[str, Any]]
 
 
 def rest_of_model(export: ExportSource, complete: bool) -> RestOfModel:
-    """What an exported folder holds beside the transformer: arrays by part, files to copy, and its config.json so far."""
+    """Return the contents of an exported folder beside the transformer.
+
+    They are arrays by part, files to copy, and the content of config.json so far.
+    """
     info = export.info
     if info.folder is not None:
-        captions = captions_file(info.folder)
-        files = [
-            path
-            for role, path in folder_files(info.folder).items()
-            if role != "mmdit" and path != config_file(info.folder)
-        ]
+        captions, config_path = captions_file(info.folder), config_file(info.folder)
+        files = [p for role, p in folder_files(info.folder).items() if role != "mmdit" and p != config_path]
         return {}, files + ([captions] if captions else []), read_model_config(info.folder)
     config: dict[str, Any] = {"name": info.version.rpartition("/")[2], "base_model": info.version}
     if not complete and (export.local_checkpoint is None or not info.family.vae_inside):
         return {}, [], config
-    parts = {"decoder": hub_decoder(info, export.local_checkpoint)}  # a local checkpoint's is not the hub's
+    parts = {"decoder": hub_decoder(info, export.local_checkpoint)}  # the one in a local checkpoint is not the hub's
     if not complete:
         return parts, [], config
     encoders = {part: dict(tree_flatten(module.parameters())) for part, module in hub_text_encoders(info).items()}
@@ -202,21 +209,23 @@ def rest_of_model(export: ExportSource, complete: bool) -> RestOfModel:
 
 
 def bytes_needed(export: ExportSource, size: Size, rest: RestOfModel, hub_file: bool) -> int:
-    """Return the bytes that an export writes in all; hub_file adds the transformer a second time, and SD3's whole VAE."""
+    """Return the number of bytes that an export writes; hub_file adds the transformer again, and SD3's whole VAE."""
     parts, copied, _ = rest
     arrays = {name: sum(array.nbytes for array in part.values()) for name, part in parts.items()}
-    ranges = 0 if export.rule is None else len(encode_activations(export.rule.exported()))
+    ranges = len(export.encoded_rule())
     again = size.transformer + 2 * arrays.get("decoder", 0) if hub_file else 0
     return size.transformer + sum(arrays.values()) + sum(path.stat().st_size for path in copied) + ranges + again
 
 
 def write_folder(
-    paths: QuantizedModelPaths, export: ExportSource, mmdit: MMDiT, quantization: dict[str, Any], rest: RestOfModel, hub_file: bool
+    paths: QuantizedModelPaths, export: ExportSource, mmdit: MMDiT, quantization: dict[str, Any], rest: RestOfModel,
+    hub_file: bool,
 ) -> Path:  # fmt: skip
-    """Write an exported model folder, and return it. An older export goes when every file of the new one is on the disk.
+    """Write an exported model folder, and return its path.
 
-    hub_file: write the layout of DiffusionKit's 4-bit file, too. Raises WriteError, and leaves the older export, where the disk
-    is too small for both.
+    An older export is removed when every file of the new one is on the disk. hub_file: write the layout of
+    DiffusionKit's 4-bit file, too. Raises WriteError, and leaves the older export, where the disk is too small for
+    both.
     """
     parts, copied, config = rest
     parts = {"mmdit": dict(tree_flatten(mmdit.parameters())), **parts}
@@ -225,7 +234,7 @@ def write_folder(
         for name, array in arrays.items():
             refuse_overflow(name, array)
             if export.info.loras and array.dtype == mx.float32:
-                arrays[name] = array.astype(half)  # what is not packed, and has a LoRA in it
+                arrays[name] = array.astype(half)  # a dense array that a LoRA was fused into
     old = paths.owned_files()
     with replacements() as files:
         for part, arrays in parts.items():
@@ -234,7 +243,7 @@ def write_folder(
             copy_file(files, path, paths.root / path.name)
         if export.rule is not None:
             with files.write(paths.activations) as file:
-                file.write(encode_activations(export.rule.exported()))
+                file.write(export.encoded_rule())
         if hub_file:
             write_arrays(files, paths.hub_file(export.info.version), hub_arrays(export, mmdit))
         config = config | {"quantization": quantization}
@@ -249,9 +258,9 @@ def write_folder(
 
 
 def hub_arrays(export: ExportSource, mmdit: MMDiT) -> NamedArrays:
-    """Return the transformer in the layout of DiffusionKit's 4-bit file, with SD3's VAE, which that file holds, too."""
+    """Return the transformer, and for SD3 its VAE, in the layout of DiffusionKit's 4-bit file."""
     info, checkpoint = export.info, export.local_checkpoint
-    arrays = {info.family.prefix + name: array for name, array in tree_flatten(mmdit.parameters())}
+    arrays = {info.family.prefix + name: array for name, array in dict(tree_flatten(mmdit.parameters())).items()}
     if info.family.vae_inside:
         vae = {"decoder": hub_decoder(info, checkpoint), "encoder": hub_encoder(info, checkpoint)}
         for part, weights in vae.items():
@@ -260,13 +269,17 @@ def hub_arrays(export: ExportSource, mmdit: MMDiT) -> NamedArrays:
 
 
 def copy_file(files: Replacements, source: Path, target: Path) -> None:
-    """Copy a file, which takes its place with the others."""
+    """Copy a file, which takes its final path together with the other files."""
     with open_regular(source, "give the original model", limit=None) as read, files.write(target) as file:
         shutil.copyfileobj(read, file)
 
 
 def check_output(paths: QuantizedModelPaths, info: ModelInfo, layout: str, force: bool) -> None:
-    """Raise StoreError where a folder holds an export and --force is not given, or files that are none of ours."""
+    """Raise StoreError for a folder that must not be written to.
+
+    Such a folder is the original model's own, holds files that stage 5 did not write, or holds an export without
+    --force.
+    """
     if info.folder is not None and os.path.realpath(info.folder) == os.path.realpath(paths.root):
         raise StoreError(f"{paths.root}: is the original model; give another --output")
     owned, gguf_files = paths.owned_files(), paths.gguf_files()  # raises StoreError for a folder that cannot be read
@@ -281,28 +294,32 @@ def check_output(paths: QuantizedModelPaths, info: ModelInfo, layout: str, force
 
 
 def estimate_export(mmdit: MMDiT, weights: Codes, size: Size, folder: Path) -> Estimate:
-    """Estimate an export from its second layer: the first pays for what is set up once."""
-    places = quantized_modules(mmdit, weights)
-    next(places)
+    """Estimate an export from its second layer, because the first one includes the time of one-time preparations."""
+    modules = quantized_modules(mmdit, weights)
+    next(modules)
     begin = time.perf_counter()
-    second = next(places)
+    second = next(modules)
     mx.eval(second.quantized.packed(second.bits).scales)
     seconds = (time.perf_counter() - begin) * size.quantized_float16 / (2 * second.quantized.codes.size)
     return Estimate(
-        work=f"{size.modules} layers", seconds=seconds, bytes_written=size.transformer, folder=folder, peak_bytes=size.peak
+        work=f"{size.modules} layers",
+        seconds=seconds,
+        bytes_written=size.transformer,
+        folder=folder,
+        peak_bytes=size.peak,
     )
 
 
 def refuse_options(export: ExportSource, layout: str, complete: bool) -> None:
-    """What a layout cannot hold, and options that would change nothing. Raises OptionError."""
-    weights, rest = export.weights, export.weights.rest
+    """Raise OptionError for options that a layout cannot hold, or that would change nothing."""
+    weights, others = export.weights, export.weights.other_layers
     if layout == "gguf" and (weights.bits > GGUF_BITS or weights.group_size != 32):
         groups = f"groups of {weights.group_size}" if weights.group_size else "a scale per channel"
         raise OptionError(
-            f"--format gguf: Q4_1 and Q5_1 have 4 and 5 bits and groups of 32, and {export.weights_name} has {weights.bits} bits, "
-            f"{groups}; train with optimize_adaround.py --group-size 32"
+            f"--format gguf: Q4_1 and Q5_1 have 4 and 5 bits and groups of 32, and {export.weights_name} has "
+            f"{weights.bits} bits, {groups}; train with optimize_adaround.py --group-size 32"
         )
-    if layout == "gguf" and rest is not None:
+    if layout == "gguf" and others is not None:
         raise OptionError(
             "--format gguf: everything beside the blocks' layers stays float16; leave --rest-bits and --all-linears out"
         )
@@ -316,7 +333,11 @@ def refuse_options(export: ExportSource, layout: str, complete: bool) -> None:
         raise OptionError("--complete goes with a hub model and --format mlx; the export of a model folder is complete")
     if export.info.folder is not None and export.local_checkpoint is not None:
         raise OptionError("--local-checkpoint goes with a hub model; a model folder brings its own weights")
-    if rest is not None and rest.all_linears and (weights.bits, weights.group_size, weights.uniform) != (4, 64, True):
+    if (
+        others is not None
+        and others.all_linears
+        and (weights.bits, weights.group_size, weights.uniform) != (4, 64, True)
+    ):
         raise OptionError(
             f"--all-linears: DiffusionKit's layout has 4 bits in groups of 64, and {export.weights_name} has not"
         )

@@ -1,4 +1,4 @@
-"""The model that stage 5 exported, as stage 4 measures it: the folder's own packed transformer in place of the original."""
+"""Put the packed transformer that stage 5 exported in place of the original, for stage 4 to measure."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,17 +29,18 @@ from w4a8.quantized.model import Weights
 
 
 class ExportedWeights(Weights):
-    """quantized_model/ below the calibration folder."""
+    """The weights of the exported folder quantized_model/ below the calibration folder."""
 
     remedy = f"run {EXPORT} with --force"
-    rest = None
+    other_layers = None
 
     def __init__(self, calib_dir: Path, native: str = AUTO):
+        """Read the export's notes. Raises StoreError for none, or one of other learned weights; native: `--native`."""
         paths = QuantizedModelPaths.below(calib_dir)
         self.folder, self.config = paths.root, read_export(paths.root)
         note = self.config["export"]
         self.bits, self.group_size, self.way = note["weight_bits"], note["group_size"], native
-        self.sources = [paths.config]  # which notes the fingerprint of the weights
+        self.sources = [paths.config]  # holds the fingerprint of the weight files
         self.made_from = [(paths.config, note)]
         learned = WeightPaths(calib_dir).metadata
         stale = (
@@ -51,12 +52,15 @@ class ExportedWeights(Weights):
             raise StoreError(f"{paths.config}: exported from other learned weights than {learned}; {self.remedy}")
 
     def check(self, variant: str, layers: Mapping[str, Layer]) -> None:
-        """Whether its files are those that were exported; what it was made from says which model it is of."""
+        """Raise StoreError unless the files are those that were exported. `made_from` names the model they are of."""
         check_exported(self.folder, self.config)
 
     @contextmanager
     def in_place(self, pipeline: Pipeline) -> Iterator[None]:
-        """The exported transformer in the pipeline, computing natively, until the block ends."""
+        """Put the exported transformer into the pipeline until the block ends; its packed layers compute natively.
+
+        Raises StoreError where it has other layers than the pipeline's.
+        """
         names = model_layers(pipeline.mmdit).keys()
         pipeline.drop(TRANSFORMER)
         exported = load_folder_transformer(self.folder, pipeline.activation_dtype, native=self.way)
@@ -70,7 +74,7 @@ class ExportedWeights(Weights):
 
 
 def rule_of_export(content: Mapping[str, Any], path: Path) -> ActivationRule:
-    """The rule that an exported model's activations.json holds."""
+    """Make the rule that an exported model's activations.json holds. path: that file, for messages."""
     bits = content["bits"]
     if content["rule"] == DYNAMIC_PER_TOKEN:
         return DynamicPerToken(bits)

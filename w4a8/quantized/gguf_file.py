@@ -1,7 +1,8 @@
-"""The same weights as one GGUF file: Q4_1 and Q5_1 hold codes of 4 and 5 bits in groups of 32 with a float16 scale and minimum,
-as they are. Layers of more bits are written as MLX unpacks them, in float16.
+"""Write quantized weights as one GGUF file.
 
-Names are those of the original checkpoint without its prefix, q, k and v in one, as image programs read them.
+Q4_1 and Q5_1 hold codes of 4 and 5 bits in groups of 32, with a float16 scale and minimum, exactly. Layers of more
+bits are written as MLX unpacks them, in float16. Names are those of the original checkpoint without its prefix, with q,
+k and v in one tensor, as image programs read them.
 """
 
 from collections.abc import Mapping
@@ -28,10 +29,11 @@ KINDS = {4: gguf.GGMLQuantizationType.Q4_1, 5: gguf.GGMLQuantizationType.Q5_1}
 
 
 def packed_blocks(layer: QuantizedLayer, bits: int) -> np.ndarray:
-    """A layer in groups of 32 as ggml's block_q4_1, (out, in / 32 · 20) uint8, with 5 bits block_q5_1, (out, in / 32 · 24).
+    """Pack a layer in groups of 32 as ggml's block_q4_1 (4 bits) or block_q5_1 (5 bits).
 
-    A block is scale and minimum in float16, with 5 bits the codes' highest bits as uint32, then 16 bytes: the low half of
-    code i in the low half of byte i, that of code i + 16 in the high one.
+    Returns uint8, (out, in / 32 · 20) with 4 bits and (out, in / 32 · 24) with 5. A block is scale and minimum in
+    float16, with 5 bits the codes' highest bits as uint32, then 16 bytes: the low 4 bits of code i in the low half of
+    byte i, those of code i + 16 in the high half.
     """
     scale, minimum = (
         array.astype("<f2")[..., None].view(np.uint8) for array in deployed(layer.scale, layer.zero_point)
@@ -44,44 +46,49 @@ def packed_blocks(layer: QuantizedLayer, bits: int) -> np.ndarray:
 
 
 def write_gguf(paths: QuantizedModelPaths, export: ExportSource, mmdit: nn.Module, bar: ProgressBar) -> Path:
-    """Write the transformer; everything but the blocks' layers is float16, what has one dimension float32."""
+    """Write the transformer, and return the file's path.
+
+    Arrays of one dimension are float32, all others beside the blocks' packed layers float16. `mmdit` is emptied. Raises
+    StoreError for an array that is not finite.
+    """
     info, family, hidden = export.info, export.info.family, mmdit.config.hidden_size
     path = paths.gguf(info.folder.name if info.folder is not None else info.version.rpartition("/")[2])
-    tensors: dict[str, dict[CheckpointSlice, np.ndarray]] = {}  # by key: the parts that are joined, by where they are
-    width_of = joined_widths(mmdit, export.weights, family)  # what is joined has one width
-    for module in quantized_modules(mmdit, export.weights):
-        place = checkpoint_slice(family, f"{module.path}.weight", hidden)
-        width = width_of[place.key]
+    tensors: dict[str, dict[CheckpointSlice, np.ndarray]] = {}  # by key: the parts that are joined to one tensor
+    kinds: dict[str, gguf.GGMLQuantizationType] = {}  # by key, of the packed tensors
+    width_of = joined_widths(mmdit, export.weights, family)
+    for each in quantized_modules(mmdit, export.weights):
+        part = checkpoint_slice(family, f"{each.path}.weight", hidden)
+        width = width_of[part.key]
         if width is None:
-            module.module["weight"] = module.quantized.packed(module.bits).dense(mx.float16)
+            each.module["weight"] = each.quantized.packed(each.bits).dense(mx.float16)
         else:
-            tensors.setdefault(place.key, {})[place] = packed_blocks(module.quantized, width)
-            module.module.pop("weight")
-        if module.quantized.bias is not None:
-            module.module["bias"] = mx.array(module.quantized.bias)
+            tensors.setdefault(part.key, {})[part] = packed_blocks(each.quantized, width)
+            kinds[part.key] = KINDS[width]
+            each.module.pop("weight")
+        if each.quantized.bias is not None:
+            each.module["bias"] = mx.array(each.quantized.bias)
         bar.update()
-    packed = set(tensors)
     parameters = dict(tree_flatten(mmdit.parameters()))
     mmdit.clear()
     for name in list(parameters):
-        array, place = parameters.pop(name), checkpoint_slice(family, name, hidden)
+        array, part = parameters.pop(name), checkpoint_slice(family, name, hidden)
         values = np.array(refuse_overflow(name, array.astype(mx.float32 if array.ndim == 1 else mx.float16)))
         if name == "x_embedder.proj.weight":
             values = values.transpose(0, 3, 1, 2) if family is SD3 else values[:, 0, 0]
         elif name == "x_pos_embedder.pos_embed.weight":
             values = values[None]
         if name.startswith(UNIFIED_BLOCKS) and name.endswith("mlp.fc2.bias"):
-            continue  # one bias in the file, and DiffusionKit uses that of o_proj
-        tensors.setdefault(place.key, {})[place] = values
-        if name.endswith("q_proj.bias"):  # DiffusionKit's k has none
-            tensors[place.key][checkpoint_slice(family, name.replace("q_proj", "k_proj"), hidden)] = np.zeros_like(values)
+            continue  # the file has one bias for o_proj and fc2, and DiffusionKit uses that of o_proj
+        tensors.setdefault(part.key, {})[part] = values
+        if name.endswith("q_proj.bias"):  # DiffusionKit's k has no bias, and the file's qkv has one
+            k_part = checkpoint_slice(family, name.replace("q_proj", "k_proj"), hidden)
+            tensors[part.key][k_part] = np.zeros_like(values)
     with atomic_path(path) as temporary:
         writer = gguf.GGUFWriter(temporary, family.name)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_1)
         for key in sorted(tensors):
-            kind = KINDS[width_of[key]] if key in packed else None
-            writer.add_tensor(key, joined_slices(tensors.pop(key)), raw_dtype=kind)
+            writer.add_tensor(key, joined_slices(tensors.pop(key)), raw_dtype=kinds.get(key))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -93,7 +100,10 @@ def write_gguf(paths: QuantizedModelPaths, export: ExportSource, mmdit: nn.Modul
 
 
 def joined_widths(mmdit: nn.Module, weights: Codes, family: Family) -> dict[str, int | None]:
-    """By key: 4 or 5 bits, or None where a part has more, or stays as it is."""
+    """Return the bits of each tensor that layers are joined to, by its key.
+
+    The largest of its layers' bits decides: at most 4 gives 4, 5 gives 5, and more gives None, as do excluded layers.
+    """
     path_of = {id(module): path for path, module in mmdit.named_modules()}
     found: dict[str, set[int]] = {}
     for name, layer in model_layers(mmdit).items():
@@ -104,6 +114,6 @@ def joined_widths(mmdit: nn.Module, weights: Codes, family: Family) -> dict[str,
 
 
 def joined_slices(parts: Mapping[CheckpointSlice, np.ndarray]) -> np.ndarray:
-    """The parts of a tensor, in the order of their rows, or of their columns."""
-    places = sorted(parts)
-    return np.concatenate([parts[place] for place in places], axis=1 if places[-1].column else 0)
+    """Join the parts of a tensor in the order of their rows, or of their columns."""
+    ordered = sorted(parts)
+    return np.concatenate([parts[part] for part in ordered], axis=1 if ordered[-1].column else 0)

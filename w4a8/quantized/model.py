@@ -1,6 +1,6 @@
-"""What a quantized model is: where the quantized weights come from, which modules they belong to, and how they get there.
+"""Quantized weights of a model: their origin, the modules that they belong to, and how they are put in place.
 
-Stage 3W trains it, stages 4 and 5 measure and export it: the same objects.
+Stage 3W trains them, stage 4 measures them and stage 5 exports them, as the same objects.
 """
 
 import contextlib
@@ -26,18 +26,21 @@ from w4a8.model.layers import Layer, model_layers
 from w4a8.model.parts import TRANSFORMER, Pipeline
 from w4a8.quantized.layer import QuantizedLayer
 
-GROUPS_OF_THE_REST = 64
+GROUPS_OF_THE_REST = 64  # group size of OtherLayers
 
 
 @dataclass(frozen=True)
 class OtherLayers:
-    """What else is quantized, to nearest in groups of 64: adaLN and embedders, or every linear layer there is."""
+    """Layers that are quantized beside the blocks' attention and MLP layers: adaLN and embedders, or all linear ones.
+
+    They are rounded to nearest in groups of 64.
+    """
 
     bits: int
     all_linears: bool = False
 
-    def holds(self, path: str, module: nn.Module) -> bool:
-        """Whether a module outside the blocks' layers is quantized."""
+    def includes(self, path: str, module: nn.Module) -> bool:
+        """Return whether a module, which is none of the blocks' attention and MLP layers, is quantized."""
         if self.all_linears:
             return isinstance(module, nn.Linear)
         table = isinstance(module, nn.Embedding)
@@ -45,32 +48,35 @@ class OtherLayers:
 
 
 class Weights(ABC):
-    """Quantized weights of a model; `sources` are the files they follow from, made_from what these say of their run."""
+    """Quantized weights of a model.
+
+    They follow from the files `sources`; `made_from` pairs such files with their notes of the run they were made from.
+    """
 
     bits: int
     group_size: int
-    rest: OtherLayers | None
-    sources: list[Path]
-    made_from: list[tuple[Path, Mapping[str, Any]]]
-    remedy: str  # what to run for files of another run
-    excluded: Sequence[str] = ()  # layers that stay as they are
+    other_layers: OtherLayers | None
+    sources: Sequence[Path]
+    made_from: Sequence[tuple[Path, Mapping[str, Any]]]
+    remedy: str  # the commands to run where the files are of another run
+    excluded: Sequence[str] = ()  # names of layers that keep the model's weights
 
     @property
     def uniform(self) -> bool:
-        """Whether every layer has the same bits."""
+        """Return whether every layer has the same bits."""
         return True
 
     def bits_of(self, layer: str) -> int:
-        """Of a layer's codes."""
+        """Return the bits of a layer's codes."""
         return self.bits
 
     @abstractmethod
     def check(self, variant: str, layers: Mapping[str, Layer]) -> None:
-        """Whether they are of this model, all of its layers. Raises a UserError that names the variant."""
+        """Raise a UserError that names the variant unless the weights are of this model, and of all of its layers."""
 
     @abstractmethod
     def in_place(self, pipeline: Pipeline) -> AbstractContextManager[None]:
-        """In the pipeline's transformer, until the block ends."""
+        """Put the weights into the pipeline's transformer until the block ends."""
 
 
 class Codes(Weights):
@@ -78,11 +84,14 @@ class Codes(Weights):
 
     @abstractmethod
     def quantized(self, layers: Mapping[str, Layer]) -> Iterator[tuple[str, QuantizedLayer]]:
-        """(name, quantized layer) one after the other."""
+        """Yield (name, quantized layer) of every layer in turn."""
 
     @contextlib.contextmanager
     def in_place(self, pipeline: Pipeline) -> Iterator[None]:
-        """Layer for layer in place of the original's, which is read again afterwards: never two models in memory."""
+        """Replace the original weights, a layer at a time, until the block ends.
+
+        Two models are never in memory: the original is dropped at the end, and read again when it is used.
+        """
         try:
             put_in_place(pipeline.mmdit, self)
             yield
@@ -92,23 +101,25 @@ class Codes(Weights):
 
 @dataclass(frozen=True)
 class NearestWeights(Codes):
-    """Round-to-nearest, from the model alone."""
+    """Weights that are rounded to nearest, from the model alone."""
 
     bits: int
     group_size: int
-    rest: OtherLayers | None = None
-    sources: tuple = ()
-    made_from: tuple = ()
+    other_layers: OtherLayers | None = None
+    sources: Sequence[Path] = ()
+    made_from: Sequence[tuple[Path, Mapping[str, Any]]] = ()
     remedy: str = ""
 
     def check(self, variant: str, layers: Mapping[str, Layer]) -> None:
+        """Raise OptionError where the groups do not divide a layer's inputs."""
         for name, layer in layers.items():
             width = layer.shape[1]
             if self.group_size and width % self.group_size:
                 raise OptionError(f"{variant}: groups of {self.group_size} do not divide the {width} inputs of {name}")
 
     def quantized(self, layers: Mapping[str, Layer]) -> Iterator[tuple[str, QuantizedLayer]]:
-        for _, names in itertools.groupby(layers, lambda name: layers[name].block):  # a block in memory at a time
+        """Yield (name, quantized layer) of every layer. Dense float32 copies of one block are in memory at a time."""
+        for _, names in itertools.groupby(layers, lambda name: layers[name].block):
             dense = {name: np.array(layers[name].weight.astype(mx.float32)) for name in names}
             nearest = on_every_core(
                 lambda weight: QuantizedLayer.nearest(weight, self.bits, self.group_size), dense.values()
@@ -117,12 +128,12 @@ class NearestWeights(Codes):
 
 
 class StoredWeights(Codes):
-    """What stage 3W, or GPTQ, left in adaround_weights/; a block in memory at a time."""
+    """Weights that stage 3W, or GPTQ, wrote to adaround_weights/. One block is in memory at a time."""
 
     remedy = "run cache_adaround_data.py and optimize_adaround.py with --force"
 
-    def __init__(self, calib_dir: Path, rest: OtherLayers | None = None):
-        self.rest = rest
+    def __init__(self, calib_dir: Path, other_layers: OtherLayers | None = None):
+        self.other_layers = other_layers
         self.paths = WeightPaths(calib_dir)
         self.metadata = WEIGHTS_METADATA.read(self.paths.metadata)
         self.bits: int = self.metadata["weight_bits"]
@@ -135,17 +146,20 @@ class StoredWeights(Codes):
 
     @property
     def uniform(self) -> bool:
+        """Return whether every layer has the same bits."""
         return not self._bits_of and not self.excluded
 
     def bits_of(self, layer: str) -> int:
+        """Return the bits of a layer's codes."""
         return self._bits_of.get(layer, self.bits)
 
     def fields(self) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-        """(layer, everything that its block's file says of it)."""
+        """Yield (layer, all of its arrays in its block's file) of every layer."""
         for block in self.metadata["block_names"]:
             yield from read_quantized_block(self.paths, block, self.metadata).items()
 
     def check(self, variant: str, layers: Mapping[str, Layer]) -> None:
+        """Raise StoreError unless the files hold every layer of this model, in its shape."""
         names = set()
         for name, fields in self.fields():
             names.add(name)
@@ -155,6 +169,7 @@ class StoredWeights(Codes):
         check_coverage(variant, "adaround_weights", names | set(self.excluded), layers)
 
     def quantized(self, layers: Mapping[str, Layer]) -> Iterator[tuple[str, QuantizedLayer]]:
+        """Yield (name, quantized layer) of every layer in the files."""
         for name, fields in self.fields():
             yield name, QuantizedLayer.of_fields(fields)
 
@@ -181,7 +196,7 @@ def refuse_packed(layers: Mapping[str, Layer]) -> None:
 
 @dataclass(frozen=True)
 class QuantizedModule:
-    """A module that is to be quantized: its path in the model, and what it becomes."""
+    """A module that is to be quantized: its path in the model, and the quantized layer that replaces it."""
 
     path: str  # multimodal_transformer_blocks.0.image_transformer_block.attn.q_proj
     module: nn.Module
@@ -190,9 +205,9 @@ class QuantizedModule:
 
 
 def quantized_modules(mmdit: nn.Module, weights: Codes) -> Iterator[QuantizedModule]:
-    """Everything that these weights quantize, one after the other: the layers of the blocks, then the rest.
+    """Yield every module that these weights quantize: the layers of the blocks first, then `other_layers`.
 
-    Raises OptionError for a model that is quantized already.
+    Raises OptionError for a model that is quantized already, and where groups of 64 do not divide a module's inputs.
     """
     layers = model_layers(mmdit)
     refuse_packed(layers)
@@ -202,22 +217,23 @@ def quantized_modules(mmdit: nn.Module, weights: Codes) -> Iterator[QuantizedMod
     for name, quantized in weights.quantized(layers):
         module = layers[name].module
         yield QuantizedModule(path_of[id(module)], module, quantized, weights.bits_of(name))
+    other = weights.other_layers
     for path, module in modules.items():
-        if path in in_blocks or weights.rest is None or not weights.rest.holds(path, module):
+        if path in in_blocks or other is None or not other.includes(path, module):
             continue
         weight = module.weight
         if weight.shape[1] % GROUPS_OF_THE_REST:
             raise OptionError(f"groups of {GROUPS_OF_THE_REST} do not divide the {weight.shape[1]} inputs of {path}")
-        nearest = QuantizedLayer.nearest(np.array(weight.astype(mx.float32)), weights.rest.bits, GROUPS_OF_THE_REST)
-        yield QuantizedModule(path, module, nearest, weights.rest.bits)
+        nearest = QuantizedLayer.nearest(np.array(weight.astype(mx.float32)), other.bits, GROUPS_OF_THE_REST)
+        yield QuantizedModule(path, module, nearest, other.bits)
 
 
 def put_in_place(mmdit: nn.Module, weights: Codes) -> None:
     """Replace weights (and corrected biases) by quantized ones, unpacked as the exported model unpacks them."""
-    for place in quantized_modules(mmdit, weights):
-        module, bias = place.module, place.quantized.deployed_bias
+    for each in quantized_modules(mmdit, weights):
+        module, bias = each.module, each.quantized.deployed_bias
         dtype = module["weight"].dtype
-        module["weight"] = place.quantized.packed(place.bits).dense(dtype)
+        module["weight"] = each.quantized.packed(each.bits).dense(dtype)
         if bias is not None:
             module["bias"] = mx.array(bias).astype(dtype)
         mx.eval(module.parameters())

@@ -15,9 +15,9 @@ def print_export(export: ExportSource, size: Size, layout: str) -> None:
     weights = export.weights
     rest = (
         ""
-        if weights.rest is None
+        if weights.other_layers is None
         else ", all linear layers"
-        if weights.rest.all_linears
+        if weights.other_layers.all_linears
         else ", adaLN and embedders at 8 bits"
     )
     groups = f"groups of {weights.group_size}" if weights.group_size else "a scale per output channel"
