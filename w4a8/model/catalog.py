@@ -1,4 +1,4 @@
-"""What models there are, and what is known of one before its weights are read."""
+"""Describe a model before its weights are read, and find the files that it consists of."""
 
 import dataclasses
 import glob
@@ -43,16 +43,16 @@ DISTILLED_STEPS = 4  # Euler steps that FLUX.1-schnell was distilled for
 
 
 class ModelError(UserError):
-    """The model cannot be had or used; the message is one line that says why and what to do."""
+    """A model cannot be obtained or used. The message is one line that says why, and what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Model:
-    """What is known of any model before its weights are read."""
+    """The facts that are known of any model before its weights are read."""
 
     version: str  # the value of --model: sd3-emoji, a hub id, or a local folder
     folder: Path | None  # None: every part comes from the hub
-    hub_id: str | None  # the hub's model that lacking parts come from; None for a folder that holds every part
+    hub_id: str | None  # the hub's model that the other parts come from; None: the folder holds every part
     latent_size: tuple[int, int]
     max_latent_size: int
     patch_size: int
@@ -67,7 +67,7 @@ class _Model:
 
     @property
     def family(self) -> Family:
-        """The model's architecture."""
+        """Return the model's architecture."""
         return family_of(self.hub_id)
 
 
@@ -166,9 +166,10 @@ def _find_folder(name: str) -> Path:
 def model_files(
     info: ModelInfo, use_t5: bool, local_checkpoint: Path | None = None, download: bool = False
 ) -> dict[str, Path] | None:
-    """Role -> file of everything that a model's numbers come from; None for a hub model that is not in the local cache.
+    """Return the file of each role (mmdit, clip_l, vae …) that a model's numbers come from.
 
-    download: fetch what lacks; raises what the hub's client raises.
+    Returns None for a hub model that is not in the local cache. With `download` missing files are fetched; then the
+    errors of the hub's client are raised, and None is never returned.
     """
     own = folder_files(info.folder, info.hub_id is not None) if info.folder is not None else {}
     if info.hub_id is None:
@@ -180,8 +181,8 @@ def model_files(
         wanted["mmdit"] = (repository, transformer[info.hub_id])
     if local_checkpoint is None or not info.family.vae_inside:
         wanted["vae"] = (repository, transformer["vae"])
-    elsewhere = {"vae" if part == "decoder" else part for part in own}
-    wanted = {role: where for role, where in wanted.items() if role not in elsewhere}
+    in_folder = {"vae" if part == "decoder" else part for part in own}
+    wanted = {role: where for role, where in wanted.items() if role not in in_folder}
     try:
         files = {role: Path(hf_hub_download(*where, local_files_only=not download)) for role, where in wanted.items()}
     except LocalEntryNotFoundError:
@@ -192,9 +193,10 @@ def model_files(
 
 
 def model_fingerprint(info: ModelInfo, use_t5: bool, local_checkpoint: Path | None = None) -> str | None:
-    """SHA-256 over a model's files; None for a hub model that is not in the local cache.
+    """Return the SHA-256 over a model's files; None for a hub model that is not in the local cache.
 
-    Raises StoreError when a file cannot be read. The names are roles: a folder, or a checkpoint, may lie anywhere.
+    Files are named by their roles, so that a folder or a checkpoint may lie anywhere. Raises StoreError when a file
+    cannot be read.
     """
     files = model_files(info, use_t5, local_checkpoint)
     if files is None:
@@ -204,12 +206,15 @@ def model_fingerprint(info: ModelInfo, use_t5: bool, local_checkpoint: Path | No
 
 
 def default_dtype(half: str = "float16") -> str:
-    """The 16 bits of a model on Metal and CUDA; float32 on a CPU, where only float32 products have a fast BLAS."""
+    """Return `half` on Metal and CUDA, and float32 on a CPU, where only float32 products have a fast BLAS."""
     return "float32" if mx.default_device() == mx.Device(mx.cpu) else half
 
 
 def choose_dtype(info: ModelInfo, given: str | None) -> str:
-    """`--dtype`. Raises ModelError for 16 bits that DiffusionKit does not run this model in."""
+    """Return the precision for a value of `--dtype`, or the default for None.
+
+    Raises ModelError for a 16-bit precision that DiffusionKit does not run this model in.
+    """
     half = info.family.half
     if given not in (None, "float32", half):
         raise ModelError(f"--dtype {given}: {info.version} is run in {half} or float32")
@@ -217,5 +222,5 @@ def choose_dtype(info: ModelInfo, given: str | None) -> str:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of the packages that decide the numbers."""
+    """Return the versions of the packages that decide the numbers."""
     return {name: importlib.metadata.version(name) for name in ("mlx", "diffusionkit", "numpy")}

@@ -1,7 +1,8 @@
-"""The one door to DiffusionKit: everything that the toolkit takes from it, and from the hub's client, is imported here.
+"""Import everything that the toolkit takes from DiffusionKit, and from the hub's client; no other module imports them.
 
-DiffusionKit and argmaxtools import torch and coremltools for Core ML and for conversions, which nothing here uses: they
-need not be installed. What DiffusionKit takes from transformers, T5's config and tokenizer, is in w4a8/model/t5.py.
+DiffusionKit and argmaxtools import torch and coremltools for Core ML and for conversions, which nothing here uses, so
+these packages need not be installed. w4a8/model/t5.py replaces T5's config and tokenizer, which DiffusionKit takes from
+transformers.
 """
 
 import logging
@@ -43,9 +44,10 @@ for _name in logging.root.manager.loggerDict:
         logging.getLogger(_name).setLevel(logging.ERROR)  # their INFO lines cut through progress bars
 
 __all__ = [  # noqa: RUF022
-    "MMDIT_CKPT", "HUB_MMDIT_CONFIGS", "HUB_MMDIT_FILES", "HUB_TEXT_ENCODERS", "HUB_TEXT_FILES", "HEIGHT", "WIDTH", "SHIFT",
-    "T5_MAX_LENGTH", "DiffusionPipeline", "FluxPipeline", "CFGDenoiser", "ModelSamplingDiscreteFlow", "FluxSampler",
-    "LatentFormat", "SD3LatentFormat", "FluxLatentFormat", "append_dims", "model_io",
-    "MMDiT", "MMDiTConfig", "PositionalEncoding", "CLIPTextModel", "CLIPTextModelConfig", "SD3T5Encoder", "Tokenizer", "T5Tokenizer",
-    "VAEDecoder", "VAEDecoderConfig", "VAEEncoder", "hub_constants", "hf_hub_download", "HfHubHTTPError", "LocalEntryNotFoundError",
+    "MMDIT_CKPT", "HUB_MMDIT_CONFIGS", "HUB_MMDIT_FILES", "HUB_TEXT_ENCODERS", "HUB_TEXT_FILES", "HEIGHT", "WIDTH",
+    "SHIFT", "T5_MAX_LENGTH", "DiffusionPipeline", "FluxPipeline", "CFGDenoiser", "ModelSamplingDiscreteFlow",
+    "FluxSampler", "LatentFormat", "SD3LatentFormat", "FluxLatentFormat", "append_dims", "model_io",
+    "MMDiT", "MMDiTConfig", "PositionalEncoding", "CLIPTextModel", "CLIPTextModelConfig", "SD3T5Encoder", "Tokenizer",
+    "T5Tokenizer", "VAEDecoder", "VAEDecoderConfig", "VAEEncoder", "hub_constants", "hf_hub_download",
+    "HfHubHTTPError", "LocalEntryNotFoundError",
 ]  # fmt: skip

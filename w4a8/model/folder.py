@@ -1,4 +1,4 @@
-"""Models in a folder: sd3-emoji's layout, and the exported transformer of a hub model."""
+"""Load models from a folder: in sd3-emoji's layout, or with the exported transformer of a hub model."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,10 +29,11 @@ from w4a8.model.diffusionkit import (
 from w4a8.model.location import Lora
 from w4a8.model.packed import AUTO, get_ready
 from w4a8.model.parts import TEXT, TRANSFORMER, Parts, Pipeline, cast, load_weights
+from w4a8.model.weight_files import load_arrays
 
 
 class FolderPipeline(Pipeline):
-    """A model folder in sd3-emoji's layout instead of the hub's files; packed weights stay packed."""
+    """DiffusionKit's pipeline over a model folder in sd3-emoji's layout; packed weights stay packed."""
 
     def __init__(self, info: FolderModel, parts: Parts, native: str = AUTO):
         super().__init__(info, parts, use_t5=False, native=native)
@@ -45,6 +46,7 @@ class FolderPipeline(Pipeline):
                 self.tokenizer_g = self._load_tokenizer("g", default=False)
 
     def read(self, part: str) -> None:
+        """Set the part's attributes from its files in the folder."""
         dtype = getattr(mx, self.parts[part])
         if part == TRANSFORMER:
             self.load_mmdit()
@@ -63,20 +65,21 @@ class FolderPipeline(Pipeline):
 
     @contextmanager
     def explained(self) -> Iterator[None]:
+        """Turn an error of the block into a ModelError that names config.json."""
         try:
             yield
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(f"{config_file(self.folder)}: {error}; {LAYOUT}") from None
 
     def load_mmdit(self, only_modulation_dict: bool = False) -> list[tuple[str, mx.array]] | None:
-        """Load the transformer; with `only_modulation_dict` return its adaLN weights, as DiffusionKit's does."""
+        """Load the transformer. With `only_modulation_dict` return its adaLN weights instead, as DiffusionKit does."""
         if only_modulation_dict:
             return folder_modulation_weights(self.folder, self.dtype)
         self.mmdit = load_folder_transformer(self.folder, self.dtype, self.info.loras, self.native)
         return None
 
     def _load_tokenizer(self, encoder: str, default: bool) -> Tokenizer:
-        """The tokenizer of text encoder l or g; default: whether DiffusionKit pads with the end token there."""
+        """Load the tokenizer of text encoder l or g. default: whether DiffusionKit pads with the end token there."""
         text = self.model_config[f"clip_{encoder}"]
         vocabulary, ranks = read_tokenizer_files(self.folder, text["vocab_size"])
         padding = self.model_config.get(f"tokenizer_{encoder}", {"pad_with_eos": default})
@@ -86,19 +89,23 @@ class FolderPipeline(Pipeline):
 
 
 def transformer_config(folder: Path, config: Mapping[str, Any], dtype: mx.Dtype) -> MMDiTConfig:
-    """DiffusionKit's config of a model folder's transformer, config: its config.json."""
+    """Make DiffusionKit's config of a model folder's transformer. config: the content of its config.json.
+
+    dtype: what timesteps are embedded in where config.json says nothing; a hub model's config has its own.
+    """
     if "base_model" in config:
-        return dataclasses.replace(HUB_MMDIT_CONFIGS[config["base_model"]], low_memory_mode=False)  # its own dtype
+        return dataclasses.replace(HUB_MMDIT_CONFIGS[config["base_model"]], low_memory_mode=False)
     own = dict(config["mmdit"])
     own["hidden_size_override"] = own.pop("hidden_size")
     embedded = own.pop("timestep_dtype", None)
     return MMDiTConfig(**own, low_memory_mode=False, dtype=getattr(mx, embedded) if embedded else dtype)
 
 
-def load_folder_transformer(
-    folder: Path, dtype: mx.Dtype, loras: Sequence[Lora] = (), native: str = AUTO
-) -> MMDiT:
-    """The transformer of a model folder; packed layers stay packed and compute natively. Raises a UserError."""
+def load_folder_transformer(folder: Path, dtype: mx.Dtype, loras: Sequence[Lora] = (), native: str = AUTO) -> MMDiT:
+    """Load the transformer of a model folder; packed layers stay packed and compute natively.
+
+    Raises a UserError for files that are missing, damaged or not those of the export, and for LoRAs on packed weights.
+    """
     config = read_model_config(folder)
     check_exported(folder, config)
     model = MMDiT(transformer_config(folder, config, dtype))
@@ -110,6 +117,6 @@ def load_folder_transformer(
 
 
 def folder_modulation_weights(folder: Path, dtype: mx.Dtype) -> list[tuple[str, mx.array]]:
-    """(name, adaLN weight) of a model folder's transformer."""
-    weights = mx.load(str(weight_file(folder, "mmdit")))
+    """Read (name, adaLN weight) of a model folder's transformer."""
+    weights = load_arrays(weight_file(folder, "mmdit"))
     return [(key, cast(value, dtype)) for key, value in weights.items() if "adaLN" in key]

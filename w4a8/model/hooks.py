@@ -1,11 +1,11 @@
 """Proxies that stand in for a block or a linear layer, and the context managers that install and restore them.
 
-A proxy only records and delegates. It records lazily: what `record` gets are unevaluated MLX arrays, and
-whoever records gives everything pending to one `mx.eval` per forward pass. MLX only.
+A proxy only records and delegates. `record` is given unevaluated MLX arrays; the recorder gives all pending arrays to
+one `mx.eval` per forward pass. MLX only.
 
-`Module.__call__` is looked up on the class, so a layer cannot be hooked by setting it on an instance; a proxy in
-the layer's place can. It is put there as a dictionary (or list) item: assigning an attribute would drop the
-layer from its parent's parameters and put it back in another order.
+Python looks `Module.__call__` up on the class, so setting it on an instance does not hook a layer; a proxy in the
+layer's place does. The proxy is stored as a dictionary (or list) item: assigning an attribute would drop the layer from
+its parent's parameters and put it back in another order.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ BlockRecord = Callable[[str, tuple, Any], None]
 
 
 class LiveHooksError(RuntimeError):
-    """Hooks are installed where none may be: a second install, or a weight reload. TROUBLESHOOTING_GUIDE Issue 11."""
+    """Hooks are live where none may be: at a second install, or a weight reload. TROUBLESHOOTING_GUIDE Issue 11."""
 
     def __init__(self, action: str):
         super().__init__(
@@ -31,13 +31,13 @@ class LiveHooksError(RuntimeError):
 
 
 class _Proxy:
-    """Stands for `_wrapped`: public attributes are read from and written to it."""
+    """A stand-in for `_wrapped`: public attributes are read from and written to the wrapped object."""
 
     def __init__(self, wrapped: Any, name: str, record: Callable | None):
         vars(self).update(_wrapped=wrapped, _name=name, _record=record)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # else copy.copy asks an object without _wrapped for _wrapped, for ever
+        if name.startswith("_"):  # else copy.copy asks an object without _wrapped for _wrapped, endlessly
             raise AttributeError(name)
         return getattr(self._wrapped, name)
 
@@ -49,7 +49,7 @@ class _Proxy:
 
 
 class _HookedLayer(_Proxy):
-    """Stands for a linear layer: calls record(name, input), then the layer.
+    """A stand-in for a linear layer: it calls record(name, input), then the layer.
 
     record returns None, or the input again, tied by `mx.depends` to work that must be done before the layer runs.
     """
@@ -62,27 +62,28 @@ class _HookedLayer(_Proxy):
 
 
 class _SubstitutedLayer(_Proxy):
-    """Stands for a linear layer and computes in its place: record(name, layer, input) gives the output."""
+    """A stand-in that computes in place of a linear layer: record(name, layer, input) gives the output."""
 
     def __call__(self, x: mx.array) -> mx.array:
         return self._record(self._name, self._wrapped, x)
 
 
 class BlockHook(_Proxy):
-    """Stands in a block list: calls the block, then record(name, positional arguments, outputs).
+    """A stand-in in a list of blocks: it calls the block, then record(name, positional arguments, outputs).
 
     A multimodal block takes (image tokens, text tokens, timestep) and gives (image tokens, text tokens or
     None); a unified block takes (tokens, timestep) and gives tokens. Tokens are (R, tokens, 1, hidden).
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the block, record its arguments and outputs, and return the outputs."""
         outputs = self._wrapped(*args, **kwargs)
         if self._record is not None:
             self._record(self._name, args, outputs)
         return outputs
 
 
-Locations = dict[str, tuple[Any, Any]]  # name -> the list or module that holds it, and where in it
+Locations = dict[str, tuple[Any, Any]]  # name -> the list or module that holds the object, and its index or key there
 
 
 def _block_locations(mmdit: nn.Module) -> Locations:
@@ -101,7 +102,7 @@ def hooked_layers(
 
     Yields the names, in the order of the forward pass of each stream. q_proj, k_proj and v_proj of a stream are
     called with the same array object: compute once, report three times. Raises LiveHooksError when hooks are
-    live already; so does `mmdit.load_weights` inside the block.
+    already live; so does `mmdit.load_weights` inside the block.
     """
     with _installed(mmdit, _HookedLayer, _layer_locations(mmdit), record, names) as installed:
         yield installed
@@ -111,9 +112,9 @@ def hooked_layers(
 def substituted_layers(
     mmdit: nn.Module, compute: Callable[[str, nn.Module, mx.array], mx.array], names: Sequence[str] | None = None
 ) -> Iterator[list[str]]:
-    """Let compute(name, layer, input) stand in for the linear layers `names` (default: all), until exit; yields the names.
+    """Let compute(name, layer, input) stand in for the linear layers `names` (default: all) until exit.
 
-    Raises LiveHooksError as `hooked_layers` does.
+    Yields the names. Raises LiveHooksError as `hooked_layers` does.
     """
     with _installed(mmdit, _SubstitutedLayer, _layer_locations(mmdit), compute, names) as installed:
         yield installed
@@ -123,9 +124,9 @@ def substituted_layers(
 def hooked_blocks(
     mmdit: nn.Module, record: BlockRecord | None, names: Sequence[str] | None = None
 ) -> Iterator[list[str]]:
-    """Install a BlockHook at the blocks `names` (default: all) and restore them on exit; yields the names.
+    """Install a BlockHook at the blocks `names` (default: all) and restore them on exit.
 
-    Raises LiveHooksError as `hooked_layers` does.
+    Yields the names. Raises LiveHooksError as `hooked_layers` does.
     """
     with _installed(mmdit, BlockHook, _block_locations(mmdit), record, names) as installed:
         yield installed
@@ -144,7 +145,7 @@ def _installed(
         raise LiveHooksError("weights are reloaded")
 
     try:
-        mmdit.load_weights = refuse  # on the instance, before the method of the class
+        vars(mmdit)["load_weights"] = refuse  # an attribute of the instance hides the method of the class
         for name, original in originals.items():
             container, key = locations[name]
             container[key] = proxy(original, name, record)
@@ -153,4 +154,4 @@ def _installed(
         for name, original in originals.items():
             container, key = locations[name]
             container[key] = original
-        del mmdit.load_weights
+        del vars(mmdit)["load_weights"]

@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub, or of its local cache, through DiffusionKit's own loaders."""
+"""Load models of the Hugging Face hub, or of its local cache, by DiffusionKit's own loaders."""
 
 import logging
 import socket
@@ -34,8 +34,8 @@ from w4a8.model.transformer import open_transformer
 def loader_globals(local_checkpoint: Path | None, family: Family) -> Iterator[None]:
     """Let DiffusionKit's loaders read this checkpoint, in the family's 16 bits, until the block ends.
 
-    DiffusionKit keeps both as globals of its module `model_io`. Its loaders read the VAE from there, so a checkpoint
-    that holds no VAE (FLUX's) is not named to them.
+    DiffusionKit keeps both as globals of its module `model_io`. Its loader of the VAE reads the same file, so a
+    checkpoint without a VAE (FLUX's) is not named to DiffusionKit.
     """
     before = model_io.LOCAl_SD3_CKPT, model_io._FLOAT16
     whole = local_checkpoint is not None and family.vae_inside
@@ -48,15 +48,21 @@ def loader_globals(local_checkpoint: Path | None, family: Family) -> Iterator[No
 
 
 class HubPipeline(Pipeline):
-    """A model of the Hugging Face hub, or of its local cache; local_checkpoint: its transformer and VAE come from there."""
+    """DiffusionKit's pipeline over a model of the Hugging Face hub, or of its local cache."""
 
     def __init__(
-        self, info: HubModel, parts: Parts, use_t5: bool, local_checkpoint: Path | None, instead: str, native: str = AUTO
-    ):
+        self, info: HubModel, parts: Parts, use_t5: bool, local_checkpoint: Path | None, instead: str,
+        native: str = AUTO,
+    ):  # fmt: skip
+        """Fetch the files that the local cache lacks, and load the tokenizers where text encoders are asked for.
+
+        local_checkpoint: the file to read the transformer from, and with SD3 the VAE. instead: the end of the message
+        when the hub cannot be reached. Raises ModelError.
+        """
         super().__init__(info, parts, use_t5, native)
         self.local_checkpoint, self.instead, self.unreachable = local_checkpoint, instead, _reach_hub()
         self.mmdit_ckpt, self.model = MMDIT_CKPT[info.hub_id], HUB_TEXT_ENCODERS
-        self.model_version = info.hub_id  # what DiffusionKit looks files up by
+        self.model_version = info.hub_id  # DiffusionKit looks its files up by this name
         with self.explained():
             model_files(info, use_t5, local_checkpoint, download=True)
             if TEXT in parts:
@@ -83,6 +89,7 @@ class HubPipeline(Pipeline):
 
     @contextmanager
     def explained(self) -> Iterator[None]:
+        """Turn an error of the block into a ModelError that names the model, the reason and the way out."""
         try:
             yield
         except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
@@ -100,11 +107,12 @@ class HubPipeline(Pipeline):
             raise ModelError(f"cannot load {source}: {' '.join(str(error).split())[:200]}") from None
 
     def load_mmdit(self) -> None:
-        """The transformer, as DiffusionKit's loader makes it, with LoRAs fused."""
+        """Load the transformer as DiffusionKit's loader does, with LoRAs fused."""
         self.mmdit = open_transformer(self.info, self.local_checkpoint)
         self.mmdit.update(tree_map(lambda array: array.astype(self.dtype), self.mmdit.parameters()))
 
     def load_decoder(self, half: bool) -> VAEDecoder:
+        """Load the VAE decoder in the family's 16 bits, or in float32."""
         return model_io.load_vae_decoder(float16=half, key=self.mmdit_ckpt)
 
     def _load_text(self, half: bool) -> None:
@@ -116,9 +124,9 @@ class HubPipeline(Pipeline):
             t5_encoder = model_io.load_t5_encoder(float16=half, low_memory_mode=False)
             check_finite(t5_encoder, f"{version}, T5")
             encoders["t5_encoder"] = T5Encoder(t5_encoder)
-        vars(self).update(encoders)
+        self.__dict__.update(encoders)
         if self.use_t5:
-            self.set_up_t5()  # its tokenizer
+            self.set_up_t5()  # loads the tokenizer alone: the encoder is already there
 
 
 class ExportedPipeline(HubPipeline):
@@ -129,9 +137,11 @@ class ExportedPipeline(HubPipeline):
         self.folder = info.folder
 
     def load_mmdit(self) -> None:
+        """Load the transformer from the folder; packed layers stay packed."""
         self.mmdit = load_folder_transformer(self.folder, self.dtype, self.info.loras, self.native)
 
     def load_decoder(self, half: bool) -> VAEDecoder:
+        """Load the VAE decoder from the folder, or from the hub where the folder has none."""
         path = weight_file(self.folder, "decoder")
         if path.exists():
             return load_weights(VAEDecoder(), path, self.float16_dtype if half else mx.float32)
@@ -139,7 +149,7 @@ class ExportedPipeline(HubPipeline):
 
 
 def _reach_hub() -> str | None:
-    """Look the hub up once; without it use its local cache only, and say why.
+    """Look the hub's name up once, and return the reason why only its local cache is used; None with a network.
 
     huggingface_hub by itself would retry for half a minute per file, with a warning for each try. Behind a proxy
     the name need not resolve here, so nothing is concluded.

@@ -1,4 +1,4 @@
-"""What a hub model brings beside its transformer: for export."""
+"""Read the parts of a hub model beside its transformer, for export."""
 
 import dataclasses
 from pathlib import Path
@@ -27,7 +27,7 @@ from w4a8.model.parts import DECODER, TEXT
 
 
 def hub_decoder(info: ModelInfo, local_checkpoint: Path | None) -> dict[str, mx.array]:
-    """Parameters of a hub model's VAE decoder, in its 16 bits."""
+    """Return the parameters of a hub model's VAE decoder, in the family's 16 bits."""
     pipeline = load_pipeline(info, {DECODER: info.family.half}, local_checkpoint=local_checkpoint)
     return dict(tree_flatten(pipeline.decoder.parameters()))
 
@@ -46,12 +46,13 @@ def hub_encoder(info: ModelInfo, local_checkpoint: Path | None) -> dict[str, mx.
 
 
 def hub_text_encoders(info: ModelInfo) -> dict[str, nn.Module]:
-    """Both CLIP encoders of a hub model, float16, by their names in a model folder."""
+    """Return both CLIP encoders of a hub model in the family's 16 bits, by their names in a model folder."""
     pipeline = load_pipeline(info, {TEXT: info.family.half}, use_t5=False)
     return {"clip_l": pipeline.clip_l, "clip_g": pipeline.clip_g}
 
 
 def _text_file(name: str) -> Path:
+    """Return a file of the text encoders' repository in the local cache. Raises ModelError where it is not there."""
     file = HUB_TEXT_FILES[HUB_TEXT_ENCODERS][name]
     try:
         return Path(hf_hub_download(HUB_TEXT_ENCODERS, file, local_files_only=True))
@@ -60,7 +61,7 @@ def _text_file(name: str) -> Path:
 
 
 def hub_tokenizer() -> list[Path]:
-    """Vocabulary and merges, which both tokenizers of the hub share. Raises ModelError when they do not."""
+    """Return the files of vocabulary and merges that both tokenizers share. Raises ModelError when they differ."""
     files = [_text_file(f"tokenizer_l_{kind}") for kind in ("vocab", "merges")]
     for kind, path in zip(("vocab", "merges"), files, strict=True):
         if _text_file(f"tokenizer_g_{kind}").read_bytes() != path.read_bytes():
@@ -69,7 +70,7 @@ def hub_tokenizer() -> list[Path]:
 
 
 def complete_hub_config(info: ModelInfo) -> dict[str, Any]:
-    """config.json of a model folder that holds a hub model without T5."""
+    """Make the config.json of a model folder that holds a hub model without T5."""
     config: dict[str, Any] = {"name": info.version.rpartition("/")[2]}
     config["mmdit"] = transformer_section(HUB_MMDIT_CONFIGS[info.version])
     for part, padded in (("clip_l", True), ("clip_g", False)):
@@ -101,7 +102,10 @@ def complete_hub_config(info: ModelInfo) -> dict[str, Any]:
 
 
 def transformer_section(config: MMDiTConfig) -> dict[str, Any]:
-    """DiffusionKit's config as a model folder's config.json holds it: what is required, and what is not its default."""
+    """Return the `mmdit` section of config.json for DiffusionKit's config.
+
+    It holds the required entries, and those that are not DiffusionKit's defaults.
+    """
     required = {
         "depth_multimodal", "num_heads", "max_latent_resolution", "pooled_text_embed_dim", "token_level_text_embed_dim",
         "patch_size", "vae_latent_dim",

@@ -1,6 +1,6 @@
-"""What a block is, and what a layer is: names, modules, dense weights, how to run one on its own.
+"""Name the blocks and linear layers of a transformer, reach their modules and dense weights, and run a block alone.
 
-A kind of block is a class: the multimodal blocks of SD3 and FLUX, and FLUX's unified ones.
+Each kind of block is a class: the multimodal blocks of SD3 and FLUX, and FLUX's unified ones.
 """
 
 from abc import ABC, abstractmethod
@@ -24,43 +24,47 @@ class Layer:
 
     name: str  # mm0.img.attn.q_proj
     parent: nn.Module
-    key: str  # of the layer in its parent
+    key: str  # the layer's key in its parent
 
     @property
     def module(self) -> nn.Module:
+        """Return the module that computes the layer."""
         return self.parent[self.key]
 
     @property
     def block(self) -> str:
+        """Return the name of the layer's block: mm0."""
         return block_of(self.name)
 
     @property
     def role(self) -> str:
-        """attn.q_proj … mlp.fc2"""
+        """Return the layer's role in its stream: attn.q_proj … mlp.fc2."""
         return layer_role(self.name)
 
     @property
     def input_owner(self) -> str:
-        """The layer that stands for this one's input: q, k and v of a stream are given the same array."""
+        """Return the layer that stands for this one's input: q, k and v of a stream are given the same array."""
         return input_owner(self.name)
 
     @property
     def is_post_gelu(self) -> bool:
+        """Return whether the layer's input comes out of a GELU."""
         return is_post_gelu(self.name)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in) of the dense weight."""
+        """Return (out, in) of the dense weight."""
         out, width = self.module.weight.shape
         return (out, width * 32 // self.module.bits) if self.is_packed else (out, width)
 
     @property
     def is_packed(self) -> bool:
+        """Return whether the weight is packed codes."""
         return isinstance(self.module, nn.QuantizedLinear)
 
     @property
     def weight(self) -> mx.array:
-        """The dense weight (out, in); a packed one is unpacked."""
+        """Return the dense weight (out, in); a packed one is unpacked."""
         module = self.module
         if not self.is_packed:
             return module.weight
@@ -68,7 +72,11 @@ class Layer:
 
     @property
     def bias(self) -> mx.array | None:
-        """None where there is none, or where DiffusionKit sets it to 0 in every call: fc2 of FLUX's unified blocks."""
+        """Return the bias (out,), or None.
+
+        None stands for a layer without one, and for fc2 of FLUX's unified blocks, whose bias DiffusionKit sets to 0 in
+        every call.
+        """
         unified = block_kind(self.block)[0] == UNIFIED
         return None if unified and self.role == "mlp.fc2" else self.module.get("bias")
 
@@ -77,8 +85,8 @@ class Layer:
 class Block(ABC):
     """A transformer block in its list. Subclasses say which streams it has."""
 
-    prefix: ClassVar[str]
-    attribute: ClassVar[str]  # of the model: the list of these blocks
+    prefix: ClassVar[str]  # of the names of these blocks
+    attribute: ClassVar[str]  # the model's attribute that holds the list of these blocks
 
     mmdit: nn.Module
     blocks: list
@@ -86,22 +94,25 @@ class Block(ABC):
 
     @property
     def name(self) -> str:
+        """Return the block's name, such as mm0 or uni0."""
         return f"{self.prefix}{self.index}"
 
     @property
     def module(self) -> nn.Module:
+        """Return the module that computes the block."""
         return self.blocks[self.index]
 
     @property
     @abstractmethod
     def streams(self) -> dict[str, nn.Module]:
-        """What layers' names begin with -> the transformer block of a stream."""
+        """Return the transformer block of each stream by the prefix of its layers' names."""
 
     @property
     def layers(self) -> list[Layer]:
-        """In the order of the forward pass of each stream.
+        """Return the linear layers in the order of the forward pass of each stream.
 
-        The last multimodal block of SD3 has no text o_proj (an Identity stands there) and no text mlp: they are left out.
+        The last multimodal block of SD3 has no text o_proj (an Identity stands there) and no text mlp; both are left
+        out.
         """
         return [
             Layer(f"{prefix}.{part}.{key}", getattr(stream, part), key)
@@ -112,10 +123,11 @@ class Block(ABC):
         ]
 
     def run(self, tokens: Sequence[mx.array], modulation_input: mx.array) -> list[mx.array]:
-        """The block on its own: token arrays (R, tokens, 1, hidden) -> the same, as many as it gives.
+        """Run the block on its own. Takes token arrays (R, tokens, 1, hidden), and returns those that it gives.
 
         modulation_input (R, 1, 1, hidden), pooled text plus timestep embedding, feeds the block's adaLN; every row may
-        be of another prompt and step. Where positions are rotations, `note_latent_size` was called before.
+        be of another prompt and step. Where positions are rotations, `note_latent_size` must have been called; else
+        RuntimeError is raised.
         """
         for stream in self.streams.values():
             stream["_modulation_params"] = {0.0: stream.adaLN_modulation(modulation_input)}
@@ -124,17 +136,18 @@ class Block(ABC):
         return [output for output in (given if isinstance(given, tuple) else (given,)) if output is not None]
 
     def joined(self, tokens: Sequence[mx.array]) -> Sequence[mx.array]:
-        """What the block before gives, as this one takes it."""
+        """Return the outputs of the block before in the form that this block takes."""
         return tokens
 
 
 class MultimodalBlock(Block):
-    """Image and text tokens in streams of their own, joined in attention; the last one of SD3 gives no text."""
+    """A block with streams for image and text tokens that meet in attention; the last one of SD3 gives no text."""
 
     prefix, attribute = MULTIMODAL, "multimodal_transformer_blocks"
 
     @property
     def streams(self) -> dict[str, nn.Module]:
+        """Return the image and the text stream."""
         return {
             f"{self.name}.img": self.module.image_transformer_block,
             f"{self.name}.txt": self.module.text_transformer_block,
@@ -142,16 +155,17 @@ class MultimodalBlock(Block):
 
 
 class UnifiedBlock(Block):
-    """One stream of all tokens (FLUX)."""
+    """A block with one stream of all tokens (FLUX)."""
 
     prefix, attribute = UNIFIED, "unified_transformer_blocks"
 
     @property
     def streams(self) -> dict[str, nn.Module]:
+        """Return the only stream."""
         return {self.name: self.module.transformer_block}
 
     def joined(self, tokens: Sequence[mx.array]) -> Sequence[mx.array]:
-        """Text tokens first, after the last multimodal block."""
+        """Join the two outputs of the last multimodal block, text tokens first."""
         return [mx.concatenate([tokens[1], tokens[0]], axis=1)] if len(tokens) == 2 else tokens
 
 
@@ -159,7 +173,7 @@ BLOCK_KINDS: tuple[type[Block], ...] = (MultimodalBlock, UnifiedBlock)
 
 
 def model_blocks(mmdit: nn.Module) -> dict[str, Block]:
-    """Every block by its name, in the order of the forward pass."""
+    """Return every block by its name, in the order of the forward pass."""
     blocks = (
         kind(mmdit, blocks, index)
         for kind in BLOCK_KINDS
@@ -170,12 +184,12 @@ def model_blocks(mmdit: nn.Module) -> dict[str, Block]:
 
 
 def model_layers(mmdit: nn.Module) -> dict[str, Layer]:
-    """Every linear layer of the blocks by its name, in the order of the forward pass of each stream."""
+    """Return every linear layer of the blocks by its name, in the order of the forward pass of each stream."""
     return {layer.name: layer for block in model_blocks(mmdit).values() for layer in block.layers}
 
 
 def note_latent_size(mmdit: nn.Module, latent_size: Sequence[int]) -> None:
-    """Say of which latent size (height, width) the tokens are that blocks are run with: FLUX's positions are rotations."""
+    """Note the latent size (height, width) of the tokens that blocks are run with; FLUX's positions depend on it."""
     mmdit["_latent_size"] = tuple(latent_size)
 
 
@@ -188,7 +202,7 @@ def image_token_grid(mmdit: nn.Module) -> tuple[int, int]:
 
 
 def positions(mmdit: nn.Module, tokens: Sequence[mx.array]) -> mx.array | None:
-    """FLUX's positional_encodings for a block's tokens; None where the positions are in the first tokens."""
+    """Return FLUX's positional_encodings for a block's tokens; None where the first tokens contain their positions."""
     if mmdit.config.pos_embed_type != PositionalEncoding.PreSDPARope:
         return None
     height, width = image_token_grid(mmdit)
@@ -197,7 +211,10 @@ def positions(mmdit: nn.Module, tokens: Sequence[mx.array]) -> mx.array | None:
 
 
 def run_final_layer(mmdit: nn.Module, tokens: mx.array, modulation_input: mx.array) -> mx.array:
-    """Tokens of the last block -> the velocity, one patch an image token (R, tokens, 1, patch² · 16)."""
+    """Compute the velocity, one patch for each image token (R, tokens, 1, patch² · 16), from the last block's tokens.
+
+    tokens (R, tokens, 1, hidden); modulation_input (R, 1, 1, hidden), as `Block.run` takes it.
+    """
     if mmdit.config.depth_unified:
         height, width = image_token_grid(mmdit)
         tokens = tokens[:, -height * width :]

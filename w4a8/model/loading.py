@@ -1,4 +1,4 @@
-"""Load the parts of a model that a stage asks for, each in a precision that it states."""
+"""Load the parts of a model that a stage asks for, each in the precision that the stage states."""
 
 from pathlib import Path
 from typing import Any
@@ -38,12 +38,11 @@ def load_pipeline(
     lazy: bool = False,
     native: str = AUTO,
 ) -> Pipeline:
-    """The asked parts of a model, weights and activations of each as stated: {TRANSFORMER: "float16", …}.
+    """Load the given parts of a model, each in the given precision: {TRANSFORMER: "float16", …}.
 
-    local_checkpoint replaces the hub's transformer and VAE file, as DiffusionKit's `--local-ckpt` does. instead: what
-    else to do when the hub cannot be reached. lazy: every part is read when it is used. native: how packed
-    weights are multiplied (`--native`). Raises ModelError when the files
-    cannot be had.
+    local_checkpoint replaces the hub's transformer and VAE file, as DiffusionKit's `--local-ckpt` does. instead: the
+    end of the message when the hub cannot be reached. lazy: every part is read when it is used. native: how packed
+    weights are multiplied (`--native`). Raises ModelError when the files cannot be obtained.
     """
     check_folder(info, use_t5, local_checkpoint)
     if local_checkpoint is not None:
@@ -56,7 +55,9 @@ def load_pipeline(
     else:
         pipeline = HubPipeline(info, parts, use_t5, local_checkpoint, instead, native)
     if info.loras and TRANSFORMER in parts:
-        open_transformer(info, local_checkpoint)  # reads headers alone: a LoRA of another model is told before any work
+        open_transformer(
+            info, local_checkpoint
+        )  # reads headers alone, to refuse a LoRA of another model before any work
     mx.reset_peak_memory()
     for part in () if lazy else parts:
         pipeline.load(part)
@@ -64,7 +65,7 @@ def load_pipeline(
 
 
 def check_folder(info: ModelInfo, use_t5: bool, local_checkpoint: Path | None) -> None:
-    """Whether a model folder has its files, and options that go with it. Raises ModelError."""
+    """Raise ModelError for a model folder that lacks files, or with options that do not go with it."""
     if info.folder is None:
         return
     if local_checkpoint is not None:
@@ -77,9 +78,10 @@ def check_folder(info: ModelInfo, use_t5: bool, local_checkpoint: Path | None) -
 
 
 def diffusionkit_pipeline(folder: str | Path, **options: Any) -> DiffusionPipeline:
-    """DiffusionKit's own DiffusionPipeline whose transformer is that of an exported folder of a hub model.
+    """Make DiffusionKit's own DiffusionPipeline around the transformer of an exported folder of a hub model.
 
-    options: DiffusionPipeline's (w16, a16, shift, use_t5, low_memory_mode). Raises a UserError for a folder that is none.
+    options: DiffusionPipeline's (w16, a16, shift, use_t5, low_memory_mode). Raises a UserError for a folder that is no
+    such export.
     """
     info = describe_model(str(folder))
     if not isinstance(info, ExportedModel):

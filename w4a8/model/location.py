@@ -1,4 +1,4 @@
-"""Where a model is: what a calibration run was made with, and where that lies now."""
+"""Say where a calibration run's model is now, and which LoRAs are fused into it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Lora:
-    """`--lora FILE[:scale]`."""
+    """A LoRA and its strength: `--lora FILE[:scale]`."""
 
     file: Path
     scale: float = 1.0
@@ -14,7 +14,7 @@ class Lora:
 
 @dataclass(frozen=True)
 class ModelLocation:
-    """Where a calibration run's model is now; what is not given is where it was."""
+    """The present location of a calibration run's model. A part that is not given has not moved."""
 
     model: str | None = None
     local_checkpoint: Path | None = None

@@ -1,7 +1,7 @@
-"""LoRAs (Hu et al. 2021): W + scale · alpha / rank · B·A, fused into the dense weights when a model is read.
+"""Fuse LoRAs (Hu et al. 2021), W + scale · alpha / rank · B·A, into the dense weights when a model is read.
 
-Layouts: PEFT and diffusers (transformer_blocks.0.attn.to_q.lora_A.weight), kohya (lora_unet_joint_blocks_0_x_block_attn_qkv.
-lora_down.weight), and both with the other's module names.
+Files may be in the layout of PEFT and diffusers (transformer_blocks.0.attn.to_q.lora_A.weight), in that of kohya
+(lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight), and in either with the other's module names.
 """
 
 import math
@@ -19,13 +19,14 @@ from w4a8.backend.words import shortened
 from w4a8.model.families import SD3, Family
 from w4a8.model.location import Lora
 from w4a8.model.original_checkpoint import checkpoint_slice
+from w4a8.model.weight_files import load_arrays
 
 PREFIX = re.compile(
     r"^(?:base_model\.model\.|model\.diffusion_model\.|diffusion_model\.|transformer\.|lora_(?:unet|transformer)_)*"
 )
 MOST_ALPHA = 1e6
 MOST_CHANGE = 65504.0  # largest change of a weight: the largest float16
-ADAPTER_NOTE = "lora_adapter_metadata"  # of a safetensors file that diffusers wrote
+ADAPTER_NOTE = "lora_adapter_metadata"  # metadata key of a safetensors file that diffusers wrote
 FLAT = str.maketrans(".", "_")  # as kohya writes module names
 MULTIMODAL_BLOCK = re.compile(r"multimodal_transformer_blocks\.(\d+)\.")
 PART = re.compile(
@@ -64,18 +65,18 @@ DIFFUSERS_PARTS = (
 
 @dataclass(frozen=True)
 class Target:
-    """A weight that a LoRA's module changes: where its rows and columns are in that module's product."""
+    """A weight that a LoRA's module changes, and its first row and column in that module's product B·A."""
 
     name: str
     row: int
     column: int
-    swapped: bool = False  # diffusers keeps (scale, shift) where the original has (shift, scale)
+    swapped: bool = False  # diffusers stores (scale, shift) where the original has (shift, scale)
 
 
 def with_loras(weights: Mapping[str, mx.array], family: Family, loras: Sequence[Lora]) -> dict[str, mx.array]:
-    """The weights with these LoRAs, changed ones float32, lazily; weights: under DiffusionKit's names.
+    """Return the weights with these LoRAs fused, lazily; changed weights are float32. They have DiffusionKit's names.
 
-    Raises UserError for a file that is no LoRA of this model, and lists the keys that are none of its layers'.
+    Raises UserError for a file that is no LoRA of this model, with the keys that belong to none of its layers.
     """
     found = dict(weights)
     for lora in loras:
@@ -106,8 +107,8 @@ def with_loras(weights: Mapping[str, mx.array], family: Family, loras: Sequence[
                 continue
             factor, up, down = lora.scale * alpha / down.shape[0], up.astype(mx.float32), down.astype(mx.float32)
             change = factor * (up @ down)
-            bound = abs(factor) * down.shape[0] * mx.abs(up).max().item() * mx.abs(down).max().item()
-            if not bound <= MOST_CHANGE and not (most := mx.abs(change).max().item()) <= MOST_CHANGE:
+            bound = abs(factor) * down.shape[0] * _largest(up) * _largest(down)
+            if not bound <= MOST_CHANGE and not (most := _largest(change)) <= MOST_CHANGE:
                 raise UserError(f"{key} changes weights by up to {most:g}: it holds NaN, infinity, or is damaged")
             for target in targets[module]:
                 array = found[target.name]
@@ -119,12 +120,20 @@ def with_loras(weights: Mapping[str, mx.array], family: Family, loras: Sequence[
     return found
 
 
+def _largest(array: mx.array) -> float:
+    """Return the largest magnitude in an array; NaN where it holds NaN."""
+    return mx.abs(array).max().item()  # type: ignore[return-value]  # MLX's stubs say that it may be complex
+
+
 def read_lora(lora: Lora) -> dict[str, dict]:
-    """Module (dots as underscores, no prefix) -> its A (rank, in), B (out, rank), alpha, and keys. Raises UserError."""
+    """Read a LoRA's modules: name (dots as underscores, no prefix) -> A (rank, in), B (out, rank), alpha, and keys.
+
+    Raises UserError for a file that cannot be read.
+    """
     check_weight_file(lora.file)
     modules: dict[str, dict] = {}
     try:
-        arrays = mx.load(str(lora.file))
+        arrays = load_arrays(lora.file)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"--lora {lora.file}: cannot be read ({' '.join(str(error).split())[:200]})") from None
     for key, array in arrays.items():
@@ -145,7 +154,11 @@ def read_lora(lora: Lora) -> dict[str, dict]:
 
 
 def with_noted_alphas(lora: Lora, modules: Mapping[str, dict]) -> dict[str, dict]:
-    """The modules without an alpha of their own, with that of the adapter's config where PEFT or diffusers kept it in the file."""
+    """Return the modules without an alpha of their own, with the alpha that the file's metadata notes for them.
+
+    PEFT and diffusers keep the adapter's config there: alpha for all, alpha_pattern by module, use_rslora for alpha /
+    √rank. Raises UserError for metadata that is no such config.
+    """
     with safe_open(lora.file, "numpy") as file:
         noted = (file.metadata() or {}).get(ADAPTER_NOTE)
     try:
@@ -159,14 +172,14 @@ def with_noted_alphas(lora: Lora, modules: Mapping[str, dict]) -> dict[str, dict
             alpha = next((value for name, value in alphas.items() if module.endswith(name)), usual)
             if alpha is not None and "alpha" not in parts and "A" in parts:
                 rank = parts["A"].shape[0]
-                found[module] = parts | {"alpha": float(alpha) * (rank**0.5 if by_root else 1)}  # alpha / √rank
+                found[module] = parts | {"alpha": float(alpha) * (rank**0.5 if by_root else 1)}
     except (ValueError, TypeError, AttributeError):
         raise UserError(f"--lora {lora.file}: its note {ADAPTER_NOTE} is not the config of an adapter") from None
     return found
 
 
 def targets_of(weights: Mapping[str, mx.array], family: Family) -> dict[str, list[Target]]:
-    """Module name, dots as underscores -> the weights that it stands for, in every layout."""
+    """Return the weights that each module name, dots as underscores, stands for in every layout."""
     hidden = weights["context_embedder.weight"].shape[0]
     last = max(int(found[1]) for found in map(MULTIMODAL_BLOCK.match, weights) if found)
     found: dict[str, list[Target]] = {}
@@ -174,14 +187,14 @@ def targets_of(weights: Mapping[str, mx.array], family: Family) -> dict[str, lis
         path = name.removesuffix(".weight")
         if path == name or array.size != array.shape[0] * array.shape[-1] or array.ndim == 1 or "pos_embed" in name:
             continue
-        place = checkpoint_slice(family, name, hidden)
-        module = place.key.removesuffix(".weight").translate(FLAT)
-        found.setdefault(module, []).append(Target(name, place.row, place.column))
+        original = checkpoint_slice(family, name, hidden)
+        module = original.key.removesuffix(".weight").translate(FLAT)
+        found.setdefault(module, []).append(Target(name, original.row, original.column))
         theirs = path
         for ours, other in DIFFUSERS_PARTS:
             theirs = theirs.replace(ours, other)
         text_of_last = family is SD3 and theirs == f"transformer_blocks.{last}.norm1_context.linear"
-        column = place.column if theirs.endswith("proj_out") else 0
+        column = original.column if theirs.endswith("proj_out") else 0
         target = Target(name, 0, column, theirs == "norm_out.linear" or text_of_last)
         if theirs.translate(FLAT) != module:
             found.setdefault(theirs.translate(FLAT), []).append(target)
@@ -189,7 +202,7 @@ def targets_of(weights: Mapping[str, mx.array], family: Family) -> dict[str, lis
 
 
 def shape_of(targets: Sequence[Target], weights: Mapping[str, mx.array]) -> tuple[int, int]:
-    """(rows, columns) of a module that holds these weights."""
+    """Return (rows, columns) of a module that holds these weights."""
     arrays = [(target, weights[target.name]) for target in targets]
     return (
         max(target.row + array.shape[0] for target, array in arrays),

@@ -1,4 +1,4 @@
-"""What a pass of a model takes of the memory, from its files' headers and shapes alone: said before anything is loaded."""
+"""Estimate the memory that a pass of a model needs from file headers and shapes, before anything is loaded."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,14 +16,15 @@ from w4a8.model.folder import transformer_config
 from w4a8.model.parts import DECODER, TEXT, TRANSFORMER, Pipeline
 from w4a8.model.prompt_encoder import text_tokens
 
-# Arrays that a pass, and an image's decoding, hold at their peak; measured on a CPU with benchmarks/peak_memory.py --fit:
-# (rows, tokens, hidden), attention scores (a GPU never holds them), and pixels of the decoder's last channels.
+# The numbers of arrays that a pass, and an image's decoding, hold at their peak: arrays of (rows, tokens, hidden),
+# attention scores (a GPU never holds them), and arrays of pixels with the decoder's last channels. They were measured
+# on a CPU with benchmarks/peak_memory.py --fit.
 TOKEN_ARRAYS, SCORE_ARRAYS, PIXEL_ARRAYS = 16.2, 1.31, 58.4
 
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes of each part's weights, of the passes of a batch, and of one image's decoding; 0 for what is not asked for."""
+    """Bytes of each part's weights, of a batch's passes, and of one image's decoding; 0 for parts that are not used."""
 
     text: int
     transformer: int
@@ -33,17 +34,20 @@ class Needs:
 
     @property
     def apart(self) -> int:
-        """The peak when no two parts are in memory together."""
+        """Return the peak when no two parts are in memory together."""
         return max(self.text, self.transformer + self.passes, self.decoder + self.decoding)
 
     @property
     def together(self) -> int:
-        """The peak with transformer and decoder in memory."""
+        """Return the peak with transformer and decoder in memory together."""
         return max(self.text, self.transformer + self.decoder + max(self.passes, self.decoding))
 
 
 def needs_of(pipeline: Pipeline, latent_size: tuple[int, int], images: int, guidance: bool, timesteps: int) -> Needs:
-    """For passes of so many images of a latent size, at so many timesteps; guidance doubles the rows."""
+    """Estimate the memory that a batch of `images` images needs. Guidance doubles the rows.
+
+    timesteps: the number of them in the modulation cache. Only headers of the files are read.
+    """
     info, parts = pipeline.info, pipeline.parts
     files = model_files(info, pipeline.use_t5, getattr(pipeline, "local_checkpoint", None)) or {}
     whole = files.get("checkpoint")
@@ -67,12 +71,13 @@ def needs_of(pipeline: Pipeline, latent_size: tuple[int, int], images: int, guid
 
 
 def bytes_of(path: Path, prefix: str, size: int) -> int:
-    """Of a file's weights whose names begin so, in a precision of so many bytes; packed codes stay packed."""
+    """Return the bytes of a file's weights under a prefix, at `size` bytes an element; packed codes stay packed."""
     chosen = [found for name, found in weight_sizes(path).items() if name.startswith(prefix)]
     return sum(elements * (4 if dtype == "U32" else size) for dtype, elements in chosen)
 
 
 def config_of(pipeline: Pipeline) -> MMDiTConfig:
+    """Return DiffusionKit's config of the pipeline's transformer."""
     if pipeline.info.folder is None:
         return HUB_MMDIT_CONFIGS[pipeline.info.version]
     return transformer_config(pipeline.info.folder, read_model_config(pipeline.info.folder), pipeline.activation_dtype)
@@ -81,7 +86,10 @@ def config_of(pipeline: Pipeline) -> MMDiTConfig:
 def pass_bytes(
     config: MMDiTConfig, latent_size: tuple[int, int], rows: int, timesteps: int, itemsize: int, text: int
 ) -> int:
-    """One forward pass beside the weights: activations at their peak, and the modulation cache of all timesteps."""
+    """Estimate the bytes of one forward pass beside the weights.
+
+    They are the activations at their peak, and the modulation cache of all timesteps. text: the number of text tokens.
+    """
     tokens = latent_size[0] * latent_size[1] // config.patch_size**2 + text
     arrays = TOKEN_ARRAYS * rows * tokens * config.hidden_size
     if mx.default_device() == mx.Device(mx.cpu):
@@ -91,6 +99,7 @@ def pass_bytes(
 
 
 def decoding_bytes(pipeline: Pipeline, latent_size: tuple[int, int], itemsize: int) -> int:
+    """Estimate the bytes of one image's decoding beside the decoder's weights."""
     vae = getattr(pipeline, "model_config", {}).get("vae")
     channels = vae["block_out_channels"][0] if vae else VAEDecoderConfig().block_out_channels[0]
     pixels = latent_size[0] * latent_size[1] * pipeline.info.vae_downscale**2
@@ -98,9 +107,10 @@ def decoding_bytes(pipeline: Pipeline, latent_size: tuple[int, int], itemsize: i
 
 
 def refuse_too_large(pipeline: Pipeline, needs: Needs, images: int, options: Sequence[str]) -> bool:
-    """Raise OptionError when the parts do not fit one after the other; whether transformer and decoder fit together.
+    """Raise OptionError when the parts do not fit into memory one after the other.
 
-    images: in a batch. options: what the user can still choose, such as --batch-size.
+    Returns whether transformer and decoder fit together. images: the number of them in a batch. options: those that
+    the user can still choose, such as --batch-size.
     """
     memory = device_memory()
     if needs.apart <= memory:
@@ -115,6 +125,6 @@ def refuse_too_large(pipeline: Pipeline, needs: Needs, images: int, options: Seq
     found = [option for option in found if option.split()[0] in options]
     way = " or ".join(found) or "a run of stage 1 with --no-t5, --dtype float16 or a smaller --latent-size"
     raise OptionError(
-        f"{pipeline.info.version} takes about {format_bytes(needs.apart)} of memory, and {format_bytes(memory)} are there: "
-        f"{way} takes less"
+        f"{pipeline.info.version} takes about {format_bytes(needs.apart)} of memory, and {format_bytes(memory)} are "
+        f"there: {way} takes less"
     )

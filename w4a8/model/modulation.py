@@ -1,4 +1,4 @@
-"""DiffusionKit's modulation cache, owned: built here, adaLN weights put back on exit."""
+"""Build DiffusionKit's modulation cache, and put the adaLN weights back afterwards."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -14,17 +14,17 @@ from w4a8.model.parts import Pipeline
 def modulation_cache(
     pipeline: Pipeline, pooled: Sequence[mx.array], timesteps: mx.array
 ) -> Iterator[Callable[[int], None]]:
-    """Own DiffusionKit's modulation cache: built here, adaLN weights back on exit, also after an exception.
+    """Build DiffusionKit's modulation cache, and put the adaLN weights back on exit, also after an exception.
 
     pooled: one (R, channels) array per group of rows that is run on its own. timesteps (steps,) in the
-    activation dtype: a lookup needs the very same float. Yields `select(group)`, to be called before the
+    activation dtype: a lookup needs the very same float. Yields `select(group)`, which must be called before the
     model runs on that group's rows.
 
-    DiffusionKit empties the live adaLN weights when it builds the cache and re-reads them from disk; here
-    they are kept by reference instead, so nothing is loaded twice.
+    DiffusionKit empties the live adaLN weights when it builds the cache and re-reads them from disk. This function
+    keeps references to them instead, so that nothing is loaded twice.
     """
     mmdit = pipeline.mmdit
-    mmdit.load_weights([], strict=False)  # changes nothing; raises when hooks are live
+    mmdit.load_weights([], strict=False)  # changes nothing, but raises LiveHooksError when hooks are live
     linears = [module for name, module in mmdit.named_modules() if name.endswith("adaLN_modulation.layers.1")]
     weights = [tree_map(lambda array: array, linear.parameters()) for linear in linears]
     groups: list[list[tuple[Any, dict]]] = []

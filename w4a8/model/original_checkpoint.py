@@ -1,7 +1,6 @@
-"""The original checkpoints of hub models: where each of DiffusionKit's parameters is in them, and reading them lazily."""
+"""Read the original checkpoints of hub models lazily, and locate DiffusionKit's parameters in them."""
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from calibration_store.errors import UserError
 from calibration_store.model_folder import check_weight_file
 from w4a8.model.diffusionkit import MMDiTConfig
 from w4a8.model.families import SD3, Family
+from w4a8.model.weight_files import load_arrays
 
 # The parts of DiffusionKit's names -> those of the original checkpoints.
 SD3_PARTS = (
@@ -55,7 +55,7 @@ QKV = re.compile(r"attn\.([qkv])_proj")
 
 @dataclass(frozen=True, order=True)
 class CheckpointSlice:
-    """Where a parameter of DiffusionKit's is in an original checkpoint: a tensor, and the first of its rows and columns there."""
+    """The location of a DiffusionKit parameter in an original checkpoint: a tensor, and its first row and column."""
 
     key: str  # without the family's prefix
     row: int = 0
@@ -63,7 +63,10 @@ class CheckpointSlice:
 
 
 def checkpoint_slice(family: Family, name: str, hidden: int) -> CheckpointSlice:
-    """Of a parameter's name in DiffusionKit; q, k and v (FLUX's unified blocks: and fc1) are one tensor there."""
+    """Locate a parameter by its name in DiffusionKit. hidden: the transformer's width.
+
+    q, k and v are one tensor in a checkpoint, and in FLUX's unified blocks fc1 is part of it, too.
+    """
     joined = QKV.search(name)
     row = "qkv".index(joined[1]) * hidden if joined else 0
     column, key = 0, QKV.sub("attn.qkv", name)
@@ -77,12 +80,12 @@ def checkpoint_slice(family: Family, name: str, hidden: int) -> CheckpointSlice:
 
 
 def read_original_checkpoint(path: Path, family: Family, config: MMDiTConfig) -> dict[str, mx.array]:
-    """A checkpoint's transformer under DiffusionKit's names, each array read when it is used.
+    """Open a checkpoint's transformer under DiffusionKit's names; each array is read when it is used.
 
-    Raises ModelError for a file in another layout, or whose weights are packed.
+    Raises UserError for a file in another layout, or whose weights are packed.
     """
     check_weight_file(path)
-    original: Mapping[str, mx.array] = mx.load(str(path))
+    original = load_arrays(path)
     if any(".scales" in key for key in original):
         raise UserError(f"{path}: its weights are packed already; quantize the original model's")
     bare = [key.removeprefix("transformer.") for key in original]
@@ -95,4 +98,5 @@ def read_original_checkpoint(path: Path, family: Family, config: MMDiTConfig) ->
 
 
 def original_example(family: Family) -> str:
+    """Return how keys of the original layout begin, for messages."""
     return f"{family.prefix}joint_blocks." if family is SD3 else "double_blocks."

@@ -1,8 +1,8 @@
 """Layers that compute from packed weights: y = x·Ŵᵀ + b, Ŵ as `mx.dequantize` unpacks it.
 
 DiffusionKit's tokens are (R, tokens, 1, hidden): `mx.quantized_matmul` takes the 1 for the number of rows and runs a
-matrix-vector product per token. So the input is flattened to two dimensions first, and the way is chosen by device
-and number of rows: benchmarks/native_speed.py measures every way.
+matrix-vector product per token. Therefore the input is flattened to two dimensions first, and the way to multiply is
+chosen by device and number of rows. benchmarks/native_speed.py measures every way.
 """
 
 from dataclasses import dataclass
@@ -15,13 +15,16 @@ from w4a8.backend.memory import device_memory
 from w4a8.backend.parallel import announce_compilation
 
 AUTO, QUANTIZED, DEQUANTIZE, DENSE = "auto", "quantized", "dequantize", "dense"
-FEW_ROWS = 256  # up to which CUDA multiplies packed weights faster than it unpacks them
-DENSE_SHARE = 0.25  # of a CPU's memory that dense copies of the weights may take
+FEW_ROWS = 256  # up to this number of rows CUDA multiplies packed weights faster than it unpacks them
+DENSE_SHARE = 0.25  # the share of a CPU's memory that dense copies of the weights may take
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A layer as `mx.quantized_matmul` takes it: codes uint32 (out, in·bits / 32), scales and biases (out, groups) float16."""
+    """A layer as `mx.quantized_matmul` takes it.
+
+    codes (out, in·bits / 32) uint32; scales and biases (out, groups) float16.
+    """
 
     codes: mx.array
     scales: mx.array
@@ -30,16 +33,17 @@ class Packed:
     group_size: int
 
     def dense(self, dtype: mx.Dtype) -> mx.array:
-        """Ŵ (out, in) as a model of this precision unpacks it."""
+        """Unpack Ŵ (out, in) as a model of this precision does."""
         scales, biases = self.scales.astype(dtype), self.biases.astype(dtype)
         return mx.dequantize(self.codes, scales, biases, self.group_size, self.bits)
 
 
 class NativeLinear(nn.QuantizedLinear):
-    """A packed linear layer for any number of rows; parameters as nn.QuantizedLinear's.
+    """A packed linear layer for any number of rows, with the parameters of nn.QuantizedLinear.
 
-    way: quantized (`mx.quantized_matmul`), dequantize (unpack, then a dense product), dense (as dequantize, the dense
-    weight is kept) or auto. All but `quantized` give what a dense layer of the unpacked weight gives, bit for bit.
+    way: quantized (`mx.quantized_matmul`), dequantize (unpack, then a dense product), dense (as dequantize, but the
+    dense weight is kept) or auto (as quantized up to FEW_ROWS rows, as dequantize above). Both dense products equal
+    those of a dense layer with the unpacked weight, bit for bit.
     """
 
     way = DEQUANTIZE
@@ -53,19 +57,20 @@ class NativeLinear(nn.QuantizedLinear):
         self.freeze()
 
     def dense_weight(self) -> mx.array:
-        """Ŵ (out, in) in the dtype of the scales."""
+        """Unpack Ŵ (out, in) in the dtype of the scales."""
         return mx.dequantize(*self.packed_arrays, self.group_size, self.bits)
 
     @property
     def packed_arrays(self) -> tuple[mx.array, mx.array, mx.array]:
-        """Codes, scales, biases."""
+        """Return codes, scales and biases."""
         return self["weight"], self["scales"], self["biases"]
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Compute y = x·Ŵᵀ + b, (…, out), for x (…, in)."""
         if self.way == QUANTIZED or (self.way == AUTO and x.size // x.shape[-1] <= FEW_ROWS):
             return self._quantized_product(x)
         if self.way == DENSE:
-            if "_dense" not in self:  # no parameter: its name begins with an underscore
+            if "_dense" not in self:  # a name with an underscore is no parameter to MLX
                 self["_dense"] = self.dense_weight()
             weight = self["_dense"]
         else:
@@ -90,19 +95,19 @@ class NativeEmbedding(nn.QuantizedEmbedding):
         self.freeze()
 
     @property
-    def weight(self) -> mx.array:
-        """The table (rows, channels) in the dtype of the scales."""
+    def weight(self) -> mx.array:  # type: ignore[override]  # MLX's stubs say that it is an attribute
+        """Return the table (rows, channels) in the dtype of the scales."""
         return mx.dequantize(self["weight"], self["scales"], self["biases"], self.group_size, self.bits)
 
 
 def native_module(module: nn.Module, packed: Packed) -> nn.Module:
-    """The packed form of a linear layer or a table; a linear layer keeps its bias."""
+    """Make the packed form of a linear layer or a table; a linear layer keeps its bias."""
     table = isinstance(module, (nn.Embedding, nn.QuantizedEmbedding))
     return NativeEmbedding(packed) if table else NativeLinear(packed, module.get("bias"))
 
 
 def adopt(model: nn.Module, way: str = AUTO) -> None:
-    """Put native layers in place of MLX's packed ones, and let them compute this way (`--native`)."""
+    """Put native layers in place of MLX's packed ones. way: how they multiply (`--native`)."""
 
     def replace(path: str, module: nn.Module) -> nn.Module:
         if type(module) not in (nn.QuantizedLinear, nn.QuantizedEmbedding):
@@ -118,13 +123,15 @@ def adopt(model: nn.Module, way: str = AUTO) -> None:
 
 
 def dense_bytes(layer: NativeLinear) -> int:
+    """Return the bytes of a layer's dense weight."""
     return layer["scales"].size * layer.group_size * layer["scales"].dtype.size
 
 
 def resolve(way: str, bytes_of_dense: int) -> str:
-    """What `auto` means here: Metal multiplies packed weights; CUDA unpacks them, but for a few rows.
+    """Return the way to multiply that `auto` means on this device; another way stays.
 
-    A CPU keeps dense copies where these take at most a quarter of its memory, else it unpacks at every pass.
+    Metal multiplies packed weights; CUDA unpacks them, but for a few rows. A CPU keeps dense copies where these take
+    at most a quarter of its memory, else it unpacks at every pass.
     """
     if way != AUTO:
         return way
@@ -134,7 +141,7 @@ def resolve(way: str, bytes_of_dense: int) -> str:
 
 
 def get_ready(model: nn.Module) -> None:
-    """On a GPU, compile what unpacks this model's weights, with a word about it."""
+    """Compile the kernels that unpack this model's weights on a GPU, and announce it."""
     if mx.default_device() == mx.Device(mx.cpu):
         return
     kinds = {(m.bits, m.group_size): m for m in model.modules() if isinstance(m, NativeLinear)}

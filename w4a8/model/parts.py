@@ -1,6 +1,5 @@
 """DiffusionKit's pipeline in parts: each in a precision that the stage states, in memory only while it is needed."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -30,13 +29,14 @@ from w4a8.model.location import Lora
 from w4a8.model.lora import with_loras
 from w4a8.model.packed import AUTO, adopt
 from w4a8.model.t5 import T5Encoder
+from w4a8.model.weight_files import load_arrays
 
 TRANSFORMER, TEXT, DECODER = "transformer", "text encoders", "VAE decoder"
 Parts = Mapping[str, str]  # part -> "float16" ("bfloat16" where that is the model's) or "float32"
 
 
 def whole_model(dtype: str) -> Parts:
-    """Every part in one precision."""
+    """Return the request for every part, in one precision."""
     return dict.fromkeys((TRANSFORMER, TEXT, DECODER), dtype)
 
 
@@ -44,10 +44,10 @@ ATTRIBUTES = {TRANSFORMER: ("mmdit",), TEXT: ("clip_l", "clip_g", "t5_encoder"),
 
 
 class Pipeline(DiffusionPipeline, ABC):
-    """DiffusionKit's pipeline with the parts that were asked for; what was not is no attribute.
+    """DiffusionKit's pipeline with the parts that were asked for; other parts are no attributes.
 
-    A part is read when it is first used, or by `load`, and stays until `drop`; used again it is read again. The
-    transformer's precision, or without one the first part's, is that of the activations.
+    A part is read when it is first used, or by `load`, and stays until `drop`; its next use reads it again. The
+    activations have the precision of the transformer, or without a transformer that of the first part.
     """
 
     model_version: str
@@ -75,16 +75,16 @@ class Pipeline(DiffusionPipeline, ABC):
         self.latent_format = family.latent_format()
 
     def encode_text(self, *arguments: Any) -> tuple[mx.array, mx.array]:
-        """As the pipeline of its architecture does."""
+        """Encode a prompt as DiffusionKit's pipeline of the model's architecture does."""
         return self.family.pipeline.encode_text(self, *arguments)
 
     @property
     def tokenizers(self) -> list[Tokenizer]:
-        """Of its CLIP encoders."""
+        """Return the tokenizers of the model's CLIP encoders."""
         return [getattr(self, name.replace("clip", "tokenizer")) for name in self.family.clip]
 
     def __getattr__(self, name: str) -> Any:
-        """A part's attribute that is not there yet."""
+        """Load the part that an absent attribute belongs to, and return the attribute."""
         for part, names in ATTRIBUTES.items():
             if name in names and part in vars(self).get("parts", ()) and not self.has(part):
                 self.load(part)
@@ -92,7 +92,7 @@ class Pipeline(DiffusionPipeline, ABC):
         raise AttributeError(f"{type(self).__name__} has no {name}")
 
     def has(self, part: str) -> bool:
-        """Whether a part is in memory."""
+        """Return whether a part is in memory."""
         return any(name in vars(self) for name in ATTRIBUTES[part])
 
     def load(self, part: str) -> None:
@@ -102,10 +102,10 @@ class Pipeline(DiffusionPipeline, ABC):
                 self.read(part)
 
     def drop(self, *parts: str) -> None:
-        """Let go of parts, and of what MLX would keep of their memory."""
+        """Drop parts, and the memory that MLX would cache of them."""
         for part in parts:
             for name in ATTRIBUTES[part]:
-                vars(self).pop(name, None)
+                self.__dict__.pop(name, None)
         mx.clear_cache()
 
     @abstractmethod
@@ -114,15 +114,16 @@ class Pipeline(DiffusionPipeline, ABC):
 
     @abstractmethod
     def explained(self) -> AbstractContextManager[None]:
-        """What goes wrong in the block becomes a ModelError that names the file."""
+        """Turn an error of the block into a ModelError that names the file."""
 
 
 def cast(value: mx.array, dtype: mx.Dtype) -> mx.array:
-    return value if value.dtype == mx.uint32 else value.astype(dtype)  # packed codes
+    """Cast an array to a precision; packed codes (uint32) stay as they are."""
+    return value if value.dtype == mx.uint32 else value.astype(dtype)
 
 
 def to_numpy(array: mx.array) -> np.ndarray:
-    """An MLX array in NumPy, which has no bfloat16: that as float32."""
+    """Convert an MLX array to NumPy, bfloat16 (which NumPy lacks) to float32."""
     return np.array(array.astype(mx.float32) if array.dtype == mx.bfloat16 else array)
 
 
@@ -130,10 +131,14 @@ def load_weights(
     model: nn.Module, path: Path, dtype: mx.Dtype, quantization: Mapping[str, Any] | None = None,
     loras: Sequence[Lora] = (), native: str = AUTO,
 ) -> nn.Module:  # fmt: skip
-    """quantization: as MLX's own tools write it to config.json (bits, group_size, exceptions by layer path)."""
+    """Load a file's weights into a model in a precision, and check that they are finite. Returns the model.
+
+    quantization: the entry that MLX's own tools write to config.json (bits, group_size, exceptions by layer path); its
+    layers stay packed, and multiply as `native` says. Raises ModelError for weights that do not fit, or are not finite.
+    """
     check_weight_file(path)
     try:
-        weights = mx.load(str(path))
+        weights = load_arrays(path)
         if quantization is not None:
             scales = {key for key in weights if key.endswith(".scales")}
             nn.quantize(
@@ -149,19 +154,21 @@ def load_weights(
     return model
 
 
-CHECKED_AT_ONCE = 16
+CHECKED_AT_ONCE = 16  # number of weights that are read before they are evaluated
 
 
 def check_finite(model: nn.Module, source: Path | str) -> None:
-    """Read a model's weights, a few at a time. Raises ModelError that names a weight which is not finite: NaN would reach every image."""
-    named, bad = tree_flatten(model.parameters()), []
+    """Read a model's weights, a few at a time, and check that they are finite, because NaN would reach every image.
+
+    Raises ModelError that names the source and a weight that is not finite.
+    """
+    named, bad = list(dict(tree_flatten(model.parameters())).items()), []
     for start in range(0, len(named), CHECKED_AT_ONCE):
         some = named[start : start + CHECKED_AT_ONCE]
-        sums = mx.stack(
-            [array.sum().astype(mx.float32) for _, array in some]
-        )  # a third of the time of isfinite on a CPU
+        # On a CPU a sum takes a third of the time of isfinite; only a weight whose sum overflows is looked at closely.
+        sums = mx.stack([array.sum().astype(mx.float32) for _, array in some])
         mx.eval([array for _, array in some], sums)
-        unclear = [pair for pair, total in zip(some, sums.tolist(), strict=True) if not math.isfinite(total)]
+        unclear = [pair for pair, finite in zip(some, np.isfinite(np.array(sums)), strict=True) if not finite]
         bad += [name for name, array in unclear if not mx.isfinite(array).all().item()]
     if bad:
         raise ModelError(

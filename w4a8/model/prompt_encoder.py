@@ -1,4 +1,4 @@
-"""Text: what the tokenizers take, and the conditioning of a forward pass."""
+"""Check prompts against the tokenizers, and encode them to the conditioning of forward passes."""
 
 import copy
 import sys
@@ -17,8 +17,8 @@ from w4a8.model.parts import TEXT, TRANSFORMER, Pipeline
 def check_prompts(pipeline: Pipeline, prompts: Sequence[str], what: str = "prompt") -> int:
     """Tokenize every prompt with the CLIP tokenizers before any work is done.
 
-    Returns how many prompts are longer than the tokenizer's positions and will be cut. Raises ModelError
-    that names the prompt and the character when one is outside the vocabulary.
+    Returns the number of prompts that are longer than the tokenizer's positions and will be cut. Raises ModelError
+    that names the prompt and the character when a character is outside the vocabulary.
     """
     cut = set()
     for tokenizer in pipeline.tokenizers:
@@ -41,7 +41,7 @@ def check_prompts(pipeline: Pipeline, prompts: Sequence[str], what: str = "promp
 
 @dataclass(frozen=True)
 class TextConditioning:
-    """Conditioning of one forward pass: tokens (R, tokens, 4096) and pooled (R, channels), activation dtype."""
+    """The conditioning of one forward pass: tokens (R, tokens, 4096) and pooled (R, channels), activation dtype."""
 
     tokens: mx.array
     pooled: mx.array
@@ -50,7 +50,7 @@ class TextConditioning:
 def encode_prompts(
     pipeline: Pipeline, prompts: Sequence[str], cfg_weight: float, negative_prompt: str = ""
 ) -> TextConditioning:
-    """Encode prompts one by one (as a batch of one would be) and stack them: conditional rows first.
+    """Encode prompts one by one, as a batch of one prompt is encoded, and stack them: conditional rows first.
 
     With `cfg_weight` <= 0 the unconditional rows that DiffusionKit always returns are left out.
     """
@@ -62,12 +62,15 @@ def encode_prompts(
     return stack_conditioning(each)
 
 
-FEATURES_SHARE = 1 / 16  # of the device's memory that a group's features may take
+FEATURES_SHARE = 1 / 16  # the share of the device's memory that a group's features may take
 FEATURE_WIDTH = 4096
 
 
 def text_tokens(pipeline: Pipeline) -> int:
-    """Tokens of a prompt: CLIP's and T5's one after the other (zeros without it, as many as CLIP's); FLUX: T5's alone."""
+    """Return the number of a prompt's tokens: CLIP's, then T5's; with FLUX T5's alone.
+
+    Without T5 DiffusionKit appends zeros in the number of CLIP's tokens.
+    """
     length, t5 = pipeline.tokenizers[0].max_length, T5_MAX_LENGTH.get(pipeline.info.hub_id, 0)
     if pipeline.family.needs_t5:
         return t5
@@ -75,22 +78,30 @@ def text_tokens(pipeline: Pipeline) -> int:
 
 
 class PromptEncoder:
-    """Conditioning of a run's prompts. The text encoders are in memory while a group of prompts is encoded, and only then.
+    """The conditioning of a run's prompts, encoded in groups.
 
-    They and the transformer are never in memory together. What a prompt gives depends on no other.
+    The text encoders are in memory only while a group is encoded, and never together with the transformer. A prompt's
+    conditioning does not depend on the other prompts of its group.
     """
 
     def __init__(
         self, pipeline: Pipeline, prompts: Sequence[str], cfg_weight: float, negative_prompt: str, group: int | None
     ):
-        """prompts: in the order in which they will be asked for; group: how many are encoded at once (None: by memory)."""
+        """Note the prompts; `encode` encodes them.
+
+        prompts: in the order in which they will be used. group: the number of them that are encoded at once (None: by
+        memory).
+        """
         self.pipeline, self.cfg_weight, self.negative_prompt = pipeline, cfg_weight, negative_prompt
         self.prompts = list(dict.fromkeys(prompts))
         self.group = group or default_group(pipeline, cfg_weight)
         self._known: dict[str, TextConditioning] = {}
 
     def encode(self, prompts: Sequence[str]) -> TextConditioning:
-        """As `encode_prompts`: conditional rows first."""
+        """Return the conditioning of some of the prompts, stacked as by `encode_prompts`: conditional rows first.
+
+        Prompts that are not known are encoded now, together with those that follow them, up to a group.
+        """
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
         if missing:
             start = self.prompts.index(missing[0])
@@ -109,7 +120,7 @@ class PromptEncoder:
 
 
 def default_group(pipeline: Pipeline, cfg_weight: float) -> int:
-    """As many prompts as have room in a sixteenth of the memory."""
+    """Return the number of prompts, at least one, whose features fit into a sixteenth of the memory."""
     tokens = text_tokens(pipeline)
     rows = 2 if cfg_weight > 0 else 1
     each = rows * tokens * FEATURE_WIDTH * pipeline.activation_dtype.size
@@ -117,7 +128,7 @@ def default_group(pipeline: Pipeline, cfg_weight: float) -> int:
 
 
 def stack_conditioning(each: Sequence[TextConditioning]) -> TextConditioning:
-    """One conditioning for several prompts: conditional rows first."""
+    """Stack the conditionings of several prompts: conditional rows first."""
     rows = range(each[0].pooled.shape[0])
     stacked = [
         mx.concatenate([array[row : row + 1] for row in rows for array in arrays])

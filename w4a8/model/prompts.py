@@ -1,4 +1,4 @@
-"""Prompts from a file, a model's captions, or the built-in list."""
+"""Read prompts from a file, a model's captions, or the built-in list."""
 
 import csv
 import io
@@ -11,13 +11,17 @@ from calibration_store.errors import OptionError, StoreError
 from calibration_store.files import read_bytes
 
 BUILTIN_PROMPTS = Path(__file__).resolve().parents[2] / "prompts" / "builtin.csv"
-PROMPT_COLUMNS = ("prompt", "caption")  # the first that a table has
+PROMPT_COLUMNS = ("prompt", "caption")  # the first of these columns that a table has is read
 TABLE_DELIMITERS = {".csv": ",", ".tsv": "\t"}
-REFUSED_PROMPT_FILES = (".json", ".jsonl", ".yaml", ".yml")  # each line would pass for a prompt
+REFUSED_PROMPT_FILES = (".json", ".jsonl", ".yaml", ".yml")  # as text, each of their lines would pass for a prompt
 
 
 def read_prompt_file(path: Path, what: str = "--prompts") -> list[str]:
-    """Prompts of a table (.csv, .tsv) or of a text file (one a line; empty lines are skipped)."""
+    """Read the prompts of a table (.csv, .tsv) or of a text file (one a line; empty lines are skipped).
+
+    what: the option or the file's role, for messages. Raises OptionError for a file that cannot be read, is of another
+    kind, or holds no prompt.
+    """
     suffix = path.suffix.lower()
     if suffix in REFUSED_PROMPT_FILES:
         raise OptionError(
@@ -40,7 +44,10 @@ def read_prompt_file(path: Path, what: str = "--prompts") -> list[str]:
 
 
 def prompt_column(path: Path, text: str, delimiter: str, what: str) -> list[str]:
-    """The cells below `prompt` or, without one, `caption`; rows that are too short to have one are left out."""
+    """Return the cells of the column `prompt` or, without one, `caption`; rows that end before it are left out.
+
+    Raises OptionError for a table that is not valid, or has neither column.
+    """
     try:
         rows = [row for row in csv.reader(io.StringIO(text), delimiter=delimiter, strict=True) if row]
     except csv.Error as error:
@@ -55,9 +62,9 @@ def prompt_column(path: Path, text: str, delimiter: str, what: str) -> list[str]
 
 
 def draw_builtin_prompts(captions: Path | None, seed: int) -> list[str]:
-    """The model's own captions, or the built-in list, in an order that `seed` decides.
+    """Read the model's own captions, or else the built-in list, in an order that `seed` decides.
 
-    Each run of 12 built-in prompts takes one of every category, so that few images are diverse already.
+    Each sequence of 12 built-in prompts takes one of every category, so that few images are already diverse.
     """
     rng = np.random.default_rng(seed)
     if captions is not None:

@@ -15,7 +15,7 @@ from w4a8.model.prompt_encoder import PromptEncoder, TextConditioning, encode_pr
 
 
 class Replay:
-    """Runs the model as it ran for one image of a calibration run; `replaying` makes it."""
+    """The model as it ran for one image of a calibration run. `replaying` makes the objects of this class."""
 
     def __init__(self, pipeline: Pipeline, text: TextConditioning):
         self._mmdit, self._dtype = pipeline.mmdit, text.tokens.dtype
@@ -24,13 +24,16 @@ class Replay:
         self._rows = text.pooled.shape[0]
 
     def tokens_size(self, latent_size: Sequence[int]) -> int:
-        """Elements of a pass's token arrays (R, tokens, hidden)."""
+        """Return the number of elements in a pass's token arrays (R, tokens, hidden)."""
         config = self._mmdit.config
         tokens = latent_size[0] * latent_size[1] // config.patch_size**2 + self._tokens.shape[1]
         return self._rows * tokens * config.hidden_size
 
     def forward(self, x: np.ndarray, timestep: np.ndarray) -> mx.array:
-        """x (1, h, w, 16) and timestep () as stored -> the transformer's output (R, h, w, 16), unevaluated."""
+        """Run the transformer on x (1, h, w, 16) at timestep (), both as stored.
+
+        Returns its output (R, h, w, 16), unevaluated.
+        """
         return self._mmdit(
             latent_image_embeddings=mx.concatenate([mx.array(x, self._dtype)] * self._rows),
             token_level_text_embeddings=self._tokens,
@@ -38,7 +41,7 @@ class Replay:
         )
 
     def modulation_input(self, timestep: np.ndarray) -> mx.array:
-        """What feeds every adaLN layer: pooled text plus timestep embedding, (R, 1, 1, hidden), unevaluated."""
+        """Return the input of every adaLN layer, pooled text plus timestep embedding (R, 1, 1, hidden), unevaluated."""
         embedded = self._mmdit.t_embedder(mx.repeat(mx.array(timestep, self._dtype)[None], self._rows, axis=0))
         return self._mmdit.y_embedder(self._pooled)[:, None, None, :] + embedded
 
@@ -47,11 +50,11 @@ class Replay:
 def replaying(
     pipeline: Pipeline, image: dict[str, Any], timesteps: Sequence[np.ndarray], texts: PromptEncoder | None = None
 ) -> Iterator[Replay]:
-    """Replay `image` (an entry of the manifest) with its own prompt and guidance: R = 2 rows with guidance
-    (conditional, unconditional), else 1.
+    """Replay `image` (an entry of the manifest) with its own prompt and guidance.
 
-    timesteps are the stored ones that will be asked for; texts hold the run's prompts, encoded. Hooks go inside this block: leaving it puts the adaLN
-    weights back.
+    A pass has R = 2 rows with guidance (conditional, unconditional), else 1. timesteps: the stored ones that will be
+    used. texts: the encoder of the run's prompts. Hooks must be installed inside this block, because leaving it puts
+    the adaLN weights back.
     """
     if texts is None:
         text = encode_prompts(pipeline, [image["prompt"]], image["cfg_weight"], image["negative_prompt"])
@@ -63,9 +66,9 @@ def replaying(
 
 @contextlib.contextmanager
 def modulated(mmdit: nn.Module, modulation_input: mx.array) -> Iterator[None]:
-    """Let every adaLN layer take its rows of modulation_input (rows, 1, 1, hidden), whatever timestep 0 is called with.
+    """Let every adaLN layer modulate by modulation_input (rows, 1, 1, hidden) in passes at timestep 0.
 
-    The rows of a pass may be of different prompts and noise levels then.
+    The rows of a pass may then belong to different prompts and noise levels.
     """
     owners = [stream for block in model_blocks(mmdit).values() for stream in block.streams.values()]
     owners.append(mmdit.final_layer)

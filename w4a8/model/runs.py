@@ -1,4 +1,4 @@
-"""The model of a calibration run: where it is now, and whether it is still the same."""
+"""Find and open the model of a calibration run, and check that it is still the same."""
 
 import os
 from collections.abc import Callable
@@ -19,8 +19,13 @@ from w4a8.model.prompt_encoder import check_prompts
 from w4a8.model.transformer import open_transformer
 
 
-def describe_run_model(manifest: dict[str, Any], location: ModelLocation = UNCHANGED_LOCATION) -> tuple[ModelInfo, Path | None]:
-    """Where a calibration run's model is: as the manifest says, or where the options say it is now."""
+def describe_run_model(
+    manifest: dict[str, Any], location: ModelLocation = UNCHANGED_LOCATION
+) -> tuple[ModelInfo, Path | None]:
+    """Describe a calibration run's model, and find its local checkpoint if it has one.
+
+    The options say where they are now; else they are where the manifest says. Raises ModelError where they are not.
+    """
     model, local_checkpoint = location.model, location.local_checkpoint
     same = model in (None, manifest["model_version"])
     loras = location.loras or (noted_loras(manifest) if same else ())
@@ -28,7 +33,8 @@ def describe_run_model(manifest: dict[str, Any], location: ModelLocation = UNCHA
     checkpoint = local_checkpoint or (Path(noted) if noted else None)
     if checkpoint is not None and not os.path.isfile(checkpoint):
         raise ModelError(
-            f"{checkpoint}: the calibration run's local checkpoint is not there; --local-checkpoint FILE says where it is now"
+            f"{checkpoint}: the calibration run's local checkpoint is not there; "
+            "--local-checkpoint FILE says where it is now"
         )
     try:
         return describe_model(model or manifest["model_version"], loras), checkpoint
@@ -42,7 +48,7 @@ def describe_run_model(manifest: dict[str, Any], location: ModelLocation = UNCHA
 
 
 def noted_loras(manifest: dict[str, Any]) -> tuple[Lora, ...]:
-    """The LoRAs of a calibration run. Raises ModelError for one that is not where it was."""
+    """Return the LoRAs of a calibration run. Raises ModelError for one that is not where it was."""
     loras = tuple(Lora(Path(entry["file"]), entry["scale"]) for entry in manifest.get("loras", []))
     for lora in loras:
         if not os.path.isfile(lora.file):
@@ -53,10 +59,10 @@ def noted_loras(manifest: dict[str, Any]) -> tuple[Lora, ...]:
 
 
 def load_run_pipeline(manifest: dict[str, Any], parts: Parts, location: ModelLocation = UNCHANGED_LOCATION) -> Pipeline:
-    """The asked parts of a calibration run's model, {TRANSFORMER: manifest["activation_dtype"], …}, each read when it is used.
+    """Open the given parts of a calibration run's model, {TRANSFORMER: manifest["activation_dtype"], …}.
 
-    Raises ModelError when it is not there, when its weights are not those that the run was made with, or when the manifest
-    holds a prompt that it cannot read.
+    Each part is read when it is used. Raises ModelError when the model is not there, when its weights are not those
+    that the run was made with, or when the manifest holds a prompt that the model cannot read.
     """
     info, checkpoint = describe_run_model(manifest, location)
     check_shift(manifest, info)
@@ -66,7 +72,7 @@ def load_run_pipeline(manifest: dict[str, Any], parts: Parts, location: ModelLoc
         info, parts, manifest["use_t5"], checkpoint, instead="; --model says where else the model is", lazy=True
     )
     if info.hub_id is not None:
-        check_fingerprint(manifest, info, checkpoint)  # now that its files are in the cache
+        check_fingerprint(manifest, info, checkpoint)  # load_pipeline has brought the files into the cache
     if TEXT in parts:
         check_prompts(pipeline, [image["prompt"] for image in manifest["images"]], "manifest.json: prompt")
         check_prompts(pipeline, [manifest["negative_prompt"]], "manifest.json: negative prompt")
@@ -74,7 +80,7 @@ def load_run_pipeline(manifest: dict[str, Any], parts: Parts, location: ModelLoc
 
 
 def run_transformer(manifest: dict[str, Any], location: ModelLocation = UNCHANGED_LOCATION) -> Callable[[], MMDiT]:
-    """A function that opens a calibration run's transformer, float32, its weights read when they are used.
+    """Return a function that opens a calibration run's transformer in float32; its weights are read when they are used.
 
     Raises ModelError as `load_run_pipeline` does, and for weights that are packed.
     """
@@ -82,7 +88,9 @@ def run_transformer(manifest: dict[str, Any], location: ModelLocation = UNCHANGE
     check_shift(manifest, info)
     check_folder(info, manifest["use_t5"], checkpoint)
     if info.hub_id is not None:
-        load_pipeline(info, {TRANSFORMER: "float32"}, manifest["use_t5"], checkpoint, lazy=True)  # fetches what lacks
+        load_pipeline(
+            info, {TRANSFORMER: "float32"}, manifest["use_t5"], checkpoint, lazy=True
+        )  # fetches missing files
     check_fingerprint(manifest, info, checkpoint)
 
     def open_float32() -> MMDiT:
@@ -98,8 +106,8 @@ def check_shift(manifest: dict[str, Any], info: ModelInfo) -> None:
     """Raise ModelError when the run was sampled with another schedule than the model's."""
     if manifest["sampler_shift"] != info.sampler_shift:
         raise ModelError(
-            f"manifest.json: sampler_shift {manifest['sampler_shift']:g}, but {info.version} has {info.sampler_shift:g}; "
-            "run generate_calibration_data.py with --force to make the run anew"
+            f"manifest.json: sampler_shift {manifest['sampler_shift']:g}, but {info.version} has "
+            f"{info.sampler_shift:g}; run generate_calibration_data.py with --force to make the run anew"
         )
 
 
@@ -108,17 +116,19 @@ def check_fingerprint(manifest: dict[str, Any], info: ModelInfo, checkpoint: Pat
     found = model_fingerprint(info, manifest["use_t5"], checkpoint)
     if found is None:
         raise ModelError(
-            f"{info.hub_id}: not in the local cache of the Hugging Face hub; run generate_calibration_data.py --dry-run to fetch it"
+            f"{info.hub_id}: not in the local cache of the Hugging Face hub; "
+            "run generate_calibration_data.py --dry-run to fetch it"
         )
     if found != manifest["weights_fingerprint"]:
         raise ModelError(
             f"{checkpoint or info.version}: its weights are not those that the calibration run was made with "
-            f"({manifest['model_version']}); --model names the right ones, or run generate_calibration_data.py with --force"
+            f"({manifest['model_version']}); --model names the right ones, "
+            "or run generate_calibration_data.py with --force"
         )
 
 
 def run_schedule(manifest: dict[str, Any]) -> tuple[list[float], list[float]]:
-    """A run's sigmas and timesteps (num_steps + 1 each), as its samples note them; needs no weights."""
+    """Return a run's sigmas and timesteps (num_steps + 1 each), as its samples note them. No weights are needed."""
     sampler = FAMILIES[manifest.get("architecture", SD3.name)].sampler(shift=manifest["sampler_shift"])
     sigmas = DiffusionPipeline.get_sigmas(None, sampler, manifest["num_steps"])
     timesteps = sampler.timestep(sigmas).astype(getattr(mx, manifest["activation_dtype"]))

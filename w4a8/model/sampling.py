@@ -1,6 +1,6 @@
-"""Sampling: noise, Euler steps as a generator, decoding."""
+"""Sample images: draw noise, make Euler steps in a generator, decode latents."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -18,7 +18,7 @@ from w4a8.model.prompt_encoder import TextConditioning
 
 
 def sigma_schedule(pipeline: Pipeline, num_steps: int) -> tuple[mx.array, mx.array]:
-    """DiffusionKit's schedule: sigmas (num_steps + 1,) float32, the last 0, and timesteps in the activation dtype."""
+    """Return DiffusionKit's schedule: sigmas (num_steps + 1,) float32, the last 0, and timesteps, activation dtype."""
     sigmas = pipeline.get_sigmas(pipeline.sampler, num_steps)
     timesteps = pipeline.sampler.timestep(sigmas).astype(pipeline.activation_dtype)
     mx.eval(sigmas, timesteps)
@@ -32,9 +32,10 @@ def check_seeds(seed: int, images: int) -> None:
 
 
 def initial_noise(seed: int, latent_size: tuple[int, int]) -> mx.array:
-    """Return the noise (1, h, w, 16) float32 that DiffusionKit draws for `seed`, without reseeding NumPy's global state.
+    """Draw the noise (1, h, w, 16) float32 that DiffusionKit draws for `seed`, and leave NumPy's global state alone.
 
-    DiffusionKit takes seeds of 32 bits. One of 64 bits seeds the same generator with its two halves, the lower first.
+    DiffusionKit takes seeds of 32 bits. A seed of 64 bits seeds the same generator with its two halves, the lower half
+    first.
     """
     h, w = latent_size
     words = seed if seed < 2**32 else [seed % 2**32, seed >> 32]
@@ -43,7 +44,7 @@ def initial_noise(seed: int, latent_size: tuple[int, int]) -> mx.array:
 
 @dataclass(frozen=True)
 class EulerStep:
-    """State before step `step_index`; `is_final` marks the finished latent after the last one (sigma 0)."""
+    """The state before step `step_index`; `is_final` marks the finished latent after the last step (sigma 0)."""
 
     step_index: int
     x: mx.array  # (B, h, w, 16) float32, evaluated
@@ -54,8 +55,8 @@ class EulerStep:
 
 def euler_steps(
     pipeline: Pipeline, text: TextConditioning, noise: mx.array, num_steps: int, cfg_weight: float
-) -> Iterator[EulerStep]:
-    """Sample B images (Euler method, Karras et al. 2022, Algorithm 2): yields num_steps + 1 states.
+) -> Generator[EulerStep, None, None]:
+    """Sample B images by the Euler method (Karras et al. 2022, Algorithm 2), and yield num_steps + 1 states.
 
     text: R rows; noise (B, h, w, 16). The modulation cache lives as long as the generator: close it (or run
     it to its end) before the model is used for anything else. For B = 1 every state equals that of
@@ -96,8 +97,8 @@ def euler_steps(
 def decode_latents(pipeline: Pipeline, x: mx.array, image_ids: Sequence[int] | None = None) -> list[Image.Image]:
     """Turn finished latents (B, h, w, 16) in model space into B RGB images, one decoder pass each.
 
-    image_ids: what to call them in an error (default: 0 …). Raises ModelError when a pixel is not finite: as an integer it
-    would be black or white.
+    image_ids: the names of the images in an error (default: 0 …). Raises ModelError when a pixel is not finite, because
+    as an integer it would be black or white.
     """
     images = []
     for row in range(x.shape[0]):
@@ -113,7 +114,7 @@ def decode_latents(pipeline: Pipeline, x: mx.array, image_ids: Sequence[int] | N
 
 
 def not_finite_advice(pipeline: Pipeline) -> str:
-    """What to try when numbers overflow in this precision."""
+    """Advise what to try when numbers overflow in this precision."""
     if pipeline.activation_dtype == mx.float32:
         return "try a smaller --cfg-weight, or another copy of the model"
     return "try --dtype float32 in stage 1, or a smaller --cfg-weight"

@@ -1,8 +1,9 @@
-"""T5 without transformers: the two classes that DiffusionKit takes from it, and the encoder without Metal's memory limits.
+"""Replace transformers for T5, and run T5's encoder without DiffusionKit's memory limits for Metal.
 
 DiffusionKit asks transformers for T5's config and its tokenizer. Both come from files of google/t5-v1_1-xxl on the hub:
-config.json, and spiece.model, which the package sentencepiece reads. The ids are those of transformers 4.46 and 5.24
-(tests/references/t5_tokens.py); special tokens that are spelled out in a prompt, such as `</s>`, are ordinary text.
+config.json, and spiece.model, which the package sentencepiece reads. The token ids equal those of transformers 4.46 and
+5.24 (tests/references/t5_tokens.py). Special tokens that are spelled out in a prompt, such as `</s>`, are ordinary
+text.
 """
 
 import json
@@ -22,7 +23,7 @@ with deferred("sentencepiece"):
 
 
 class T5Config(SimpleNamespace):
-    """The entries of a T5 model's config.json as attributes; what the published files leave out has T5's defaults."""
+    """The entries of a T5 model's config.json as attributes; T5's defaults where the published files have no entry."""
 
     def __init__(self, **entries: object):
         defaults = {
@@ -40,7 +41,7 @@ class T5Config(SimpleNamespace):
 
 
 class AutoTokenizer:
-    """T5's tokenizer, with the calls that DiffusionKit makes."""
+    """T5's tokenizer with the interface that DiffusionKit calls."""
 
     eos_token_id = 1
 
@@ -54,7 +55,10 @@ class AutoTokenizer:
         return cls(Path(hf_hub_download(repository, "spiece.model")).read_bytes())
 
     def __call__(self, text: str, max_length: int, **options: object) -> dict[str, np.ndarray]:
-        """Return {"input_ids": (1, tokens) int64}: at most `max_length` ids, the last of which is the end token."""
+        """Tokenize a prompt.
+
+        Returns {"input_ids": (1, tokens) int64} with at most `max_length` ids, the last of which is the end token.
+        """
         ids = [*self._pieces.encode(text)[: max_length - 1], self.eos_token_id]
         return {"input_ids": np.array([ids])}
 
@@ -76,5 +80,5 @@ class T5Encoder:
         dtype, bias = x.dtype, encoder.relative_attention_bias(x.shape[1], x.shape[1])
         for layer in encoder.layers:
             x = layer(x, mask=bias)
-            mx.eval(x)  # else CUDA keeps every layer's arrays until the end: 12 GB a prompt
+            mx.eval(x)  # else CUDA holds every layer's arrays until the end, 12 GB a prompt
         return encoder.ln(x).astype(dtype)

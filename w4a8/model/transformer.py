@@ -1,4 +1,4 @@
-"""The original transformer, read lazily in the precision of its file."""
+"""Open the original transformer lazily, in the precision of its file."""
 
 import dataclasses
 from pathlib import Path
@@ -11,12 +11,13 @@ from w4a8.model.diffusionkit import HUB_MMDIT_CONFIGS, MMDiT
 from w4a8.model.folder import transformer_config
 from w4a8.model.lora import with_loras
 from w4a8.model.original_checkpoint import read_original_checkpoint
+from w4a8.model.weight_files import load_arrays
 
 
 def open_transformer(info: ModelInfo, local_checkpoint: Path | None) -> MMDiT:
-    """The transformer with weights that are read when they are asked for, in the precision of their file; LoRAs fused in float32.
+    """Open a transformer whose weights are read when they are used, in the precision of their file.
 
-    A hub model is in the local cache: its fingerprint was checked. Raises ModelError when the file is not there, is not of this model, or packed already.
+    LoRAs are fused in float32. Raises ModelError when the file is not there, is not of this model, or is packed.
     """
     if info.folder is not None:
         config = read_model_config(info.folder)
@@ -26,11 +27,22 @@ def open_transformer(info: ModelInfo, local_checkpoint: Path | None) -> MMDiT:
         model = MMDiT(transformer_config(info.folder, config, mx.float16))
         check_weight_file(path)
     else:
-        path = local_checkpoint or model_files(info, use_t5=False)["mmdit"]
+        path = local_checkpoint or _cached_file(info)
         model = MMDiT(dataclasses.replace(HUB_MMDIT_CONFIGS[info.version], low_memory_mode=False))
     try:
-        weights = mx.load(str(path)) if info.folder is not None else read_original_checkpoint(path, info.family, model.config)
+        if info.folder is not None:
+            weights = load_arrays(path)
+        else:
+            weights = read_original_checkpoint(path, info.family, model.config)
         model.load_weights(list(with_loras(weights, info.family, info.loras).items()))
     except (RuntimeError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load {path}: {' '.join(str(error).split())[:200]}") from None
     return model
+
+
+def _cached_file(info: ModelInfo) -> Path:
+    """Return the file of a hub model's transformer in the local cache. Raises ModelError where files are not there."""
+    files = model_files(info, use_t5=False)
+    if files is None:
+        raise ModelError(f"{info.hub_id}: not in the local cache of the Hugging Face hub")
+    return files["mmdit"]

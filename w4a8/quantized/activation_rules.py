@@ -33,7 +33,7 @@ Quantize = Callable[[str, mx.array], mx.array]  # (layer, x (R, tokens, 1, chann
 
 
 class ActivationRule(ABC):
-    """A rule.
+    """A rule by which the inputs of all layers are quantized.
 
     It follows from the files `sources`; `made_from` pairs such files with their notes of the run they were made from.
     """
