@@ -68,7 +68,7 @@ def run(options: DrawingOptions) -> None:
     from w4a8.model.catalog import describe_model
     from w4a8.model.prompts import read_prompt_file
     from w4a8.report.drawing_sheet import draw_pairs
-    from w4a8.report.model_tables import print_comparison, print_drawing
+    from w4a8.report.tables import print_comparison, print_drawing
 
     wanted = [*options.prompts, *(read_prompt_file(options.prompt_file) if options.prompt_file else [])]
     if not wanted:

@@ -78,7 +78,7 @@ def run(options: ExportOptions) -> None:
         write_folder,
     )
     from w4a8.quantized.gguf_file import write_gguf
-    from w4a8.report.model_tables import print_export
+    from w4a8.report.tables import print_export
 
     manifest = read_manifest(options.calib_dir)
     variant, activations = export_variant(options)

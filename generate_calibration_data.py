@@ -74,19 +74,17 @@ def run(options: GenerationOptions) -> None:
     from calibration_store.manifest import MANIFEST, read_manifest, write_manifest
     from calibration_store.stage_folder import StageFolder
     from w4a8.backend.launched import join
-    from w4a8.generation import (
+    from w4a8.generation import estimate_generation, generate, prepare
+    from w4a8.generation_plan import (
         batches_to_do,
         begun,
         bytes_to_do,
         check_same_model,
         complete_images,
         continue_run,
-        estimate_generation,
         finished,
-        generate,
         model_of_run,
         plan_run,
-        prepare,
         refuse_foreign_pictures,
         refuse_hub_options,
         warn_of_long_prompts,

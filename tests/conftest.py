@@ -1,3 +1,5 @@
+"""Fixtures and helpers that many test files share."""
+
 import contextlib
 import importlib
 import os
@@ -20,14 +22,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session")
 def emoji():
-    """The bundled model, float32, shared by the tests that leave it as they found it."""
+    """Return the bundled model, float32, for the tests that leave it as they found it."""
     return load_pipeline(describe_model("sd3-emoji"), whole_model("float32"))
 
 
 def made_once(base: Path, name: str, make: Callable[[Path], None]) -> Path:
-    """Return a folder that the first of the test processes makes, for all of them to read.
+    """Return a folder that the first of the test processes makes, and that all of them read.
 
-    base: the session's temporary folder; those of pytest-xdist's workers lie in one folder.
+    base: the session's temporary folder; the folders of pytest-xdist's workers lie in one folder.
     """
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
     with filelock.FileLock(f"{folder}.lock"):
@@ -39,7 +41,7 @@ def made_once(base: Path, name: str, make: Callable[[Path], None]) -> Path:
 
 @contextlib.contextmanager
 def memory_limit(num_bytes: int) -> Iterator[None]:
-    """Compute on the CPU, with so much memory for MLX."""
+    """Compute on the CPU in the block, with a memory limit for MLX of `num_bytes`."""
     device, before = mx.default_device(), mx.set_memory_limit(num_bytes)
     mx.set_default_device(mx.cpu)
     try:
@@ -50,25 +52,26 @@ def memory_limit(num_bytes: int) -> Iterator[None]:
 
 
 def invoke(script: str, *arguments):
-    """Run a stage's command line in this process; returns exit_code, stdout and stderr."""
+    """Run a stage's command line in this process; return its exit_code, stdout and stderr."""
     return CliRunner().invoke(importlib.import_module(script).main, list(map(str, arguments)))
 
 
 def start(script: str, *arguments, **options) -> subprocess.Popen:
-    """Start a stage in a process of its own."""
+    """Start a stage in a process of its own. options: those of subprocess.Popen."""
     command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
 def interruptible() -> None:
-    """For a process's preexec_fn: Ctrl-C reaches it, though a suite that runs in the background inherits SIG_IGN."""
+    """Let Ctrl-C reach a process whose preexec_fn this is; a suite that runs in the background inherits SIG_IGN."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def generate(*arguments):
+    """Run stage 1 with the bundled model in this process; return the result of `invoke`."""
     return invoke("generate_calibration_data", "--model", "sd3-emoji", *arguments)
 
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:
-    """Every file below `folder` with its content."""
+    """Return {path below `folder`: content} of every file."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

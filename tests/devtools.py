@@ -1,4 +1,4 @@
-"""A page in headless Chromium, driven through the DevTools protocol over two pipes; no driver has to be installed."""
+"""Drive a page in headless Chromium through the DevTools protocol, over two pipes; no driver has to be installed."""
 
 import base64
 import contextlib
@@ -18,7 +18,11 @@ FLAGS = (
 
 
 class Browser:
-    """A running Chromium. It reads commands from its descriptor 3 and writes answers and events to 4, each ended by a zero byte."""
+    """A running Chromium.
+
+    Chromium reads commands from its descriptor 3, and writes answers and events to its descriptor 4. Each ends with a
+    zero byte.
+    """
 
     def __init__(self, program: str, environment: dict[str, str], profile: str):
         theirs_in, self._out = os.pipe()
@@ -36,7 +40,7 @@ class Browser:
         os.close(theirs_in), os.close(theirs_out)
 
     def call(self, method: str, session: str | None = None, **parameters: Any) -> dict[str, Any]:
-        """Send a command and return its result; events that come before it are kept in `events`."""
+        """Send a command and return its result; `events` keeps the events that come before the result."""
         self._last += 1
         message = {"id": self._last, "method": method, "params": parameters} | (
             {"sessionId": session} if session else {}
@@ -48,7 +52,7 @@ class Browser:
         return answer["result"]
 
     def wait_for(self, event: str, session: str) -> None:
-        """Read events until one of this name has come."""
+        """Read events until one with this name has come."""
         while not any(found["method"] == event and found.get("sessionId") == session for found in self.events):
             self.events.append(self._read())
 
@@ -61,7 +65,7 @@ class Browser:
         return json.loads(message)
 
     def open(self, path: Path, width: int = 1200, height: int = 900, dark: bool = False) -> "Page":
-        """Open a file in a tab of its own; windows below 600 pixels are a phone's."""
+        """Open a file in a tab of its own; a window narrower than 600 pixels is a phone's."""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log"):
@@ -81,6 +85,7 @@ class Browser:
         return Page(self, session)
 
     def close(self) -> None:
+        """End the browser and close the pipes."""
         with contextlib.suppress(AssertionError, OSError):
             self.call("Browser.close")
         self._process.wait(10)
@@ -88,13 +93,13 @@ class Browser:
 
 
 class Page:
-    """A tab with a page in it."""
+    """A tab that shows a page."""
 
     def __init__(self, browser: Browser, session: str):
         self._browser, self._session = browser, session
 
     def run(self, script: str) -> Any:
-        """Run the body of an async function in the page and return what it returns."""
+        """Run `script`, the body of an async function, in the page; return the value that the function returns."""
         found = self._browser.call(
             "Runtime.evaluate",
             self._session,
@@ -107,8 +112,8 @@ class Page:
 
     @property
     def faults(self) -> list[str]:
-        """Uncaught exceptions, errors in the console, and resources that were not there."""
-        self.run("return 0;")  # whatever happened before has been told by then
+        """Return uncaught exceptions, errors in the console, and resources that were not there."""
+        self.run("return 0;")  # the browser reports everything that happened before
         found = []
         for event in self._browser.events:
             if event.get("sessionId") != self._session:
@@ -127,7 +132,7 @@ class Page:
 
 @contextlib.contextmanager
 def running(program: str, environment: dict[str, str]) -> Iterator[Browser]:
-    """A browser that is closed when the block ends, and its profile with it."""
+    """Start a browser; close it and remove its profile when the block ends."""
     profile = tempfile.mkdtemp()
     browser = Browser(program, environment, profile)
     try:

@@ -1,6 +1,7 @@
-"""FLUX's blocks in NumPy and float64, from the original checkpoint's keys: nothing of DiffusionKit, MLX or the toolkit.
+"""Compute FLUX's blocks in NumPy and float64, from the original checkpoint's keys.
 
-As Black Forest Labs' model.py, with DiffusionKit's two liberties: an exact GELU, and k without its bias.
+Nothing of DiffusionKit, MLX or the toolkit is used. The blocks are those of Black Forest Labs' model.py, with
+DiffusionKit's two liberties: an exact GELU, and k without its bias.
 """
 
 import math
@@ -11,20 +12,25 @@ ERF = np.vectorize(math.erf)
 
 
 class Flux:
-    """Blocks of a checkpoint {key: array}; `inputs` has what entered each linear layer, under the toolkit's names."""
+    """The blocks of a checkpoint {key: array}.
+
+    `inputs` holds the input of each linear layer of the blocks that were computed, under the toolkit's names.
+    """
 
     def __init__(self, weights, heads, axes):
         self.weights = {name: np.asarray(array, np.float64) for name, array in weights.items()}
         self.heads, self.axes, self.inputs = heads, axes, {}
 
     def linear(self, key, x):
+        """Return the output of a linear layer for x (tokens, inputs)."""
         return x @ self.weights[f"{key}.weight"].T + self.weights[f"{key}.bias"]
 
     def modulation(self, key, vec, count):
+        """Return `count` modulation vectors (hidden,) of SiLU(vec), vec (hidden,)."""
         return np.split(self.linear(key, vec / (1 + np.exp(-vec))), count, axis=-1)
 
     def rotations(self, text, height, width):
-        """(tokens, head / 2) angles: text at the origin, image tokens at (0, row, column)."""
+        """Return the angles (tokens, head / 2): text tokens lie at the origin, image tokens at (0, row, column)."""
         rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
         image = np.stack([0 * rows, rows, columns], axis=-1).reshape(-1, 3)
         at = np.concatenate([np.zeros((text, 3)), image])
@@ -33,7 +39,7 @@ class Flux:
         )
 
     def attention(self, q, k, v, angles):
-        """(tokens, hidden) each, normalized; heads side by side."""
+        """Return the attention (tokens, hidden) of normalized q, k and v, (tokens, hidden) each, heads side by side."""
 
         def split(x):
             return x.reshape(len(x), self.heads, -1).transpose(1, 0, 2)
@@ -50,21 +56,27 @@ class Flux:
         return mixed.transpose(1, 0, 2).reshape(len(mixed[0]), -1)
 
     def qkv(self, joined, norm):
+        """Split joined (tokens, 3·hidden) into q, k and v, q and k normalized; norm: the prefix of the norms' keys."""
         q, k, v = np.split(joined, 3, axis=-1)
         return self.rms(q, f"{norm}.query_norm.scale"), self.rms(k, f"{norm}.key_norm.scale"), v
 
     def rms(self, x, key):
+        """Return x (tokens, hidden) with each head divided by its root mean square, times the weights."""
         heads = x.reshape(len(x), self.heads, -1)
         return (heads / np.sqrt((heads**2).mean(-1, keepdims=True) + 1e-6) * self.weights[key]).reshape(x.shape)
 
     def without_k_bias(self, key, x):
+        """Return the output of a linear layer that begins with q, k and v, without the bias of k."""
         hidden = x.shape[-1]
         given = self.linear(key, x)
         given[:, hidden : 2 * hidden] -= self.weights[f"{key}.bias"][hidden : 2 * hidden]
         return given
 
     def double(self, i, img, txt, vec, angles):
-        """Of one row: image (tokens, hidden), text, vec (hidden,) -> the same."""
+        """Compute double block i on one row; return image and text tokens.
+
+        img and txt: (tokens, hidden) each; vec (hidden,); angles: the result of `rotations`.
+        """
         key, streams = f"double_blocks.{i}", {"txt": txt, "img": img}
         mods = {s: self.modulation(f"{key}.{s}_mod.lin", vec, 6) for s in streams}
         parts = []
@@ -84,7 +96,7 @@ class Flux:
         return given["img"], given["txt"]
 
     def single(self, i, x, vec, angles):
-        """Of one row: all tokens, text first."""
+        """Compute single block i on one row; x and the result: all tokens (tokens, hidden), text first."""
         key, size = f"single_blocks.{i}", x.shape[-1]
         shift, scale, gate = self.modulation(f"{key}.modulation.lin", vec, 3)
         seen = modulated(x, shift, scale)
@@ -96,15 +108,17 @@ class Flux:
         return x + gate * self.linear(f"{key}.linear2", np.concatenate([part, hidden], axis=1))
 
     def last(self, img, vec):
-        """Image tokens -> patches (tokens, 64)."""
+        """Return the patches (tokens, 64) of image tokens (tokens, hidden)."""
         shift, scale = self.modulation("final_layer.adaLN_modulation.1", vec, 2)
         return self.linear("final_layer.linear", modulated(img, shift, scale))
 
 
 def modulated(x, shift, scale):
+    """Return LayerNorm(x) · (1 + scale) + shift, x (tokens, hidden)."""
     centred = x - x.mean(-1, keepdims=True)
     return (1 + scale) * centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) + shift
 
 
 def gelu(x):
+    """Return the exact GELU of x."""
     return x * (1 + ERF(x / math.sqrt(2))) / 2

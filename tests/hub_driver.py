@@ -1,4 +1,4 @@
-"""Run by test_hub.py in a process of its own: scripts, one after the other, over a hub cache whose models are tiny.
+"""Run scripts, one after the other, over a hub cache whose models are tiny. Tests start this file as a process.
 
 hub_driver.py write HF_HOME
 hub_driver.py SCRIPT [ARGUMENT]... [then SCRIPT [ARGUMENT]...]...    a command line, or a function of SCRIPTS
@@ -43,7 +43,11 @@ make_tiny()
 
 
 def denoise(folder, prompt, seed, output):
-    """Two samplings of one step by DiffusionKit's own pipeline around an exported transformer."""
+    """Sample one step twice by DiffusionKit's own pipeline around an exported transformer.
+
+    The function writes `output`, an NPZ: native, (layers,) bool, whether each layer computes from packed weights, and
+    the latents of the two samplings.
+    """
     options = {"w16": False, "a16": False, "use_t5": False, "low_memory_mode": False, "shift": 3.0}
     pipeline = diffusionkit_pipeline(folder, **options)
     native = [isinstance(layer.module, NativeLinear) for layer in model_layers(pipeline.mmdit).values()]
@@ -56,7 +60,10 @@ def denoise(folder, prompt, seed, output):
 
 
 def load_hub_file(path, output):
-    """What DiffusionKit's loaders of its 4-bit SD3.5-large make of a file."""
+    """Load a file by DiffusionKit's loaders of its 4-bit SD3.5-large.
+
+    The function writes the transformer's parameters to `output`. The decoder must equal that of the original model.
+    """
     model_io.LOCAl_SD3_CKPT, model_io._FLOAT16 = path, mx.float16  # as DiffusionPipeline sets them
     mmdit = model_io.load_mmdit(key=LARGE_4BIT, float16=True, model_key=LARGE_4BIT, low_memory_mode=False)
     decoder = model_io.load_vae_decoder(key=LARGE_4BIT, float16=True)
@@ -71,9 +78,14 @@ def load_hub_file(path, output):
 
 
 def flux_latents(folder, half):
-    """Every image of a run of FLUX again, by DiffusionKit's own pipeline: the same finished latents, bit for bit."""
+    """Draw every image of a run of FLUX again by DiffusionKit's own pipeline; the finished latents must be equal.
+
+    folder: of the run; half: the run's precision, float32 or bfloat16.
+    """
     update = nn.Module.update
-    MMDiT.update = lambda self, parameters: update(self, parameters, strict=False)  # k's bias: MLX refuses it now
+    MMDiT.update = lambda self, parameters: update(
+        self, parameters, strict=False
+    )  # the file has k's bias, which MLX refuses now
     options = {"w16": half == "bfloat16", "a16": half == "bfloat16", "low_memory_mode": False}
     pipeline = FluxPipeline(model_version=SCHNELL, **options)
     del MMDiT.update
@@ -90,8 +102,8 @@ def flux_latents(folder, half):
 
 
 def load_flux_file(path, output):
-    """What DiffusionKit's loader of its 4-bit FLUX.1-schnell makes of a file."""
-    model_io.LOCAl_SD3_CKPT = path
+    """Load a file by DiffusionKit's loader of its 4-bit FLUX.1-schnell, and write the parameters to `output`."""
+    model_io.LOCAl_SD3_CKPT, model_io._FLOAT16 = path, mx.float16  # as DiffusionPipeline sets them
     mmdit = model_io.load_flux(key=SCHNELL_4BIT, float16=False, model_key=SCHNELL_4BIT, low_memory_mode=False)
     mx.save_safetensors(output, dict(tree_flatten(mmdit.parameters())))
 
@@ -100,6 +112,7 @@ SCRIPTS = {function.__name__: function for function in (denoise, load_hub_file, 
 
 
 def run(script, *arguments):
+    """Run a function of SCRIPTS, or a script's command line, which may end with exit code 0 only."""
     if script in SCRIPTS:
         SCRIPTS[script](*arguments)
         return

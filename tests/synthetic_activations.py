@@ -1,7 +1,7 @@
-"""Inputs of linear layers with real SD3-Medium's extremes, made up from tools/sd3_medium_extremes.json. NumPy only.
+"""Make up inputs of linear layers with real SD3-Medium's extremes, from tools/sd3_medium_extremes.json. NumPy only.
 
-Two kinds, which a quantizer has to survive alike: outlier channels that are wide on every token ("every"), and channels
-that are ordinary but for one or two tokens of an image ("rare").
+There are two kinds of outlier channels, and a quantizer has to survive both: channels that are wide on every token
+("every"), and channels that are ordinary but for one or two tokens of an image ("rare").
 """
 
 import json
@@ -19,7 +19,10 @@ GELU_MINIMUM = 0.17
 
 
 def real_layers() -> dict[str, dict]:
-    """Layer name -> name, inputs, absmax, channel_absmax_mean, channel_absmax_max, max_over_median_channel."""
+    """Return {layer: entry}.
+
+    An entry has the keys name, inputs, absmax, channel_absmax_mean, channel_absmax_max and max_over_median_channel.
+    """
     table = json.loads(TABLE.read_text())
     return {
         name: {"name": name} | dict(zip(table["columns"], row, strict=True)) for name, row in table["layers"].items()
@@ -27,11 +30,11 @@ def real_layers() -> dict[str, dict]:
 
 
 def channel_absmax(layer: dict) -> np.ndarray:
-    """The channels' largest |x| (inputs,), ascending: the table's largest and median, and its mean as nearly as may be.
+    """Return the largest |x| of each channel (inputs,), ascending, with the table's largest, median and nearly mean.
 
-    A lognormal bulk whose upper half (mean above the median) or lower half is as wide as the mean asks for, and a few
-    outliers between half the largest and the largest. The table's figures need not agree with one another: a mean
-    below half the median is out of reach.
+    The values are a lognormal bulk and a few outliers between half the largest and the largest. The upper half of the
+    bulk (for a mean above the median) or its lower half is as wide as the mean asks for. The table's figures need not
+    agree with one another: a mean below half the median is out of reach.
     """
     channels, largest = layer["inputs"], layer["channel_absmax_max"]
     median, mean = largest / layer["max_over_median_channel"], layer["channel_absmax_mean"]
@@ -57,7 +60,7 @@ def channel_absmax(layer: dict) -> np.ndarray:
 
 
 def _inverse_erf(y: np.ndarray) -> np.ndarray:
-    """Winitzki's approximation, good to 2e-3."""
+    """Return the inverse error function of y, by Winitzki's approximation, which is good to 2e-3."""
     a = 0.147
     log = np.log1p(-y * y)
     half = 2 / (math.pi * a) + log / 2
@@ -65,16 +68,20 @@ def _inverse_erf(y: np.ndarray) -> np.ndarray:
 
 
 def _generators(layer: dict, seed: int) -> tuple[np.random.Generator, np.random.Generator]:
-    """For the rows and for the values: `ordinary_rows` draws the same rows as `synthetic_inputs`.
+    """Return two random generators, one for rows and one for values.
 
-    q_proj, k_proj and v_proj of a stream have the same input.
+    With its own generator `ordinary_rows` draws the rows of `synthetic_inputs`. q_proj, k_proj and v_proj of a stream
+    get the same generators, since they have the same input.
     """
     name = zlib.crc32(re.sub("[kv]_proj", "q_proj", layer["name"]).encode())
     return np.random.default_rng([seed, name, 0]), np.random.default_rng([seed, name, 1])
 
 
 def ordinary_rows(layer: dict, kind: str, tokens: int, images: int, seed: int) -> list[np.ndarray]:
-    """Per image, which rows (tokens,) hold no rare extreme: all with kind "every", all but one or two with "rare"."""
+    """Return for each image a mask (tokens,) bool of the rows that hold no rare extreme.
+
+    With kind "every" these are all rows, with "rare" all but one or two.
+    """
     rng, _ = _generators(layer, seed)
     ordinary = np.ones((images, tokens), bool)
     if kind == "rare":
@@ -84,11 +91,12 @@ def ordinary_rows(layer: dict, kind: str, tokens: int, images: int, seed: int) -
 
 
 def synthetic_inputs(layer: dict, kind: str, tokens: int, images: int, seed: int) -> list[np.ndarray]:
-    """Per image (tokens, inputs) float32 whose channels, over all images, have `channel_absmax(layer)` in a random order.
+    """Return an input (tokens, inputs) float32 for each image.
 
-    layer: an entry of `real_layers`. Ordinary values are normal; of fc2 they are post-GELU: most of them near 0, none
-    below -0.17, positive tails. With kind "rare" the outlier channels are like the median channel on
-    ordinary rows and reach their extremes on the rare ones; with "every" they are large everywhere, with one sign.
+    Over all images the largest |x| of the channels are `channel_absmax(layer)`, in a random order. layer: an entry of
+    `real_layers`. Ordinary values are normal; those of fc2 are post-GELU: most of them near 0, none below -0.17, with
+    positive tails. With kind "rare" the outlier channels are like the median channel on ordinary rows and reach their
+    extremes on the rare ones; with "every" they are large everywhere, with one sign.
     """
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r} is not one of {KINDS}")
@@ -96,7 +104,7 @@ def synthetic_inputs(layer: dict, kind: str, tokens: int, images: int, seed: int
     channels, is_fc2 = layer["inputs"], layer["name"].endswith(".mlp.fc2")
     count = channels // CHANNELS_PER_OUTLIER
     widths = channel_absmax(layer).astype(np.float32)
-    order = rng.permutation(channels)  # where each width goes
+    order = rng.permutation(channels)  # position of each width
     outliers, extremes = order[-count:], widths[-count:].copy()
     widths[-count:] = widths[channels // 2]
     at = np.empty_like(widths)
@@ -118,9 +126,9 @@ def synthetic_inputs(layer: dict, kind: str, tokens: int, images: int, seed: int
 
 
 def _gelu_tails(x: np.ndarray, widths: np.ndarray) -> None:
-    """Normal x (rows, channels) -> post-GELU values, most of them near 0, positive tails up to `widths`; in place.
+    """Turn normal x (rows, channels) into post-GELU values in place: most near 0, positive tails up to `widths`.
 
-    x · sigmoid(1.702 x) has GELU's shape and a minimum of -0.16.
+    x · sigmoid(1.702 x) has GELU's shape and a minimum of -0.16. widths (channels,).
     """
     x -= 0.7
     x /= 1 + np.exp(-1.702 * x)

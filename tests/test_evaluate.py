@@ -23,6 +23,7 @@ from w4a8.model.layers import model_layers
 from w4a8.model.parts import TRANSFORMER, whole_model
 from w4a8.model.prompt_encoder import PromptEncoder
 from w4a8.model.runs import load_run_pipeline
+from w4a8.options import EvaluationOptions
 from w4a8.quantized.activation_rules import DynamicPerTensor
 from w4a8.quantized.arithmetic import min_max_grid, nearest_codes
 from w4a8.quantized.layer import deployed_grid
@@ -59,7 +60,8 @@ def evaluate(folder, *arguments):
 
 def plan_of(manifest):
     info, fingerprint = describe_model("sd3-emoji"), manifest["weights_fingerprint"]
-    return plan_evaluation(manifest, info, fingerprint, False, ["rocket", "swan"], 3, None, 5, 2)
+    options = EvaluationOptions(num_steps=3, seed=5, batch_size=2)
+    return plan_evaluation(options, manifest, info, fingerprint, False, ["rocket", "swan"])
 
 
 @pytest.fixture(scope="module")

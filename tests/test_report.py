@@ -18,7 +18,8 @@ from calibration_store.sensitivity import write_sensitivity
 from calibration_store.sizes import format_bytes
 from tools.browser import find_browser
 from w4a8.model.catalog import BUNDLED_FOLDER
-from w4a8.report.page import PICTURE_BYTES, describe_folder, picture, verdict_on, what_it_is, write_page
+from w4a8.report.page import PICTURE_BYTES, describe_folder, picture, write_page
+from w4a8.report.variant_words import verdict_on, what_it_is
 
 CHROMIUM = find_browser()
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: python tools/browser.py fetches one")

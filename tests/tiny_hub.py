@@ -1,4 +1,4 @@
-"""A hub cache of tiny models, made once, and scripts run over it in processes of their own."""
+"""Make a hub cache of tiny models once, and run scripts over it in processes of their own."""
 
 import functools
 import os
@@ -13,7 +13,7 @@ SCHNELL, DEV = "argmaxinc/mlx-FLUX.1-schnell", "argmaxinc/mlx-FLUX.1-dev"
 
 @functools.cache
 def tiny_hub(base):
-    """Return HF_HOME below `base`, the session's temporary folder."""
+    """Return the HF_HOME of the tiny models, below `base`, the session's temporary folder."""
 
     def write(home):
         command = [sys.executable, "tests/hub_driver.py", "write", str(home)]
@@ -23,10 +23,11 @@ def tiny_hub(base):
 
 
 def environment(home):
+    """Return the environment of a process that finds its models in HF_HOME `home`, and no network."""
     return os.environ | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 
 
 def run(home, *arguments):
-    """Scripts in a process of their own: `script, *arguments, "then", script, …`."""
+    """Run scripts in a process of their own: `script, *arguments, "then", script, …`; return the finished process."""
     command = [sys.executable, "tests/hub_driver.py", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=environment(home), capture_output=True, text=True, check=False)

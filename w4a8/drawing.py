@@ -1,4 +1,4 @@
-"""draw_images.py: prompts to pictures, from any model, and two models side by side."""
+"""Draw pictures from prompts, with any model and with two models side by side (draw_images.py)."""
 
 import contextlib
 import os
@@ -18,7 +18,8 @@ from calibration_store.quantized_model import EXPORT, read_activations
 from w4a8.backend.progress import ProgressBar
 from w4a8.evaluation.drawn_images import quantized_steps
 from w4a8.evaluation.metrics import image_metrics
-from w4a8.generation import check_guidance, check_latent_size, decoding
+from w4a8.generation import decoding
+from w4a8.generation_plan import check_guidance, check_latent_size
 from w4a8.model.catalog import ModelInfo, choose_dtype, model_files
 from w4a8.model.layers import model_layers
 from w4a8.model.loading import check_folder, load_pipeline
@@ -33,7 +34,7 @@ from w4a8.quantized.exported import rule_of_export
 
 @dataclass(frozen=True)
 class Plan:
-    """What is drawn: the same for every model."""
+    """Prompts, seeds and sampling, which every model shares."""
 
     prompts: list[str]
     seed: int
@@ -49,17 +50,20 @@ class Plan:
 
 @dataclass(frozen=True)
 class Drawing:
-    """What a model drew, and what it took; images (N, H, W, 3) uint8; seconds an image, without the first batch if there are more."""
+    """The images that a model drew, and the time and the memory that they took."""
 
     model: str
-    images: np.ndarray
-    seconds: float
+    images: np.ndarray  # (N, H, W, 3) uint8
+    seconds: float  # for one image; the first batch does not count where there are more
     peak_bytes: int
-    simulated: str | None
+    simulated: str | None  # such as A8: activations quantized in simulation
 
 
 def plan_drawing(options: DrawingOptions, infos: Sequence[ModelInfo], prompts: list[str], seed: int) -> Plan:
-    """Return what is drawn; defaults come from the first model. Raises OptionError for what one of the models cannot draw."""
+    """Return the plan that the models share; defaults come from the first model.
+
+    Raises OptionError for options that contradict each other or one of the models.
+    """
     first = infos[0]
     cfg_weight = first.cfg_weight if options.cfg_weight is None else options.cfg_weight
     latent_size = options.latent_size or first.latent_size
@@ -87,14 +91,18 @@ def plan_drawing(options: DrawingOptions, infos: Sequence[ModelInfo], prompts: l
 
 
 def load_model(info: ModelInfo, plan: Plan, activations: bool) -> tuple[Pipeline, ActivationRule | None]:
-    """A whole model, its prompts checked, and with `activations` the rule that its folder holds for the inputs."""
+    """Load a whole model and check the prompts; return its pipeline, and its activation rule or None.
+
+    activations: quantize the inputs by the rule in the folder's activations.json. Raises OptionError where there is
+    none, and ModelError for a prompt that the model cannot read.
+    """
     mx.reset_peak_memory()
     rule = None
     if activations:
-        ranges = None if info.folder is None else QuantizedModelPaths(info.folder).activations
-        if ranges is None or not os.path.lexists(ranges):
+        if info.folder is None or not os.path.lexists(ranges := QuantizedModelPaths(info.folder).activations):
             raise OptionError(
-                f"--activations: {info.version} has no activations.json, which stage 5 writes: {EXPORT} --activations a8"
+                f"--activations: {info.version} has no activations.json, which stage 5 writes: "
+                f"{EXPORT} --activations a8"
             )
         rule = rule_of_export(read_activations(info.folder), ranges)
     use_t5 = info.use_t5 if plan.use_t5 is None else plan.use_t5
@@ -110,7 +118,10 @@ def draw(
     pipeline: Pipeline, info: ModelInfo, plan: Plan, rule: ActivationRule | None, paths: DrawingPaths, compared: bool,
     bar: ProgressBar,
 ) -> Drawing:  # fmt: skip
-    """Draw every prompt and write each picture as it is finished. A short last batch is filled up with its last image."""
+    """Draw every prompt with one model, and write each picture when it is finished.
+
+    A short last batch is filled up with its last image. compared: the pictures are those of the second model of a pair.
+    """
     images: list[np.ndarray] = []
     needs = needs_of(pipeline, plan.latent_size, plan.batch_size, plan.cfg_weight > 0, plan.num_steps + 1)
     together = refuse_too_large(pipeline, needs, plan.batch_size, ("--batch-size", "--no-t5", "--latent-size"))
@@ -134,24 +145,26 @@ def draw(
             images.append(np.asarray(picture))
             bar.update()
         marks.append(time.perf_counter())
-    seconds = np.diff(marks)[1:] if len(marks) > 2 else np.diff(marks)  # the first compiles what a GPU needs
-    simulated = None if rule is None else f"A{rule.exported()['bits']}"
+    seconds = np.diff(marks)[1:] if len(marks) > 2 else np.diff(marks)  # the first batch compiles a GPU's kernels
+    exported = None if rule is None else rule.exported()  # a rule that was read from an export can be exported
+    simulated = None if exported is None else f"A{exported['bits']}"
     return Drawing(info.version, np.stack(images), seconds.mean() / plan.batch_size, mx.get_peak_memory(), simulated)
 
 
 def chunks_of(plan: Plan, index: int, picture: Image.Image, model: str) -> dict[str, str]:
-    """What an image's PNG says of itself."""
+    """Return the text chunks of an image's PNG. model: the name of the model that drew it."""
     return drawing_chunks(
-        index, plan.prompts[index], plan.negative_prompt, plan.seed + index, plan.num_steps, plan.cfg_weight, picture.size, model
+        index, plan.prompts[index], plan.negative_prompt, plan.seed + index, plan.num_steps, plan.cfg_weight,
+        picture.size, model,
     )  # fmt: skip
 
 
 def compare_drawings(first: Drawing, second: Drawing) -> dict[str, np.ndarray]:
-    """PSNR in dB and SSIM of every pair, (N,)."""
+    """Return {"psnr", "ssim", "flip"} of every pair of images, as `image_metrics` does, (N,) each."""
     return image_metrics(second.images, first.images)
 
 
 def transformer_bytes(info: ModelInfo) -> int | None:
-    """Size of the file that the transformer is in; None where it is not here."""
+    """Return the size of the file that holds the transformer, in bytes; None where the file is not here."""
     files = model_files(info, use_t5=False)
     return None if files is None else files["mmdit"].stat().st_size

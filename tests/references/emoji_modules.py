@@ -1,9 +1,9 @@
-"""Velocity and image that PyTorch computes with the bundled model: tests/references/emoji_modules.npz.
+"""Write tests/references/emoji_modules.npz: velocity and image that PyTorch computes with the bundled model.
 
     pip install -r models/sd3-emoji/training/requirements.txt
     python tests/references/emoji_modules.py        # from the repository's root
 
-The modules are those that models/sd3-emoji was trained with: an implementation beside DiffusionKit's.
+The modules are those that models/sd3-emoji was trained with, an implementation of its own beside DiffusionKit's.
 """
 
 import sys
@@ -26,7 +26,7 @@ SIGMA = 0.7
 
 
 def weights(part: str) -> dict[str, torch.Tensor]:
-    """Read float32 weights of the bundled model as PyTorch has them: channels first."""
+    """Read the float32 weights of one part of the bundled model, with channels first, as PyTorch has them."""
     tensors = load_file(ROOT / f"models/sd3-emoji/{part}.safetensors")
     tensors = {name: t.float().permute(0, 3, 1, 2) if t.ndim == 4 else t.float() for name, t in tensors.items()}
     if part == "mmdit":

@@ -1,9 +1,9 @@
-"""Token ids that transformers' T5 tokenizer gives for 600 texts: tests/references/t5_tokens.json and spiece.model.
+"""Write tests/references/t5_tokens.json, the token ids of 600 texts by transformers' T5 tokenizer, and spiece.model.
 
     pip install transformers==5.24.0 sentencepiece protobuf
     python tests/references/t5_tokens.py        # from the repository's root
 
-The SentencePiece model is trained here, with the settings of T5's own, which no package brings. transformers 4.46.3
+No package brings T5's own SentencePiece model, so this script trains one with the same settings. transformers 4.46.3
 gives the same ids.
 """
 
@@ -42,7 +42,7 @@ SPECIAL += [
 
 
 def train(texts: list[str]) -> bytes:
-    """Train a Unigram model as T5's: ids 0, 1 and 2 are padding, the end and what is unknown; NFKC."""
+    """Train a Unigram model with T5's settings: ids 0, 1 and 2 are padding, the end and unknown pieces; NFKC."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts), model_writer=model, vocab_size=2000, model_type="unigram", pad_id=0, eos_id=1,

@@ -1,4 +1,4 @@
-"""Bits where they count: the assignment with the least cost under a budget."""
+"""Assign bits to items at the least cost under a budget."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 def allocate(
     costs: Sequence[Mapping[int, float]], sizes: Sequence[int], average_bits: float
 ) -> tuple[list[int], float]:
-    """(bits of each item, proven gap) with the least summed cost at so many bits on average, items weighted by their size.
+    """Return (bits of each item, proven gap): the least summed cost at `average_bits` or fewer, weighted by the sizes.
 
-    costs: what an item costs at each width that it may have. Each item starts at its fewest bits and goes up along the lower
-    convex hull of its costs; steps are taken in the order of cost saved per bit while the budget lasts. That is the optimum
-    of the linear relaxation cut off at the budget, so what the cut lost bounds the distance from the optimum, relative to the
-    assignment's cost: 0 means exact.
+    costs: {width: cost} of each item, for every width that the item may have; sizes: of the items. Each item starts at
+    its fewest bits and goes up along the lower convex hull of its costs; steps are taken in the order of cost saved per
+    bit while the budget lasts. The result is the optimum of the linear relaxation, cut off at the budget. The loss by
+    the cut bounds the distance from the optimum: the gap is this loss relative to the assignment's cost, and 0 means
+    exact.
     """
     chosen = [min(item) for item in costs]
     steps = []  # (cost saved per bit of one unit of size, item, width before, width after)

@@ -1,4 +1,4 @@
-"""What a bit-width costs an activation, and where it is clipped best: from histograms and moments. NumPy."""
+"""Compute from histograms and moments the noise of a bit-width, and the best clipping range of an activation. NumPy."""
 
 import math
 from collections.abc import Sequence
@@ -7,15 +7,15 @@ import numpy as np
 
 
 def levels(bits: int) -> int:
-    """Positive levels of a symmetric grid: 127 for 8 bits, 31 for 6, 7 for 4."""
+    """Return the number of positive levels of a symmetric grid: 127 for 8 bits, 31 for 6, 7 for 4."""
     return 2 ** (bits - 1) - 1
 
 
 def outlier_multipliers(reach: np.ndarray, threshold: float) -> tuple[np.ndarray, float]:
-    """TaQ-DiT's migration: per channel m_c = max(1, round(s_c / s)) (channels,) int64, and s.
+    """Return the multipliers of TaQ-DiT's migration, m_c = max(1, round(s_c / s)) (channels,) int64, and s.
 
-    reach (channels,) is s_c, the clipping range of each channel; channels above threshold × the median range are
-    outliers, s is the largest range of the others. x / m is quantized with one scale, and W takes W·m.
+    reach (channels,): s_c, the clipping range of each channel. Channels above threshold × the median range are
+    outliers; s is the largest range of the others. x / m is quantized with one scale, and W·m takes the place of W.
     """
     outliers = reach > threshold * np.median(reach)
     normal = float(reach[~outliers].max())
@@ -25,15 +25,14 @@ def outlier_multipliers(reach: np.ndarray, threshold: float) -> tuple[np.ndarray
 
 
 def absolute_histogram(counts: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Histogram of |x| from one of x: counts (n,) float64 and edges (n + 1,), from 0.
+    """Return the histogram of |x| from that of x: counts (n,) float64 and edges (n + 1,), which begin at 0.
 
-    Exact where edges lie symmetrically around 0 (as those of `histogram_grid` do); elsewhere a bin's values are
-    taken as spread evenly.
+    The result is exact where the edges are those of a grid of equal bins with an edge at 0, as `histogram_grid` gives;
+    elsewhere the values of a bin are taken as spread evenly.
     """
     zero = int(np.searchsorted(edges, 0.0))
-    if (
-        0 < zero < edges.size and edges[zero] == 0 and edges[1] - edges[0] == edges[-1] - edges[-2]
-    ):  # grids of this toolkit
+    on_own_grid = 0 < zero < edges.size and edges[zero] == 0 and edges[1] - edges[0] == edges[-1] - edges[-2]
+    if on_own_grid:
         width = max(zero, counts.size - zero)
         folded = np.zeros(width)
         folded[: counts.size - zero] = counts[zero:]
@@ -46,10 +45,10 @@ def absolute_histogram(counts: np.ndarray, edges: np.ndarray) -> tuple[np.ndarra
 
 
 def histogram_percentile(counts: np.ndarray, edges: np.ndarray, fraction: float) -> float:
-    """np.percentile(x, 100·fraction) from the histogram of x, at most one bin's width off.
+    """Estimate np.percentile(x, 100·fraction) from the histogram of x, with an error of at most one bin's width.
 
-    As np.percentile does, takes the two order statistics around position fraction·(n − 1) and interpolates; each
-    is known to lie in its bin, and is placed there as if the bin's values were spread evenly.
+    The function takes the two order statistics around position fraction·(n − 1) and interpolates, as np.percentile
+    does. Each of them lies in a known bin, and is placed there as if the bin's values were spread evenly.
     """
     cumulative = np.cumsum(counts)
     position = fraction * (int(cumulative[-1]) - 1)
@@ -61,10 +60,10 @@ def histogram_percentile(counts: np.ndarray, edges: np.ndarray, fraction: float)
 
 
 def centred_histogram(counts: np.ndarray, edges: np.ndarray, shift: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Histogram of x − shift from that of x (equal bins) and the shifts (channels,), taken as independent.
+    """Return the histogram of x − shift from that of x (equal bins) and the shifts (channels,), taken as independent.
 
-    Returns counts (2·bins,) float64 and edges (2·bins + 1,). The histogram does not say which channel a value is of:
-    most of a post-GELU tensor lies near 0 in every channel, so that x − shift spreads as −shift does.
+    Returns counts (2·bins,) float64 and edges (2·bins + 1,). The histogram does not say which channel a value belongs
+    to. Most of a post-GELU tensor lies near 0 in every channel, so x − shift spreads as −shift does.
     """
     width = (edges[-1] - edges[0]) / counts.size
     bins = np.floor(-shift.astype(np.float64) / width).astype(np.int64)
@@ -75,11 +74,11 @@ def centred_histogram(counts: np.ndarray, edges: np.ndarray, shift: np.ndarray) 
 
 
 def expected_noise(counts: np.ndarray, edges: np.ndarray, ranges: Sequence[float], bits: Sequence[int]) -> np.ndarray:
-    """Mean squared error of x̂ = Δ·clip(round(x / Δ), −n, n), Δ = range / n, n = 2^(bits−1) − 1, from x's histogram.
+    """Return the mean squared error of x̂ = Δ·clip(round(x / Δ), −n, n), from the histogram of x: (bits,) float64.
 
-    For each of the ranges and bits, which belong together; float64 (bits,). A bin's values are taken as spread evenly
-    over it; the integral of the error over a bin is exact then, for rounding (a cubic in the distance to the nearest
-    level) as for clipping.
+    Δ = range / n, and n = 2^(bits−1) − 1. ranges and bits belong together, one by one. The values of a bin are taken as
+    spread evenly over the bin; the integral of the error over a bin is then exact, for rounding (a cubic in the
+    distance to the nearest level) and for clipping.
     """
     widths = edges[1:] - edges[:-1]
     density = counts / (widths * counts.sum())
@@ -95,9 +94,10 @@ def expected_noise(counts: np.ndarray, edges: np.ndarray, ranges: Sequence[float
 def expected_sqnrs(
     counts: np.ndarray, edges: np.ndarray, ranges: Sequence[float], bits: Sequence[int], shift: np.ndarray | None = None
 ) -> tuple[float, ...]:
-    """Signal-to-quantization-noise ratio in dB at each bit-width: 10·log10(E[x²] / E[(x − x̂)²]), from x's histogram.
+    """Return the signal-to-quantization-noise ratio in dB at each bit-width, from the histogram of x.
 
-    With a shift (channels,) x − shift is quantized, and ranges are its.
+    The ratio is 10·log10(E[x²] / E[(x − x̂)²]). With a shift (channels,) the quantizer sees x − shift, and the ranges
+    are clipping ranges of x − shift.
     """
     power = mean_square(counts, edges)
     if shift is not None:
@@ -107,34 +107,36 @@ def expected_sqnrs(
 
 
 def mean_square(counts: np.ndarray, edges: np.ndarray) -> float:
-    """E[x²] from x's histogram."""
+    """Return E[x²], from the histogram of x, whose values are taken as spread evenly over their bins."""
     low, high = edges[:-1], edges[1:]
     return float(counts @ (low * low + low * high + high * high)) / (3 * float(counts.sum()))
 
 
 def clipping_weight(bits: int) -> float:
-    """How much worse an error by clipping is than one of equal energy by rounding.
+    """Return the weight of an error by clipping, relative to an error of equal energy by rounding.
 
-    Rounding errors differ from token to token and channel to channel and average out in a matrix product; those of clipping
-    come back in the same channels and tokens (the first text token is the same in every prompt). At 8 bits, where there is
-    little to win, clipping must be worth it 64 times over: with a weight of 1 the worst layer of sd3-emoji loses 5.8 dB
-    of its output's SQNR on held-out images against the full range, with 64 0.4 dB. Below 8 bits energy decides.
+    Rounding errors differ from token to token and from channel to channel, and average out in a matrix product. Errors
+    by clipping come back in the same channels and tokens (the first text token is the same in every prompt). At 8 bits,
+    where there is little to win, clipping must pay 64 times over: with a weight of 1 the worst layer of sd3-emoji loses
+    5.8 dB of its output's SQNR on held-out images against the full range, with a weight of 64 it loses 0.4 dB. Below 8
+    bits the energy of the error decides, and the weight is 1.
     """
     return 64.0 if bits == 8 else 1.0
 
 
 def histogram_clipping_ranges(counts: np.ndarray, edges: np.ndarray, bits: Sequence[int]) -> np.ndarray:
-    """(bits,): the clipping range with the least expected noise.
+    """Return the clipping range with the least expected noise at each bit-width, (bits,).
 
-    The noise of range t is t² / (12·n²) + w·E[max(0, |x| − t)²], n = 2^(bits−1) − 1: evenly spread rounding errors and
-    what clipping costs (as in ACIQ, Banner et al. 2019; w: `clipping_weight`). Every edge of the histogram of |x| is tried.
+    The noise of range t is t² / (12·n²) + w·E[max(0, |x| − t)²], n = 2^(bits−1) − 1: evenly spread rounding errors plus
+    the cost of clipping (as in ACIQ, Banner et al. 2019), w = `clipping_weight`. The search tries every edge of the
+    histogram of |x|.
     """
     inside, magnitudes = absolute_histogram(counts, edges)
     filled = int(np.flatnonzero(inside)[-1]) + 1
     inside, ranges = inside[:filled], magnitudes[1 : filled + 1]
     centres = (magnitudes[:filled] + ranges) / 2
     first, second = inside * centres, inside * centres * centres
-    clipping = (  # of what lies beyond each range
+    clipping = (  # E[max(0, |x| − t)²] for every range t, from the moments of the bins beyond t
         (second.sum() - second.cumsum())
         - 2 * ranges * (first.sum() - first.cumsum())
         + ranges * ranges * (inside.sum() - inside.cumsum())
@@ -146,7 +148,7 @@ def histogram_clipping_ranges(counts: np.ndarray, edges: np.ndarray, bits: Seque
 
 
 def clipping_fraction(counts: np.ndarray, edges: np.ndarray, bits: Sequence[int]) -> np.ndarray:
-    """(bits,): `histogram_clipping_ranges` as a fraction of the largest |x|."""
+    """Return `histogram_clipping_ranges` as fractions of the largest |x|, (bits,)."""
     inside, magnitudes = absolute_histogram(counts, edges)
     return histogram_clipping_ranges(counts, edges, bits) / magnitudes[int(np.flatnonzero(inside)[-1]) + 1]
 
@@ -155,36 +157,39 @@ def unmigrated_clipping_ranges(
     histogram: tuple[np.ndarray, np.ndarray] | None, shift: np.ndarray | None, reach: np.ndarray,
     power: np.ndarray | None, bits: Sequence[int],
 ) -> np.ndarray:  # fmt: skip
-    """(bits,): where x − shift is clipped: where that costs least, judged on what is quantized.
+    """Return the clipping range of x − shift that costs least at each bit-width, (bits,); no outlier is migrated.
 
-    histogram: (counts, edges) of x; without a shift it is exact. With one, that of x − shift follows from it and the shifts; a
-    channel whose range comes from a few tokens has its ordinary ones at −shift, so no range is below the root mean square
-    of any channel's x − shift (power, (channels,): E[(x − shift)²]). Where histogram or moments are missing the full
-    range stays: reach (channels,), the largest |x − shift| of any image.
+    histogram: (counts, edges) of x, which is exact without a shift. With a shift (channels,), the histogram of x −
+    shift follows from `centred_histogram`. A channel whose range comes from a few tokens has its ordinary values at
+    −shift; therefore no range is below the root mean square of any channel's x − shift (power (channels,): E[(x −
+    shift)²]). Without a histogram, and with a shift but no power, the result is the full range, the largest of reach
+    (channels,): max |x − shift| over all images.
     """
     full = float(reach.max())
-    if histogram is None or full == 0 or (shift is not None and power is None):
+    if histogram is None or full == 0:
         return np.full(len(bits), full)
     if shift is None:
         return full * clipping_fraction(*histogram, bits)
+    if power is None:
+        return np.full(len(bits), full)
     ranges = histogram_clipping_ranges(*centred_histogram(*histogram, shift), bits)
     return np.clip(ranges, float(np.sqrt(power.max())), full)
 
 
-CANDIDATES = np.linspace(0.3, 1.0, 71)  # of the full range
+CANDIDATES = np.linspace(0.3, 1.0, 71)  # clipping ranges that are tried, as fractions of the full range
 
 
 def channel_clipping_range(
     reach: np.ndarray, power: np.ndarray | None, multipliers: np.ndarray | int, bits: Sequence[int]
 ) -> np.ndarray:
-    """(bits,): clipping ranges of z = (x − shift) / m that cost no more than the full one, from moments per channel.
+    """Return the clipping ranges of z = (x − shift) / m that cost no more than the full range, from moments: (bits,).
 
-    reach (channels,): largest |x − shift| of any image; power (channels,): E[(x − shift)²] over all tokens, None where it is
-    not known (then the full range stays); multipliers: m, (channels,) or 1. What clipping at t costs a channel is bounded
-    without knowing its distribution: E[max(0, |z| − t)²] ≤ (1 − t / r)²·E[z²] for |z| ≤ r. A channel whose range comes
-    from a few tokens has its ordinary ones at −shift, so that E[z²] is near r² and the bound is what is lost; a rare
-    excursion gives a small E[z²]. The range chosen has the least sum of rounding noise t² / (12·n²) and this bound (times
-    `clipping_weight`), both in units of x (times m²). A channel that ranges below t is not clipped at all.
+    reach (channels,): the largest |x − shift| of any image; power (channels,): E[(x − shift)²] over all tokens, or
+    None, and then the full range stays; multipliers: m, (channels,) or 1. The cost of clipping a channel at t has a
+    bound that needs no distribution: E[max(0, |z| − t)²] ≤ (1 − t / r)²·E[z²] for |z| ≤ r. A channel whose range comes
+    from a few tokens has its ordinary values at −shift, so E[z²] is near r² and the bound is near the true loss; a rare
+    excursion gives a small E[z²]. The chosen range has the least sum of rounding noise t² / (12·n²) and this bound
+    times `clipping_weight`, both in units of x (times m²). A channel that ranges below t is not clipped at all.
     """
     m = np.broadcast_to(np.asarray(multipliers, np.float64), reach.shape)
     r = reach / m

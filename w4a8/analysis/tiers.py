@@ -1,4 +1,4 @@
-"""Stage 3A': 4, 6 or 8 bits for every layer and step. NumPy."""
+"""Stage 3A': choose 4, 6 or 8 bits for every layer and step. NumPy."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,38 +20,51 @@ from w4a8.options import TierOptions
 
 @dataclass
 class Decision:
-    """The bits of one layer at one step, and why."""
+    """The ranges and the bits of one layer at one step, and the reason for the bits."""
 
-    scale: float
-    shift: np.ndarray | None  # (channels,) float32
-    shifted_scale: float | None
+    scale: float  # range of x
+    shift: np.ndarray | None  # (channels,) float32, post-GELU layers
+    shifted_scale: float | None  # range of x − shift
     ranges: list[float]  # clipping range at 4, 6 and 8 bits
-    sqnr: tuple[float, ...] | None  # expected dB at 4, 6 and 8 bits
+    sqnr: tuple[float, ...] | None  # expected dB at 4, 6 and 8 bits; None where the policy does not need them
     power: float = 0.0  # E[x²], where sqnr is known
     bits: int = 8
     reason: str = ""
 
+    def expected_sqnr(self, bits: int) -> float:
+        """Return the expected SQNR in dB at 4, 6 or 8 bits, of a layer that was measured with it."""
+        assert self.sqnr is not None
+        return self.sqnr[TIER_BITS.index(bits)]
+
 
 def measure_layer(layer: LayerStatistics, with_sqnr: bool) -> Decision:
-    """A layer's ranges at one step, and its expected SQNR at every tier. Raises ValueError without a histogram."""
+    """Return a layer's ranges at one step, its bits still open.
+
+    with_sqnr: compute the expected SQNR at 4, 6 and 8 bits, too. Raises ValueError where that needs a histogram that
+    the statistics lack.
+    """
     shift = None if layer.shift is None else np.array(layer.shift, np.float32)
     shifted_scale = None if shift is None else float(layer.reach().max()) or DEAD_SCALE
-    ranges = unmigrated_clipping_ranges(layer.histogram, shift, layer.full_reach(), layer.centred_power(), TIER_BITS)
-    ranges = [float(found) or DEAD_SCALE for found in ranges]
+    found = unmigrated_clipping_ranges(layer.histogram, shift, layer.full_reach(), layer.centred_power(), TIER_BITS)
+    ranges = [float(clipping_range) or DEAD_SCALE for clipping_range in found]
     sqnr, power = None, 0.0
     if with_sqnr:
-        if layer.counts is None:
+        if layer.histogram is None:
             raise ValueError("--policy sqnr needs hist_counts and hist_edges, which the statistics lack")
-        sqnr = expected_sqnrs(layer.counts, layer.edges, ranges, TIER_BITS, shift)
-        power = mean_square(layer.counts, layer.edges)
+        sqnr = expected_sqnrs(*layer.histogram, ranges, TIER_BITS, shift)
+        power = mean_square(*layer.histogram)
     return Decision(layer.tensor_absmax() or DEAD_SCALE, shift, shifted_scale, ranges, sqnr, power)
 
 
 def measure_steps(statistics: ActivationStatistics, with_sqnr: bool) -> dict[str, dict[str, Decision]]:
-    """{step key: {layer: Decision}}, bits still open. Raises StoreError that names file and layer."""
-    steps = {}
+    """Return {step key: {layer: Decision}}, bits still open. Raises StoreError that names file and layer.
+
+    with_sqnr: as for `measure_layer`.
+    """
+    steps: dict[str, dict[str, Decision]] = {}
     for key in statistics.step_keys:
-        steps[key], seen = {}, {}
+        steps[key] = {}
+        seen: dict[tuple[bytes, bytes], Decision] = {}
         for name, layer in statistics.read_step(key).items():
             same_input = (layer.avg_min.tobytes(), layer.avg_max.tobytes())  # q, k and v of a stream share theirs
             try:
@@ -63,7 +76,10 @@ def measure_steps(statistics: ActivationStatistics, with_sqnr: bool) -> dict[str
 
 
 def decide_by_threshold(decisions: list[Decision], plain: tuple[float, float], shifted: tuple[float, float]) -> None:
-    """A4 below the first threshold, A6 below the second, A8 from there; `shifted` for post-GELU layers."""
+    """Choose A4 below the first threshold, A6 below the second, and A8 from there.
+
+    plain: the two thresholds for the scale; shifted: those for the shifted scale of post-GELU layers.
+    """
     for decision in decisions:
         a4, a6 = plain if decision.shifted_scale is None else shifted
         what = "scale" if decision.shifted_scale is None else "shifted scale"
@@ -77,49 +93,50 @@ def decide_by_threshold(decisions: list[Decision], plain: tuple[float, float], s
 
 
 def decide_by_sqnr(decisions: list[Decision], min_sqnr: float) -> None:
-    """The fewest bits whose expected SQNR reaches min_sqnr (dB); 8 where none does."""
+    """Choose the fewest bits whose expected SQNR reaches min_sqnr (dB), and 8 where none does."""
     for decision in decisions:
-        reaching = [bits for bits, sqnr in zip(TIER_BITS, decision.sqnr, strict=True) if sqnr >= min_sqnr]
+        reaching = [bits for bits in TIER_BITS if decision.expected_sqnr(bits) >= min_sqnr]
         decision.bits = reaching[0] if reaching else TIER_BITS[-1]
-        reached = decision.sqnr[TIER_BITS.index(decision.bits)]
+        reached = decision.expected_sqnr(decision.bits)
         decision.reason = f"expected SQNR {reached:.1f} dB {'>=' if reaching else '<'} {min_sqnr:g}"
 
 
 def decide_by_average(decisions: list[Decision], average_bits: float, gains: Sequence[float] | None = None) -> float:
-    """The assignment with the least summed noise under a budget of bits (`allocate`); returns its proven gap.
+    """Choose the bits with the least summed noise under a budget of average bits; return the proven gap of `allocate`.
 
-    Noise is relative to the signal; with gains, one a decision, it is what the model's output loses: gain × E[(x − x̂)²].
+    Noise is E[(x − x̂)²] / E[x²]. With gains, one for each decision, the noise is gain × E[(x − x̂)²], the loss of the
+    model's output.
     """
     weights = [1.0] * len(decisions) if gains is None else [g * d.power for g, d in zip(gains, decisions, strict=True)]
     costs = [
-        {bits: weight * 10 ** (-sqnr / 10) for bits, sqnr in zip(TIER_BITS, decision.sqnr, strict=True)}
+        {bits: weight * 10 ** (-decision.expected_sqnr(bits) / 10) for bits in TIER_BITS}
         for decision, weight in zip(decisions, weights, strict=True)
     ]
     chosen, gap = allocate(costs, [1] * len(decisions), average_bits)
     for decision, bits in zip(decisions, chosen, strict=True):
         decision.bits = bits
-        reached = decision.sqnr[TIER_BITS.index(bits)]
+        reached = decision.expected_sqnr(bits)
         what = "" if gains is None else ", by what the output loses"
         decision.reason = f"expected SQNR {reached:.1f} dB, {average_bits:g} bits on average{what}"
     return gap
 
 
 def tier_config_steps(steps: dict[str, dict[str, Decision]]) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
-    """`per_timestep` of the config, a step at a time."""
+    """Yield the config's `per_timestep`, one (step key, {layer: entry}) at a time."""
     for key, layers in steps.items():
-        entries = {}
+        entries: dict[str, dict[str, Any]] = {}
         for name, decision in layers.items():
             entries[name] = {"bits": decision.bits, "scale": decision.scale, "reason": decision.reason}
             if decision.shift is not None:
                 entries[name] |= {"shift": decision.shift, "shifted_scale": decision.shifted_scale}
             entries[name]["clipping_range"] = decision.ranges[TIER_BITS.index(decision.bits)]
             if decision.sqnr is not None:
-                entries[name]["expected_sqnr"] = decision.sqnr[TIER_BITS.index(decision.bits)]
+                entries[name]["expected_sqnr"] = decision.expected_sqnr(decision.bits)
         yield key, entries
 
 
 def tier_temporal_analysis(steps: dict[str, dict[str, Decision]]) -> dict[str, dict[str, Any]]:
-    """Per layer: how many steps have which bits, and the steps at which they change."""
+    """Return each layer's number of steps at each tier, the steps at which its bits change, and its average bits."""
     layers: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(name for step in steps.values() for name in step):
         bits = {key: layer[name].bits for key, layer in steps.items() if name in layer}
@@ -133,7 +150,10 @@ def tier_temporal_analysis(steps: dict[str, dict[str, Decision]]) -> dict[str, d
 
 
 def summarize_tiers(steps: dict[str, dict[str, Decision]], temporal: dict[str, dict]) -> dict[str, Any]:
-    """The config's `summary`: average bits, shares by kind of layer and third of the schedule, what switches."""
+    """Return the config's `summary`: average bits, shares by kind of layer and by third of the schedule.
+
+    temporal: the result of `tier_temporal_analysis`.
+    """
     rows: dict[str, list[int]] = {}
     for position, layers in enumerate(steps.values()):
         third = ("first third", "middle third", "last third")[position * 3 // len(steps)]
@@ -160,9 +180,10 @@ def decide(
     sigma_map: Mapping[str, float],
     sensitivity: Mapping | None,
 ) -> None:
-    """Set bits and reason of every decision as the policy says; the policy gains what it proves.
+    """Set bits and reason of every decision as the policy says.
 
-    sensitivity: of the model's output (calibration_store.sensitivity), for the policy of that name.
+    policy: the result of `check_policy`; under a budget of average bits the function adds its `optimality_gap`.
+    sensitivity: that of the model's output (`calibration_store.sensitivity`), for the policy of this name, else None.
     """
     decisions = [decision for layers in steps.values() for decision in layers.values()]
     if sensitivity is not None:
@@ -183,7 +204,10 @@ THRESHOLDS = ("a4_threshold", "a6_threshold", "shifted_a4_threshold", "shifted_a
 
 
 def check_policy(options: TierOptions) -> dict[str, Any]:
-    """Return the chosen policy as the config's `thresholds`. Raises OptionError for options that contradict each other."""
+    """Return the chosen policy, which the config notes as `thresholds`.
+
+    Raises OptionError for options that contradict each other.
+    """
     policy, min_sqnr, average_bits = options.policy, options.min_sqnr, options.average_bits
     thresholds = {name: getattr(options, name) for name in THRESHOLDS}
     if policy == "threshold":

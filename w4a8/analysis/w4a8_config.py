@@ -1,4 +1,4 @@
-"""Stage 3A: scales, shifts, outlier migration and clipping ranges from statistics (TaQ-DiT). NumPy."""
+"""Stage 3A: compute scales, shifts, outlier migration and clipping ranges from statistics (TaQ-DiT). NumPy."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,57 +17,74 @@ from w4a8.analysis.clipping_ranges import (
     unmigrated_clipping_ranges,
 )
 
-DEAD_SCALE = 1.0  # of a layer that saw nothing but zeros: any positive range is exact
+DEAD_SCALE = 1.0  # the scale of a layer that saw nothing but zeros, for which any positive range is exact
 
 
 @dataclass
 class LayerStep:
-    """One layer at one step: what the config says of it, and what that follows from."""
+    """One layer at one step: the values that the config notes, and the figures that they follow from."""
 
-    scale: float
-    shift: np.ndarray | None  # (channels,) float32
-    shifted_scale: float | None
+    scale: float  # range of x
+    shift: np.ndarray | None  # (channels,) float32, post-GELU layers
+    shifted_scale: float | None  # range of x − shift
     reach: np.ndarray  # (channels,) float32: largest |x − shift| of all images
     power: np.ndarray | None  # (channels,) float32: E[(x − shift)²]
-    unmigrated_range: float  # where x − shift is clipped
+    unmigrated_range: float  # clipping range of x − shift
+
+    def largest_shift(self) -> float:
+        """Return max |shift| over the channels of a layer that has a shift."""
+        assert self.shift is not None
+        return float(np.abs(self.shift).max())
 
 
 def describe_layer(layer: LayerStatistics, use_hist_p999: bool) -> LayerStep:
-    """The ranges of one layer at one step. Raises ValueError when a percentile is asked for and cannot be had."""
-    scale, shifted_scale, shift = layer.tensor_absmax(), None, None
-    if layer.shift is not None:
-        shifted_scale, shift = float(layer.reach().max()), np.array(layer.shift, np.float32)
+    """Return the ranges of one layer at one step.
+
+    use_hist_p999: take 99.9th percentiles instead of extremes. Raises ValueError where the statistics do not give them.
+    """
+    shift = None if layer.shift is None else np.array(layer.shift, np.float32)
     reach, power = layer.full_reach().astype(np.float32), layer.centred_power()
     unmigrated = float(unmigrated_clipping_ranges(layer.histogram, shift, reach, power, [8])[0]) or DEAD_SCALE
-    if use_hist_p999:
-        scale, shifted_scale = percentile_ranges(layer, shifted_scale)
+    scale, shifted_scale = percentile_ranges(layer) if use_hist_p999 else absolute_ranges(layer)
     power = None if power is None else power.astype(np.float32)
     return LayerStep(scale or DEAD_SCALE, shift, shifted_scale, reach, power, unmigrated)
 
 
-def percentile_ranges(layer: LayerStatistics, shifted_absmax: float | None) -> tuple[float, float | None]:
-    """The 99.9th percentiles of |x| and, after a shift, of |x − shift| (from the histogram of x and the shifts)."""
+def absolute_ranges(layer: LayerStatistics) -> tuple[float, float | None]:
+    """Return the largest |x| and, for a layer with a shift, the largest |x − shift|."""
+    return layer.tensor_absmax(), None if layer.shift is None else float(layer.reach().max())
+
+
+def percentile_ranges(layer: LayerStatistics) -> tuple[float, float | None]:
+    """Return the 99.9th percentile of |x| and, for a layer with a shift, that of |x − shift|.
+
+    The percentile of |x − shift| follows from the histogram of x and the shifts. Raises ValueError without a histogram.
+    """
     known = layer.entry.get("hist_p999")
-    if layer.counts is None and (known is None or layer.shift is not None):
+    if known is not None and layer.shift is None:
+        return float(known), None
+    if layer.histogram is None:
         raise ValueError("--use-hist-p999 needs hist_counts and hist_edges, which the statistics lack; leave it out")
-    scale = known if known is not None else histogram_percentile(*absolute_histogram(layer.counts, layer.edges), 0.999)
+    scale = known if known is not None else histogram_percentile(*absolute_histogram(*layer.histogram), 0.999)
     if layer.shift is None:
         return float(scale), None
-    centred = absolute_histogram(*centred_histogram(layer.counts, layer.edges, layer.shift))
+    centred = absolute_histogram(*centred_histogram(*layer.histogram, layer.shift))
     shifted = histogram_percentile(*centred, 0.999)
-    if layer.moments is not None:  # where ordinary tokens lie must not be cut off, whatever the pooled histogram says
+    if layer.moments is not None:  # the mean of a channel must not be cut off, whatever the pooled histogram says
         shifted = max(shifted, float(np.abs(layer.moments[0] - layer.shift).max()))
-    return float(scale), min(shifted_absmax, shifted)
+    return float(scale), min(float(layer.reach().max()), shifted)
 
 
 def describe_steps(
     statistics: ActivationStatistics, use_hist_p999: bool
 ) -> tuple[dict[str, dict[str, LayerStep]], dict[str, np.ndarray]]:
-    """Every layer at every step, {step key: {layer: LayerStep}}, and each layer's widest average reach, (channels,).
+    """Describe every layer at every step: return {step key: {layer: LayerStep}} and {layer: widest average reach}.
 
-    Raises StoreError that names file and layer.
+    The widest average reach (channels,) float64 is the largest, over the steps, of max |x − shift| between the average
+    minimum and maximum. Raises StoreError that names file and layer.
     """
-    steps, widest = {}, {}
+    steps: dict[str, dict[str, LayerStep]] = {}
+    widest: dict[str, np.ndarray] = {}
     for key in statistics.step_keys:
         layers = statistics.read_step(key)
         steps[key] = {}
@@ -82,7 +99,7 @@ def describe_steps(
 
 
 def refuse_other_layers(statistics: ActivationStatistics, key: str, layers: dict, steps: dict) -> None:
-    """Raise StoreError when a layer has other channels, or no shift where it has one, at a step before this one."""
+    """Raise StoreError for a layer that has other channels than at a step before, or a shift at only one of both."""
     for name, layer in layers.items():
         before = next((step[name] for step in steps.values() if name in step), None)
         if before is None:
@@ -95,11 +112,12 @@ def refuse_other_layers(statistics: ActivationStatistics, key: str, layers: dict
 
 
 def migrate_outliers(widest: dict[str, np.ndarray], threshold: float) -> dict[str, dict[str, Any]]:
-    """TaQ-DiT's migration of outlier channels, for every layer that has any: `outlier_config`.
+    """Return the config's `outlier_config`: TaQ-DiT's migration for every layer that has outlier channels.
 
-    widest: each layer's widest range per channel over all steps, as W·m has to be one matrix for all of them.
+    widest: each layer's widest range per channel over all steps, since W·m has to be one matrix for all steps.
+    threshold: a channel above threshold × the median range is an outlier.
     """
-    outlier_config = {}
+    outlier_config: dict[str, dict[str, Any]] = {}
     for name, reach in widest.items():
         multipliers, normal = outlier_multipliers(reach, threshold)
         if (multipliers > 1).any():
@@ -115,11 +133,11 @@ def migrate_outliers(widest: dict[str, np.ndarray], threshold: float) -> dict[st
 def config_steps(
     steps: dict[str, dict[str, LayerStep]], outlier_config: dict[str, dict], use_hist_p999: bool
 ) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
-    """`per_timestep` of the config, a step at a time."""
+    """Yield the config's `per_timestep`, one (step key, {layer: entry}) at a time."""
     for key, layers in steps.items():
         entries = {}
         for name, layer in layers.items():
-            entry = {"bits": 8, "scale": layer.scale}
+            entry: dict[str, Any] = {"bits": 8, "scale": layer.scale}
             if layer.shift is not None:
                 entry |= {"shift": layer.shift, "shifted_scale": layer.shifted_scale or DEAD_SCALE}
             if use_hist_p999:
@@ -135,7 +153,11 @@ def config_steps(
 
 
 def temporal_analysis(steps: dict[str, dict[str, LayerStep]], sigmas: dict[str, float]) -> dict[str, dict[str, Any]]:
-    """Per layer: mean, minimum and maximum over the steps of its scale and its largest shift, and its widest steps."""
+    """Return how each layer's scale and shift move along the schedule: {layer: entry of layer_temporal_analysis.json}.
+
+    An entry has mean, minimum and maximum of the scale over the steps, the three steps with the largest scale, and for
+    a layer with a shift mean, minimum and maximum of the largest |shift|. sigmas: {step key: sigma}.
+    """
     layers: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(name for step in steps.values() for name in step):
         keys = [key for key in steps if name in steps[key]]
@@ -147,23 +169,26 @@ def temporal_analysis(steps: dict[str, dict[str, LayerStep]], sigmas: dict[str, 
             "widest_sigmas": [sigmas[keys[i]] for i in order],
         }
         if steps[keys[0]][name].shift is not None:
-            shifts = np.array([np.abs(steps[key][name].shift).max() for key in keys], np.float64)
+            shifts = np.array([steps[key][name].largest_shift() for key in keys], np.float64)
             layers[name]["shift_absmax"] = summarize(shifts)
     return layers
 
 
 def summarize(values: np.ndarray) -> dict[str, float]:
-    """Mean, minimum and maximum."""
+    """Return mean, minimum and maximum of values (n,)."""
     return {"mean": float(values.mean()), "min": float(values.min()), "max": float(values.max())}
 
 
 def summarize_config(
     steps: dict[str, dict[str, LayerStep]], temporal: dict[str, dict], outlier_config: dict[str, dict]
 ) -> dict[str, Any]:
-    """The config's `summary`: counts, scales over all layers and steps, what shift and migration gain."""
+    """Return the config's `summary`: counts, the scales over all layers and steps, and gains by shift and migration.
+
+    temporal: the result of `temporal_analysis`; outlier_config: the result of `migrate_outliers`.
+    """
     entries = [layer for layers in steps.values() for layer in layers.values()]
     scales = np.array([layer.scale for layer in entries])
-    shifted = np.array([layer.shifted_scale / layer.scale for layer in entries if layer.shift is not None])
+    shifted = np.array([layer.shifted_scale / layer.scale for layer in entries if layer.shifted_scale is not None])
     widest = max(temporal, key=lambda name: temporal[name]["scale"]["max"])
     return {
         "num_steps": len(steps),
@@ -183,7 +208,7 @@ FIGURES = ("scale_over_sigma.png", "scale_map.png", "shift_map.png")
 
 
 def figure_names(steps: dict[str, dict[str, LayerStep]]) -> tuple[str, ...]:
-    """The figures of `--plot`; the last one where layers that every step has are shifted."""
+    """Return the file names of the figures of `--plot`; the last one is for layers with a shift that every step has."""
     first, *others = steps.values()
     shifted = any(layer.shift is not None for name, layer in first.items() if all(name in step for step in others))
     return FIGURES if shifted else FIGURES[:2]

@@ -1,4 +1,4 @@
-"""Sample every variant: same prompts, same seeds, whatever is quantized."""
+"""Stage 4: draw the images of every variant, with the same prompts and the same seeds."""
 
 import contextlib
 import hashlib
@@ -37,8 +37,8 @@ from w4a8.quantized.activation_rules import ActivationRule, inputs_quantized
 
 
 @dataclass(frozen=True)
-class Run:
-    """Prompts, seeds and sampling: the same for every variant."""
+class EvaluationPlan:
+    """Prompts, seeds and sampling, which every variant of an evaluation shares."""
 
     weights_fingerprint: str | None
     dtype: str
@@ -61,15 +61,15 @@ class Run:
 
     @property
     def batches(self) -> list[list[str]]:
-        """Prompts that are sampled together; ranks share them by their numbers."""
+        """Return the prompts in batches, which are sampled together. Ranks share the batches by index."""
         return [self.prompts[begin : begin + self.batch_size] for begin in range(0, len(self.prompts), self.batch_size)]
 
     def images_of(self, rank: SingleProcess) -> int:
-        """How many images of a variant are this rank's."""
+        """Return the number of images of a variant that a rank draws."""
         return sum(len(self.batches[number]) for number in rank.owned_indices(len(self.batches)))
 
     def identity(self, variant: Variant) -> str:
-        """SHA-256 over everything that a variant's images follow from, the content of its files included."""
+        """Return the SHA-256 over everything that a variant's images follow from, the content of its files included."""
         group = None if variant.weights is None else variant.weights.group_size
         parts = [asdict(self), variant.name, group, variant.scale_is, getattr(variant.weights, "way", None)]
         parts += [file_digest(path) for path in variant.sources]
@@ -79,7 +79,12 @@ class Run:
 def choose_prompts(
     manifest: Mapping[str, Any], captions: Path | None, given: list[str] | None, count: int, seed: int
 ) -> tuple[list[str], int]:
-    """(prompts, how many of them the calibration used); by default ones that it did not use."""
+    """Return the prompts to draw, and the number of them that the calibration used.
+
+    captions: the file of a model's own prompts, None for the built-in list; given: the user's prompts, of which the
+    first `count` are taken. Without `given`, `seed` orders the list, and the first `count` prompts that the calibration
+    did not use are taken. Raises OptionError where the list has fewer.
+    """
     used = {image["prompt"] for image in manifest["images"]}
     if given is not None:
         prompts = given[:count]
@@ -93,9 +98,14 @@ def choose_prompts(
 
 
 def load_evaluated(
-    manifest: Mapping[str, Any], location: ModelLocation = UNCHANGED_LOCATION, native: str = AUTO
+    manifest: dict[str, Any], location: ModelLocation = UNCHANGED_LOCATION, native: str = AUTO
 ) -> tuple[Pipeline, ModelInfo, str | None]:
-    """The model to evaluate (by default the calibration's), what is known of it, and its weights' fingerprint."""
+    """Load the model to evaluate; return its pipeline, its description, and the fingerprint of its weights.
+
+    location: another model than the calibration's, or the place where the calibration's model lies now; native: the way
+    to compute with packed weights. Raises ModelError for a model that is not there, and for a calibration's model whose
+    weights have changed.
+    """
     info, checkpoint = describe_run_model(manifest, location)
     checkpoint = checkpoint if info.folder is None else None
     model = location.model
@@ -103,7 +113,12 @@ def load_evaluated(
     if model is None and info.hub_id is None:
         check_fingerprint(manifest, info, checkpoint)
     pipeline = load_pipeline(
-        info, whole_model(choose_dtype(info, manifest["activation_dtype"])), use_t5, checkpoint, lazy=True, native=native
+        info,
+        whole_model(choose_dtype(info, manifest["activation_dtype"])),
+        use_t5,
+        checkpoint,
+        lazy=True,
+        native=native,
     )
     if model is None and info.hub_id is not None:
         check_fingerprint(manifest, info, checkpoint)  # now that its files are in the cache
@@ -111,15 +126,20 @@ def load_evaluated(
 
 
 def plan_evaluation(
-    options: EvaluationOptions, manifest: Mapping[str, Any], info: ModelInfo, fingerprint: str | None, use_t5: bool, prompts: list[str]
-) -> Run:  # fmt: skip
-    """Return the run that every variant shares; what is not given is the calibration's."""
+    options: EvaluationOptions, manifest: Mapping[str, Any], info: ModelInfo, fingerprint: str | None, use_t5: bool,
+    prompts: list[str],
+) -> EvaluationPlan:  # fmt: skip
+    """Return the plan that every variant shares. The calibration's values stand in for options that are not given.
+
+    Latent size, guidance and negative prompt of another model are the model's own. Raises OptionError for a seed that
+    is too large.
+    """
     latent_size, default_cfg, negative = (manifest[key] for key in ("latent_size", "cfg_scale", "negative_prompt"))
-    if fingerprint != manifest["weights_fingerprint"]:  # the manifest says nothing of another model
+    if fingerprint != manifest["weights_fingerprint"]:  # the manifest describes another model
         latent_size, default_cfg, negative = info.latent_size, info.cfg_weight, ""
     cfg_weight = default_cfg if options.cfg_weight is None else options.cfg_weight
     check_seeds(options.seed, len(prompts))
-    return Run(
+    return EvaluationPlan(
         weights_fingerprint=fingerprint,
         dtype=manifest["activation_dtype"],
         use_t5=use_t5,
@@ -135,45 +155,50 @@ def plan_evaluation(
 
 
 def evaluate(
-    pipeline: Pipeline, texts: PromptEncoder, run: Run, paths: EvaluationPaths, variants: Sequence[Variant], resume: bool,
-    ranks: SingleProcess = SINGLE_PROCESS,
+    pipeline: Pipeline, texts: PromptEncoder, plan: EvaluationPlan, paths: EvaluationPaths, variants: Sequence[Variant],
+    resume: bool, ranks: SingleProcess = SINGLE_PROCESS,
 ) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, dict]] | None:  # fmt: skip
-    """Run every variant, the original first: (original images, images and metrics of each variant); None on ranks that only help.
+    """Draw and measure every variant; the first one is the original. Return None on ranks other than 0.
 
-    The original, and with `resume` the others, are taken from an earlier run's file where there is one. Latents are
-    in memory for two variants at a time.
+    Rank 0 gets the original's images (N, H, W, 3) uint8, and {variant: images} and {variant: metrics} of all variants.
+    The original, and with `resume` the others, are taken from an earlier run's file where there is one. Latents are in
+    memory for two variants at a time.
     """
     images, results, original = {}, {}, None
-    total = len(variants) * run.num_steps * len(run.batches)
+    total = len(variants) * plan.num_steps * len(plan.batches)
     with progress_bar(total, "sampling", "step") as bar:
         for variant in variants:
             bar.set_description(variant.name)
-            found = stored_or_sampled(pipeline, texts, run, paths, variant, resume or variant.name == "fp", bar, ranks)
+            found = stored_or_sampled(pipeline, texts, plan, paths, variant, resume or variant.name == "fp", bar, ranks)
             if found is None:
                 continue
             original = found if original is None else original
             images[variant.name] = found["images"]
-            results[variant.name] = describe_variant(run.prompts, run.seed, original, found)
+            results[variant.name] = describe_variant(plan.prompts, plan.seed, original, found)
             bar.n = total * len(results) // len(variants)
     return None if original is None else (original["images"], images, results)
 
 
 def stored_or_sampled(
-    pipeline: Pipeline, texts: PromptEncoder, run: Run, paths: EvaluationPaths, variant: Variant, stored: bool, bar: ProgressBar,
-    ranks: SingleProcess,
+    pipeline: Pipeline, texts: PromptEncoder, plan: EvaluationPlan, paths: EvaluationPaths, variant: Variant,
+    stored: bool, bar: ProgressBar, ranks: SingleProcess,
 ) -> dict[str, np.ndarray] | None:  # fmt: skip
-    """A variant's images and latents, from its file if that may be used, else sampled and written; None on ranks that only help."""
-    identity, arrays = run.identity(variant), None
+    """Return a variant's images and latents as `sample` does: read from its file, or sampled and written to it.
+
+    stored: a file of an earlier run may be used. Returns None on ranks other than 0. Rank 0 removes the variant's files
+    of other plans.
+    """
+    identity, arrays = plan.identity(variant), None
     path = paths.run(variant.name, identity)
     if ranks.rank == 0:
         for old in paths.runs_of(variant.name):
             if old != path:
-                remove_file(old)  # of other parameters or files, or half-written
+                remove_file(old)  # its parameters or files were others, or it is half-written
         if stored and os.path.lexists(path):
-            arrays = read_variant(path, identity, len(run.prompts), run.num_steps + 1, run.latent_size)
+            arrays = read_variant(path, identity, len(plan.prompts), plan.num_steps + 1, plan.latent_size)
     if ranks.from_rank_0(arrays is not None):
         return arrays
-    arrays = sample(pipeline, texts, run, variant, bar, ranks)
+    arrays = sample(pipeline, texts, plan, variant, bar, ranks)
     if ranks.rank:
         return None
     write_variant(path, identity, arrays)
@@ -181,16 +206,18 @@ def stored_or_sampled(
 
 
 def sample(
-    pipeline: Pipeline, texts: PromptEncoder, run: Run, variant: Variant, bar: ProgressBar, ranks: SingleProcess = SINGLE_PROCESS,
-    marks: list[float] | None = None,
+    pipeline: Pipeline, texts: PromptEncoder, plan: EvaluationPlan, variant: Variant, bar: ProgressBar,
+    ranks: SingleProcess = SINGLE_PROCESS, marks: list[float] | None = None,
 ) -> dict[str, np.ndarray]:  # fmt: skip
-    """Images (N, H, W, 3) uint8 and the latents of every step (N, steps + 1, h, w, 16) float32 of all prompts.
+    """Draw all prompts with a variant; return its images and the latents of every step.
 
-    Ranks share the batches: an image is of the same batch whoever draws it. Transformer and decoder are never in memory
-    together. marks: gets the times when sampling begins, when decoding begins, when it ends.
+    Returns {"images": (N, H, W, 3) uint8, "latents": (N, steps + 1, h, w, 16) float32}. Ranks share the batches: an
+    image belongs to the same batch whichever rank draws it. Transformer and decoder are never in memory together.
+    marks: a list that gets three times, of the beginning of sampling, the beginning of decoding, and the end. Raises
+    StoreError where a latent holds NaN or infinity.
     """
     marks = [] if marks is None else marks
-    batches, size = run.batches, run.batch_size
+    batches, size = plan.batches, plan.batch_size
     texts.encode(batches[0])
     pipeline.drop(DECODER)
     finished, latents = {}, {}
@@ -199,11 +226,13 @@ def sample(
         for number in ranks.owned_indices(len(batches)):
             begin, prompts = number * size, batches[number]
             text = texts.encode(prompts)
-            noise = mx.concatenate([initial_noise(run.seed + begin + i, run.latent_size) for i in range(len(prompts))])
+            noise = mx.concatenate(
+                [initial_noise(plan.seed + begin + i, plan.latent_size) for i in range(len(prompts))]
+            )
             noise = noise.astype(pipeline.activation_dtype)
             trajectory = []
-            with contextlib.closing(euler_steps(pipeline, text, noise, run.num_steps, run.cfg_weight)) as states:
-                for state in quantized_steps(pipeline, states, variant.rule, 2 if run.cfg_weight > 0 else 1):
+            with contextlib.closing(euler_steps(pipeline, text, noise, plan.num_steps, plan.cfg_weight)) as states:
+                for state in quantized_steps(pipeline, states, variant.rule, 2 if plan.cfg_weight > 0 else 1):
                     trajectory.append(np.array(state.x.astype(mx.float32)))
                     ranks.advance(bar, 0 if state.is_final else 1)
             latents[number] = np.stack(trajectory, axis=1)
@@ -220,40 +249,48 @@ def sample(
     height, width = (ranks.from_rank_0(images[0].shape[axis] if 0 in images else 0) for axis in (1, 2))
     return {
         "images": gathered_rows(ranks, images, lengths, (height, width, 3)).astype(np.uint8),
-        "latents": gathered_rows(ranks, latents, lengths, (run.num_steps + 1, *run.latent_size, 16)),
+        "latents": gathered_rows(ranks, latents, lengths, (plan.num_steps + 1, *plan.latent_size, 16)),
     }
 
 
-def gathered_rows(ranks: SingleProcess, own: Mapping[int, np.ndarray], lengths: Sequence[int], row: tuple[int, ...]) -> np.ndarray:
-    """The rows of all batches in their order, from the batches that each rank has. lengths: of the batches; row: a row's shape."""
+def gathered_rows(
+    ranks: SingleProcess, own: Mapping[int, np.ndarray], lengths: Sequence[int], row: tuple[int, ...]
+) -> np.ndarray:
+    """Return the rows of all batches in their order, gathered from the batches that each rank has.
+
+    own: {index of a batch: its rows}; lengths: the number of rows of each batch; row: the shape of a row. Several ranks
+    exchange float32, and one process leaves the dtype as it is.
+    """
     if ranks.size == 1:
         return np.concatenate(list(own.values()))
     like, found = mx.zeros((max(lengths), *row)), []
     for turn in range(0, len(lengths), ranks.size):
-        mine = own.get(turn + ranks.rank)
+        mine, padded = own.get(turn + ranks.rank), None
         if mine is not None:
             padding = [(0, len(like) - len(mine))] + [(0, 0)] * len(row)
-            mine = mx.array(np.pad(mine, padding))
-        for length, rows in zip(lengths[turn:], ranks.gathered(mine, like), strict=False):
+            padded = mx.array(np.pad(mine, padding))
+        for length, rows in zip(lengths[turn:], ranks.gathered(padded, like), strict=False):
             found.append(np.array(rows[:length]))
     return np.concatenate(found)
 
 
-def estimate_evaluation(pipeline: Pipeline, run: Run, variants: Sequence[Variant], folder: Path, ranks: SingleProcess) -> Estimate:
-    """Estimate a whole run from two steps of the first batch with the last variant."""
-    few = replace(run, prompts=run.prompts[: run.batch_size], num_steps=2)
+def estimate_evaluation(
+    pipeline: Pipeline, plan: EvaluationPlan, variants: Sequence[Variant], folder: Path, ranks: SingleProcess
+) -> Estimate:
+    """Estimate a whole evaluation from two steps of the first batch with the last variant. folder: the output's."""
+    few = replace(plan, prompts=plan.prompts[: plan.batch_size], num_steps=2)
     texts = PromptEncoder(pipeline, few.prompts, few.cfg_weight, few.negative_prompt, None)
     marks: list[float] = []
     with progress_bar(few.num_steps, "timing", "step", leave=False) as bar:
         arrays = sample(pipeline, texts, few, variants[-1], bar, marks=marks)
     begin, sampled, end = marks
-    batches = len(run.batches)
-    seconds = (sampled - begin) / few.num_steps * run.num_steps * batches + (end - sampled) * batches
-    latents = arrays["latents"][0, 0].nbytes * (run.num_steps + 1)
+    batches = len(plan.batches)
+    seconds = (sampled - begin) / few.num_steps * plan.num_steps * batches + (end - sampled) * batches
+    latents = arrays["latents"][0, 0].nbytes * (plan.num_steps + 1)
     return Estimate(
         work=f"{len(variants)} variants",
         seconds=seconds * len(variants) / ranks.size,
-        bytes_written=(arrays["images"][0].nbytes + latents) * len(run.prompts) * len(variants),
+        bytes_written=(arrays["images"][0].nbytes + latents) * len(plan.prompts) * len(variants),
         folder=folder,
         peak_bytes=mx.get_peak_memory(),
     )
@@ -262,21 +299,28 @@ def estimate_evaluation(pipeline: Pipeline, run: Run, variants: Sequence[Variant
 def quantized_steps(
     pipeline: Pipeline, states: Iterator[EulerStep], rule: ActivationRule | None, rows_per_image: int
 ) -> Iterator[EulerStep]:
-    """The states of a sampling whose passes see inputs quantized by `rule`, at the noise level of each."""
-    first = next(states)  # builds the modulation cache, which refuses live hooks
+    """Yield the states of a sampling whose passes see inputs quantized by `rule`, each at its noise level.
+
+    states: the steps of `euler_steps`; rule: None leaves the inputs as they are; rows_per_image: 2 with guidance, 1
+    without.
+    """
+    first = next(states)  # it builds the modulation cache, which refuses live hooks
     if rule is None:
         yield from chain([first], states)
         return
     with inputs_quantized(pipeline.mmdit, rule, rows_per_image) as step:
         for state in chain([first], states):
-            step(state.sigma.item())
+            step(state.sigma.item())  # type: ignore[arg-type]  # MLX's stubs let item() return a complex number
             yield state
             if state.is_final:
                 return
 
 
 def refuse_not_finite(variant: str, latents: np.ndarray, ids: Sequence[int]) -> None:
-    """Raise StoreError that names the first image and step (latents: (N, steps + 1, h, w, 16)) with NaN or infinity."""
+    """Raise StoreError, which names the first image and step, where latents hold NaN or infinity.
+
+    latents: (N, steps + 1, h, w, 16); ids: the number of each image in the error.
+    """
     bad = np.argwhere(~np.isfinite(latents).all(axis=(2, 3, 4)))
     if len(bad):
         image, step = bad[0]

@@ -1,4 +1,4 @@
-"""The gate: figures that miss their bound end stage 4 with exit code 1."""
+"""The gate of stage 4: figures that miss their bound end the stage with exit code 1."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from calibration_store.errors import UserError
 
 
 class GateFailure(UserError):
-    """--min-psnr or --max-step-error is not met."""
+    """The error of figures that miss --min-psnr or --max-step-error."""
 
     exit_code = 1
 
@@ -16,12 +16,19 @@ ONLY_IMAGES_ARE_EQUAL = "every image equals the original's, but the latents do n
 
 
 def only_images_are_equal(row: Mapping[str, Any]) -> bool:
-    """Return whether all images equal the original's although the latents differ, as black images of two broken models do."""
+    """Return whether all images equal the original's although the latents differ.
+
+    The black images of two broken models do so. row: a variant's entry in metrics.json.
+    """
     return row["psnr"]["mean"] is None and row["max_step_error"] != 0
 
 
 def check_gate(results: dict[str, dict], min_psnr: float | None, max_step_error: float | None) -> None:
-    """Raise GateFailure with every figure that misses its bound."""
+    """Raise GateFailure, which names every figure that misses its bound.
+
+    results: {variant: its entry in metrics.json}; min_psnr: dB; max_step_error: relative error of the latents; None: no
+    bound.
+    """
     failing = []
     for name, row in results.items():
         mean, worst = row["psnr"]["mean"], row["max_step_error"]

@@ -1,4 +1,4 @@
-"""How far a variant's images are from the original's."""
+"""Measure how far a variant's images and latents are from the original's."""
 
 import importlib
 import importlib.util
@@ -8,18 +8,23 @@ from typing import Any
 import numpy as np
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from w4a8.backend.lazy_imports import MissingPackage
 from w4a8.backend.parallel import on_every_core
 
-LOW_PSNR, HIGH_PSNR = 30.0, 40.0  # dB: images below, and from here on, are counted
+LOW_PSNR, HIGH_PSNR = 30.0, 40.0  # dB: metrics.json notes the shares of images below the first, and from the second on
 FLIP_INSTALLED = importlib.util.find_spec("flip_evaluator") is not None  # no wheel for Linux on ARM
 flip_evaluator = importlib.import_module("flip_evaluator") if FLIP_INSTALLED else None
-BOOTSTRAP = 2000
+BOOTSTRAP = 2000  # number of times that the images are drawn again for an interval
 
 
 def image_metrics(reference: np.ndarray, images: np.ndarray) -> dict[str, np.ndarray]:
-    """PSNR in dB (infinite for equal images), SSIM and mean FLIP (NaN where it is not installed) of each pair, (N,) float64."""
+    """Return {"psnr", "ssim", "flip"} of each pair of images, (N,) float64 each.
 
-    def of_pair(pair: tuple[np.ndarray, np.ndarray]) -> tuple[float, float, float]:
+    reference and images: (N, H, W, 3) uint8. PSNR is in dB, infinite for equal images; FLIP is the mean of `flip_map`,
+    NaN where its package is not installed.
+    """
+
+    def pair_metrics(pair: tuple[np.ndarray, np.ndarray]) -> tuple[float, float, float]:
         original, image = pair
         if np.array_equal(original, image):
             return np.inf, 1.0, 0.0 if FLIP_INSTALLED else np.nan
@@ -27,29 +32,38 @@ def image_metrics(reference: np.ndarray, images: np.ndarray) -> dict[str, np.nda
         ssim = structural_similarity(original, image, channel_axis=2, data_range=255)
         return psnr, ssim, flip_map(original, image).mean(dtype=np.float64) if FLIP_INSTALLED else np.nan
 
-    found = on_every_core(of_pair, zip(reference, images, strict=True))
+    found = on_every_core(pair_metrics, zip(reference, images, strict=True))
     return dict(zip(("psnr", "ssim", "flip"), np.array(list(found), np.float64).T, strict=True))
 
 
 def flip_map(reference: np.ndarray, image: np.ndarray) -> np.ndarray:
-    """What a viewer who flips between two images sees at each pixel (Andersson et al. 2020): (H, W) float32, 0 to 1.
+    """Return FLIP (Andersson et al. 2020), (H, W) float32: the difference that a viewer sees at a pixel, from 0 to 1.
 
-    reference and image (H, W, 3) uint8, sRGB, seen at 67 pixels per degree.
+    The viewer flips between the images, at 67 pixels per degree. reference and image: (H, W, 3) uint8, sRGB. Raises
+    MissingPackage without the package flip-evaluator (see FLIP_INSTALLED).
     """
+    if flip_evaluator is None:
+        raise MissingPackage(
+            "flip-evaluator is not installed, and FLIP needs it (there is no wheel for Linux on ARM); "
+            "leave --grid-map flip out"
+        )
     pair = [np.ascontiguousarray(pixels, np.float32) / 255 for pixels in (reference, image)]
     found, _, _ = flip_evaluator.evaluate(*pair, "LDR", applyMagma=False, computeMeanError=False)
     return found[..., 0]
 
 
 def step_errors(reference: np.ndarray, latents: np.ndarray) -> np.ndarray:
-    """Relative error ‖x − x_fp‖ / ‖x_fp‖ of each image at each step: (N, steps + 1)."""
+    """Return the relative error ‖x − x_fp‖ / ‖x_fp‖ of each image at each step, (N, steps + 1) float64.
+
+    reference: x_fp, the original's latents; latents: x, the variant's; (N, steps + 1, h, w, 16) each.
+    """
     axes = (2, 3, 4)
     difference = np.sqrt(np.square(latents.astype(np.float64) - reference).sum(axis=axes))
     return difference / np.sqrt(np.square(reference.astype(np.float64)).sum(axis=axes))
 
 
 def bootstrap_interval(values: np.ndarray, seed: int = 0) -> list[float]:
-    """95 % interval of the mean over images, by resampling them."""
+    """Return the 95 % interval of the mean of values (n,), by drawing n of them with replacement BOOTSTRAP times."""
     picks = np.random.default_rng(seed).integers(values.size, size=(BOOTSTRAP, values.size))
     return np.quantile(values[picks].mean(axis=1), [0.025, 0.975]).tolist()
 
@@ -57,12 +71,16 @@ def bootstrap_interval(values: np.ndarray, seed: int = 0) -> list[float]:
 def describe_variant(
     prompts: list[str], seed: int, reference: dict[str, np.ndarray], found: dict[str, np.ndarray]
 ) -> dict[str, Any]:
-    """A variant's entry in metrics.json. PSNR is that of the images that differ; null when all equal the original."""
+    """Return a variant's entry in metrics.json.
+
+    reference and found: {"images", "latents"} of the original and of the variant. The PSNR is that of the images that
+    differ, and None where all images equal the original's. seed: image i was drawn with seed + i.
+    """
     quality = image_metrics(reference["images"], found["images"])
     errors = step_errors(reference["latents"], found["latents"])
     psnr, ssim, flip = quality["psnr"], quality["ssim"], quality["flip"]
     order = np.argsort(psnr, kind="stable")
-    different = psnr[~np.isinf(psnr)]  # images that equal the original have no finite PSNR: they are counted apart
+    different = psnr[~np.isinf(psnr)]  # equal images have no finite PSNR and are counted apart
     return {
         "psnr": summary(different) | {"interval": bootstrap_interval(different) if different.size else [None, None]},
         "ssim": summary(ssim) | {"interval": bootstrap_interval(ssim)},
@@ -72,7 +90,9 @@ def describe_variant(
         "equal_images": int(np.isinf(psnr).sum()),
         "step_error": {"mean": errors.mean(axis=0).tolist(), "worst": errors.max(axis=0).tolist()},
         "max_step_error": finite_or_none(errors.mean(axis=0).max()),
-        "worst_prompts": [{"prompt": prompts[i], "seed": seed + int(i), "psnr": finite_or_none(psnr[i])} for i in order[:3]],
+        "worst_prompts": [
+            {"prompt": prompts[i], "seed": seed + int(i), "psnr": finite_or_none(psnr[i])} for i in order[:3]
+        ],
         "images": [
             {"prompt": p, "psnr": finite_or_none(a), "ssim": float(b), "flip": finite_or_none(c)}
             for p, a, b, c in zip(prompts, psnr, ssim, flip, strict=True)
@@ -82,7 +102,10 @@ def describe_variant(
 
 
 def summary(values: np.ndarray, sign: int = 1) -> dict[str, float | None]:
-    """Mean, median and worst (the smallest), times sign; None without values."""
+    """Return mean, median and worst of values (n,), times sign; None for each without values.
+
+    The worst value is the smallest; sign −1 goes with negated values of which the largest is the worst.
+    """
     if not values.size:
         return dict.fromkeys(("mean", "median", "worst"))
     found = {"mean": values.mean(), "median": np.median(values), "worst": values.min()}
@@ -90,5 +113,5 @@ def summary(values: np.ndarray, sign: int = 1) -> dict[str, float | None]:
 
 
 def finite_or_none(value: float) -> float | None:
-    """JSON has no infinity: None."""
+    """Return a number as JSON can hold it: None for infinity and NaN."""
     return float(value) if math.isfinite(value) else None

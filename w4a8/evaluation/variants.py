@@ -1,4 +1,4 @@
-"""What stage 4 compares: a variant's name becomes quantized weights and a rule for the activations."""
+"""The variants that stage 4 compares: each name stands for quantized weights and a rule for the activations."""
 
 import difflib
 import re
@@ -27,8 +27,8 @@ REST = {None: None, "r8": OtherLayers(8), "all": OtherLayers(4, all_linears=True
 NATIVE_VARIANT = "native"
 DEFAULT_GROUP_SIZE = 64
 WEIGHT_VOCABULARY = (
-    "w4-adaround, w4-rtn, w4-rtn-g0 (2, 3, 4, 5, 6 or 8 bits, groups of 32, 64, 128 or 0: what MLX runs natively), the same with "
-    "-r8 (adaLN and embedders at 8 bits) or -all (every linear layer at 4)"
+    "w4-adaround, w4-rtn, w4-rtn-g0 (2, 3, 4, 5, 6 or 8 bits, groups of 32, 64, 128 or 0: what MLX runs natively), "
+    "the same with -r8 (adaLN and embedders at 8 bits) or -all (every linear layer at 4)"
 )
 VARIANT_WORDS = (
     f"fp, {WEIGHT_VOCABULARY}, {NATIVE_VARIANT} (the folder that export_quantized_model.py wrote), "
@@ -46,22 +46,26 @@ class Variant:
     scale_is: str | None = None
 
     def in_place(self, pipeline: Pipeline) -> AbstractContextManager[None]:
-        """The variant's weights in the pipeline's transformer, until the block ends."""
+        """Put the variant's weights into the pipeline's transformer, until the block ends."""
         return nullcontext() if self.weights is None else self.weights.in_place(pipeline)
 
     @property
     def sources(self) -> list[Path]:
-        """The files that the variant follows from, each once."""
-        parts = [part for part in (self.weights, self.rule) if part is not None]
-        return list(dict.fromkeys(path for part in parts for path in part.sources))
+        """Return the files that the variant follows from, each once."""
+        return list(dict.fromkeys(path for part in self._parts for path in part.sources))
+
+    @property
+    def _parts(self) -> list[Weights | ActivationRule]:
+        return [part for part in (self.weights, self.rule) if part is not None]
 
     def check(self, manifest: Mapping[str, Any], fingerprint: str | None, layers: Mapping[str, Layer]) -> None:
-        """Whether its files are of this calibration run and this model, all of its layers at every step.
+        """Raise a UserError, one line, unless the variant's files fit this calibration run and this model.
 
-        Raises a UserError in one line.
+        The files must be those of the run, must have been made for weights with this fingerprint, and must hold all of
+        the model's layers at every step.
         """
-        for part in (self.weights, self.rule):
-            for path, noted in part.made_from if part is not None else ():
+        for part in self._parts:
+            for path, noted in part.made_from:
                 if noted.get("weights_fingerprint") not in (None, fingerprint):
                     raise StoreError(
                         f"{path}: made for {noted.get('model_version')}, and this model has other weights; "
@@ -69,16 +73,16 @@ class Variant:
                     )
                 if not same_run(manifest, noted):
                     raise StoreError(f"{path}: made from another calibration run; {part.remedy}")
-        for part in (self.rule, self.weights):
-            if part is not None:
-                part.check(self.name, layers)
+        for part in reversed(self._parts):
+            part.check(self.name, layers)
 
 
 def make_variant(name: str, calib_dir: Path, scale_is: str | None = None, native: str = AUTO) -> Variant:
-    """The variant of a name: `fp`, a weight part, an activation part, or both with a plus.
+    """Return the variant of a name: `fp`, a weight part, an activation part, or both with a plus.
 
-    scale_is: what `scale` means in another tool's config. Raises OptionError for a name outside the vocabulary, and a
-    UserError when a file that it needs is missing or cannot be.
+    scale_is: the meaning of `scale` in another tool's config, "range" or "step"; native: the way to compute with packed
+    weights. Raises OptionError for a name outside the vocabulary, and a UserError when a file that the variant needs is
+    missing or damaged.
     """
     if name == "fp":
         return Variant(name)
@@ -90,7 +94,8 @@ def make_variant(name: str, calib_dir: Path, scale_is: str | None = None, native
         elif found_rule and rule_part is None:
             rule_part = found_rule
         else:
-            near = difflib.get_close_matches(part, ("fp", NATIVE_VARIANT, "w4-adaround", "w4-rtn", *(rule.spelled.split()[0] for rule in RULES)), 1)  # fmt: skip
+            examples = ("fp", NATIVE_VARIANT, "w4-adaround", "w4-rtn", *(rule.spelled.split()[0] for rule in RULES))
+            near = difflib.get_close_matches(part, examples, 1)
             meant = f" (did you mean {near[0]}?)" if near and near[0] != part else ""
             raise OptionError(f"--variants: {name!r} is not known{meant}; there are {VARIANT_WORDS}")
     weights = make_weights(name, weight_part, calib_dir, native) if weight_part else None
@@ -102,14 +107,21 @@ def make_variant(name: str, calib_dir: Path, scale_is: str | None = None, native
 
 
 def is_weight_part(part: str) -> bool:
+    """Return whether a part of a variant's name stands for weights."""
     return part == NATIVE_VARIANT or WEIGHT_PART.fullmatch(part) is not None
 
 
 def make_weights(variant: str, part: str, calib_dir: Path, native: str = AUTO) -> Weights:
-    """The weights of a variant's weight part. Without a group of its own nearest rounding has the learned weights'."""
+    """Return the weights that a weight part stands for.
+
+    Nearest rounding without a group in its name takes the learned weights' group size, or DEFAULT_GROUP_SIZE where none
+    are learned. variant: the whole name, for errors. Raises OptionError for learned weights of other bits.
+    """
     if part == NATIVE_VARIANT:
         return ExportedWeights(calib_dir, native)
-    found = WEIGHT_PART.fullmatch(part).groupdict()
+    match = WEIGHT_PART.fullmatch(part)
+    assert match is not None  # `is_weight_part` holds for the part
+    found = match.groupdict()
     bits, rest = int(found["bits"]), REST[found["rest"]]
     if found["method"]:
         stored = StoredWeights(calib_dir, rest)
@@ -124,7 +136,11 @@ def make_weights(variant: str, part: str, calib_dir: Path, native: str = AUTO) -
 
 
 def export_variant(options: ExportOptions) -> tuple[Variant, str | None]:
-    """Return what stage 5 exports, checked as stage 4 does, and the name of its activation part. Defaults follow the files."""
+    """Return the variant that stage 5 exports, and the name of its activation part or None.
+
+    Options that are not given follow the files in the calibration folder. Raises OptionError for options that cannot be
+    exported, and StoreError where learned weights are asked for and missing.
+    """
     calib_dir, weights, activations = options.calib_dir, options.weights, options.activations
     rest_bits, all_linears = options.rest_bits, options.all_linears
     if weights is None:
@@ -134,7 +150,8 @@ def export_variant(options: ExportOptions) -> tuple[Variant, str | None]:
         weights = f"w{WEIGHTS_METADATA.read(learned)['weight_bits']}-adaround"
     if rest_bits != 16 and all_linears:
         raise OptionError("--all-linears and --rest-bits exclude each other: the former has 4 bits everywhere")
-    if weights == NATIVE_VARIANT or not is_weight_part(weights) or WEIGHT_PART.fullmatch(weights)["rest"]:
+    match = WEIGHT_PART.fullmatch(weights)
+    if match is None or match["rest"]:
         raise OptionError(
             f"--weights {weights}: not known; there are w4-adaround, w4-rtn, w4-rtn-g32 and other bits and groups"
         )
@@ -153,7 +170,7 @@ def export_variant(options: ExportOptions) -> tuple[Variant, str | None]:
 
 
 def default_variants(calib_dir: Path) -> list[str]:
-    """Every variant that the folder has files for, at the bits that they have."""
+    """Return the names of the variants that the folder has files for, at the bits of these files."""
     learned, configs = WeightPaths(calib_dir).metadata, ActivationPaths(calib_dir)
     bits = WEIGHTS_METADATA.read(learned)["weight_bits"] if learned.exists() else 4
     weights = [f"w{bits}-rtn", *([f"w{bits}-adaround"] if learned.exists() else [])]

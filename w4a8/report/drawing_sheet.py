@@ -1,4 +1,4 @@
-"""compare.png of draw_images.py: two models' pictures of the same prompts and seeds, with the figures under each pair."""
+"""The sheet compare.png of draw_images.py: two models' pictures of the same prompts and seeds, with their figures."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -12,13 +12,17 @@ from calibration_store.files import write_png
 from calibration_store.pictures import DRAWN_CHUNK
 from w4a8.drawing import Drawing
 
-GAP, TITLE, SMALLEST_DRAWN, LARGEST_DRAWN = 8, 26, 192, 512  # pixels; a cell is as large as the images within these
+GAP, TITLE = 8, 26  # pixels between cells, and above them
+SMALLEST_DRAWN, LARGEST_DRAWN = 192, 512  # pixels; limits of a cell's width, which else is that of the images
 
 
 def draw_pairs(
     path: Path, prompts: Sequence[str], drawings: Sequence[Drawing], found: Mapping[str, np.ndarray], size: int = 14
 ) -> None:
-    """Write the sheet: a row a prompt, a column a model, prompt and figures below."""
+    """Write the sheet: a row for each prompt, a column for each model, prompt and figures below each row.
+
+    found: {"psnr", "ssim"} of every pair, (N,) each; size: of the font, in pixels.
+    """
     height, width = drawings[0].images.shape[1:3]
     scale = min(max(SMALLEST_DRAWN / width, 1), LARGEST_DRAWN / width)
     cell = (round(width * scale), round(height * scale))

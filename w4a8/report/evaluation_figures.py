@@ -1,4 +1,4 @@
-"""The figures of stage 4: the grid of images, and the errors along the schedule."""
+"""The figures of stage 4: the grid of images, the plot of errors along the schedule, and the images themselves."""
 
 import textwrap
 from pathlib import Path
@@ -14,7 +14,8 @@ from calibration_store.pictures import VARIANT_CHUNK
 from w4a8.evaluation.metrics import flip_map
 from w4a8.report.figures import save_figure
 
-GRID_ROWS, SMALLEST_CELL, LARGEST_CELL = 8, 96, 256  # cells have the images' own size within these, in pixels
+GRID_ROWS = 8
+SMALLEST_CELL, LARGEST_CELL = 96, 256  # pixels; limits of a cell's longer side, which else is that of the images
 
 
 def draw_grid(
@@ -25,9 +26,11 @@ def draw_grid(
     results: dict,
     flip: bool = False,
 ) -> None:
-    """Write the grid: a row a prompt, the original, and each variant with its difference ×4, or its FLIP map.
+    """Write the grid: a row for each prompt, a column for the original, and two for each variant.
 
-    Every variant's worst image is among the rows.
+    The two columns are the variant's image, and its difference ×4 or (flip) its FLIP map. Every variant's worst image
+    is among the rows. reference: the original's images (N, H, W, 3) uint8; found: {variant: its images}; results:
+    {variant: its entry in metrics.json}.
     """
     chosen = grid_rows(len(reference), [row["worst_image"] for row in results.values()])
     rows, gap, left, top = len(chosen), 6, 110, 44
@@ -63,7 +66,7 @@ def draw_grid(
 
 
 def cell_size(height: int, width: int) -> tuple[int, int]:
-    """(width, height) of a cell: the image's own, its sides kept in proportion, within the limits."""
+    """Return (width, height) of a cell: those of the image, scaled where its longer side is outside the limits."""
     longer = max(height, width)
     scale = min(max(longer, SMALLEST_CELL), LARGEST_CELL) / longer
     return round(width * scale), round(height * scale)
@@ -72,7 +75,10 @@ def cell_size(height: int, width: int) -> tuple[int, int]:
 def write_sheets(
     paths: EvaluationPaths, prompts: list[str], seed: int, original: np.ndarray, found: dict[str, np.ndarray]
 ) -> None:
-    """Write every image at its full size, the original's in fp/; those of an earlier run are removed first."""
+    """Write every image at its full size, the original's in fp/, after removing the images of an earlier run.
+
+    original: (N, H, W, 3) uint8; found: {variant: its images}; seed: image i was drawn with seed + i.
+    """
     for folder, ours in paths.image_folders():
         remove_folder(folder, ours)
     for variant, images in {"fp": original, **found}.items():
@@ -82,29 +88,32 @@ def write_sheets(
 
 
 def grid_rows(count: int, worst: list[int]) -> list[int]:
-    """The images that are shown: the worst of each variant, and the first ones."""
+    """Return the indices of the images that are shown: the worst of each variant, then the first ones."""
     shown = list(dict.fromkeys(worst))[:GRID_ROWS]
     shown += [image for image in range(count) if image not in shown][: GRID_ROWS - len(shown)]
     return sorted(shown)
 
 
 def difference(reference: np.ndarray, image: np.ndarray) -> np.ndarray:
-    """Four times the absolute difference, (H, W, 3) uint8."""
+    """Return four times the absolute difference of two images, (H, W, 3) uint8."""
     return np.clip(np.abs(image.astype(int) - reference.astype(int)) * 4, 0, 255).astype(np.uint8)
 
 
 def flip_picture(reference: np.ndarray, image: np.ndarray) -> np.ndarray:
-    """The FLIP map in its authors' colours: black where nothing is seen; (H, W, 3) uint8."""
+    """Return the FLIP map in its authors' colours, (H, W, 3) uint8; black is a pixel without a visible difference."""
     return (colormaps["magma"](flip_map(reference, image))[..., :3] * 255).astype(np.uint8)
 
 
 def plot_errors(path: Path, results: dict[str, dict]) -> None:
-    """Write the plot of the latents' relative error along the schedule."""
+    """Write the plot of the latents' relative error along the schedule.
+
+    results: {variant: its entry in metrics.json}.
+    """
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     for name, row in results.items():
         if any(row["step_error"]["mean"]):
             errors = row["step_error"]["mean"]
-            axes.plot(range(1, len(errors)), errors[1:], label=name)  # all start from the same noise
+            axes.plot(range(1, len(errors)), errors[1:], label=name)  # the first is 0: all start from the same noise
     axes.set(
         xlabel="Euler step (noise on the left, image on the right)", ylabel="relative error of the latent", yscale="log"
     )

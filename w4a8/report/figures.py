@@ -1,21 +1,26 @@
-"""Figures: a heat map of layers by step, and how a figure reaches the disk."""
+"""Draw a heat map of layers by step, and write a figure to the disk."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import pyplot
+from matplotlib.figure import Figure
 
 from calibration_store.files import atomic_file
 from calibration_store.names import block_kind, block_of, layers_by_kind
 
-NUMBERED_BLOCKS = 4  # of a kind of layer whose numbers are written beside it, at most
+NUMBERED_BLOCKS = 4  # the largest number of blocks whose numbers stand beside a kind of layer
 
 
-def heat_map(path: Path, rows: Mapping[str, Sequence[float]], sigmas: Sequence[float], title: str, label: str, **style):
+def heat_map(
+    path: Path, rows: Mapping[str, Sequence[float]], sigmas: Sequence[float], title: str, label: str, **style: Any
+) -> None:
     """Draw one value per layer (rows, grouped by kind of layer) and step (columns) as a PNG.
 
-    style: matplotlib's `norm` and `cmap`, and `ticks`, the values that the colour bar names.
+    rows: {layer: a value for each of the sigmas}; label: names the colour bar; style: matplotlib's `norm` and `cmap`,
+    and `ticks`, the values that the colour bar names.
     """
     ticks = style.pop("ticks", None)
     kinds = layers_by_kind(list(rows))
@@ -40,7 +45,7 @@ def heat_map(path: Path, rows: Mapping[str, Sequence[float]], sigmas: Sequence[f
     save_figure(figure, path)
 
 
-def save_figure(figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     """Write a matplotlib figure as PNG, atomically, and close it."""
     with atomic_file(path) as file:
         figure.savefig(file, format="png", dpi=120)

@@ -1,10 +1,9 @@
-"""report/index.html: one page from whatever a calibration folder holds, images and figures inside, nothing fetched."""
+"""Write report/index.html, one page from whatever a calibration folder holds; the page fetches nothing."""
 
 import base64
 import io
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,36 +36,41 @@ from calibration_store.sensitivity import SENSITIVITY
 from calibration_store.sizes import format_bytes
 from calibration_store.weights import WEIGHTS_METADATA
 from w4a8.report.tables import held_out_losses
+from w4a8.report.variant_words import NATIVE, verdict_on, what_it_is
 
 TEMPLATES = Path(__file__).parent / "page"
-MOST_DRAWN, DRAWN_SIDE = 24, 256  # pictures of the calibration run, and their longer side in pixels
-PICTURE_BYTES = 13e6  # that the comparison may take in the page; what does not fit is left out, the least damaged first
-DIGITS = 6  # of a figure that is only looked at
-STAGES = (  # what a folder can hold, in the order of the road
+MOST_DRAWN, DRAWN_SIDE = (
+    24,
+    256,
+)  # the largest number of the run's pictures on the page, and their longer side in pixels
+PICTURE_BYTES = 13e6  # a limit for the pictures of the comparison; the least damaged ones are left out first
+DIGITS = 6  # significant digits of a figure, enough to look at
+STAGES = (  # section of the page, scripts that make it, and its content, in the order of the road
     ("manifest", "generate_calibration_data.py", "prompts to latents"),
     ("weights", "cache_adaround_data.py, then optimize_adaround.py", "learned rounding"),
     ("activations", "collect_layer_activations.py, then analyze_activations.py", "ranges of the activations"),
     ("export", "export_quantized_model.py", "the model on the disk"),
     ("comparison", "evaluate_quantization.py", "original against quantized"),
 )
-
-
-SECTIONS = {  # key of what describe_folder gives -> what it is called
+SECTIONS = {  # key of the page that describe_folder returns -> the section's name
     "manifest": "the run", "drawn": "its prompts and pictures", "activations": "ranges of the activations",
     "weights": "learned rounding", "export": "the model on the disk", "comparison": "original against quantized",
 }  # fmt: skip
-NATIVE = "native"  # what stage 4 calls the folder that stage 5 wrote
 GENERATOR = b'name="generator" content="report_calibration.py"'
 
 
 def refuse_foreign_page(paths: ReportPaths) -> None:
-    """Raise StoreError where index.html is somebody else's."""
+    """Raise StoreError where another program wrote index.html."""
     if os.path.lexists(paths.page) and GENERATOR not in read_bytes(paths.page, "give another --output")[:2000]:
         raise StoreError(f"{paths.page}: not written by this script; give another --output, or --force")
 
 
 def describe_folder(calib_dir: Path) -> dict[str, Any]:
-    """Everything that the page shows, a section for each stage that left something; raises StoreError for a damaged file."""
+    """Return the content of the page: {section: content} for each stage that left something, and the stages to come.
+
+    Files of another calibration run, and a damaged export, are left out with a line. Raises StoreError for a damaged
+    file.
+    """
     manifest = read_manifest(calib_dir)
     page: dict[str, Any] = {"manifest": run_of(manifest), "drawn": drawn(calib_dir, manifest)}
     activations, weights = ActivationPaths(calib_dir), WeightPaths(calib_dir)
@@ -119,9 +123,9 @@ def describe_folder(calib_dir: Path) -> dict[str, Any]:
 
 
 def write_page(paths: ReportPaths, page: Mapping[str, Any]) -> int:
-    """Write the page atomically; its bytes."""
+    """Write the page atomically, and return its size in bytes."""
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True)
-    data = orjson.dumps(page).decode().replace("<", "\\u003c")  # no tag ends inside the script
+    data = orjson.dumps(page).decode().replace("<", "\\u003c")  # so that no tag ends the script
     content = environment.get_template("index.html").render(page=page, data=data).encode()
     with atomic_file(paths.page) as file:
         file.write(content)
@@ -129,7 +133,7 @@ def write_page(paths: ReportPaths, page: Mapping[str, Any]) -> int:
 
 
 def run_of(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What the calibration run was: (label, value)."""
+    """Return (label, value) rows that describe the calibration run."""
     height, width = manifest["latent_size"]
     rows = [
         ("Model", manifest["model_version"]),
@@ -149,7 +153,7 @@ def run_of(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def drawn(calib_dir: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Prompts of the run, and some of what it drew, evenly over it."""
+    """Return the number of the run's images, and prompts and pictures of at most MOST_DRAWN, evenly over the run."""
     paths, images = CalibrationPaths(calib_dir), manifest["images"]
     count = min(MOST_DRAWN, len(images))
     shown = [images[round(i * (len(images) - 1) / max(1, count - 1))] for i in range(count)]
@@ -168,22 +172,31 @@ def drawn(calib_dir: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def most_pixels(manifest: Mapping[str, Any]) -> int:
-    """Return the pixels that an image of this run can have: no decoder makes more than 128 × 128 of an element of a latent."""
+    """Return an upper bound of the pixels of an image of this run.
+
+    No decoder makes more than 128 × 128 pixels from one position of a latent.
+    """
     height, width = manifest["latent_size"]
     return min(2**14 * height * width, MOST_PIXELS)
 
 
 def picture(image: Image.Image, side: int | None = None) -> str:
-    """An image as a data URL: WebP, lossless where it is small, so that differences stay what they are."""
+    """Return an image as a data URL: WebP, lossless up to 256 pixels, so that differences of small images stay exact.
+
+    side: the longer side that the image is scaled down to, in pixels.
+    """
     if side is not None and max(image.size) > side:
-        image.thumbnail((side, side), Image.LANCZOS)
+        image.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", lossless=max(image.size) <= 256, quality=92, method=4)
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def ranges_of(config: Mapping[str, Any], tiers: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the clipping range of every layer at every step; shifts, outlier channels, and the bits that 3A' would give."""
+    """Return the clipping range of every layer at every step, shifts, outlier channels, and the bits that 3A' chose.
+
+    config: quant_config.json; tiers: quant_config_multitier.json, or None. Layers that some step lacks are left out.
+    """
     steps = sorted(config["per_timestep"], key=config["sigma_map"].__getitem__, reverse=True)
     names = [name for name in config["per_timestep"][steps[0]] if all(name in config["per_timestep"][s] for s in steps)]
     migrated = config.get("outlier_config") or {}
@@ -209,7 +222,7 @@ def ranges_of(config: Mapping[str, Any], tiers: Mapping[str, Any] | None) -> dic
 
 
 def rounding_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Bits of the weights, and the losses of every unit."""
+    """Return the bits of the learned weights, and the losses of every unit. metadata: of adaround_weights/."""
     units: dict[str, dict[str, Any]] = {}
     for block, entry in metadata.get("losses", {}).items():
         for number, stage in enumerate(entry["stages"]):
@@ -219,7 +232,8 @@ def rounding_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
                 "kept_nearest": stage["kept_nearest"], "curve": stage.get("curve", []),
             }  # fmt: skip
     facts = [("Bits", f"{metadata['weight_bits']}"), ("Group", str(metadata["group_size"] or "a scale per channel"))]
-    facts += [(label, str(metadata[key])) for label, key in (("Unit", "unit"), ("Iterations", "iters"), ("Samples", "num_samples")) if key in metadata]  # fmt: skip
+    noted = (("Unit", "unit"), ("Iterations", "iters"), ("Samples", "num_samples"))
+    facts += [(label, str(metadata[key])) for label, key in noted if key in metadata]
     widths = metadata.get("layer_bits", {})
     return {
         "facts": facts,
@@ -230,100 +244,88 @@ def rounding_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sensitivity_of(content: Mapping[str, Any]) -> dict[str, Any]:
-    """SQNR of the velocity in dB, one layer alone rounded to nearest, the layers that matter most first; share: its error of the largest."""
+    """Return the SQNR of the velocity in dB with one layer alone rounded to nearest, the layers that matter most first.
+
+    `share` is the square root of the layer's error over the largest error.
+    """
     found = content["layers"]
     widths = sorted({bits for layer in found.values() for bits in layer["weights"]}, key=int)
     errors = {name: layer["weights"].get(widths[0], 0) for name, layer in found.items()}
     most = max(errors.values()) or 1
-    layers = [
-        {
-            "name": name, "size": found[name]["size"], "share": short(math.sqrt(errors[name] / most)),
-            "sqnr": {bits: round(-10 * math.log10(error), 1) for bits, error in found[name]["weights"].items() if error},
-        }
-        for name in sorted(errors, key=errors.__getitem__, reverse=True)
-    ]  # fmt: skip
+    layers = []
+    for name in sorted(errors, key=errors.__getitem__, reverse=True):
+        layer = found[name]
+        sqnr = {bits: round(-10 * math.log10(error), 1) for bits, error in layer["weights"].items() if error}
+        share = short(math.sqrt(errors[name] / most))
+        layers.append({"name": name, "size": layer["size"], "share": share, "sqnr": sqnr})
     return {"widths": widths, "samples": content["num_samples"], "layers": layers}
 
 
 def comparison_of(paths: EvaluationPaths, metrics: Mapping[str, Any], exported_bits: int | None) -> dict[str, Any]:
-    """Return the table, and for every variant its images beside the original's, the most damaged first."""
+    """Return the table of stage 4, and for every variant its images beside the original's, the most damaged first."""
     count, variants = len(metrics["prompts"]), metrics["variants"]
     rows = [
         {
-            "name": name, "what": what_it_is(name), "psnr": shorts(found["psnr"]), "ssim": short(found["ssim"]["mean"]),
-            "flip": short(found["flip"]["mean"]), "above": found["share_above_40_db"], "below": found["share_below_30_db"],
+            "name": name,
+            "what": what_it_is(name),
+            "psnr": shorts(found["psnr"]),
+            "ssim": short(found["ssim"]["mean"]),
+            "flip": short(found["flip"]["mean"]),
+            "above": found["share_above_40_db"],
+            "below": found["share_below_30_db"],
         }
         for name, found in variants.items()
-    ]  # fmt: skip
-    original, drawn_by = read_images(paths, "fp", count), {}
-    if original is not None:
-        drawn_by = {name: read_images(paths, name, count) for name in variants}
-    sources: dict[int, str] = {}
-    left, shown, pairs = PICTURE_BYTES, 0, {name: [] for name, images in drawn_by.items() if images is not None}
+    ]
+    originals, pairs = pairs_of(paths, variants, count)
+    preferred = (NATIVE, *(name for name in variants if "adaround" in name))
+    first = next((name for name in preferred if name in variants), None)
+    return {
+        "verdict": verdict_on(first, variants, exported_bits), "rows": rows, "prompts": metrics["prompts"],
+        "seed": metrics["seed"], "steps": metrics["num_steps"], "first": first, "originals": originals, "pairs": pairs,
+        "all": len(pairs) * count, "shown": sum(map(len, pairs.values())),
+    }  # fmt: skip
+
+
+def pairs_of(
+    paths: EvaluationPaths, variants: Mapping[str, Any], count: int
+) -> tuple[dict[str, str], dict[str, list[dict[str, Any]]]]:
+    """Return the pictures of the comparison within PICTURE_BYTES: {image: the original's}, and {variant: its pictures}.
+
+    The worst picture of every variant comes first, then the second worst of every variant, and so on. variants: their
+    entries in metrics.json; count: the number of images. A variant whose file is not there is left out, and all of them
+    without the original's file.
+    """
+    original = read_images(paths, "fp", count)
+    if original is None:
+        return {}, {}
+    read = {name: read_images(paths, name, count) for name in variants}
+    images = {name: found for name, found in read.items() if found is not None}
     orders = {
         name: np.argsort(
             [math.inf if image["psnr"] is None else image["psnr"] for image in variants[name]["images"]], kind="stable"
         )
-        for name in pairs
+        for name in images
     }
-    for rank in range(count):  # the worst of every variant, then the second worst, …
-        for name in pairs:
+    sources: dict[int, str] = {}
+    pairs: dict[str, list[dict[str, Any]]] = {name: [] for name in images}
+    left = PICTURE_BYTES
+    for rank in range(count):
+        for name in images:
             index = int(orders[name][rank])
             if index not in sources and left > 0:
                 sources[index] = picture(Image.fromarray(original[index]))
                 left -= len(sources[index])
             if index not in sources or left <= 0:
                 continue
-            source = picture(Image.fromarray(drawn_by[name][index]))
-            left, shown = left - len(source), shown + 1
-            of = variants[name]["images"][index]
-            pairs[name].append({"image": index, "source": source} | {key: short(of[key]) for key in ("psnr", "ssim", "flip")})  # fmt: skip
-    first = next((name for name in (NATIVE, *(name for name in variants if "adaround" in name)) if name in variants), None)  # fmt: skip
-    return {
-        "verdict": verdict_on(first, variants, exported_bits), "rows": rows, "prompts": metrics["prompts"], "seed": metrics["seed"], "steps": metrics["num_steps"],
-        "first": first,
-        "originals": {str(index): source for index, source in sources.items()}, "pairs": pairs,
-        "all": len(pairs) * count, "shown": shown,
-    }  # fmt: skip
-
-
-LOOKS = ((40, "nobody sees a difference"), (35, "lines move a little"), (30, "details are others"), (25, "it shows"), (-math.inf, "another picture of the same prompt"))  # fmt: skip
-
-
-def verdict_on(name: str | None, variants: Mapping[str, Any], exported_bits: int | None) -> str | None:
-    """What the model that a user takes home is worth, beside rounding to nearest at the same bits, in a sentence or two."""
-    if name is None or variants[name]["psnr"]["mean"] is None:
-        return None
-    psnr, bits = variants[name]["psnr"], exported_bits if name == NATIVE else name[1]
-    looks = next(words for least, words in LOOKS if round(psnr["mean"], 1) >= least)
-    what = what_it_is(name)
-    said = f"{what[0].upper()}{what[1:]} ({name}): {psnr['mean']:.1f} dB on average ({looks}), the worst image {psnr['worst']:.1f} dB."
-    nearest = variants.get(f"w{bits}-rtn", {"psnr": {"mean": None}})["psnr"]["mean"]
-    return said + (f" Rounding to nearest alone gives {nearest:.1f} dB." if nearest is not None else "")
-
-
-PART_WORDS = (  # how a part of a variant's name begins, its bits left out -> what it is
-    ("native", "the model on the disk"), ("w-rtn", "weights rounded to the nearest {bits}-bit code"),
-    ("w-adaround", "learned {bits}-bit rounding"), ("a-token", "inputs at {bits} bits, a range for each token"),
-    ("a-learned", "inputs at {bits} bits, 3W's ranges"), ("a-dynamic", "inputs at {bits} bits, a range for each input"),
-    ("multitier", "inputs at 4, 6 or 8 bits (experimental)"), ("a", "inputs at {bits} bits, the config's ranges"),
-)  # fmt: skip
-END_WORDS = (("-g0", "a scale per channel"), ("-g32", "groups of 32"), ("-g128", "groups of 128"), ("-r8", "the rest at 8"), ("-all", "every linear layer"))  # fmt: skip
-
-
-def what_it_is(variant: str) -> str:
-    """A variant in words."""
-    words = []
-    for part in variant.split("+"):
-        found = re.fullmatch(r"([wa])(\d)(.*)", part)
-        kind, bits = (found[1] + found[3], found[2]) if found else (part, "")
-        words.append(next((text for start, text in PART_WORDS if kind.startswith(start)), part).format(bits=bits))
-        words += [text for end, text in END_WORDS if f"{end}-" in f"{kind}-"]
-    return ", ".join(words)
+            source = picture(Image.fromarray(images[name][index]))
+            left -= len(source)
+            figures = {key: short(variants[name]["images"][index][key]) for key in ("psnr", "ssim", "flip")}
+            pairs[name].append({"image": index, "source": source} | figures)
+    return {str(index): source for index, source in sources.items()}, pairs
 
 
 def is_whole(folder: Path, content: Mapping[str, Any]) -> bool:
-    """Return whether an export's files are those that were exported; say what is left out where they are not."""
+    """Return whether an export's files are those that were exported; print a line where they are not."""
     try:
         check_exported(folder, content)
     except StoreError as error:
@@ -333,22 +335,30 @@ def is_whole(folder: Path, content: Mapping[str, Any]) -> bool:
 
 
 def export_of(paths: QuantizedModelPaths, content: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return rows on the exported folder: its files, their sizes, and the size of the same model in float16."""
+    """Return (label, value) rows on the exported folder: its files, their sizes, and the model's size in float16."""
     note, transformer = content["export"], weight_file(paths.root, "mmdit")
     files = [path for path in paths.owned_files() if path != paths.config] + paths.gguf_files()
-    rows = [("Folder", str(paths.root)), ("Weights", f"{note['weights']}, {note['weight_bits']} bits"), ("Activations", note["activations"] or "not quantized")]  # fmt: skip
+    rows = [
+        ("Folder", str(paths.root)),
+        ("Weights", f"{note['weights']}, {note['weight_bits']} bits"),
+        ("Activations", note["activations"] or "not quantized"),
+    ]
     if transformer.exists():
-        whole = float16_bytes(weight_sizes(transformer), content["quantization"])
-        rows.append(("Transformer", f"{format_bytes(transformer.stat().st_size)}, {transformer.stat().st_size / whole:.2f} × its float16 ({format_bytes(whole)})"))  # fmt: skip
+        size, whole = transformer.stat().st_size, float16_bytes(weight_sizes(transformer), content["quantization"])
+        rows.append(("Transformer", f"{format_bytes(size)}, {size / whole:.2f} × its float16 ({format_bytes(whole)})"))
     return rows + [(path.name, format_bytes(path.stat().st_size)) for path in files]
 
 
 def short(value: Any) -> Any:
-    """A figure with as many digits as are looked at."""
+    """Return a finite number rounded to DIGITS; an integer, a boolean or a text as it is; None for anything else."""
     if not isinstance(value, float | np.floating) or not math.isfinite(value):
         return value if isinstance(value, bool | int | str) else None
     return float(f"{float(value):.{DIGITS}g}")
 
 
 def shorts(figure: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: [short(one) for one in value] if isinstance(value, Sequence) else short(value) for key, value in figure.items()}  # fmt: skip
+    """Return a figure of metrics.json with `short` numbers, also those in its lists."""
+    return {
+        key: [short(one) for one in value] if isinstance(value, Sequence) else short(value)
+        for key, value in figure.items()
+    }

@@ -1,4 +1,4 @@
-"""What stage 1 says of its run before it begins."""
+"""Lines that stage 1 prints before its run begins."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,13 +16,14 @@ from calibration_store.layout import (
     WeightPaths,
 )
 from calibration_store.manifest import saved_steps
+from calibration_store.samples import sample_bytes
 from calibration_store.sizes import format_bytes
-from w4a8.generation import batches_to_do, picture_bytes, sample_bytes
+from w4a8.generation_plan import batches_to_do, picture_bytes
 from w4a8.model.catalog import ModelInfo
 
 
 def print_plan(plan: dict[str, Any], info: ModelInfo, paths: CalibrationPaths, complete: dict[int, dict]) -> None:
-    """Print what the run is, and what is left of it."""
+    """Print a description of the run, and what is left of it. complete: the result of `complete_images`."""
     height, width = plan["latent_size"]
     guidance = f"guidance {plan['cfg_scale']:g}" if plan["cfg_scale"] > 0 else "no guidance"
     guidance += f", negative prompt {plan['negative_prompt']!r}" if plan["negative_prompt"] else ""
@@ -39,15 +40,14 @@ def print_plan(plan: dict[str, Any], info: ModelInfo, paths: CalibrationPaths, c
     if complete:
         click.echo(f"complete in {paths.root}: {len(complete)} of {plan['num_images']} images")
     samples = missing * len(saved_steps(plan["num_steps"], plan["stride"]))
-    pictures = f", {missing} images (at most {format_bytes(picture_bytes(plan, info, missing))})" if plan["save_images"] and missing else ""
-    click.echo(
-        f"left: {len(batches) * plan['num_steps']} forward passes; {samples} samples ({format_bytes(missing * sample_bytes(plan))})"
-        + pictures
-    )
+    size, pictures = format_bytes(missing * sample_bytes(plan)), ""
+    if plan["save_images"] and missing:
+        pictures = f", {missing} images (at most {format_bytes(picture_bytes(plan, info, missing))})"
+    click.echo(f"left: {len(batches) * plan['num_steps']} forward passes; {samples} samples ({size}){pictures}")
 
 
 def say_how_many_prompts(prompts: Sequence[str], num_images: int, prompt_file: Path | None) -> None:
-    """A list that is not used as a whole, or more than once."""
+    """Print a line where the list of prompts is used more than once, and where a part of a given file is not used."""
     if len(prompts) < num_images:
         click.echo(f"{len(prompts)} prompts for {num_images} images: the list is used again with other seeds.")
     elif prompt_file is not None and len(prompts) > num_images:
@@ -55,7 +55,7 @@ def say_how_many_prompts(prompts: Sequence[str], num_images: int, prompt_file: P
 
 
 def warn_of_old_results(paths: CalibrationPaths) -> None:
-    """After --force: what later stages made from the run that is gone."""
+    """Print the folders that later stages made from the run that --force has removed."""
     root = paths.root
     folders = (
         BlockCachePaths(root), WeightPaths(root), ActivationPaths(root), EvaluationPaths(root / "evaluation"),
@@ -63,4 +63,7 @@ def warn_of_old_results(paths: CalibrationPaths) -> None:
     )  # fmt: skip
     old = [folder.root.name for folder in folders if folder.root.is_dir()]
     if old:
-        click.echo(f"Note: {', '.join(old)} in {root} are of the run that is gone; make them anew (with --force where the script has it).")
+        click.echo(
+            f"Note: {', '.join(old)} in {root} are of the run that is gone; "
+            "make them anew (with --force where the script has it)."
+        )

@@ -1,17 +1,29 @@
-"""What the stages print at their end."""
+"""Tables and lines that the stages print when they know their results.
 
-from collections.abc import Mapping
-from typing import Any
+Stages 3A and 3A' print their summaries without MLX, so types that come with MLX are imported for annotations alone.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
+import numpy as np
 
 from calibration_store.choices import TIER_BITS
+from calibration_store.sizes import format_bytes
 from w4a8.analysis.w4a8_config import DEAD_SCALE
 from w4a8.evaluation.gate import ONLY_IMAGES_ARE_EQUAL, only_images_are_equal
 
+if TYPE_CHECKING:
+    from w4a8.drawing import Drawing
+    from w4a8.quantized.export import ExportSource, Size
+
 
 def print_w4a8_summary(summary: dict[str, Any], temporal: dict[str, dict], outlier_config: dict[str, dict]) -> None:
-    """The terminal's summary: a line per finding, and the layers whose range moves most."""
+    """Print the summary of stage 3A: a line for each finding, and the layers whose range moves most.
+
+    summary, temporal and outlier_config: the results of `summarize_config`, `temporal_analysis` and `migrate_outliers`.
+    """
     scale, widest = summary["scale"], summary["widest_layer"]
     click.echo(
         f"{summary['num_layers']} layers × {summary['num_steps']} steps, 8 bits (simulated: MLX has no A8 kernel)"
@@ -47,7 +59,7 @@ def print_w4a8_summary(summary: dict[str, Any], temporal: dict[str, dict], outli
 
 
 def print_tier_summary(summary: dict[str, Any]) -> None:
-    """The terminal's table: shares by kind of layer and by third of the schedule."""
+    """Print the table of stage 3A': the shares of 4, 6 and 8 bits by kind of layer and by third of the schedule."""
     click.echo(
         f"{summary['num_layers']} layers × {summary['num_steps']} steps, {summary['average_bits']:.2f} bits on average "
         "(experimental; simulated: MLX has no such kernel)"
@@ -65,7 +77,10 @@ def print_tier_summary(summary: dict[str, Any]) -> None:
 
 
 def print_variants(results: dict[str, dict], simulated: bool) -> None:
-    """One row a variant; simulated: whether any of them quantizes activations."""
+    """Print the table of stage 4, a row for each variant, and the worst image of each.
+
+    results: {variant: its entry in metrics.json}; simulated: whether any variant quantizes activations.
+    """
     labels = {name: f"{name} (experimental)" if "multitier" in name.split("+") else name for name in results}
     width = max(map(len, labels.values()))
     click.echo(f"{'':{width}}  PSNR mean (95 %)       median   worst  >=40 dB  <30 dB    SSIM    FLIP  latent error")
@@ -77,8 +92,9 @@ def print_variants(results: dict[str, dict], simulated: bool) -> None:
         ]
         flip = "–" if row["flip"]["mean"] is None else f"{row['flip']['mean']:.4f}"
         click.echo(
-            f"{labels[name]:{width}}  {cells[0]:>6} dB {interval:15} {cells[1]:>6} {cells[2]:>7} {row['share_above_40_db']:8.0%} "
-            f"{row['share_below_30_db']:7.0%} {row['ssim']['mean']:7.4f} {flip:>7} {row['step_error']['mean'][-1]:13.4f}"
+            f"{labels[name]:{width}}  {cells[0]:>6} dB {interval:15} {cells[1]:>6} {cells[2]:>7} "
+            f"{row['share_above_40_db']:8.0%} {row['share_below_30_db']:7.0%} {row['ssim']['mean']:7.4f} {flip:>7} "
+            f"{row['step_error']['mean'][-1]:13.4f}"
         )
     if simulated:
         click.echo("Quantized activations are simulated: these rows say nothing about speed.")
@@ -96,13 +112,20 @@ LOSSES_SHOWN = ("start", "hardened", "end", "end_activations")
 
 
 def held_out_losses(row: Mapping[str, Any]) -> dict[str, float | None]:
-    """Errors on held-out samples relative to round-to-nearest's on these; in the files to its on the training samples."""
+    """Return a unit's errors on held-out samples, relative to the error of round-to-nearest on the same samples.
+
+    row: a unit's losses in metadata.json, which are relative to round-to-nearest on the training samples. An error that
+    is not there is None.
+    """
     nearest = row["nearest"]
     return {key: row[key] / nearest if row[key] is not None and nearest else None for key in LOSSES_SHOWN}
 
 
 def print_losses(rows: list[tuple[str, dict]]) -> None:
-    """The table at the end: errors on held-out samples, and on those that were trained on."""
+    """Print the table of stage 3W: the errors of every unit on held-out samples, and its last one on training samples.
+
+    rows: (name, losses in metadata.json) of each unit.
+    """
     click.echo(
         f"{'error, round-to-nearest = 1':27} {'start':>9} {'hardened':>9} {'end':>9} {'with A8':>9} {'(training)':>11}"
     )
@@ -110,3 +133,46 @@ def print_losses(rows: list[tuple[str, dict]]) -> None:
         figures = " ".join(f"{'–':>9}" if value is None else f"{value:9.3f}" for value in held_out_losses(row).values())
         kept = "  kept round-to-nearest (Issue 22)" if row["kept_nearest"] else ""
         click.echo(f"{name:27} {figures} {row['end_training']:11.3f}{kept}")
+
+
+def print_export(export: "ExportSource", size: "Size", layout: str) -> None:
+    """Print what stage 5 writes, and its size relative to float16."""
+    weights = export.weights
+    rest = (
+        ""
+        if weights.other_layers is None
+        else ", all linear layers"
+        if weights.other_layers.all_linears
+        else ", adaLN and embedders at 8 bits"
+    )
+    groups = f"groups of {weights.group_size}" if weights.group_size else "a scale per output channel"
+    click.echo(
+        f"{export.info.version}: {export.weights_name}, {groups}{rest}; "
+        f"activations: {export.activations or 'not quantized'}; {layout}"
+    )
+    click.echo(
+        f"quantized layers {format_bytes(size.quantized)}, "
+        f"{size.quantized / size.quantized_float16:.3f} x their float16; "
+        f"transformer {format_bytes(size.transformer)}, {size.transformer / size.transformer_float16:.3f} x"
+    )
+
+
+def print_drawing(drawing: "Drawing", size: int | None) -> None:
+    """Print the time and memory that a model took to draw. size: bytes of the transformer's file; None: not here."""
+    disk = f"the transformer's file has {format_bytes(size)}" if size else "its files are not in the local cache"
+    click.echo(
+        f"{drawing.model}: {drawing.seconds:.2f} s an image, {format_bytes(drawing.peak_bytes)} at the peak, {disk}"
+    )
+    if drawing.simulated:
+        click.echo(
+            f"Activations are quantized in simulation ({drawing.simulated}): "
+            "the seconds say nothing about such kernels."
+        )
+
+
+def print_comparison(prompts: Sequence[str], found: Mapping[str, np.ndarray]) -> None:
+    """Print PSNR and SSIM of every pair of images, and their means. found: the result of `compare_drawings`."""
+    for prompt, psnr, ssim in zip(prompts, found["psnr"], found["ssim"], strict=True):
+        click.echo(f"{psnr:6.1f} dB  SSIM {ssim:.4f}  {prompt}")
+    if len(prompts) > 1:
+        click.echo(f"{np.mean(found['psnr']):6.1f} dB  SSIM {np.mean(found['ssim']):.4f}  mean")

@@ -10,7 +10,7 @@ from w4a8.report.figures import heat_map
 
 
 def plot_bits(path: Path, steps: dict[str, dict[str, Decision]], sigmas: dict[str, float]) -> None:
-    """Draw bits as a map layer × step."""
+    """Write the map of bits, layer × step, of the layers that every step has. sigmas: {step key: sigma}."""
     layers = [name for name in next(iter(steps.values())) if all(name in step for step in steps.values())]
     bits = {name: [step[name].bits for step in steps.values()] for name in layers}
     colours = ListedColormap(["#fde725", "#21918c", "#440154"])

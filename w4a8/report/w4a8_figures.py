@@ -15,9 +15,10 @@ from w4a8.report.figures import heat_map, save_figure
 def plot(
     paths: list[Path], steps: dict[str, dict[str, LayerStep]], sigmas: dict[str, float], config: dict[str, Any]
 ) -> None:
-    """Write the figures of `figure_names`: clipping range over sigma per kind, it and the shift as layer × step maps.
+    """Write the figures of `figure_names`: the clipping range over sigma, and maps of clipping range and shift.
 
-    config: quant_config.json, whose `clipping_range` is what is used.
+    A map is layer × step. Only layers that every step has are drawn. paths: one for each figure; sigmas: {step key:
+    sigma}; config: quant_config.json, which the clipping ranges are taken from.
     """
     keys = list(steps)
     common = [name for name in steps[keys[0]] if all(name in layers for layers in steps.values())]
@@ -26,7 +27,7 @@ def plot(
         name: [used[key][name].get("clipping_range", used[key][name]["scale"]) for key in keys] for name in common
     }
     shifts = {
-        name: [float(np.abs(steps[key][name].shift).max()) for key in keys]
+        name: [steps[key][name].largest_shift() for key in keys]
         for name in common
         if steps[keys[0]][name].shift is not None
     }
@@ -46,7 +47,10 @@ def plot(
 
 
 def plot_bands(path: Path, scales: dict[str, list[float]], sigmas: list[float]) -> None:
-    """Clipping range over sigma, one panel a kind of layer: median, quartiles, extremes over the blocks."""
+    """Draw the clipping range over sigma: a panel for each kind of layer, with its blocks' median, quartiles, extremes.
+
+    scales: {layer: its clipping range at each of the sigmas}.
+    """
     kinds = layers_by_kind(list(scales))
     columns = min(4, len(kinds))
     figure, panels = pyplot.subplots(
@@ -62,7 +66,7 @@ def plot_bands(path: Path, scales: dict[str, list[float]], sigmas: list[float]) 
         panel.grid(alpha=0.3)
     for panel in panels.flat[len(kinds) :]:
         panel.set_axis_off()
-    panels[0, 0].invert_xaxis()  # as the sampler goes: from noise to image; shared by all
+    panels[0, 0].invert_xaxis()  # the sampler goes from noise to image; all panels share the axis
     panels[0, 0].legend(fontsize="small")
     figure.supxlabel("sigma (noise on the left, image on the right)")
     figure.supylabel("clipping range")

@@ -1,4 +1,4 @@
-"""The GPU kernel of the statistics, one source for Metal and CUDA."""
+"""Source of the two GPU kernels that compute the statistics of a pass, the same text for Metal and CUDA."""
 
 TILE_ROWS = 128
 KERNEL_HEADER = {
@@ -34,7 +34,8 @@ KERNEL_HEADER = {
 KERNEL_FUNCTIONS = """
 FUNCTION float power_of_two(int exponent) { return AS_FLOAT((exponent + 127) << 23); }
 
-// calibration_store.histograms.histogram_grid: the finest power-of-two width at which [low, high] touches at most 256 bins
+// calibration_store.histograms.histogram_grid: the finest power-of-two width at which [low, high] touches at most 256
+// bins
 FUNCTION int grid_exponent(float low, float high) {
     int exponent = ((AS_INT(high - low) >> 23) & 255) - 127 - 9;
     if (exponent < -24) exponent = -24;
@@ -46,10 +47,16 @@ FUNCTION bool is_finite(float value) { return (AS_INT(value) & 0x7f800000) != 0x
 """
 
 
-# plan (inputs, 5) int32, per input: its first group, rows, channels, where its tile limits and its limits begin.
+# plan (inputs, 5) int32 holds for each input: the index of its first group, its rows, its channels, the offset of its
+# part of tile_limits, and the offset of its part of limits and moments.
 #
-# One group of 1024 threads takes 256 channels × TILE_ROWS rows of one input, four rows at a time: reads them for the
-# limits, then again, from the cache, for the histogram over the tile's own grid. x is read from memory once.
+# One group of 1024 threads takes a tile, 256 channels × TILE_ROWS rows of one input, four rows at a time. The group
+# reads the tile for its limits, and once more for the histogram over the tile's own grid. The second reading hits the
+# cache, so x is read from memory once.
+#
+# tile_limits: minimum, maximum, sum and sum of squares of each channel in each row of tiles, (4, channels) float32.
+# tile_histograms (groups, 259) int32: 256 counts, the grid's exponent, its first bin, the number of values that are not
+# finite.
 TILE_KERNEL = """
     const int rows = plan[input * 5 + 1], channels = plan[input * 5 + 2];
     const int columns = (channels + 255) / 256, tile = GROUP - plan[input * 5];
@@ -126,7 +133,8 @@ TILE_KERNEL = """
 """
 
 
-# Reduces the tiles, one group of 1024 threads an input: limits, and histograms, whose grids nest.
+# One group of 1024 threads reduces the tiles of one input to limits (2, channels), moments (2, channels) and a
+# histogram (259,). The grids of the tiles' histograms nest in the input's grid, so no count is lost.
 MERGE_KERNEL = """
     const int input = GROUP, rows = plan[input * 5 + 1], channels = plan[input * 5 + 2];
     const int tile_rows = (rows + TILE_ROWS - 1) / TILE_ROWS, columns = (channels + 255) / 256;

@@ -1,4 +1,11 @@
-"""Statistics of the inputs of one pass, three ways that agree."""
+"""Compute the statistics of the inputs of one pass: by a GPU kernel, by MLX operations, or by NumPy.
+
+The three ways agree: limits and histograms are equal, moments differ by rounding. Every way returns three arrays:
+limits (2, channels) float32, each channel's minimum and maximum; histograms (inputs, 259) int32, 256 counts on the grid
+of `calibration_store.histograms.histogram_grid`, the grid's exponent, its first bin, and the number of values that are
+not finite; moments (2, channels) float32, each channel's E[x] and E[x²]. `channels` are those of all inputs, one after
+the other.
+"""
 
 import functools
 import warnings
@@ -12,12 +19,13 @@ from calibration_store.histograms import histogram_grid
 from w4a8.backend.parallel import announce_compilation
 from w4a8.statistics.kernel_source import KERNEL_FUNCTIONS, KERNEL_HEADER, MERGE_KERNEL, TILE_KERNEL, TILE_ROWS
 
-INPUTS_PER_KERNEL = 8  # the distinct inputs of one SD3 block: launches cost more than the work
+# The number of distinct inputs of one SD3 block: one launch takes them all, since launches cost more than the work.
+INPUTS_PER_KERNEL = 8
 
 
 @functools.cache
 def _gpu_kernels(backend: str, inputs: int) -> tuple[Callable, Callable]:
-    """The tile kernel for `inputs` inputs, and the merge kernel."""
+    """Return the tile kernel for this number of inputs, and the merge kernel."""
     build = mx.fast.metal_kernel if backend == "metal" else mx.fast.cuda_kernel
     header = KERNEL_HEADER[backend] + f"#define TILE_ROWS {TILE_ROWS}\n" + KERNEL_FUNCTIONS
     names = [f"x{i}" for i in range(inputs)]
@@ -25,7 +33,7 @@ def _gpu_kernels(backend: str, inputs: int) -> tuple[Callable, Callable]:
         f"if (GROUP >= plan[{i} * 5]) {{ x = x{i}; input = {i}; }}\n" for i in range(1, inputs)
     )
     tiles = ["tile_limits", "tile_histograms"]
-    return (
+    return (  # type: ignore[return-value]  # MLX's stubs say object, and callables come
         build(f"activation_tiles_{inputs}", [*names, "plan"], tiles, choose + TILE_KERNEL, header),
         build("activation_merge", [*tiles, "plan"], ["limits", "histograms", "moments"], MERGE_KERNEL, header),
     )
@@ -33,7 +41,11 @@ def _gpu_kernels(backend: str, inputs: int) -> tuple[Callable, Callable]:
 
 @functools.cache
 def _gpu_plan(shapes: tuple[tuple[int, int], ...]) -> tuple[mx.array, int, int, int]:
-    """The kernels' plan for inputs of these shapes; and groups, tile limits and channels in all."""
+    """Return the kernels' plan for inputs of these shapes (rows, channels), and three totals over all inputs.
+
+    The plan is (inputs, 5) int32, described in kernel_source.py. The totals are the number of groups, the number of
+    elements of tile_limits, and the number of channels.
+    """
     plan, groups, tile_limits, channels = [], 0, 0, 0
     for rows, width in shapes:
         plan.append([groups, rows, width, tile_limits, channels])
@@ -45,7 +57,10 @@ def _gpu_plan(shapes: tuple[tuple[int, int], ...]) -> tuple[mx.array, int, int, 
 
 
 def gpu_statistics(inputs: list[mx.array], backend: str) -> list[mx.array]:
-    """[limits, histograms, moments] of inputs (rows, channels) of one dtype, unevaluated, by the kernel of `backend`."""
+    """Return [limits, histograms, moments] of inputs (rows, channels) of one dtype, unevaluated, by the GPU kernel.
+
+    backend: "metal" or "cuda".
+    """
     inputs = [x.astype(mx.float32) if x.dtype == mx.bfloat16 else x for x in inputs]
     plan, groups, tile_limits, channels = _gpu_plan(tuple(x.shape for x in inputs))
     tile_kernel, merge_kernel = _gpu_kernels(backend, len(inputs))
@@ -68,9 +83,12 @@ def gpu_statistics(inputs: list[mx.array], backend: str) -> list[mx.array]:
 
 
 def mlx_statistics(inputs: list[mx.array]) -> list[mx.array]:
-    """The plain twin: [limits, histograms, moments] of inputs (rows, channels) from MLX operations alone, unevaluated."""
+    """Return [limits, histograms, moments] of inputs (rows, channels), unevaluated, from MLX operations alone.
 
-    def power_of_two(exponent):
+    The function is the plain twin of `gpu_statistics`, and stands in for a kernel that fails its self-check.
+    """
+
+    def power_of_two(exponent: mx.array) -> mx.array:
         return mx.view((exponent + 127) << 23, mx.float32)
 
     limits, histograms, moments = [], [], []
@@ -82,7 +100,7 @@ def mlx_statistics(inputs: list[mx.array]) -> list[mx.array]:
         limits.append(mx.stack([mx.where(finite, x, 3.4e38).min(axis=0), mx.where(finite, x, -3.4e38).max(axis=0)]))
         low, high = mx.minimum(limits[-1][0].min(), 0.0), mx.maximum(limits[-1][1].max(), 0.0)
         exponent = mx.maximum(((mx.view(high - low, mx.int32) >> 23) & 255) - 127 - 9, -24)
-        for _ in range(4):  # the start is at most three too small
+        for _ in range(4):  # the first exponent is at most three too small
             bins = mx.floor(high * power_of_two(-exponent)) - mx.floor(low * power_of_two(-exponent))
             exponent = exponent + (bins > 255).astype(mx.int32)
         first_bin = mx.floor(low * power_of_two(-exponent)).astype(mx.int32)
@@ -94,18 +112,18 @@ def mlx_statistics(inputs: list[mx.array]) -> list[mx.array]:
 
 
 def cpu_statistics(x: np.ndarray) -> list[np.ndarray]:
-    """[limits (2, channels), histograms (1, 259), moments (2, channels)] of one x (rows, channels), at C speed: NumPy and Pillow's histogram."""
+    """Return [limits, histograms, moments] of one input x (rows, channels), by NumPy and Pillow's histogram."""
     x = x.astype(np.float32, copy=False)
     limits = np.stack([x.min(axis=0), x.max(axis=0)])
     moments = np.stack([x.mean(axis=0), np.einsum("rc,rc->c", x, x) / np.float32(len(x))])
     histograms = np.zeros((1, 259), np.int32)
     histogram = histograms[0]
-    low, high = float(limits[0].min()), float(limits[1].max())  # NaN comes through
+    low, high = float(limits[0].min()), float(limits[1].max())  # NaN where x has one
     if not (np.isfinite(low) and np.isfinite(high)):
         histogram[258] = np.count_nonzero(~np.isfinite(x))
         return [limits, histograms, moments]
     exponent, first_bin = histogram_grid(low, high)
-    bins = x * np.float32(2.0**-exponent)  # a power of two: exact
+    bins = x * np.float32(2.0**-exponent)  # exact, since the factor is a power of two
     np.floor(bins, out=bins)
     bins -= np.float32(first_bin)
     histogram[:256] = Image.fromarray(bins.astype(np.uint8)).histogram()
@@ -114,7 +132,10 @@ def cpu_statistics(x: np.ndarray) -> list[np.ndarray]:
 
 
 def choose_statistics() -> str:
-    """Which implementation runs here: cpu, metal, cuda, or mlx when the GPU's kernel fails its self-check."""
+    """Return the name of the implementation that runs here: "cpu", "metal", "cuda" or "mlx".
+
+    "mlx" stands in for a GPU's kernel that fails its self-check, and a warning says so.
+    """
     if mx.default_device() == mx.Device(mx.cpu):
         return "cpu"
     backend = "metal" if mx.metal.is_available() else "cuda"
@@ -129,7 +150,7 @@ def choose_statistics() -> str:
 
 
 def kernel_self_check(backend: str) -> str | None:
-    """Compare the GPU kernel with its twin on inputs with odd sizes; returns what went wrong, or None."""
+    """Compare the GPU kernel with `mlx_statistics` on inputs of odd sizes; return the fault in words, or None."""
     try:
         for dtype in (mx.float32, mx.float16):
             shapes = ((300, 259), (1, 5), (513, 512))

@@ -1,8 +1,8 @@
-"""Merge the results of single passes into the statistics of a step."""
+"""Merge the partial results of single passes (2A) into the statistics of a step."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -16,8 +16,8 @@ from w4a8.analysis.clipping_ranges import absolute_histogram, histogram_percenti
 SHIFT_MOMENTUM = 0.95
 
 
-class StepPartials(Sequence):
-    """The partial results of one step, in ascending image_id, read from the disk one at a time."""
+class StepPartials(Sequence[dict[str, np.ndarray]]):
+    """The partial results of one step, in the order of image_ids; each is read from the disk when it is asked for."""
 
     def __init__(self, paths: ActivationPaths, run: str, step: int, image_ids: Sequence[int]):
         self._paths, self._run, self._step, self._image_ids = paths, run, step, image_ids
@@ -25,22 +25,36 @@ class StepPartials(Sequence):
     def __len__(self) -> int:
         return len(self._image_ids)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    @overload
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "StepPartials": ...
+
+    def __getitem__(self, index: int | slice) -> "dict[str, np.ndarray] | StepPartials":
+        if isinstance(index, slice):
+            return StepPartials(self._paths, self._run, self._step, self._image_ids[index])
         return read_partial(self._paths, self._run, self._image_ids[index], self._step)
 
 
 def merge_partials(partials: Sequence[dict[str, np.ndarray]]) -> dict[str, tuple[dict[str, np.ndarray], dict]]:
-    """Merge one step's partial results, in ascending image_id: {layer: (arrays by field, its entry in the index)}.
+    """Merge one step's partial results: return {layer: (arrays by field, its entry in the index)}.
 
-    avg_min and avg_max are plain means over images, min and max the extremes, mean and mean_square those of all values;
-    shift is the moving average of TaQ-DiT's per-channel centre (momentum 0.95, first image sets it);
-    histograms add up on the finest grid that holds them all. partials is gone through twice, one partial in memory at a time.
+    avg_min and avg_max (channels,) are plain means over images; min and max are the extremes of all images; mean and
+    mean_square are E[x] and E[x²] over all values. shift is TaQ-DiT's centre (min + max) / 2 of each channel of a
+    post-GELU input, averaged over images with momentum 0.95; the first image sets the average. Arrays are float32.
+    hist_counts (256,) int64 adds the histograms up on the finest grid that holds them all; hist_edges (257,) float64 is
+    that grid.
+
+    partials: in ascending order of image_id, because the moving average depends on the order. The function reads them
+    twice, and holds one partial in memory at a time.
     """
     first = partials[0]
     starts = np.concatenate([[0], np.cumsum(first["channels"])])
     post_gelu = {int(i) for name, i in zip(first["layers"], first["inputs"], strict=True) if is_post_gelu(str(name))}
     total_min, total_max, total, total_square = (np.zeros(starts[-1], np.float64) for _ in range(4))
-    shift, lowest, highest = None, np.inf, -np.inf
+    lowest, highest = np.full(starts[-1], np.inf), np.full(starts[-1], -np.inf)
+    shift: np.ndarray | None = None
     for partial in partials:
         low, high = partial["limits"].astype(np.float64)
         lowest, highest = np.minimum(lowest, low), np.maximum(highest, high)
@@ -50,6 +64,7 @@ def merge_partials(partials: Sequence[dict[str, np.ndarray]]) -> dict[str, tuple
         total_square += partial["moments"][1]
         centre = (low + high) / 2
         shift = centre if shift is None else SHIFT_MOMENTUM * shift + (1 - SHIFT_MOMENTUM) * centre
+    assert shift is not None  # there is a first partial
     avg_min, avg_max, mean, mean_square = (sums / len(partials) for sums in (total_min, total_max, total, total_square))
     parts = [slice(start, end) for start, end in pairwise(starts)]
     grids = [histogram_grid(float(lowest[part].min()), float(highest[part].max())) for part in parts]
@@ -68,15 +83,22 @@ def merge_partials(partials: Sequence[dict[str, np.ndarray]]) -> dict[str, tuple
         )
         for index, part in enumerate(parts)
     ]
-    layers = {}
+    layers: dict[str, tuple[dict[str, np.ndarray], dict]] = {}
     for name, index in zip(first["layers"], first["inputs"], strict=True):
         fields, entry = inputs[index]
         layers[str(name)] = (fields, {"n_batches": len(partials), **entry})
     return layers
 
 
-def _describe_input(avg_min, avg_max, others, shift, counts, edges) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The step file's arrays and index entry of one input."""
+def _describe_input(
+    avg_min: np.ndarray,
+    avg_max: np.ndarray,
+    others: dict[str, np.ndarray],
+    shift: np.ndarray | None,
+    counts: np.ndarray,
+    edges: np.ndarray,
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Return one input's arrays in the step file, and its entry in the index, which lacks n_batches."""
     fields = {"avg_min": avg_min, "avg_max": avg_max, **others}
     fields = {name: array.astype(np.float32) for name, array in fields.items()}
     magnitudes = absolute_histogram(counts, edges)
@@ -101,7 +123,7 @@ def _describe_input(avg_min, avg_max, others, shift, counts, edges) -> tuple[dic
 def write_merged_statistics(
     paths: ActivationPaths, manifest: Mapping[str, Any], plan: Mapping[str, Any], sigmas: Sequence[float]
 ) -> None:
-    """Merge the partial results of every step and write the stage's files, layer_statistics.json last."""
+    """Merge the partial results of every step, and write the files of stage 2A, layer_statistics.json last."""
     for step in plan["key_timesteps"]:
         partials = StepPartials(paths, plan["calibration_run"], step, plan["selected_image_ids"])
         write_step(paths, step, merge_partials(partials), plan["calibration_run"])

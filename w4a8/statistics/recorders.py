@@ -1,4 +1,4 @@
-"""Recorders: what hooks report in one forward pass becomes its statistics."""
+"""Recorders: each turns the inputs that hooks report in one forward pass into the statistics of the pass."""
 
 import functools
 from collections import deque
@@ -18,29 +18,29 @@ from w4a8.statistics.kernels import INPUTS_PER_KERNEL, cpu_statistics, gpu_stati
 
 @dataclass
 class PassStatistics:
-    """Statistics of one pass: `layers` maps a layer to its distinct input, `channels` are those of each distinct
-    input, `results` are [limits, histograms, moments] of one or several distinct inputs, in order."""
+    """Statistics of one pass, over its distinct inputs: layers that are given the same array share one."""
 
-    layers: dict[str, int]
-    channels: list[int]
-    results: list[list]
+    layers: dict[str, int]  # layer -> index of its distinct input
+    channels: list[int]  # number of channels of each distinct input
+    results: list[list]  # [limits, histograms, moments] of one or several distinct inputs each, in order
 
 
 class LazyRecorder:
-    """Adds the statistics to the graph of the pass; one `mx.eval` takes everything pending.
+    """A recorder that adds the statistics to the graph of the pass; one `mx.eval` computes everything pending.
 
     Left alone, MLX computes statistics last, since nothing in the pass waits for them, and every input lives
-    until then. So the last layer of each group of inputs is made to depend on the group's statistics: its inputs
-    are used up, and freed, before the pass goes on.
+    until then. Therefore the last layer of each group of inputs is made to depend on the group's statistics: MLX uses
+    the inputs up, and frees them, before the pass goes on.
     """
 
     def __init__(self, compute: Callable[[list[mx.array]], list[mx.array]]):
         self._compute = compute
         self._pass = PassStatistics({}, [], [])
-        self._waiting: list = []
-        self._last = None
+        self._waiting: list[mx.array] = []
+        self._last: mx.array | None = None
 
     def record(self, name: str, x: mx.array) -> mx.array | None:
+        """Note a layer's input x (…, channels); return x tied to the statistics of a full group, else None."""
         tied = None
         if x is not self._last:  # q, k and v get the same array
             self._last = x
@@ -58,7 +58,7 @@ class LazyRecorder:
             self._waiting = []
 
     def finish(self, output: mx.array) -> PassStatistics:
-        """Evaluate the pass."""
+        """Evaluate the pass and return its statistics. output: the result of the pass."""
         self._last = None
         self._flush()
         mx.eval(self._pass.results, output)
@@ -66,20 +66,21 @@ class LazyRecorder:
 
 
 class StreamingRecorder:
-    """For the CPU: hands each input to NumPy while MLX's own thread computes the next ones.
+    """A recorder for the CPU: NumPy takes each input while MLX's own thread computes the next ones.
 
-    At most LOOKAHEAD inputs wait at a time, about those of one block. `mx.async_eval` only starts the work; the
-    one blocking `mx.eval` of the pass is that of its output.
+    At most LOOKAHEAD inputs wait at a time, which is about the number that one block has. `mx.async_eval` only starts
+    the work; the one blocking `mx.eval` of the pass is that of its output.
     """
 
     LOOKAHEAD = 6
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._pass = PassStatistics({}, [], [])
-        self._waiting: deque = deque()
-        self._last = None
+        self._waiting: deque[mx.array] = deque()
+        self._last: mx.array | None = None
 
     def record(self, name: str, x: mx.array) -> None:
+        """Note a layer's input x (…, channels), and begin to compute it."""
         if x is not self._last:
             self._last = x
             self._pass.channels.append(x.shape[-1])
@@ -95,7 +96,7 @@ class StreamingRecorder:
         self._pass.results.append(cpu_statistics(np.array(x, copy=False).reshape(-1, x.shape[-1])))
 
     def finish(self, output: mx.array) -> PassStatistics:
-        """As LazyRecorder.finish."""
+        """Evaluate the pass and return its statistics. output: the result of the pass."""
         self._last = None
         while self._waiting:
             self._take_oldest()
@@ -104,7 +105,7 @@ class StreamingRecorder:
 
 
 def new_recorder(implementation: str) -> LazyRecorder | StreamingRecorder:
-    """A recorder for one pass; implementation is what `choose_statistics` gave."""
+    """Return a recorder for one pass. implementation: a name that `choose_statistics` returns."""
     if implementation == "cpu":
         return StreamingRecorder()
     if implementation == "mlx":
@@ -113,14 +114,15 @@ def new_recorder(implementation: str) -> LazyRecorder | StreamingRecorder:
 
 
 def partial_arrays(statistics: PassStatistics, image_id: int, step: int, dtype: str) -> dict[str, np.ndarray]:
-    """One pass's statistics as the arrays of a partial file. Raises StoreError when an activation is not finite.
+    """Return the statistics of one pass as the arrays of a partial file (`calibration_store.partials.PARTIAL`).
 
-    dtype: the run's precision; what to try follows from it.
+    dtype: the run's precision, which the advice in the error follows from. Raises StoreError when an activation is not
+    finite.
     """
-    limits, histograms, moments = (
+    limits, grouped, moments = (
         [np.asarray(array) for array in arrays] for arrays in zip(*statistics.results, strict=True)
     )
-    histograms = np.concatenate(histograms)
+    histograms = np.concatenate(grouped)
     for name, index in statistics.layers.items():
         if histograms[index, 258]:
             way = "a smaller --cfg-weight or another copy of the model" if dtype == "float32" else "--dtype float32"
@@ -129,8 +131,8 @@ def partial_arrays(statistics: PassStatistics, image_id: int, step: int, dtype: 
                 f"run generate_calibration_data.py with {way}"
             )
     return {
-        "image_id": np.int32(image_id),
-        "step_index": np.int32(step),
+        "image_id": np.array(image_id, np.int32),
+        "step_index": np.array(step, np.int32),
         "layers": np.array(list(statistics.layers)),
         "inputs": np.array(list(statistics.layers.values()), np.int32),
         "channels": np.array(statistics.channels, np.int32),
@@ -141,7 +143,7 @@ def partial_arrays(statistics: PassStatistics, image_id: int, step: int, dtype: 
 
 
 def collect_pass(one: Pass, implementation: str) -> PassStatistics:
-    """Run a pass under hooks; implementation is what `choose_statistics` gave."""
+    """Run a pass under hooks and return its statistics. implementation: a name that `choose_statistics` returns."""
     recorder = new_recorder(implementation)
     with hooked_layers(one.pipeline.mmdit, recorder.record):
         return recorder.finish(one.forward())
@@ -150,5 +152,8 @@ def collect_pass(one: Pass, implementation: str) -> PassStatistics:
 def write_pass(
     paths: ActivationPaths, run: str, statistics: PassStatistics, image_id: int, step: int, dtype: str
 ) -> None:
-    """Write one pass's partial file of a calibration run; runs on the writer's thread while the next pass computes."""
+    """Write the partial file of one pass. run: the identity of the calibration run.
+
+    The writer's thread calls the function while the next pass computes.
+    """
     write_partial(paths, partial_arrays(statistics, image_id, step, dtype), run)

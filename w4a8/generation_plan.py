@@ -1,0 +1,220 @@
+"""Stage 1's plan: the manifest of a run before its first image, its checks, and what is left of it."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from calibration_store.errors import OptionError, StoreError
+from calibration_store.layout import CalibrationPaths
+from calibration_store.manifest import MANIFEST_FORMAT, prompts_digest, read_manifest
+from calibration_store.samples import is_complete, sample_bytes
+from w4a8.backend.processes import SINGLE_PROCESS, SingleProcess
+from w4a8.model.catalog import ModelInfo, choose_dtype, package_versions
+from w4a8.model.parts import Pipeline
+from w4a8.model.prompt_encoder import check_prompts
+from w4a8.model.runs import run_schedule
+from w4a8.model.sampling import check_seeds
+from w4a8.options import GenerationOptions
+
+PNG_BYTES_PER_PIXEL = 3  # an upper bound for a compressed RGB image
+MANIFEST_BYTES_PER_IMAGE = 400
+
+
+def model_of_run(calib_dir: Path) -> str | None:
+    """Return the `--model` that the run in a folder was begun with; None where the folder holds no run."""
+    return read_manifest(calib_dir)["model_version"] if CalibrationPaths(calib_dir).manifest.exists() else None
+
+
+def plan_run(options: GenerationOptions, info: ModelInfo, prompts: Sequence[str]) -> dict[str, Any]:
+    """Return the manifest of a run before its first image.
+
+    A list of prompts that is shorter than num_images starts again, with new seeds. Raises OptionError for options that
+    contradict each other or the model.
+    """
+    num_images, seed, negative_prompt = options.num_images, options.seed, options.negative_prompt
+    num_steps = options.num_steps or info.num_steps
+    cfg_weight = info.cfg_weight if options.cfg_weight is None else options.cfg_weight
+    latent_size = options.latent_size or info.latent_size
+    check_latent_size(info, latent_size)
+    check_guidance(info, cfg_weight)
+    if negative_prompt and cfg_weight <= 1:
+        raise OptionError("--negative-prompt needs --cfg-weight above 1: DiffusionKit ignores it otherwise")
+    check_seeds(seed, num_images)
+    chosen = [prompts[image_id % len(prompts)] for image_id in range(num_images)]
+    return {
+        "format": MANIFEST_FORMAT,
+        "model_version": info.version,
+        "architecture": info.family.name,
+        "local_checkpoint": str(options.local_checkpoint.resolve()) if options.local_checkpoint else None,
+        **({"loras": [{"file": str(lora.file), "scale": lora.scale} for lora in info.loras]} if info.loras else {}),
+        "num_steps": num_steps,
+        "cfg_scale": cfg_weight,
+        "negative_prompt": negative_prompt,
+        "latent_size": list(latent_size),
+        "weights_fingerprint": None,  # the script fills it in once the model's files are there
+        "use_t5": info.use_t5 if options.use_t5 is None else options.use_t5,
+        "sampler_shift": info.sampler_shift,
+        "seed_base": seed,
+        "activation_dtype": choose_dtype(info, options.dtype),
+        "stride": options.stride,
+        "batch_option": options.batch_size,
+        "batch_size": min(options.batch_size, num_images),
+        "save_images": options.save_images,
+        "num_images": num_images,
+        "n_completed": 0,
+        "prompts_sha256": prompts_digest(chosen),
+        "package_versions": package_versions(),
+        "images": [
+            {
+                "image_id": image_id,
+                "prompt": prompt,
+                "negative_prompt": negative_prompt,
+                "seed": seed + image_id,
+                "cfg_weight": cfg_weight,
+                "num_steps": num_steps,
+                "filename": f"images/{image_id:04d}.png" if options.save_images else None,
+            }
+            for image_id, prompt in enumerate(chosen)
+        ],
+    }
+
+
+def begun(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the manifest of a run that has no image yet."""
+    return {**plan, "n_completed": 0, "images": []}
+
+
+def finished(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the manifest of the finished run, without a weights_fingerprint that is not known yet."""
+    known = {key: value for key, value in plan.items() if key != "weights_fingerprint" or value is not None}
+    return known | {"n_completed": plan["num_images"]}
+
+
+def check_latent_size(info: ModelInfo, latent_size: tuple[int, int]) -> None:
+    """Raise OptionError for a latent size (height, width) that the model cannot draw."""
+    for side in latent_size:
+        if side % info.patch_size or not 0 < side <= info.max_latent_size:
+            raise OptionError(
+                f"--latent-size {latent_size[0]} {latent_size[1]}: both sides must be multiples of {info.patch_size} "
+                f"from {info.patch_size} to {info.max_latent_size} for {info.version}"
+            )
+
+
+def check_guidance(info: ModelInfo, cfg_weight: float) -> None:
+    """Raise OptionError for guidance where DiffusionKit runs no rows of a negative prompt."""
+    if cfg_weight > 0 and not info.family.guided:
+        raise OptionError(
+            f"--cfg-weight {cfg_weight:g}: {info.version} is run without guidance; leave it out, or give 0"
+        )
+
+
+def refuse_hub_options(info: ModelInfo, plan: dict[str, Any]) -> None:
+    """Raise OptionError for --local-checkpoint, --t5 or --no-t5 with a model that the option does not fit."""
+    if info.folder is not None and plan["local_checkpoint"]:
+        raise OptionError("--local-checkpoint goes with a hub model; a model folder brings its own weights")
+    if info.hub_id is None and plan["use_t5"]:
+        raise OptionError(f"--t5: {info.version} has no T5 text encoder; use --no-t5")
+    if info.family.needs_t5 and not plan["use_t5"]:
+        raise OptionError(f"--no-t5: {info.version} reads its prompts with T5; leave it out")
+
+
+def continue_run(plan: dict[str, Any], manifest: dict[str, Any]) -> str:
+    """Check that a plan goes on with the run in a folder, and take over rows of a pass and package versions.
+
+    StageFolder has compared RUN_OPTIONS already. This function compares batches, growth, prompts and weights with the
+    `manifest` in the folder, and changes `plan`. Returns a line that warns where the installed packages are others than
+    those the run was started with, else an empty text. Raises OptionError where the plan is that of another run.
+    """
+    if plan["batch_option"] != manifest["batch_option"] and plan["batch_size"] != manifest["batch_size"]:
+        raise OptionError(
+            f"--resume: the run in this folder has --batch-size {manifest['batch_option']}, "
+            f"not {plan['batch_option']}; give the same value, use --force to start over, or another --calib-dir"
+        )
+    started_with = manifest["num_images"]
+    if plan["num_images"] < started_with:
+        raise OptionError(f"--resume: the run has --num-images {started_with}; it can grow, not shrink")
+    if prompts_digest([image["prompt"] for image in plan["images"][:started_with]]) != manifest["prompts_sha256"]:
+        raise OptionError("--resume: the run was started with other --prompts; give the same list or use --force")
+    where = ("model_version", "local_checkpoint", "loras")
+    if plan["weights_fingerprint"] is not None or any(plan.get(key) != manifest.get(key) for key in where):
+        check_same_model(plan, manifest)
+    versions = plan["package_versions"]
+    plan |= {key: manifest[key] for key in ("batch_option", "batch_size", "package_versions")}
+    plan["weights_fingerprint"] = manifest["weights_fingerprint"]  # the plan's is the same, or not known yet
+    if versions == manifest["package_versions"]:
+        return ""
+    return (
+        f"Warning: the run was started with {manifest['package_versions']}, now {versions}: "
+        "arrays may differ in their last bits.\n"
+    )
+
+
+def check_same_model(plan: dict[str, Any], manifest: dict[str, Any]) -> None:
+    """Raise OptionError where a run would go on with other weights; the same weights may lie elsewhere."""
+    if plan["weights_fingerprint"] == manifest["weights_fingerprint"]:
+        return
+    raise OptionError(
+        f"--resume: the run in this folder has {place_of(manifest)}, and the weights of {place_of(plan)} are not its; "
+        "give the same, use --force to start over, or another --calib-dir"
+    )
+
+
+def place_of(run: Mapping[str, Any]) -> str:
+    """Return the options that name the weights of a run, as a command line has them."""
+    words = [f"--model {run['model_version']}"]
+    words += [f"--local-checkpoint {run['local_checkpoint']}"] if run.get("local_checkpoint") else []
+    return " ".join(words + [f"--lora {lora['file']}:{lora['scale']:g}" for lora in run.get("loras", ())])
+
+
+def warn_of_long_prompts(pipeline: Pipeline, plan: Mapping[str, Any]) -> list[str]:
+    """Return a sentence on prompts that the text encoders cut, and one on a negative prompt that they cut.
+
+    Raises ModelError for a character that a tokenizer does not know.
+    """
+    cut = check_prompts(pipeline, [image["prompt"] for image in plan["images"]])
+    negative = check_prompts(pipeline, [plan["negative_prompt"]], "--negative-prompt")
+    return [f"{cut} prompts are longer than the text encoder's positions: their ends are ignored."] * bool(cut) + [
+        "The negative prompt is longer than the text encoder's positions: its end is ignored."
+    ] * bool(negative)
+
+
+def complete_images(paths: CalibrationPaths, plan: dict[str, Any], info: ModelInfo) -> dict[int, dict]:
+    """Return {image_id: entry} of the images whose files are all on the disk and hold what the plan asks for."""
+    height, width = plan["latent_size"]
+    size, schedule = (width * info.vae_downscale, height * info.vae_downscale), run_schedule(plan)
+    return {image["image_id"]: image for image in plan["images"] if is_complete(paths, plan, image, schedule, size)}
+
+
+def refuse_foreign_pictures(paths: CalibrationPaths, plan: dict[str, Any], complete: dict[int, dict]) -> None:
+    """Raise StoreError where an image would take the place of a file that another program wrote."""
+    ours = set(paths.owned_files())
+    for image in plan["images"]:
+        path = paths.image(image["image_id"])
+        if plan["save_images"] and image["image_id"] not in complete and os.path.lexists(path) and path not in ours:
+            raise StoreError(f"{path}: not written by this stage; move it, or use another --calib-dir")
+
+
+def batches_to_do(
+    plan: dict[str, Any], complete: dict[int, dict], ranks: SingleProcess = SINGLE_PROCESS
+) -> list[list[dict]]:
+    """Return the incomplete batches that a rank owns, each a list of the manifest's image entries.
+
+    Batches have fixed places in the list of images, so a resumed run samples an image beside the same neighbours.
+    """
+    size = plan["batch_size"]
+    batches = [plan["images"][start : start + size] for start in range(0, plan["num_images"], size)]
+    mine = [batch for number, batch in enumerate(batches) if ranks.owns(number)]
+    return [batch for batch in mine if any(image["image_id"] not in complete for image in batch)]
+
+
+def picture_bytes(plan: Mapping[str, Any], info: ModelInfo, images: int) -> int:
+    """Return an upper bound of the bytes that the PNG files of this number of images take."""
+    pixels = plan["latent_size"][0] * plan["latent_size"][1] * info.vae_downscale**2
+    return images * pixels * PNG_BYTES_PER_PIXEL if plan["save_images"] else 0
+
+
+def bytes_to_do(plan: Mapping[str, Any], info: ModelInfo, missing: int) -> int:
+    """Return an upper bound of the bytes that a run still writes. missing: the number of incomplete images."""
+    manifest = plan["num_images"] * MANIFEST_BYTES_PER_IMAGE
+    return missing * sample_bytes(plan) + picture_bytes(plan, info, missing) + manifest

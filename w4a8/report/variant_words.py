@@ -1,0 +1,49 @@
+"""Say in words what a variant of stage 4 is, and how good its images are."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+NATIVE = "native"  # the variant of stage 4 that is the folder which stage 5 wrote
+LOOKS = (  # the least PSNR in dB -> what a person sees
+    (40, "nobody sees a difference"), (35, "lines move a little"), (30, "details are others"), (25, "it shows"),
+    (-math.inf, "another picture of the same prompt"),
+)  # fmt: skip
+PART_WORDS = (  # the beginning of a part of a variant's name, without its bits -> words
+    ("native", "the model on the disk"), ("w-rtn", "weights rounded to the nearest {bits}-bit code"),
+    ("w-adaround", "learned {bits}-bit rounding"), ("a-token", "inputs at {bits} bits, a range for each token"),
+    ("a-learned", "inputs at {bits} bits, 3W's ranges"), ("a-dynamic", "inputs at {bits} bits, a range for each input"),
+    ("multitier", "inputs at 4, 6 or 8 bits (experimental)"), ("a", "inputs at {bits} bits, the config's ranges"),
+)  # fmt: skip
+END_WORDS = (  # a suffix of a part -> words
+    ("-g0", "a scale per channel"), ("-g32", "groups of 32"), ("-g128", "groups of 128"), ("-r8", "the rest at 8"),
+    ("-all", "every linear layer"),
+)  # fmt: skip
+
+
+def what_it_is(variant: str) -> str:
+    """Return the name of a variant in words."""
+    words = []
+    for part in variant.split("+"):
+        found = re.fullmatch(r"([wa])(\d)(.*)", part)
+        kind, bits = (found[1] + found[3], found[2]) if found else (part, "")
+        words.append(next((text for start, text in PART_WORDS if kind.startswith(start)), part).format(bits=bits))
+        words += [text for end, text in END_WORDS if f"{end}-" in f"{kind}-"]
+    return ", ".join(words)
+
+
+def verdict_on(name: str | None, variants: Mapping[str, Any], exported_bits: int | None) -> str | None:
+    """Return a sentence or two on the quality of one variant, beside rounding to nearest at the same bits.
+
+    Returns None without a variant, and for one whose images all equal the original's.
+    """
+    if name is None or variants[name]["psnr"]["mean"] is None:
+        return None
+    psnr, bits = variants[name]["psnr"], exported_bits if name == NATIVE else name[1]
+    looks = next(words for least, words in LOOKS if round(psnr["mean"], 1) >= least)
+    what = what_it_is(name)
+    said = f"{what[0].upper()}{what[1:]} ({name}): {psnr['mean']:.1f} dB on average ({looks}), "
+    said += f"the worst image {psnr['worst']:.1f} dB."
+    nearest = variants.get(f"w{bits}-rtn", {"psnr": {"mean": None}})["psnr"]["mean"]
+    return said + (f" Rounding to nearest alone gives {nearest:.1f} dB." if nearest is not None else "")
