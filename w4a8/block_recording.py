@@ -40,8 +40,8 @@ class BlockRecorder:
     ) -> dict[str, mx.array]:
         """Evaluate the pass with one `mx.eval`, and return its arrays in float16 by key.
 
-        output: of the model; where: the sample in words; first: keys of the first block's inputs where only the ends are
-        recorded. Raises StoreError that names the block when a value does not fit float16.
+        output: of the model; where: the sample in words; first: keys of the first block's inputs where only the ends
+        are recorded. Raises StoreError that names the block when a value does not fit float16.
         """
         kept = self.boundaries | {"modulation_input": modulation_input}
         if first is not None:
@@ -52,19 +52,20 @@ class BlockRecorder:
         for key, fits in zip(halves, np.array(finite), strict=True):
             if not fits:
                 raise StoreError(
-                    f"{split_key(key)[0] or 'the model'}: {key} does not fit float16 (above 65504 or not finite) at {where}"
+                    f"{split_key(key)[0] or 'the model'}: {key} does not fit float16 (above 65504 or not finite) "
+                    f"at {where}"
                 )
         self.boundaries.clear()
         return halves
 
 
 class Recording:
-    """The choice of the arrays that stage 2W records of a pass: some blocks' boundaries, or the ends of the whole stack."""
+    """The choice of the arrays that stage 2W records: boundaries of some blocks, or the ends of the whole stack."""
 
     def __init__(self, mmdit: nn.Module, blocks: str | None, ends: bool):
-        """Choose the blocks; their names are comma-separated, None for all; ends: only the ends of the stack are recorded.
+        """Choose the blocks by their names, comma-separated; None stands for all.
 
-        Raises OptionError for a block that the model has not.
+        ends: only the ends of the stack are recorded. Raises OptionError for a block that the model has not.
         """
         names = list(model_blocks(mmdit))
         chosen = [name.strip() for name in blocks.split(",")] if blocks is not None else names
@@ -96,7 +97,7 @@ class Recording:
                 yield sample_id, {key: array[index :: len(batch.sample_ids)] for key, array in arrays.items()}
 
     def probe(self, passes: StoredPasses, sample_ids: Sequence[SampleId]) -> tuple[float, Mapping[str, Any]]:
-        """Return the seconds that a sample takes, measured the second time, and the arrays of the first sample's file."""
+        """Return the seconds of a sample in the second of two runs, and the arrays of the first sample's file."""
         size = self._at_once(passes)
         if size == 1:
             return passes.probe(sample_ids[0].step, self.record)
@@ -111,7 +112,7 @@ class Recording:
         return passes.samples_at_once() if self._first is not None else 1
 
     def record(self, one: Pass | PassBatch) -> dict[str, mx.array]:
-        """Run a pass, and return the float16 arrays of its sample's file; the rows of a PassBatch are of several samples."""
+        """Run a pass, and return the float16 arrays of its sample's file; a PassBatch gives the rows of all samples."""
         recorder = BlockRecorder(self.keys)
         hooked = self.blocks if self._first is None else self.blocks[:1]
         with hooked_blocks(one.pipeline.mmdit, recorder.record, hooked):

@@ -110,8 +110,8 @@ LAUNCH_BOUND, MOST_AT_ONCE = 2**22, 64
 class StoredPasses:
     """Passes at samples of a calibration run; images: the manifest's entries of the images that are used.
 
-    The prompts of text_group images (None: by memory) are encoded at once, the first before anything else. The constructor
-    raises OptionError where a pass does not fit into memory.
+    The prompts of text_group images (None: by memory) are encoded at once, the first before anything else. The
+    constructor raises OptionError where a pass does not fit into memory.
     """
 
     pipeline: Pipeline
@@ -173,7 +173,7 @@ class StoredPasses:
             yield PassBatch(self.pipeline, chosen, samples, text)
 
     def probe(self, step: int, work: Callable[[Pass], _Result]) -> tuple[float, _Result]:
-        """Return the seconds of `work` on the first image's pass at a step, the second time, and its result."""
+        """Return the seconds of `work`, in the second of two runs on the first image's pass at a step, and its result."""
         with closing(self.over([SampleId(self.images[0]["image_id"], step)])) as passes:
             first = next(passes)
             for _ in range(2):
@@ -234,10 +234,11 @@ FEWEST_STEPS = 4  # steps of each image, while a budget leaves images out
 def choose_amount(
     options: CacheOptions, manifest: Mapping[str, Any], before: Mapping[str, Any] | None, sample_bytes: int
 ) -> tuple[int, int, list[int] | None]:
-    """Choose (number of images, stride, steps or None): as given, as the plan before has them, or as many as fit --max-bytes.
+    """Choose (number of images, stride, steps or None).
 
-    before: the plan that --resume goes on with. A budget is spent on images first, then on steps. Without a budget the
-    default is 5 images and every 5th step. With `--steps` the stride is 1. Raises OptionError as `chosen_steps` does.
+    They are the given ones, or those of the plan before, or as many as fit --max-bytes. before: the plan that --resume
+    goes on with. A budget is spent on images first, then on steps. Without a budget the default is 5 images and every
+    5th step. With `--steps` the stride is 1. Raises OptionError as `chosen_steps` does.
     """
     num_images, stride, budget = options.num_images, options.stride, options.max_bytes
     steps = chosen_steps(manifest, options.steps)

@@ -43,9 +43,9 @@ class BlockBoundaries:
     ):  # fmt: skip
         """Store where the boundaries lie, and how they are made.
 
-        cache: metadata of the block cache; chunk: the number of samples that are run at once, which decides the last bits
-        of their tokens; ranks: the processes that share the samples; dtype: of the tokens between the blocks, float32
-        where they may exceed float16's 65,504.
+        cache: metadata of the block cache; chunk: the number of samples that are run at once, which decides the last
+        bits of their tokens; ranks: the processes that share the samples; dtype: of the tokens between the blocks,
+        float32 where they may exceed float16's 65,504.
         """
         self.dtype = dtype
         self.cache, self.paths, self.plan, self.chunk, self.ranks = cache, paths, plan, chunk, ranks
@@ -171,9 +171,7 @@ class BlockBoundaries:
     def _given(self, block: str, chunk: Sequence[SampleId]) -> list[mx.array]:
         """Return a block's inputs for some samples, rows one below the other: its tokens, and the modulation input."""
         modulation = cache_reader(self.paths.calib_dir, self.cache, ["modulation_input"])
-        return [
-            mx.array(rows) for read in (self._inputs(block), modulation) for rows in stacked(read, chunk)
-        ]
+        return [mx.array(rows) for read in (self._inputs(block), modulation) for rows in stacked(read, chunk)]
 
     def _run(self, mmdit: nn.Module, block: str, given: Sequence[mx.array]) -> list[mx.array]:
         """Return the tokens that a block gives, in the dtype between blocks, unevaluated."""

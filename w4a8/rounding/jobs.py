@@ -33,10 +33,10 @@ class Job(ABC):
     `is_finished` decides which jobs are left: it reads the block files and `losses_paths`, and asks `is_complete`.
     `bytes_written` is held against the disk's room. A dry run then times iteration `timed_from` of the training that
     `trial` gives with `few_samples`, scales the seconds by `iterations` and `iteration_cost`, takes `peak_bytes` and
-    `sample_bytes` into account, and ends. A real run calls `run_job` for every job that is left (where `is_one_process`,
-    each process does jobs of its own): `open`, `samples` and `training` build the training, `Training.step` runs
-    `iterations` times, `Training.measure` gives the losses, and rank 0 calls `write`, after a last checkpoint where
-    `saves_before_writing`.
+    `sample_bytes` into account, and ends. A real run calls `run_job` for every job that is left (where
+    `is_one_process`, each process does jobs of its own): `open`, `samples` and `training` build the training,
+    `Training.step` runs `iterations` times, `Training.measure` gives the losses, and rank 0 calls `write`, after a last
+    checkpoint where `saves_before_writing`.
     """
 
     run: RoundingRun
@@ -90,7 +90,7 @@ class Job(ABC):
 
     @property
     def timed_from(self) -> int:
-        """The iteration that a dry run times: one that costs as much as the dearest."""
+        """The iteration that a dry run times; it must cost as much as the most expensive one."""
         return 0
 
     @property
@@ -162,7 +162,8 @@ class Job(ABC):
     def write(self, training: Training, losses: Mapping[str, Any], keep_alpha: bool) -> None:
         """Write the files of a finished training: every trained block's, and the losses at `losses_paths`.
 
-        losses: as `Training.measure` gives them, with the curve; keep_alpha: block files also hold the rounding variables.
+        losses: as `Training.measure` gives them, with the curve; keep_alpha: block files also hold the rounding
+        variables.
         """
 
     def saves_before_writing(self) -> bool:
@@ -221,6 +222,7 @@ def train_or_explain(
             write_json(job.run.paths.plan, {**job.run.plan, "diverged": training.unit.name})
         job.run.ranks.barrier()
         raise StoreError(
-            f"{training.unit.name}: {error}; the last good state, iteration {training.iteration}, is kept: --resume goes "
-            "on from it, also with a lower --lr-alpha or --lr-activation-scale (TROUBLESHOOTING_GUIDE Issue 25)"
+            f"{training.unit.name}: {error}; the last good state, iteration {training.iteration}, is kept: "
+            "--resume goes on from it, also with a lower --lr-alpha or --lr-activation-scale "
+            "(TROUBLESHOOTING_GUIDE Issue 25)"
         ) from None

@@ -81,7 +81,7 @@ class StraightThrough(RoundingMethod):
 
 
 class Sigmoid(RoundingMethod):
-    """AdaRound's rectified sigmoid h(α), pulled to 0 or 1 by a regularizer and hardened on the way (Nagel et al. 2020)."""
+    """AdaRound's rectified sigmoid h(α), pulled to 0 or 1 by a regularizer, and hardened (Nagel et al. 2020)."""
 
     def first_alpha(self, fraction: np.ndarray) -> mx.array:
         """Return the α whose h(α) is the fraction, so that the start is the unrounded weight."""
@@ -98,7 +98,7 @@ class Sigmoid(RoundingMethod):
     def gradient(
         self, alpha: mx.array, slope: mx.array, fixed: mx.array | None, progress: float, count: int
     ) -> mx.array:
-        """Return (slope + regularizer's slope)·h'(α), and 0 for decided variables; the regularizer begins after a warm-up."""
+        """Return (slope + regularizer's slope after a warm-up)·h'(α), and 0 for decided variables."""
         assert fixed is not None  # `begin` gives flags to every layer
         if progress > WARM_UP:
             beta = BETA_START + (BETA_END - BETA_START) * max(0.0, (progress - WARM_UP) / (1 - WARM_UP))

@@ -20,8 +20,8 @@ SMALLER = dict.fromkeys(UNITS, "a smaller --latent-size in stage 1") | {"model":
 def choose_micro_batch(run: RoundingRun, given: int | None, before: Mapping[str, Any] | None) -> RoundingRun:
     """Return the run with its micro-batch and window.
 
-    The micro-batch is the one given (--micro-batch), or the one that an earlier run of this folder noted (before), or the
-    largest that fits. Raises OptionError when not even one sample fits.
+    The micro-batch is the one given (--micro-batch), or the one that an earlier run of this folder noted (before), or
+    the largest that fits. Raises OptionError when not even one sample fits.
     """
     units, memory = [job for job in UnitPhase.of_run(run) if isinstance(job, UnitPhase)], device_memory()
     need = max((job.iteration_bytes() for job in units), key=lambda one: one.peak(1))

@@ -32,8 +32,8 @@ def run_jobs(
 ) -> None:
     """Train what is left, job by job.
 
-    Processes share every job. Where a phase's jobs need nothing of each other (`Job.is_one_process`), processes share out
-    the jobs instead.
+    Processes share every job. Where a phase's jobs need nothing of each other (`Job.is_one_process`), processes share
+    out the jobs instead.
     """
     run = jobs[0].run
     paths, ranks, own = run.paths, run.ranks, [job for job in jobs if job.is_one_process]

@@ -29,7 +29,7 @@ class RoundingRun:
     """A run of stage 3W: the model, the layers and units that are trained, the samples' cache, and the settings."""
 
     open: Callable[[], nn.Module]  # gives the transformer, float32, whose weights are read when they are used
-    mmdit: nn.Module  # a transformer of which only shapes are read
+    mmdit: nn.Module  # a transformer of which only shapes and the configuration are read
     paths: WeightPaths
     cache: Mapping[str, Any]  # the block cache's metadata
     schedule: Sequence[float]  # noise levels of the calibration run, num_steps + 1
@@ -45,8 +45,8 @@ class RoundingRun:
     ) -> "RoundingRun":  # fmt: skip
         """Return the run that the options ask for.
 
-        opened: gives the transformer; schedule: noise levels of the calibration run, num_steps + 1. Raises OptionError for
-        options that do not fit this cache and model.
+        opened: gives the transformer; schedule: noise levels of the calibration run, num_steps + 1. Raises OptionError
+        for options that do not fit this cache and model.
         """
         mmdit, settings = opened(), Settings.of(options)
         unit, blocks = choose_unit(mmdit, cache["block_names"], options.blocks, options.unit, settings.group_size)

@@ -59,9 +59,10 @@ def note_sensitivity(run: RoundingRun, choices: Sequence[int]) -> None:
 
 
 def measure_sensitivity(run: RoundingRun, choices: Sequence[int]) -> dict[str, Any]:
-    """Return the content of sensitivity.json: every layer's weight at each of these bits, and every input, one at a time.
+    """Return the content of sensitivity.json.
 
-    Raises StoreError for a damaged cache.
+    Every layer's weight is measured at each of these bits, and every input, one at a time. Raises StoreError for a
+    damaged cache.
     """
     mmdit, layers = run.open(), run.layers
     for _ in verified(run.paths.calib_dir, run.cache, [run.blocks]):
@@ -132,15 +133,16 @@ class SensitivityProbe:
         self._tokens, self._at = tokens, self._at + 1
 
     def of_weight(self, layer: Layer, bits: int, group_size: int) -> np.ndarray:
-        """Return the output's squared error, relative to its mean square, with this layer rounded to nearest: (samples,)."""
+        """Return the output's relative squared error with this layer rounded to nearest, by sample: (samples,)."""
         weight = QuantizedLayer.nearest(np.array(layer.weight, np.float32), bits, group_size).as_mlx().weight
         biases = {} if layer.bias is None else {layer.name: layer.bias}
         return self._errors(lambda: QuantizedForward({layer.name: weight}, biases))
 
     def of_input(self, layer: Layer) -> list[float]:
-        """Return the output's relative squared error for each unit of squared error of the layer's input, by cached step.
+        """Return the gain of the layer's input at every cached step.
 
-        It is measured with uniform noise whose root mean square is INPUT_NOISE times the input's.
+        The gain is the output's relative squared error for each unit of squared error of the input. It is measured with
+        uniform noise whose root mean square is INPUT_NOISE times the input's.
         """
         energies: list[mx.array] = []
 
@@ -160,7 +162,7 @@ class SensitivityProbe:
         return [float(each.mean() if each.size else gains.mean()) for each in every]
 
     def _errors(self, new_forward: Callable[[], QuantizedForward]) -> np.ndarray:
-        """Return the relative squared error of the output of every sample, (samples,) float64; a forward for each chunk."""
+        """Return every sample's mean squared error of the output, relative to the mean square: (samples,) float64."""
         errors: list[mx.array] = []
         with streams_for(len(self._counts)) as streams:
             for index, (reference, count) in enumerate(zip(self._outputs, self._counts, strict=True)):

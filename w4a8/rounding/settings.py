@@ -49,7 +49,7 @@ class Settings:
 
     @classmethod
     def of(cls, options: RoundingOptions) -> "Settings":
-        """Return the settings that these options give; the model, memory and the bits of single layers decide the rest."""
+        """Return the settings that these options give; the model, memory and single layers' bits decide the rest."""
         rate = DEFAULT_LR_ALPHA[options.rounding] if options.lr_alpha is None else options.lr_alpha
         return cls(
             iters=options.iters,

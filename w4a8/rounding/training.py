@@ -1,4 +1,4 @@
-"""The training that every phase of stage 3W shares: state, optimizers, batches, checkpoints, and how grids and ranges move."""
+"""The training that every phase of stage 3W shares: state, optimizers, batches, checkpoints, grids and ranges."""
 
 import functools
 import time
@@ -73,7 +73,9 @@ class Training(ABC):
         self.state: dict[str, Arrays] = {key: dict(value) for key, value in unit.start.items()}
         self.optimizers = {name: Adam(1e-3, bias_correction=True) for name in OPTIMIZERS}
         self.fixed = self.first_fixed()
-        self.curve = np.zeros(min(CURVE_POINTS, self.iters), np.float32)  # sums of the losses of stretches of iterations
+        self.curve = np.zeros(
+            min(CURVE_POINTS, self.iters), np.float32
+        )  # sums of the losses of stretches of iterations
         self._good = (self._parts(), 0)  # the last state whose loss was finite, and its iteration
 
     @property
@@ -238,7 +240,8 @@ class Training(ABC):
 def grid_slopes(codes: Arrays, scales: Arrays, zero_points: Arrays, gradients: Arrays) -> Gradients:
     """Return d loss / d log scale and d loss / d zero point by layer, each (out, groups).
 
-    Ŵ = scale·(code − zero point); gradients: d loss / dŴ (out, in); codes (out, in); scales and zero points (out, groups).
+    Ŵ = scale·(code − zero point); gradients: d loss / dŴ (out, in); codes (out, in); scales and zero points (out,
+    groups).
     """
     slopes: Gradients = {"scale": {}, "zero_point": {}}
     for name, code in codes.items():
@@ -279,8 +282,8 @@ def train(
 ) -> dict[str, Any]:
     """Run the training to its end, and return its losses and their curve.
 
-    save: writes a checkpoint, called every checkpoint_seconds; count: called after every iteration. Ctrl-C waits for the
-    iteration's end, and leaves a checkpoint.
+    save: writes a checkpoint, called every checkpoint_seconds; count: called after every iteration. Ctrl-C waits for
+    the iteration's end, and leaves a checkpoint.
     """
     last_saved, average, changed = time.monotonic(), None, "0.0%"
     with finishing("the iteration") as interrupted:

@@ -230,7 +230,7 @@ def cache_reader(calib_dir: Path, cache: Mapping[str, Any], keys: Sequence[str])
 
 
 def patches(velocity: np.ndarray, config: MMDiTConfig) -> np.ndarray:
-    """Cut a velocity (R, h, w, channels) into patches, as the final layer gives them: (R, tokens, 1, size²·channels)."""
+    """Cut a velocity (R, h, w, channels) into the final layer's patches, (R, tokens, 1, size²·channels)."""
     size, (rows, height, width, channels) = config.patch_size, velocity.shape
     order = (0, 1, 3, 5, 2, 4) if config.patchify_via_reshape else (0, 1, 3, 2, 4, 5)  # FLUX: channels before pixels
     split = velocity.reshape(rows, height // size, size, width // size, size, channels).transpose(order)
@@ -243,8 +243,8 @@ def verified(
     """Check the data that will be trained on, checksums and every value; yield after each sample.
 
     stretches: blocks whose first inputs and last outputs are used. This is done once a run, before any work: later the
-    data are mapped, and a flipped bit would be trained on. Every rank checks its own share. Raises StoreError that names
-    the damaged file.
+    data are mapped, and a flipped bit would be trained on. Every rank checks its own share. Raises StoreError that
+    names the damaged file.
     """
     root, shapes = BlockCachePaths(calib_dir).root, stored_shapes(cache)
     if not holds_ends(cache):

@@ -41,7 +41,7 @@ class UnitPhase(Job):
 
     @property
     def trial(self) -> Job:
-        """The job that a dry run times: the first one where boundaries are made block after block; its inputs are cached."""
+        """The job that a dry run times: the first one, whose inputs are cached, where boundaries must be made."""
         return self if self.run.boundaries is None else self.of_run(self.run)[0]
 
     @property
@@ -156,6 +156,6 @@ def trained_layers(training: UnitTraining, keep_nearest: bool) -> Layers:
 
 
 def half_alpha(alpha: np.ndarray) -> np.ndarray:
-    """Return α in float16 on the same side of 0; a negative α that float16 rounds to 0 becomes its smallest negative."""
+    """Return α in float16 on the same side of 0: a negative α that would become 0 becomes the smallest negative."""
     half = alpha.astype(np.float16)
     return np.where((alpha < 0) & (half == 0), -np.finfo(np.float16).smallest_subnormal, half)

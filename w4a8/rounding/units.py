@@ -132,7 +132,8 @@ class Unit:
 
     @classmethod
     def build(
-        cls, mmdit: nn.Module, spec: UnitSpec, samples: TrainingSamples, settings: Settings, ranks: SingleProcess = SINGLE_PROCESS
+        cls, mmdit: nn.Module, spec: UnitSpec, samples: TrainingSamples, settings: Settings,
+        ranks: SingleProcess = SINGLE_PROCESS,
     ) -> "Unit":  # fmt: skip
         """Search the layers' grids, measure norms, shifts and ranges on training samples, and return the unit.
 
@@ -258,7 +259,7 @@ class Unit:
         return QuantizedUnit({n: QuantizedLayer(q.codes, q.scale, q.zero_point, own.get(n)) for n, q in layers.items()})
 
     def codes(self, state: dict[str, Arrays], hard: bool) -> Arrays:
-        """Return the codes (out, in) float32 by layer; between two integers while a method is undecided, unless `hard`."""
+        """Return the codes (out, in) float32; between two integers while a method is undecided, unless `hard`."""
         up = self._decided if hard else self._undecided
         return {
             name: up(self._floor[name], alpha, mx.array(2.0 ** self.settings.bits(name) - 1))
@@ -286,9 +287,9 @@ class Unit:
     def measured_inputs(self, indices: Sequence[int]) -> tuple[Arrays, Arrays]:
         """Return the shifts of the post-GELU layers, and the ranges to start from of every input.
 
-        A shift is (min + max) / 2 per channel, (channels,). A range is (), or where ranges are learned (steps,), one for
-        each cached step. By the moments of x − shift over these samples, every token counted, a range costs no more than
-        the full one.
+        A shift is (min + max) / 2 per channel, (channels,). A range is (), or where ranges are learned (steps,), one
+        for each cached step. By the moments of x − shift over these samples, every token counted, a range costs no more
+        than the full one.
         """
         if not self.settings.activation_bits:
             return {}, {}

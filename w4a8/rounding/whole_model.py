@@ -1,7 +1,7 @@
 """The whole quantized model in the memory of one block: its loss, and the gradients of its grids, biases and ranges.
 
-The tokens between the blocks are kept, each block is run again where its gradients are made, and its weights are unpacked
-there.
+The tokens between the blocks are kept, each block is run again where its gradients are made, and its weights are
+unpacked there.
 """
 
 from collections.abc import Mapping, Sequence
@@ -131,7 +131,8 @@ class WholeModel:
     ) -> list[mx.array]:  # fmt: skip
         """Return the tokens that a block gives.
 
-        rows: the cached step of each row, None where inputs stay as they are; key: of QDrop, None where nothing is dropped.
+        rows: the cached step of each row, None where inputs stay as they are; key: of QDrop, None where nothing is
+        dropped.
         """
         quantize = None
         if rows is not None:
