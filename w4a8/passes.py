@@ -173,7 +173,7 @@ class StoredPasses:
             yield PassBatch(self.pipeline, chosen, samples, text)
 
     def probe(self, step: int, work: Callable[[Pass], _Result]) -> tuple[float, _Result]:
-        """Return the seconds of `work`, in the second of two runs on the first image's pass at a step, and its result."""
+        """Return the seconds of `work` in its second run on the first image's pass at a step, and its result."""
         with closing(self.over([SampleId(self.images[0]["image_id"], step)])) as passes:
             first = next(passes)
             for _ in range(2):
