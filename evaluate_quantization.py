@@ -80,7 +80,7 @@ def run(options: EvaluationOptions) -> None:
     from calibration_store.evaluation import write_metrics
     from calibration_store.files import locked_folder
     from calibration_store.layout import EvaluationPaths
-    from calibration_store.manifest import read_manifest, run_identity
+    from calibration_store.manifest import read_manifest
     from w4a8.backend.launched import join
     from w4a8.evaluation.drawn_images import (
         choose_prompts,
@@ -140,20 +140,7 @@ def run(options: EvaluationOptions) -> None:
         draw_grid(paths.grid, prompts, original, images, results, options.grid_map == "flip")
         plot_errors(paths.error_plot, results)
         write_sheets(paths, prompts, options.seed, original, images)
-        image_ids = [image["image_id"] for image in manifest["images"]]
-        parameters = {
-            "prompts": prompts,
-            "overlap_with_calibration": overlap,
-            "num_steps": sampling.num_steps,
-            "cfg_weight": sampling.cfg_weight,
-            "negative_prompt": sampling.negative_prompt,
-            "seed": options.seed,
-            "model_version": info.version,
-            "weights_fingerprint": fingerprint,
-            **({"calibration_run": run_identity(manifest, image_ids), "selected_image_ids": image_ids} if image_ids else {}),
-            "dtype": sampling.dtype,
-        }
-        write_metrics(paths, parameters, LOW_PSNR, results)
+        write_metrics(paths, sampling.parameters(manifest, info, overlap), LOW_PSNR, results)
     click.echo(f"wrote {paths.metrics}, {paths.grid}, {paths.error_plot}, {paths.images}/")
     print_variants(results, simulated=any(variant.rule is not None for variant in chosen))
     check_gate(results, options.min_psnr, options.max_step_error)

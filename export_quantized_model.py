@@ -81,19 +81,19 @@ def run(options: ExportOptions) -> None:
     from w4a8.report.tables import print_export
 
     manifest = read_manifest(options.calib_dir)
-    variant, activations = export_variant(options)
+    variant, weights, activations = export_variant(options)
     info, checkpoint = describe_run_model(manifest, options.location)
     check_fingerprint(manifest, info, checkpoint)
-    export = ExportSource(info, checkpoint, manifest, variant.name, variant.weights, activations, variant.rule)
+    export = ExportSource(info, checkpoint, manifest, variant.name, weights, activations, variant.rule)
     refuse_options(export, options.layout, options.complete)
     paths = QuantizedModelPaths(options.output) if options.output else QuantizedModelPaths.below(options.calib_dir)
     check_output(paths, info, options.layout, options.force)
     mmdit = open_transformer(info, checkpoint)
     variant.check(manifest, manifest["weights_fingerprint"], model_layers(mmdit))
-    size = packed_size(mmdit, variant.weights)
+    size = packed_size(mmdit, weights)
     print_export(export, size, options.layout)
     if options.dry_run:
-        click.echo(estimate_export(mmdit, variant.weights, size, paths.root))
+        click.echo(estimate_export(mmdit, weights, size, paths.root))
         return
     rest = rest_of_model(export, options.complete) if options.layout == "mlx" else ({}, [], {})
     remedy = "give another --output"
@@ -112,7 +112,7 @@ def run(options: ExportOptions) -> None:
         if options.layout == "gguf":
             written = write_gguf(paths, export, mmdit, bar)
         else:
-            quantization = pack_transformer(mmdit, variant.weights, bar)
+            quantization = pack_transformer(mmdit, weights, bar)
             with cli.finishing("writing"):
                 written = write_folder(paths, export, mmdit, quantization, rest, hub_file)
     click.echo(f"wrote {written}")

@@ -27,7 +27,7 @@ IMAGES, STEPS = 3, 4
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A calibration run of 3 images × 4 steps with its statistics."""
+    """Return a calibration run of 3 images × 4 steps with its statistics."""
     folder = tmp_path_factory.mktemp("analyze") / "run"
     assert generate("--num-images", IMAGES, "--num-steps", STEPS, "--no-images", "--calib-dir", folder).exit_code == 0
     done = invoke("collect_layer_activations", "--calib-dir", folder, "--num-images", IMAGES, "--stride", 1)

@@ -37,7 +37,7 @@ QUICK = ("--iters", 10, "--batch-size", 2)
 
 @pytest.fixture(scope="module")
 def cached(tmp_path_factory):
-    """A calibration run of 2 images × 3 steps with the ends cached."""
+    """Return a calibration run of 2 images × 3 steps with the ends cached."""
     folder = tmp_path_factory.mktemp("bits") / "run"
     assert generate("--num-images", 2, "--num-steps", 3, "--no-images", "--calib-dir", folder).exit_code == 0
     done = invoke("cache_adaround_data", "--calib-dir", folder, "--num-images", 2, "--stride", 2)
@@ -57,7 +57,7 @@ def rounding_of(folder):
 
 @pytest.fixture(scope="module")
 def measured(cached):
-    """The same, with its sensitivity at the widths that the tests ask for."""
+    """Return the same, with its sensitivity at the widths that the tests ask for."""
     write_sensitivity(cached, measure_sensitivity(rounding_of(cached), [4, 5, 8]))
     return cached
 

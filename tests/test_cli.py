@@ -152,7 +152,7 @@ def test_every_numeric_option_refuses_what_is_not_finite(tmp_path, monkeypatch):
 
 
 def own_lines(path) -> list[str]:
-    """The lines of a stderr file that Python's PYTHONPROFILEIMPORTTIME did not write."""
+    """Return the lines of a stderr file that Python's PYTHONPROFILEIMPORTTIME did not write."""
     return [line for line in path.read_text().splitlines() if not line.startswith("import time:")]
 
 

@@ -31,7 +31,7 @@ IMAGES, STEPS = 3, 4
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A calibration run of 3 images × 4 steps with its statistics."""
+    """Return a calibration run of 3 images × 4 steps with its statistics."""
     folder = tmp_path_factory.mktemp("collect") / "run"
     assert generate("--num-images", IMAGES, "--num-steps", STEPS, "--no-images", "--calib-dir", folder).exit_code == 0
     done = invoke("collect_layer_activations", "--calib-dir", folder, "--num-images", IMAGES, "--stride", 1)
@@ -190,7 +190,7 @@ def test_metal_and_cuda_share_their_source_and_define_the_same_words():
 
 
 def merged_arrays(partials):
-    """The arrays of the step's file that partial results merge to."""
+    """Return the arrays of the step's file that partial results merge to."""
     layers = merge_partials(partials)
     return {layer_key(name, field): array for name, (fields, _) in layers.items() for field, array in fields.items()}
 

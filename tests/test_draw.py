@@ -43,7 +43,7 @@ def draw(output, *arguments, prompts=PROMPTS):
 
 
 def drawn(output, *arguments, prompts=PROMPTS):
-    """The files that a drawing leaves."""
+    """Return the files that a drawing leaves."""
     done = draw(output, *arguments, prompts=prompts)
     assert done.exit_code == 0, done.output
     return folder_bytes(output)
@@ -151,7 +151,7 @@ def test_a_model_is_equal_to_itself(tmp_path):
 
 @pytest.fixture(scope="module")
 def plain(exports, tmp_path_factory):
-    """What an export without ranges draws."""
+    """Return what an export without ranges draws."""
     folder = tmp_path_factory.mktemp("plain")
     drawn(folder, "--model", exports["none"], prompts=PROMPTS[:1])
     return pixels(folder / "0000.png")

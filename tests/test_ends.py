@@ -40,7 +40,7 @@ QUICK = ("--iters", 10, "--batch-size", 2)
 
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory):
-    """A calibration run of 3 images × 4 steps with the ends cached."""
+    """Return a calibration run of 3 images × 4 steps with the ends cached."""
     folder = tmp_path_factory.mktemp("ends") / "run"
     assert generate("--num-images", 3, "--num-steps", 4, "--no-images", "--calib-dir", folder).exit_code == 0
     done = invoke("cache_adaround_data", "--calib-dir", folder, *CACHE)
@@ -50,7 +50,7 @@ def ends(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def everything(ends, tmp_path_factory):
-    """The same run with all boundaries."""
+    """Return the same run with all boundaries."""
     folder = tmp_path_factory.mktemp("all") / "run"
     shutil.copytree(ends, folder, ignore=shutil.ignore_patterns("adaround_cache"))
     done = invoke("cache_adaround_data", "--calib-dir", folder, *CACHE, "--boundaries", "all")

@@ -38,7 +38,7 @@ class NoBar:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A calibration run with everything that the variants need."""
+    """Return a calibration run with everything that the variants need."""
     folder = tmp_path_factory.mktemp("evaluate") / "run"
     where = ("--calib-dir", folder)
     for script, *arguments in (
@@ -153,7 +153,7 @@ def test_original_is_bit_for_bit_the_same_after_every_variant(run, results):
 
 
 def assert_on_grid(layer, codes, scale, zero_point):
-    """The layer's weight is scale·(code − zero point), where the minimum −scale·zero point is rounded to float16."""
+    """Return the layer's weight is scale·(code − zero point), where the minimum −scale·zero point is rounded to float16."""
     minimum = (-scale * zero_point).astype(np.float16).astype(np.float32)
     expected = codes.astype(np.float32).reshape(*scale.shape, -1) * scale[..., None] + minimum[..., None]
     assert np.array_equal(np.array(layer.weight), expected.reshape(codes.shape))

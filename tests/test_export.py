@@ -33,7 +33,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A finished run with its export; shared, so tests write elsewhere."""
+    """Return a finished run with its export; shared, so tests write elsewhere."""
     folder = tmp_path_factory.mktemp("export") / "run"
     shutil.copytree(finished_run(tmp_path_factory.getbasetemp()), folder)
     for path in (folder / "adaround_weights").glob("mm*.npz"):
@@ -47,7 +47,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def folder(run, tmp_path):
-    """A copy of the exported folder, for tests to damage."""
+    """Return a copy of the exported folder, for tests to damage."""
     return shutil.copytree(run / "quantized_model", tmp_path / "model")
 
 
@@ -74,13 +74,13 @@ def equal(first, second):
 
 
 def dense(arrays, path, entry):
-    """A packed layer's weight as MLX itself unpacks it, float32."""
+    """Return a packed layer's weight as MLX itself unpacks it, float32."""
     grid = (arrays[f"{path}.{key}"].astype(mx.float32) for key in ("scales", "biases"))
     return mx.dequantize(arrays[f"{path}.weight"], *grid, entry["group_size"], entry["bits"])
 
 
 def latent_of(pipeline, mmdit=None):
-    """The latent after two steps, of the pipeline's transformer or of another in its place."""
+    """Return the latent after two steps, of the pipeline's transformer or of another in its place."""
     original, pipeline.mmdit = pipeline.mmdit, mmdit or pipeline.mmdit
     try:
         text = encode_prompts(pipeline, ["red heart"], 4.0)

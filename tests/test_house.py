@@ -52,7 +52,7 @@ def imported(tree: ast.AST) -> set[str]:
 
 
 def imports_in_functions(path: Path) -> list[tuple[str, int]]:
-    """(function, line) of every import inside a function that the rule does not allow.
+    """Return (function, line) of every import inside a function that the rule does not allow.
 
     A script's `run` (or `main`) may begin with one block of imports, and import a figure's module under `if options.with_plot:`.
     """

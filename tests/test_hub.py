@@ -76,7 +76,7 @@ def test_t5_is_on_by_default_and_missing_files_are_one_line(hub, tmp_path):
 
 @pytest.fixture(scope="module")
 def exported(hub, tmp_path_factory):
-    """A folder with run/ of stage 1, its export based/ (adaLN at 8 bits), and the same with everything: complete/."""
+    """Return a folder with run/ of stage 1, its export based/ (adaLN at 8 bits), and the same with everything: complete/."""
     folder = tmp_path_factory.mktemp("exported")
     (folder / "prompts.txt").write_text("a red rocket\n")
     where = ("--calib-dir", folder / "run")

@@ -92,7 +92,7 @@ def test_only_the_asked_parts_are_loaded_in_their_precision(part, has):
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
-    """The bundled model with the linears of its blocks packed by MLX: 4 bits, groups of 64, fc1 of mm0 at 8."""
+    """Return the bundled model with the linears of its blocks packed by MLX: 4 bits, groups of 64, fc1 of mm0 at 8."""
     folder = shutil.copytree(BUNDLED_FOLDER, tmp_path_factory.mktemp("packed") / "model")
     weights = {name: mx.array(array) for name, array in load_file(folder / "mmdit.safetensors").items()}
     entry = {"group_size": 64, "bits": 4, "mode": "affine"}

@@ -34,7 +34,7 @@ def is_thing(x):
 
 @pytest.fixture
 def library(tmp_path, monkeypatch):
-    """A package that takes note of being loaded, and a module that imports it deferred."""
+    """Return a package that takes note of being loaded, and a module that imports it deferred."""
     package = tmp_path / "heavy"
     (package / "deep").mkdir(parents=True)
     (package / "__init__.py").write_text("LOADED = True\n")

@@ -286,7 +286,7 @@ def test_analyzers_have_a_dry_run(run):
 
 
 def limited(*arguments, limit=3 * 10**9):
-    """A stage that may have so many bytes of address space."""
+    """Return a stage that may have so many bytes of address space."""
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True,

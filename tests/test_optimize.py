@@ -38,7 +38,7 @@ QUICK = ("--iters", 10, "--batch-size", 2)
 
 @pytest.fixture(scope="module")
 def cached(tmp_path_factory):
-    """A calibration run of 3 images × 4 steps with its block cache."""
+    """Return a calibration run of 3 images × 4 steps with its block cache."""
     folder = tmp_path_factory.mktemp("optimize") / "run"
     assert generate("--num-images", 3, "--num-steps", 4, "--no-images", "--calib-dir", folder).exit_code == 0
     done = invoke("cache_adaround_data", "--calib-dir", folder, "--num-images", 3, "--stride", 2, "--boundaries", "all")
@@ -57,7 +57,7 @@ def optimize(folder, *arguments):
 
 
 def minimum_of(fields):
-    """The value of code 0, in float64."""
+    """Return the value of code 0, in float64."""
     return -fields["scale"].astype(np.float64) * fields["zero_point"].astype(np.float64)
 
 
@@ -183,7 +183,7 @@ def test_fake_quantize_and_lsq_gradients(shifted):
 
 @pytest.fixture(scope="module")
 def unit(cached):
-    """The first block as a unit, and what it takes to make another."""
+    """Return the first block as a unit, and what it takes to make another."""
     return block_unit(cached, "ste")
 
 
@@ -212,7 +212,7 @@ def test_gradients_of_a_block_against_finite_differences(unit):
 
 
 def unquantized(unit):
-    """A state whose dense weights are the original ones: codes of one level each, on a grid of weights."""
+    """Return a state whose dense weights are the original ones: codes of one level each, on a grid of weights."""
     ones = {name: mx.ones((len(weight), 1)) for name, weight in unit.weights.items()}
     zeros = {name: mx.zeros((len(weight), 1)) for name, weight in unit.weights.items()}
     return QuantizedUnit({n: QuantizedLayer(w, ones[n], zeros[n], unit.biases.get(n)) for n, w in unit.weights.items()})

@@ -33,7 +33,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def reported(tmp_path_factory):
-    """A run with every stage, and its report."""
+    """Return a run with every stage, and its report."""
     folder = shutil.copytree(finished_run(tmp_path_factory.getbasetemp()), tmp_path_factory.mktemp("report") / "run")
     for stage, *options in (
         ("export_quantized_model", "--activations", "a8"),
@@ -197,7 +197,7 @@ def test_which_layers_matter(reported, tmp_path):
 
 @pytest.fixture(scope="module")
 def without_figures(reported, tmp_path_factory):
-    """A page with equal images, whose PSNR is null in metrics.json, as FLIP is where it is not installed."""
+    """Return a page with equal images, whose PSNR is null in metrics.json, as FLIP is where it is not installed."""
     folder = shutil.copytree(reported[0], tmp_path_factory.mktemp("equal") / "run")
     path = folder / "evaluation/metrics.json"
     metrics = json.loads(path.read_bytes())

@@ -62,7 +62,7 @@ def test_padding_follows_the_config(model, tmp_path, setting, expected):
 
 
 def with_another_weight(model, folder):
-    """A copy of the model in which one weight of the transformer differs."""
+    """Return a copy of the model in which one weight of the transformer differs."""
     shutil.copytree(model, folder)
     weights = load_file(folder / "mmdit.safetensors")
     name = sorted(weights)[100]

@@ -18,6 +18,7 @@ from calibration_store.errors import OptionError, StoreError
 from calibration_store.evaluation import read_variant, write_variant
 from calibration_store.files import file_digest, remove_file
 from calibration_store.layout import EvaluationPaths
+from calibration_store.manifest import run_identity
 from w4a8.backend.estimates import Estimate
 from w4a8.backend.processes import SINGLE_PROCESS, SingleProcess
 from w4a8.backend.progress import ProgressBar, progress_bar
@@ -67,6 +68,23 @@ class EvaluationPlan:
     def images_of(self, rank: SingleProcess) -> int:
         """Return the number of images of a variant that a rank draws."""
         return sum(len(self.batches[number]) for number in rank.owned_indices(len(self.batches)))
+
+    def parameters(self, manifest: Mapping[str, Any], info: ModelInfo, overlap: int) -> dict[str, Any]:
+        """Return the entries of metrics.json that describe the evaluation; overlap: prompts that the calibration used."""
+        image_ids = [image["image_id"] for image in manifest["images"]]
+        run = {"calibration_run": run_identity(manifest, image_ids), "selected_image_ids": image_ids} if image_ids else {}
+        return {
+            "prompts": self.prompts,
+            "overlap_with_calibration": overlap,
+            "num_steps": self.num_steps,
+            "cfg_weight": self.cfg_weight,
+            "negative_prompt": self.negative_prompt,
+            "seed": self.seed,
+            "model_version": info.version,
+            "weights_fingerprint": self.weights_fingerprint,
+            **run,
+            "dtype": self.dtype,
+        }
 
     def identity(self, variant: Variant) -> str:
         """Return the SHA-256 over everything that a variant's images follow from, the content of its files included."""

@@ -18,7 +18,7 @@ from w4a8.model.parts import Pipeline
 from w4a8.options import ExportOptions
 from w4a8.quantized.activation_rules import RULES, ActivationRule, rule_of
 from w4a8.quantized.exported import ExportedWeights
-from w4a8.quantized.model import NearestWeights, OtherLayers, StoredWeights, Weights
+from w4a8.quantized.model import Codes, NearestWeights, OtherLayers, StoredWeights, Weights
 
 WEIGHT_PART = re.compile(
     r"w(?P<bits>[2-68])-(?:(?P<method>adaround)|(?P<nearest>rtn)(?:-g(?P<group>0|32|64|128))?)(?:-(?P<rest>r8|all))?"
@@ -135,8 +135,8 @@ def make_weights(variant: str, part: str, calib_dir: Path, native: str = AUTO) -
     return NearestWeights(bits, known, rest)
 
 
-def export_variant(options: ExportOptions) -> tuple[Variant, str | None]:
-    """Return the variant that stage 5 exports, and the name of its activation part or None.
+def export_variant(options: ExportOptions) -> tuple[Variant, Codes, str | None]:
+    """Return the variant that stage 5 exports, its weights, and the name of its activation part or None.
 
     Options that are not given follow the files in the calibration folder. Raises OptionError for options that cannot be
     exported, and StoreError where learned weights are asked for and missing.
@@ -159,14 +159,21 @@ def export_variant(options: ExportOptions) -> tuple[Variant, str | None]:
     if activations is None and options.layout == "mlx" and ActivationPaths(calib_dir).quant_config.exists():
         activations = "a8"
     if activations in (None, "none"):
-        return make_variant(name, calib_dir), None
+        variant, activations = make_variant(name, calib_dir), None
+        return variant, _codes_of(variant), activations
     found = rule_of(activations)
     if found is None or "exported" not in vars(found[0]):
         raise OptionError(
             f"--activations {activations}: not known; there are a8, a8-learned, a8-token (other bits, too) and none"
         )
     both = make_variant(f"{name}+{activations}", calib_dir, options.scale_is)
-    return replace(both, name=name), activations
+    return replace(both, name=name), _codes_of(both), activations
+
+
+def _codes_of(variant: Variant) -> Codes:
+    """Return the weights of a variant that stage 5 exports; a native variant, which holds none, was refused before."""
+    assert isinstance(variant.weights, Codes)
+    return variant.weights
 
 
 def default_variants(calib_dir: Path) -> list[str]:

@@ -86,7 +86,7 @@ class HubModel(_Model):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportedModel(HubModel):
+class ExportedHubModel(HubModel):
     """A folder with the exported transformer of a hub model, whose text encoders and VAE still come from the hub."""
 
     folder: Path
@@ -125,7 +125,7 @@ def describe_model(name: str, loras: Sequence[Lora] = ()) -> ModelInfo:
     if config["base_model"] not in HUB_MODELS:
         raise ModelError(f"{config_file(folder)}: base_model {config['base_model']} is none of {', '.join(HUB_MODELS)}")
     base = _describe_hub_model(config["base_model"])
-    return ExportedModel(**{**vars(base), "version": name, "folder": folder})
+    return ExportedHubModel(**{**vars(base), "version": name, "folder": folder})
 
 
 def _describe_hub_model(name: str) -> HubModel:

@@ -12,7 +12,7 @@ import mlx.core as mx
 from mlx.utils import tree_map
 
 from calibration_store.model_folder import weight_file
-from w4a8.model.catalog import ExportedModel, HubModel, ModelError, model_files
+from w4a8.model.catalog import ExportedHubModel, HubModel, ModelError, model_files
 from w4a8.model.diffusionkit import (
     HUB_TEXT_ENCODERS,
     MMDIT_CKPT,
@@ -132,7 +132,7 @@ class HubPipeline(Pipeline):
 class ExportedPipeline(HubPipeline):
     """A hub model whose transformer comes from an exported folder, and its decoder where the folder has one."""
 
-    def __init__(self, info: ExportedModel, parts: Parts, use_t5: bool, instead: str, native: str = AUTO):
+    def __init__(self, info: ExportedHubModel, parts: Parts, use_t5: bool, instead: str, native: str = AUTO):
         super().__init__(info, parts, use_t5, None, instead, native)
         self.folder = info.folder
 

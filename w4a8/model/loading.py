@@ -6,7 +6,7 @@ from typing import Any
 import mlx.core as mx
 
 from calibration_store.model_folder import BUNDLED_MODEL, LAYOUT, check_weight_file, missing_files, weight_file
-from w4a8.model.catalog import ExportedModel, FolderModel, ModelError, ModelInfo, describe_model
+from w4a8.model.catalog import ExportedHubModel, FolderModel, ModelError, ModelInfo, describe_model
 from w4a8.model.diffusionkit import DiffusionPipeline, VAEDecoder
 from w4a8.model.folder import FolderPipeline, folder_modulation_weights, load_folder_transformer
 from w4a8.model.hub import ExportedPipeline, HubPipeline
@@ -50,7 +50,7 @@ def load_pipeline(
     pipeline: Pipeline
     if isinstance(info, FolderModel):
         pipeline = FolderPipeline(info, parts, native)
-    elif isinstance(info, ExportedModel):
+    elif isinstance(info, ExportedHubModel):
         pipeline = ExportedPipeline(info, parts, use_t5, instead, native)
     else:
         pipeline = HubPipeline(info, parts, use_t5, local_checkpoint, instead, native)
@@ -84,7 +84,7 @@ def diffusionkit_pipeline(folder: str | Path, **options: Any) -> DiffusionPipeli
     such export.
     """
     info = describe_model(str(folder))
-    if not isinstance(info, ExportedModel):
+    if not isinstance(info, ExportedHubModel):
         raise ModelError(f"{folder}: names no base_model, where DiffusionKit would find text encoders and VAE")
     exported = info.folder
 
