@@ -93,7 +93,7 @@ def run(options: CacheOptions) -> None:
             f"{len(sample_ids)} samples, {boundaries} of the boundaries"
         )
         folder.check(plan)
-        passes = StoredPasses(pipeline, options.calib_dir, manifest, images, 1 if options.dry_run else options.text_group)
+        passes = StoredPasses.open(pipeline, options.calib_dir, manifest, images, 1 if options.dry_run else options.text_group)
         seconds, arrays = recording.probe(passes, sample_ids)
         kept = {key: array.shape for key, array in arrays.items()}
         todo = folder.todo(sample_ids, lambda sample_id: is_cached(paths, run_id, *sample_id, kept))

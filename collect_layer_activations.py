@@ -68,7 +68,7 @@ def run(options: CollectionOptions) -> None:
     with folder.held(options.dry_run):
         folder.check(plan)
         pipeline = load_run_pipeline(manifest, {TRANSFORMER: dtype, TEXT: dtype}, options.location)
-        passes = StoredPasses(pipeline, options.calib_dir, manifest, images, 1 if options.dry_run else options.text_group)
+        passes = StoredPasses.open(pipeline, options.calib_dir, manifest, images, 1 if options.dry_run else options.text_group)
         way = choose_statistics()
         widths = {name: layer.shape[1] for name, layer in model_layers(pipeline.mmdit).items()}
         todo = folder.todo(sample_ids, lambda sample_id: is_partial_complete(paths, plan["calibration_run"], *sample_id, widths))

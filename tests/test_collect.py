@@ -205,7 +205,9 @@ def test_parts_merge_to_the_whole_bit_for_bit(run):
     for ids in ([2, 1], [0]):
         for image_id in ids:
             sample = np.load(run / f"samples/{image_id:04d}_001.npz")
-            with replaying(pipeline, images[image_id], [sample["timestep"]]) as replay:
+            image = images[image_id]
+            text = encode_prompts(pipeline, [image["prompt"]], image["cfg_weight"], image["negative_prompt"])
+            with replaying(pipeline, text, [sample["timestep"]]) as replay:
                 recorder = new_recorder("mlx")
                 with hooked_layers(pipeline.mmdit, recorder.record):
                     statistics = recorder.finish(replay.forward(sample["x"], sample["timestep"]))

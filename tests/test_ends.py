@@ -106,7 +106,7 @@ def test_several_samples_in_a_pass_give_the_same(ends, monkeypatch):
     pipeline = load_run_pipeline(manifest, {TRANSFORMER: "float32", TEXT: "float32"})
     recording, passes = (
         Recording(pipeline.mmdit, None, True),
-        StoredPasses(pipeline, ends, manifest, manifest["images"]),
+        StoredPasses.open(pipeline, ends, manifest, manifest["images"]),
     )
     sample_ids = [SampleId(image, step) for image in range(3) for step in (0, 1, 3)]
     alone = {

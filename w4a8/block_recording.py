@@ -14,9 +14,7 @@ from calibration_store.errors import OptionError, StoreError
 from calibration_store.names import MULTIMODAL, block_kind, split_key
 from w4a8.model.hooks import hooked_blocks
 from w4a8.model.layers import model_blocks
-from w4a8.model.memory_needs import config_of
 from w4a8.model.parts import Pipeline
-from w4a8.model.prompt_encoder import text_tokens
 from w4a8.passes import Pass, PassBatch, SampleId, StoredPasses
 
 
@@ -121,8 +119,8 @@ class Recording:
 
     def bytes_of_sample(self, pipeline: Pipeline, latent_size: Sequence[int], guidance: bool) -> int:
         """Return the size of a sample's file in bytes, from shapes alone, within a percent."""
-        config, rows = config_of(pipeline), 2 if guidance else 1
-        sides = [latent_size[0] * latent_size[1] // config.patch_size**2, text_tokens(pipeline)]
+        config, rows = pipeline.mmdit_config, 2 if guidance else 1
+        sides = [latent_size[0] * latent_size[1] // config.patch_size**2, pipeline.text_tokens]
         keys = self._first
         if keys is None:
             keys = list(dict.fromkeys(key for name in self.blocks for side in self.keys[name] for key in side))

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -19,9 +18,9 @@ from calibration_store.manifest import run_identity, select_images, select_steps
 from calibration_store.samples import read_sample
 from w4a8.backend.parallel import threads_for
 from w4a8.backend.words import shortened
-from w4a8.model.memory_needs import config_of, needs_of, refuse_too_large
+from w4a8.model.memory_needs import needs_of, refuse_too_large
 from w4a8.model.parts import Pipeline
-from w4a8.model.prompt_encoder import PromptEncoder, TextConditioning, text_tokens
+from w4a8.model.prompt_encoder import PromptEncoder, TextConditioning
 from w4a8.model.replay import Replay, modulated, replaying
 from w4a8.model.runs import run_schedule
 from w4a8.options import CacheOptions
@@ -108,47 +107,49 @@ LAUNCH_BOUND, MOST_AT_ONCE = 2**22, 64
 
 @dataclass(frozen=True)
 class StoredPasses:
-    """Passes at samples of a calibration run; images: the manifest's entries of the images that are used.
-
-    The prompts of text_group images (None: by memory) are encoded at once, the first before anything else. The
-    constructor raises OptionError where a pass does not fit into memory.
-    """
+    """Passes at samples of a calibration run; `open` makes them."""
 
     pipeline: Pipeline
-    calib_dir: Path
-    manifest: dict[str, Any]
-    images: Sequence[dict[str, Any]]
-    text_group: int | None = None
+    latent_size: tuple[int, int]
+    rows: int  # of a pass of one sample: 2 with guidance, else 1
+    prompts: dict[int, str]  # by image_id, in the order of the run
+    texts: PromptEncoder
+    read: Callable[[SampleId], Mapping[str, np.ndarray]]  # raises StoreError for a missing or damaged sample
 
-    def __post_init__(self) -> None:
-        """Check that a pass fits into memory, and encode the first prompts."""
-        size, guidance = self.manifest["latent_size"], self.manifest["cfg_scale"] > 0
-        refuse_too_large(
-            self.pipeline, needs_of(self.pipeline, size, 1, guidance, self.manifest["num_steps"] + 1), 1, ()
-        )
-        self.texts.encode([self.images[0]["prompt"]])
+    @classmethod
+    def open(
+        cls, pipeline: Pipeline, calib_dir: Path, manifest: dict[str, Any], images: Sequence[Mapping[str, Any]],
+        text_group: int | None = None,
+    ) -> "StoredPasses":  # fmt: skip
+        """Check that a pass fits into memory, and encode the first prompts.
 
-    @cached_property
-    def texts(self) -> PromptEncoder:
-        """The encoder of the images' prompts."""
-        manifest, prompts = self.manifest, [image["prompt"] for image in self.images]
-        guidance, negative = manifest["cfg_scale"], manifest["negative_prompt"]
-        return PromptEncoder(self.pipeline, prompts, guidance, negative, self.text_group)
+        images: the manifest's entries of the images that are used; the prompts of text_group images (None: by memory)
+        are encoded at once. Raises OptionError where a pass does not fit.
+        """
+        size, guidance = manifest["latent_size"], manifest["cfg_scale"]
+        refuse_too_large(pipeline, needs_of(pipeline, size, 1, guidance > 0, manifest["num_steps"] + 1), 1, ())
+        prompts = {image["image_id"]: image["prompt"] for image in images}
+        texts = PromptEncoder(pipeline, list(prompts.values()), guidance, manifest["negative_prompt"], text_group)
+        texts.encode([images[0]["prompt"]])
+        schedule, paths = run_schedule(manifest), CalibrationPaths(calib_dir)
+
+        def read(sample_id: SampleId) -> Mapping[str, np.ndarray]:
+            return read_sample(paths, manifest, *sample_id, schedule)
+
+        return cls(pipeline, size, 2 if guidance > 0 else 1, prompts, texts, read)
 
     def over(self, sample_ids: Sequence[SampleId]) -> Generator[Pass, None, None]:
         """Yield a pass for every sample; the samples are ordered by image.
 
         Hooks go inside the loop; close the generator when you leave early.
         """
-        images = {image["image_id"]: image for image in self.images}
-        schedule, paths = run_schedule(self.manifest), CalibrationPaths(self.calib_dir)
         for image_id, group in groupby(sample_ids, key=lambda sample_id: sample_id.image_id):
             steps = [step for _, step in group]
-            samples = [read_sample(paths, self.manifest, image_id, step, schedule) for step in steps]
-            timesteps = [sample["timestep"] for sample in samples]
+            samples = [self.read(SampleId(image_id, step)) for step in steps]
+            text = self.texts.encode([self.prompts[image_id]])
             with (
-                replaying(self.pipeline, images[image_id], timesteps, self.texts) as replay,
-                threads_for(replay.tokens_size(self.manifest["latent_size"])),
+                replaying(self.pipeline, text, [sample["timestep"] for sample in samples]) as replay,
+                threads_for(replay.tokens_size(self.latent_size)),
             ):
                 for step, sample in zip(steps, samples, strict=True):
                     yield Pass(self.pipeline, image_id, step, sample, replay)
@@ -157,24 +158,20 @@ class StoredPasses:
         """Return the number of samples in one pass that cost a GPU no more than a single one; 1 on a CPU."""
         if mx.default_device() == mx.Device(mx.cpu):
             return 1
-        config, (height, width) = config_of(self.pipeline), self.manifest["latent_size"]
-        tokens = height * width // config.patch_size**2 + text_tokens(self.pipeline)
-        rows = 2 if self.manifest["cfg_scale"] > 0 else 1
-        return max(1, min(MOST_AT_ONCE, LAUNCH_BOUND // (rows * tokens * config.hidden_size)))
+        config, (height, width) = self.pipeline.mmdit_config, self.latent_size
+        tokens = height * width // config.patch_size**2 + self.pipeline.text_tokens
+        return max(1, min(MOST_AT_ONCE, LAUNCH_BOUND // (self.rows * tokens * config.hidden_size)))
 
     def batches(self, sample_ids: Sequence[SampleId], size: int) -> Iterator[PassBatch]:
         """Yield passes over `size` samples at once, which may belong to several images."""
-        prompts = {image["image_id"]: image["prompt"] for image in self.images}
-        schedule, paths = run_schedule(self.manifest), CalibrationPaths(self.calib_dir)
         for start in range(0, len(sample_ids), size):
             chosen = sample_ids[start : start + size]
-            samples = [read_sample(paths, self.manifest, *sample_id, schedule) for sample_id in chosen]
-            text = self.texts.encode([prompts[image_id] for image_id, _ in chosen])
-            yield PassBatch(self.pipeline, chosen, samples, text)
+            text = self.texts.encode([self.prompts[image_id] for image_id, _ in chosen])
+            yield PassBatch(self.pipeline, chosen, list(map(self.read, chosen)), text)
 
     def probe(self, step: int, work: Callable[[Pass], _Result]) -> tuple[float, _Result]:
         """Return the seconds of `work` in its second run on the first image's pass at a step, and its result."""
-        with closing(self.over([SampleId(self.images[0]["image_id"], step)])) as passes:
+        with closing(self.over([SampleId(next(iter(self.prompts)), step)])) as passes:
             first = next(passes)
             for _ in range(2):
                 start = time.perf_counter()

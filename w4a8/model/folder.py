@@ -40,6 +40,7 @@ class FolderPipeline(Pipeline):
         self.folder = info.folder
         with self.explained():
             self.model_config = read_model_config(info.folder)
+            self.mmdit_config = transformer_config(info.folder, self.model_config, self.activation_dtype)
             vars(self.latent_format).update(self.model_config["latent_format"])
             if TEXT in parts:
                 self.tokenizer_l = self._load_tokenizer("l", default=True)

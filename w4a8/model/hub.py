@@ -14,6 +14,7 @@ from mlx.utils import tree_map
 from calibration_store.model_folder import weight_file
 from w4a8.model.catalog import ExportedHubModel, HubModel, ModelError, model_files
 from w4a8.model.diffusionkit import (
+    HUB_MMDIT_CONFIGS,
     HUB_TEXT_ENCODERS,
     MMDIT_CKPT,
     HfHubHTTPError,
@@ -61,6 +62,7 @@ class HubPipeline(Pipeline):
         """
         super().__init__(info, parts, use_t5, native)
         self.local_checkpoint, self.instead, self.unreachable = local_checkpoint, instead, _reach_hub()
+        self.mmdit_config = HUB_MMDIT_CONFIGS[info.hub_id]
         self.mmdit_ckpt, self.model = MMDIT_CKPT[info.hub_id], HUB_TEXT_ENCODERS
         self.model_version = info.hub_id  # DiffusionKit looks its files up by this name
         with self.explained():

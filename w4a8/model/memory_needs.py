@@ -7,14 +7,12 @@ from pathlib import Path
 import mlx.core as mx
 
 from calibration_store.errors import OptionError
-from calibration_store.model_folder import read_model_config, weight_sizes
+from calibration_store.model_folder import weight_sizes
 from calibration_store.sizes import format_bytes
 from w4a8.backend.memory import device_memory
 from w4a8.model.catalog import model_files
-from w4a8.model.diffusionkit import HUB_MMDIT_CONFIGS, MMDiTConfig, VAEDecoderConfig
-from w4a8.model.folder import transformer_config
+from w4a8.model.diffusionkit import MMDiTConfig, VAEDecoderConfig
 from w4a8.model.parts import DECODER, TEXT, TRANSFORMER, Pipeline
-from w4a8.model.prompt_encoder import text_tokens
 
 # The numbers of arrays that a pass, and an image's decoding, hold at their peak: arrays of (rows, tokens, hidden),
 # attention scores (a GPU never holds them), and arrays of pixels with the decoder's last channels. They were measured
@@ -65,7 +63,7 @@ def needs_of(pipeline: Pipeline, latent_size: tuple[int, int], images: int, guid
     rows, itemsize = images * (2 if guidance else 1), pipeline.activation_dtype.size
     return Needs(
         weights[TEXT], weights[TRANSFORMER], weights[DECODER],
-        pass_bytes(config_of(pipeline), latent_size, rows, timesteps, itemsize, text_tokens(pipeline)),
+        pass_bytes(pipeline.mmdit_config, latent_size, rows, timesteps, itemsize, pipeline.text_tokens),
         decoding_bytes(pipeline, latent_size, itemsize) if DECODER in parts else 0,
     )  # fmt: skip
 
@@ -74,13 +72,6 @@ def bytes_of(path: Path, prefix: str, size: int) -> int:
     """Return the bytes of a file's weights under a prefix, at `size` bytes an element; packed codes stay packed."""
     chosen = [found for name, found in weight_sizes(path).items() if name.startswith(prefix)]
     return sum(elements * (4 if dtype == "U32" else size) for dtype, elements in chosen)
-
-
-def config_of(pipeline: Pipeline) -> MMDiTConfig:
-    """Return DiffusionKit's config of the pipeline's transformer."""
-    if pipeline.info.folder is None:
-        return HUB_MMDIT_CONFIGS[pipeline.info.version]
-    return transformer_config(pipeline.info.folder, read_model_config(pipeline.info.folder), pipeline.activation_dtype)
 
 
 def pass_bytes(

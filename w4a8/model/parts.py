@@ -14,11 +14,13 @@ from mlx.utils import tree_flatten
 from calibration_store.model_folder import check_weight_file
 from w4a8.model.catalog import ModelError, ModelInfo
 from w4a8.model.diffusionkit import (
+    T5_MAX_LENGTH,
     CLIPTextModel,
     DiffusionPipeline,
     FluxSampler,
     LatentFormat,
     MMDiT,
+    MMDiTConfig,
     ModelSamplingDiscreteFlow,
     T5Tokenizer,
     Tokenizer,
@@ -64,6 +66,8 @@ class Pipeline(DiffusionPipeline, ABC):
     t5_tokenizer: T5Tokenizer
     decoder: VAEDecoder
 
+    mmdit_config: MMDiTConfig  # the transformer's, known before its weights are read
+
     def __init__(self, info: ModelInfo, parts: Parts, use_t5: bool, native: str = AUTO):
         self.info, self.parts, self.native = info, dict(parts), native
         self.model_version = info.version
@@ -82,6 +86,17 @@ class Pipeline(DiffusionPipeline, ABC):
     def tokenizers(self) -> list[Tokenizer]:
         """Return the tokenizers of the model's CLIP encoders."""
         return [getattr(self, name.replace("clip", "tokenizer")) for name in self.family.clip]
+
+    @property
+    def text_tokens(self) -> int:
+        """Return the number of a prompt's tokens: CLIP's, then T5's; with FLUX T5's alone.
+
+        Without T5 DiffusionKit appends zeros in the number of CLIP's tokens.
+        """
+        length, t5 = self.tokenizers[0].max_length, T5_MAX_LENGTH.get(self.info.hub_id, 0)
+        if self.family.needs_t5:
+            return t5
+        return length + (t5 if self.use_t5 else length)
 
     def __getattr__(self, name: str) -> Any:
         """Load the part that an absent attribute belongs to, and return the attribute."""

@@ -10,7 +10,6 @@ import mlx.core as mx
 from w4a8.backend.memory import device_memory
 from w4a8.backend.progress import progress_bar
 from w4a8.model.catalog import ModelError
-from w4a8.model.diffusionkit import T5_MAX_LENGTH
 from w4a8.model.parts import TEXT, TRANSFORMER, Pipeline
 
 
@@ -66,17 +65,6 @@ FEATURES_SHARE = 1 / 16  # the share of the device's memory that a group's featu
 FEATURE_WIDTH = 4096
 
 
-def text_tokens(pipeline: Pipeline) -> int:
-    """Return the number of a prompt's tokens: CLIP's, then T5's; with FLUX T5's alone.
-
-    Without T5 DiffusionKit appends zeros in the number of CLIP's tokens.
-    """
-    length, t5 = pipeline.tokenizers[0].max_length, T5_MAX_LENGTH.get(pipeline.info.hub_id, 0)
-    if pipeline.family.needs_t5:
-        return t5
-    return length + (t5 if pipeline.use_t5 else length)
-
-
 class PromptEncoder:
     """The conditioning of a run's prompts, encoded in groups.
 
@@ -121,7 +109,7 @@ class PromptEncoder:
 
 def default_group(pipeline: Pipeline, cfg_weight: float) -> int:
     """Return the number of prompts, at least one, whose features fit into a sixteenth of the memory."""
-    tokens = text_tokens(pipeline)
+    tokens = pipeline.text_tokens
     rows = 2 if cfg_weight > 0 else 1
     each = rows * tokens * FEATURE_WIDTH * pipeline.activation_dtype.size
     return max(1, int(FEATURES_SHARE * device_memory() / each))

@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -11,7 +10,7 @@ import numpy as np
 from w4a8.model.layers import model_blocks
 from w4a8.model.modulation import modulation_cache
 from w4a8.model.parts import Pipeline
-from w4a8.model.prompt_encoder import PromptEncoder, TextConditioning, encode_prompts
+from w4a8.model.prompt_encoder import TextConditioning
 
 
 class Replay:
@@ -48,18 +47,13 @@ class Replay:
 
 @contextlib.contextmanager
 def replaying(
-    pipeline: Pipeline, image: dict[str, Any], timesteps: Sequence[np.ndarray], texts: PromptEncoder | None = None
+    pipeline: Pipeline, text: TextConditioning, timesteps: Sequence[np.ndarray]
 ) -> Iterator[Replay]:
-    """Replay `image` (an entry of the manifest) with its own prompt and guidance.
+    """Replay an image with the conditioning of its prompt.
 
     A pass has R = 2 rows with guidance (conditional, unconditional), else 1. timesteps: the stored ones that will be
-    used. texts: the encoder of the run's prompts. Hooks must be installed inside this block, because leaving it puts
-    the adaLN weights back.
+    used. Hooks must be installed inside this block, because leaving it puts the adaLN weights back.
     """
-    if texts is None:
-        text = encode_prompts(pipeline, [image["prompt"]], image["cfg_weight"], image["negative_prompt"])
-    else:
-        text = texts.encode([image["prompt"]])
     with modulation_cache(pipeline, [text.pooled], mx.array(np.array(timesteps), text.pooled.dtype)):
         yield Replay(pipeline, text)
 
