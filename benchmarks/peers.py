@@ -42,6 +42,7 @@ def run(calib_dir: Path, iters: int, batch_size: int, group_size: int, num_image
     from w4a8.rounding.phases import jobs_of
     from w4a8.rounding.run import RoundingRun
     from w4a8.rounding.settings import Settings
+    from w4a8.rounding.training_samples import Samples
 
     run_cpu_streams_side_by_side()
     manifest, cache = read_manifest(calib_dir), read_cache_metadata(calib_dir)
@@ -52,7 +53,7 @@ def run(calib_dir: Path, iters: int, batch_size: int, group_size: int, num_image
     rounding = RoundingRun(
         opened, mmdit, WeightPaths(calib_dir), cache, schedule, settings, "model", list(model_blocks(mmdit))
     )
-    unit = rounding.unit_class.build(mmdit, jobs_of(rounding)[0].spec, rounding.whole_samples(), settings)
+    unit = rounding.unit_class.build(mmdit, jobs_of(rounding)[0].spec, Samples.of_cache(calib_dir, cache, mmdit, rounding.blocks), settings)
     grams, ways, seconds = input_grams(unit), {}, {}
     for name, make in WAYS.items():
         start = time.perf_counter()

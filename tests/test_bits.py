@@ -31,6 +31,7 @@ from w4a8.rounding.quantized_forward import QuantizedForward
 from w4a8.rounding.run import RoundingRun
 from w4a8.rounding.sensitivity import measure_sensitivity
 from w4a8.rounding.settings import Settings
+from w4a8.rounding.training_samples import Samples
 
 QUICK = ("--iters", 10, "--batch-size", 2)
 
@@ -113,7 +114,7 @@ def test_sensitivity_against_the_model_itself(measured):
     """One layer rounded, the whole model run: the same error."""
     found, rounding = read_sensitivity(measured), rounding_of(measured)
     mmdit, settings = rounding.open(), rounding.settings
-    samples = rounding.whole_samples()
+    samples = Samples.of_cache(measured, rounding.cache, mmdit, rounding.blocks)
     unit = rounding.unit_class.build(mmdit, jobs_of(rounding)[0].spec, samples, settings)
     layers = model_layers(mmdit)
     assert found["layers"].keys() == layers.keys() and len(found["inputs"]) == 61

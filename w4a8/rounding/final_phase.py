@@ -158,7 +158,7 @@ class FinalPhase(Job):
 
     def samples(self, mmdit: nn.Module) -> Samples:
         """Return the inputs of the first block, and the outputs of the whole model."""
-        return self.run.whole_samples()
+        return Samples.of_cache(self.run.paths.calib_dir, self.run.cache, mmdit, self.run.blocks)
 
     def training(self, mmdit: nn.Module, samples: Samples) -> Training:
         """Return the training, which starts where the first phase's files end."""

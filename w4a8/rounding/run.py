@@ -18,7 +18,6 @@ from w4a8.model.layers import Layer, model_blocks, model_layers
 from w4a8.options import RoundingOptions
 from w4a8.rounding.block_boundaries import BlockBoundaries
 from w4a8.rounding.settings import Settings
-from w4a8.rounding.training_samples import Samples
 from w4a8.rounding.units import MODEL, UNITS, Unit
 
 MODEL_UNIT_LIMIT = 100_000_000  # weights up to which the default unit is the whole model
@@ -123,19 +122,6 @@ class RoundingRun:
             f"{settings.iters} iterations of {min(settings.batch_size, samples)} ({settings.micro_batch} at once)"
             f"{f', then {settings.end_to_end} end to end' if settings.end_to_end else ''}, {samples} cached samples"
         )
-
-    def whole_samples(self) -> Samples:
-        """Return samples with the inputs of the first block, and the outputs of the whole model."""
-        if holds_ends(self.cache):
-            return Samples.of_ends(self.paths.calib_dir, self.cache, self.mmdit)
-        return self.stretch_samples(self.blocks)
-
-    def stretch_samples(self, blocks: Sequence[str]) -> Samples:
-        """Return samples with the inputs of the first of these blocks, and the outputs of the last.
-
-        The cache must hold all boundaries.
-        """
-        return Samples.of_stretch(self.paths.calib_dir, self.cache, blocks)
 
 
 def choose_unit(

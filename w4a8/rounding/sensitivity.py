@@ -67,7 +67,7 @@ def measure_sensitivity(run: RoundingRun, choices: Sequence[int]) -> dict[str, A
     mmdit, layers = run.open(), run.layers
     for _ in verified(run.paths.calib_dir, run.cache, [run.blocks]):
         pass
-    samples = run.whole_samples()
+    samples = Samples.of_cache(run.paths.calib_dir, run.cache, run.mmdit, run.blocks)
     large = num_weights(layers.values()) > MODEL_UNIT_LIMIT
     chosen, chunk = spread_over(samples.training, MEASURED_ON[large]), AT_ONCE[large]
     chunks = [chosen[i : i + chunk] for i in range(0, len(chosen), chunk)]

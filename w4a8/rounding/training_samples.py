@@ -122,6 +122,11 @@ class Samples:
         return cls(sample_ids, read, key_timesteps, inputs, num_bytes, arrays, holds_velocity)
 
     @classmethod
+    def of_cache(cls, calib_dir: Path, cache: Mapping[str, Any], mmdit: nn.Module, blocks: Sequence[str]) -> "Samples":
+        """Load what a cache holds of these blocks: the ends of the whole model, or the stretch's inputs and outputs."""
+        return cls.of_ends(calib_dir, cache, mmdit) if holds_ends(cache) else cls.of_stretch(calib_dir, cache, blocks)
+
+    @classmethod
     def of_stretch(cls, calib_dir: Path, cache: Mapping[str, Any], blocks: Sequence[str]) -> "Samples":
         """Load from a cache of all boundaries the inputs of the first of these blocks, and the outputs of the last."""
         inputs, outputs = block_keys(cache, blocks[0], blocks[-1])

@@ -101,7 +101,7 @@ class UnitPhase(Job):
         run = self.run
         if run.boundaries is not None:
             return run.boundaries.samples(mmdit, self.spec.blocks[0])
-        return run.whole_samples() if holds_ends(run.cache) else run.stretch_samples(self.spec.blocks)
+        return Samples.of_cache(run.paths.calib_dir, run.cache, mmdit, self.spec.blocks)
 
     def few_samples(self, mmdit: nn.Module) -> Samples:
         """Return samples for a trial run, without a boundary on the disk."""
