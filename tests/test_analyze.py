@@ -64,6 +64,7 @@ def step(folder, key):
     return layers, index
 
 
+@pytest.mark.slow
 def test_config_equals_an_independent_computation(copy):
     done = analyze(copy, "--plot")
     assert done.exit_code == 0, done.output

@@ -17,6 +17,8 @@ from calibration_store import StoreError, api
 from calibration_store.names import input_owner
 from calibration_store.sensitivity import write_sensitivity
 
+pytestmark = pytest.mark.slow
+
 READERS = [name for name in calibration_store.__all__ if name.startswith("read_")]
 BLOCK = re.compile(r"^## [^`\n]*`(\w+)`\n.*?^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 EXAMPLES = dict(BLOCK.findall((ROOT / "docs/api.md").read_text()))

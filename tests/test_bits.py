@@ -33,6 +33,8 @@ from w4a8.rounding.sensitivity import measure_sensitivity
 from w4a8.rounding.settings import Settings
 from w4a8.rounding.training_samples import Samples
 
+pytestmark = pytest.mark.slow
+
 QUICK = ("--iters", 10, "--batch-size", 2)
 
 

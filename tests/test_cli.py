@@ -171,6 +171,7 @@ def interrupt_imports(command, tmp_path, module: str, seconds: float) -> tuple[i
     return process.returncode, own_lines(log)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "seconds"),
     [("w4a8.cli.command", s) for s in (0, 0.15, 0.5, 1, 1.5, 2, 3)]
@@ -242,6 +243,7 @@ def test_the_handler_is_put_back(tmp_path):
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_in_the_evaluation(tmp_path):
     calibration = tmp_path / "run"
     generate("--num-images", 1, "--num-steps", 1, "--no-images", "--calib-dir", calibration)
@@ -325,6 +327,7 @@ def test_progress_without_anything_to_do_and_slow_progress(capsys):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_log_file_gets_whole_lines(tmp_path):
     arguments = ["--model", "sd3-emoji", "--num-images", 2, "--num-steps", 2, "--calib-dir", tmp_path / "run"]
     process = start("generate_calibration_data", *arguments, env=ONE_THREAD)

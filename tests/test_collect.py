@@ -88,6 +88,7 @@ def raw(run):
     return everything
 
 
+@pytest.mark.slow
 def test_statistics_equal_an_independent_float64_computation(run, raw):
     layers = list(raw[0, 0])
     assert len(layers) == 93
@@ -195,6 +196,7 @@ def merged_arrays(partials):
     return {layer_key(name, field): array for name, (fields, _) in layers.items() for field, array in fields.items()}
 
 
+@pytest.mark.slow
 def test_parts_merge_to_the_whole_bit_for_bit(run):
     """Statistics of image 0 and of images 1-2, collected apart, merge to those of the run."""
     paths = ActivationPaths(run)
@@ -244,6 +246,7 @@ def test_not_finite_activations_name_layer_step_and_image():
         partial_arrays(statistics, 1, 2, "float32")
 
 
+@pytest.mark.slow
 def test_resume_makes_what_is_missing_anew_and_refuses_another_run(run, tmp_path):
     folder = copy_of(run, tmp_path)
     arguments = ["--calib-dir", folder, "--num-images", IMAGES, "--stride", 1]
@@ -271,6 +274,7 @@ def test_dry_run_writes_nothing(run, tmp_path):
     assert not (folder / "activations").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["collect_layer_activations", "cache_adaround_data"])
 @pytest.mark.parametrize(
     ("damage", "message"),

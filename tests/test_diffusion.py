@@ -44,6 +44,7 @@ class RecordingMMDiT:
         return getattr(self.mmdit, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_every_step_equals_diffusionkits_own_loop_bit_for_bit(dtype):
     ours, theirs = (load_pipeline(describe_model("sd3-emoji"), whole_model(dtype)) for _ in range(2))
@@ -62,6 +63,7 @@ def test_every_step_equals_diffusionkits_own_loop_bit_for_bit(dtype):
         assert states[-1].is_final and states[-1].sigma.item() == 0
 
 
+@pytest.mark.slow
 def test_fifty_steps_equal_diffusionkits_denoise_latents(emoji):
     states = sample(emoji, ["rocket"], [42], 50, 4.0)
     final, _ = emoji.denoise_latents(*emoji.encode_text("rocket", 4.0, ""), 50, 4.0, SIZE, seed=42)
@@ -70,6 +72,7 @@ def test_fifty_steps_equal_diffusionkits_denoise_latents(emoji):
     assert mx.array_equal(emoji.latent_format.process_out(states[-1].x), final)
 
 
+@pytest.mark.slow
 def test_a_batch_gives_the_images_of_single_runs(emoji):
     prompts, seeds = ["rocket", "clown face", "hamster", "fountain pen", "swan"], range(5)
     batch = sample(emoji, prompts, seeds, 6, 4.0)

@@ -73,6 +73,7 @@ def test_pictures_say_what_they_are(tmp_path):
         assert settings == (f"Steps: 2, Sampler: Euler, CFG scale: 4, Seed: {7 + index}, Size: 64x64, Model: sd3-emoji")
 
 
+@pytest.mark.slow
 def test_the_same_again_whatever_is_drawn_beside_it(tmp_path):
     first = drawn(tmp_path / "a", "--seed", 3)
     assert drawn(tmp_path / "a", "--seed", 3) == first == drawn(tmp_path / "b", "--seed", 3)
@@ -86,6 +87,7 @@ def test_the_same_again_whatever_is_drawn_beside_it(tmp_path):
     assert not np.array_equal(pixels(tmp_path / "a/0000.png"), pixels(tmp_path / "f/0000.png"))
 
 
+@pytest.mark.slow
 def test_it_is_what_stage_1_draws(tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     where = ("--prompts", tmp_path / "prompts.txt", "--calib-dir", tmp_path / "run", "--seed", 3, "--batch-size", 1)
@@ -109,6 +111,7 @@ def test_prompts_of_a_file_come_after_the_command_lines(tmp_path):
     assert prompts == ["rocket", "red heart", "swan"]
 
 
+@pytest.mark.slow
 def test_another_latent_size_and_precision(tmp_path):
     drawn(tmp_path / "out", "--latent-size", 8, 12, "--dtype", "float16", "--num-steps", 1, prompts=PROMPTS[:1])
     assert pixels(tmp_path / "out/0000.png").shape == (32, 48, 3)
@@ -117,6 +120,7 @@ def test_another_latent_size_and_precision(tmp_path):
 # --- two models ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_models_side_by_side(exports, tmp_path):
     done = draw(tmp_path / "out", "--model", exports["none"], "--compare", "sd3-emoji")
     assert done.exit_code == 0, done.output

@@ -33,6 +33,8 @@ from w4a8.rounding.training_samples import patches
 from w4a8.rounding.unit_phase import trained_layers
 from w4a8.rounding.whole_model import WholeModel
 
+pytestmark = pytest.mark.slow
+
 BLOCKS = [f"mm{index}" for index in range(8)]
 CACHE = ("--num-images", 3, "--stride", 2)
 QUICK = ("--iters", 10, "--batch-size", 2)

@@ -28,6 +28,8 @@ from w4a8.quantized.activation_rules import DynamicPerTensor
 from w4a8.quantized.arithmetic import min_max_grid, nearest_codes
 from w4a8.quantized.layer import deployed_grid
 
+pytestmark = pytest.mark.slow
+
 QUICK = ("--num-images", 2, "--num-steps", 3, "--batch-size", 2)
 
 

@@ -180,6 +180,7 @@ def evaluated(run, output, native):
     return json.loads((output / "metrics.json").read_bytes())["variants"], runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("native", ["auto", "dequantize"])
 def test_the_export_draws_what_stage_4_measured(run, tmp_path, native):
     metrics, runs = evaluated(run, tmp_path / "out", native)
@@ -189,12 +190,14 @@ def test_the_export_draws_what_stage_4_measured(run, tmp_path, native):
     assert metrics["native"]["psnr"] == metrics["w4-adaround"]["psnr"]
 
 
+@pytest.mark.slow
 def test_products_of_packed_weights_are_as_good(run, tmp_path):
     metrics, runs = evaluated(run, tmp_path / "out", "quantized")
     assert not np.array_equal(runs["native"]["latents"], runs["w4-adaround"]["latents"])  # another order of sums
     assert abs(metrics["native"]["psnr"]["mean"] - metrics["w4-adaround"]["psnr"]["mean"]) < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "variant", "layers"),
     [
@@ -216,6 +219,7 @@ def test_other_weights(run, emoji, tmp_path, arguments, variant, layers):
     assert not np.array_equal(latent_of(emoji), expected)
 
 
+@pytest.mark.slow
 def test_an_export_is_a_model_for_the_stages(run, tmp_path):
     where = ("--calib-dir", tmp_path / "run")
     for script, *arguments in (
@@ -289,6 +293,7 @@ def test_damaged_exports_are_one_line(folder, tmp_path, damage, message):
     assert not (tmp_path / "drawn").exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_export_is_no_variant(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     flip_a_bit(tmp_path / "run/quantized_model")
@@ -314,6 +319,7 @@ def test_an_output_that_is_a_link_to_itself_is_one_line(run, tmp_path):
     assert loop.is_symlink()
 
 
+@pytest.mark.slow
 def test_the_old_export_stays_until_the_new_one_is_complete(run, tmp_path):
     """Write an export over an old one where the system refuses a large file, and on a disk that is too small for both."""
     folder = shutil.copytree(run / "quantized_model", tmp_path / "disk/model")
@@ -367,6 +373,7 @@ def test_bad_options(run, tmp_path, arguments, message):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_kill_9_leaves_no_config_or_the_old_export(run, folder):
     """Packing touches nothing; then the old config.json goes first and the new one comes last."""
     whole = folder_bytes(folder)

@@ -14,6 +14,8 @@ from calibration_store.layout import ActivationPaths
 from calibration_store.partials import COLLECTION, read_partial
 from w4a8.model.diffusionkit import model_io
 
+pytestmark = pytest.mark.slow
+
 SIZE = ("--latent-size", 8, 12)
 MODELS = {"medium": (MEDIUM, "--no-t5"), "large": (LARGE, "--t5"), "schnell": (SCHNELL, "--t5"), "dev": (DEV, "--t5")}
 

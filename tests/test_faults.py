@@ -62,6 +62,7 @@ def test_pixels_that_are_not_finite_are_an_error(emoji):
         decode_latents(emoji, latent, [7])
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_names_unit_and_iteration_and_resume_goes_on(run, monkeypatch):
     arguments = ("--iters", 10, "--batch-size", 2, "--unit", "block", "--blocks", "mm0,mm1", "--calib-dir", run)
     whole = run.parent / "whole"
@@ -115,6 +116,7 @@ def test_a_users_own_picture_is_never_deleted(tmp_path):
     assert Image.open(mine).getpixel((0, 0)) == (255, 0, 0)
 
 
+@pytest.mark.slow
 def test_prompts_that_are_not_used_are_counted(tmp_path, run):
     (tmp_path / "p.tsv").write_text("id\tCaption\n1\trocket\n2\tswan\n3\tgiraffe\n")
     done = generate("--prompts", tmp_path / "p.tsv", "--num-images", 2, "--num-steps", 1, "--calib-dir", tmp_path / "x")
@@ -130,6 +132,7 @@ def test_default_variants_follow_the_bits_of_the_files(run):
     assert default_variants(run) == ["w3-rtn", "w3-adaround", "a8", "w3-adaround+a8"]
 
 
+@pytest.mark.slow
 def test_dry_runs_and_estimates_of_a_resumed_run_speak_of_what_is_left(run):
     for script, *arguments in (
         ("cache_adaround_data", "--num-images", 2, "--stride", 2),
@@ -148,6 +151,7 @@ def test_dry_runs_and_estimates_of_a_resumed_run_speak_of_what_is_left(run):
     assert "to do: 1 of 8 units, 10 iterations" in invoke("optimize_adaround", *arguments).stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("twice", [False, True])
 def test_ctrl_c_finishes_the_iteration_and_a_second_one_ends_at_once(run, twice):
     arguments = ("--iters", 5000, "--batch-size", 2, "--unit", "block", "--checkpoint-seconds", 9999)
@@ -188,6 +192,7 @@ def test_an_unreadable_file_says_so(run):
 # --- damaged files ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_spread_of_the_corruption_campaign():
     command = [sys.executable, "tools/corruption_campaign.py", "--limit", "20"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -82,6 +82,7 @@ def test_samples_are_what_the_model_is_given(clean_run, emoji):
     assert np.array_equal(np.array(picture), np.array(Image.open(clean_run / "images/0002.png")))
 
 
+@pytest.mark.slow
 def test_resume_makes_what_is_missing_or_damaged_anew(clean_run, tmp_path):
     folder = copy_of(clean_run, tmp_path)
     (folder / "samples/0001_002.npz").unlink()
@@ -96,6 +97,7 @@ def test_resume_makes_what_is_missing_or_damaged_anew(clean_run, tmp_path):
     assert folder_bytes(folder) == folder_bytes(clean_run)
 
 
+@pytest.mark.slow
 def test_a_run_grows_by_adding(clean_run, tmp_path):
     folder = tmp_path / "run"
     generate("--num-images", 2, "--num-steps", 4, "--calib-dir", folder)
@@ -157,6 +159,7 @@ def test_a_used_folder_needs_resume_or_force(clean_run, tmp_path):
     assert done.exit_code == 2 and "samples without manifest.json; use --force" in done.stderr
 
 
+@pytest.mark.slow
 def test_stride_and_batches(clean_run, tmp_path):
     done = generate(*SMALL, "--stride", 3, "--batch-size", 2, "--calib-dir", tmp_path / "run")
     assert done.exit_code == 0, done.stderr
@@ -171,6 +174,7 @@ def test_stride_and_batches(clean_run, tmp_path):
     assert folder_bytes(tmp_path / "run") == whole
 
 
+@pytest.mark.slow
 def test_a_run_grown_from_a_short_batch_is_that_of_one_go(tmp_path):
     arguments = ["--num-steps", 3, "--batch-size", 2, "--calib-dir"]
     generate("--num-images", 3, *arguments, tmp_path / "grown")
@@ -180,6 +184,7 @@ def test_a_run_grown_from_a_short_batch_is_that_of_one_go(tmp_path):
     assert folder_bytes(tmp_path / "grown") == folder_bytes(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_batch_larger_than_the_run_has_no_empty_rows(tmp_path, monkeypatch):
     rows = []
     monkeypatch.setattr(
@@ -205,6 +210,7 @@ def test_dry_run_writes_nothing_and_its_bytes_are_right(clean_run, tmp_path):
     assert re.search(r"to do: 3 of 3 images, about [\d.]+ m?s on this machine", done.stdout)
 
 
+@pytest.mark.slow
 def test_sd3_mediums_size_is_known_without_its_weights(tmp_path):
     def figures(*arguments):
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
@@ -295,6 +301,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, argumen
     assert folder_bytes(tmp_path) == before and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_leaves_a_resumable_folder(clean_run, tmp_path):
     """RLIMIT_FSIZE refuses the manifest once it lists an image, as a full disk would."""
     limit = 1100
@@ -313,6 +320,7 @@ def test_a_disk_that_fills_up_leaves_a_resumable_folder(clean_run, tmp_path):
     assert done.exit_code == 0 and folder_bytes(folder) == folder_bytes(clean_run)
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_what_was_left_and_how_to_go_on(tmp_path):
     folder = tmp_path / "run"
     arguments = ["--model", "sd3-emoji", "--num-steps", 8, "--num-images", 40, "--calib-dir", folder]

@@ -18,6 +18,8 @@ from w4a8.model.folder import transformer_config
 from w4a8.model.layers import model_layers
 from w4a8.quantized.layer import QuantizedLayer
 
+pytestmark = pytest.mark.slow
+
 QUANTIZED_LAYERS = 93
 
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import pytest
 from conftest import ROOT
 
 from w4a8 import options
@@ -101,6 +102,7 @@ def test_a_story_fits_on_a_screen():
     assert offenders(STAGES, fault) == {}
 
 
+@pytest.mark.slow
 def test_help_loads_nothing_heavy_and_is_fast():
     assert offenders(STAGES, fault_of_help) == {}
 
@@ -245,6 +247,7 @@ print(best(lambda: a @ a) / best(lambda: mx.eval(b @ b)))
 """
 
 
+@pytest.mark.slow
 def test_matrix_products_are_fast():
     """Compare MLX with NumPy. MLX's own BLAS is 60 times slower; w4a8/backend/blas.py replaces it with one that is as fast."""
     done = subprocess.run([sys.executable, "-c", FAST_BLAS], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -11,6 +11,8 @@ from finished_run import one_line
 from PIL import Image
 from tiny_hub import LARGE, MEDIUM, run, tiny_hub
 
+pytestmark = pytest.mark.slow
+
 STAGE_1, STAGE_5 = "generate_calibration_data", "export_quantized_model"
 QUICK = ("--num-images", 1, "--num-steps", 1, "--latent-size", 8, 8, "--no-t5", "--no-images")
 DRAW = ("a red rocket", "--num-steps", 1, "--latent-size", 8, 8, "--no-t5", "--seed", 3)

@@ -12,6 +12,8 @@ import time
 import pytest
 from conftest import folder_bytes, generate, start
 
+pytestmark = pytest.mark.slow
+
 KILLS = int(os.environ.get("KILLS", "3"))
 
 

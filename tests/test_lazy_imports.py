@@ -136,6 +136,7 @@ for script, *arguments in (
 """
 
 
+@pytest.mark.slow
 def test_no_script_imports_torch_coremltools_or_transformers(tmp_path):
     """Every stage to its end, in one process that refuses these imports; DiffusionKit's own import of them included."""
     done = subprocess.run([sys.executable, "-c", EVERY_STAGE, tmp_path], cwd=ROOT, capture_output=True, text=True)

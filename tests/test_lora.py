@@ -17,6 +17,8 @@ from w4a8.model.catalog import BUNDLED_FOLDER, describe_model, model_fingerprint
 from w4a8.model.families import FLUX, SD3
 from w4a8.model.lora import with_loras
 
+pytestmark = pytest.mark.slow
+
 HIDDEN, RANK = 8, 2
 MM, UNI = "multimodal_transformer_blocks", "unified_transformer_blocks"
 

@@ -141,6 +141,7 @@ def gradients_of(unit, with_ranges=False):
     return unit.gradients(state, np.array([0, 1, 2, 3]), 0)
 
 
+@pytest.mark.slow
 def test_micro_batches_change_nothing_but_float_noise(finished):
     loss, whole = gradients_of(unit_of(finished, 4))
     rounded, _ = gradients_of(unit_of(finished, 4), True)
@@ -154,6 +155,7 @@ def test_micro_batches_change_nothing_but_float_noise(finished):
         assert gradients_of(unit_of(finished, micro_batch), True)[0].item() == pytest.approx(rounded.item(), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_how_many_work_side_by_side_changes_nothing_at_all(finished, monkeypatch):
     """Micro-batches are summed in their order: one core gives the bits of two."""
     found = {}
@@ -184,6 +186,7 @@ def test_the_micro_batch_follows_the_memory(monkeypatch):
     assert need.peak(8) > need.peak(2)
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_micro_batch(run):
     arguments = ("optimize_adaround", "--calib-dir", run, "--iters", 10, "--batch-size", 4, "--blocks", "mm0")
     assert invoke(*arguments, "--force", "--micro-batch", 3).exit_code == 0
@@ -204,6 +207,7 @@ def test_alpha_in_half_precision_stays_on_its_side():
     np.testing.assert_allclose(half.astype(np.float32), alpha, rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_no_alpha_leaves_it_out_and_nothing_else(run):
     arguments = (
         "optimize_adaround",
@@ -260,6 +264,7 @@ def staged(*arguments):
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "script, arguments",
     [

@@ -224,6 +224,7 @@ def test_round_to_nearest_has_a_loss_of_one(unit):
     assert unit.loss(chosen, unquantized(unit)) < 1e-3  # the float16 of the cache
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounding", ["ste", "sigmoid"])
 def test_a_restored_training_goes_on_as_if_nothing_happened(cached, rounding):
     unit = block_unit(cached, rounding)
@@ -250,6 +251,7 @@ def test_a_restored_training_goes_on_as_if_nothing_happened(cached, rounding):
 # --- the stage ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_files(copy):
     done = optimize(copy, "--unit", "model")
     assert done.exit_code == 0, done.output
@@ -292,6 +294,7 @@ def test_methods(copy, rounding):
         assert fields["scale"].shape[1] == 1, layer
 
 
+@pytest.mark.slow
 def test_learning_beats_round_to_nearest_on_held_out_samples(copy):
     done = optimize(copy, "--unit", "block", "--blocks", "mm2", "--iters", 60)
     assert done.exit_code == 0, done.output
@@ -299,6 +302,7 @@ def test_learning_beats_round_to_nearest_on_held_out_samples(copy):
     assert losses["end"] < 0.9 * losses["nearest"] and not losses["kept_nearest"]
 
 
+@pytest.mark.slow
 def test_a_block_that_got_worse_keeps_round_to_nearest(copy):
     done = optimize(copy, "--unit", "block", "--blocks", "mm2", "--lr-alpha", 5, "--weight-bits", 8)
     assert done.exit_code == 0 and "kept round-to-nearest" in done.stdout, done.output
@@ -315,6 +319,7 @@ def codes_of(folder):
     return {name: array for block in WeightPaths(folder).root.glob("mm?.npz") for name, array in np.load(block).items()}
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_gives_the_codes_of_one_run(copy, tmp_path):
     arguments = (
         "--iters",
@@ -372,6 +377,7 @@ def test_bad_options(cached, arguments, message):
     assert done.exit_code == 2 and message in done.stderr and not (cached / "adaround_weights").exists()
 
 
+@pytest.mark.slow
 def test_other_parameters_are_not_resumed(copy):
     assert optimize(copy, "--unit", "block", "--blocks", "mm0").exit_code == 0
     done = optimize(copy, "--unit", "block", "--blocks", "mm0")
@@ -386,6 +392,7 @@ def test_no_cache_is_one_line(tmp_path):
     assert done.exit_code == 2 and "not found; run cache_adaround_data.py first" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_micro_batch_that_an_older_run_noted_is_kept(copy):
     """Go on with a run of 0.8.0, whose plan may note a larger micro-batch than there are samples."""
     arguments = ("--calib-dir", copy, "--iters", 10, "--unit", "block", "--blocks", "mm0", "--batch-size", 64)

@@ -84,6 +84,7 @@ def same_numbers(one, other):
     return plain(json.loads(one.read_bytes())) == plain(json.loads(other.read_bytes()))
 
 
+@pytest.mark.slow
 def test_samples_and_their_manifest(run, copy):
     write_json(copy / "manifest.json", OPTIONAL["manifest.json"])
     for path in (copy / "samples").iterdir():
@@ -96,6 +97,7 @@ def test_samples_and_their_manifest(run, copy):
     assert all(np.array_equal(again[key], first[key]) for key in first.files if not key.endswith("_run"))
 
 
+@pytest.mark.slow
 def test_the_cache(run, copy):
     """Keep float16 and no compression, which the format demands, since stage 3W maps these samples."""
     write_json(copy / "adaround_cache/metadata.json", OPTIONAL["adaround_cache/metadata.json"])
@@ -133,6 +135,7 @@ def test_steps_in_another_order(run, copy):
     assert json.loads((copy / "activations/theirs.json").read_bytes())["per_timestep"].keys() == {"0", "2"}
 
 
+@pytest.mark.slow
 def test_figures(run, copy):
     done("evaluate_quantization", copy, "--variants", "w4-rtn,a8", "--num-images", 2, "--num-steps", 1)
     path = copy / "evaluation/metrics.json"
@@ -141,6 +144,7 @@ def test_figures(run, copy):
     assert "original against quantized" in done("report_calibration", copy).stdout.splitlines()[0]
 
 
+@pytest.mark.slow
 def test_a_model_folder(run, copy, tmp_path):
     folder = shutil.copytree(BUNDLED_FOLDER, tmp_path / "model")
     for name in ("config.json", "vocab.json"):
@@ -167,6 +171,7 @@ def test_tiers_of_another_tool(copy, scales):
     done("evaluate_quantization", copy, "--variants", "multitier", "--scale-is", meaning, "--num-images", 1, "--num-steps", 1)
 
 
+@pytest.mark.slow
 def test_weights(run, copy):
     write_json(copy / "adaround_weights/metadata.json", OPTIONAL["adaround_weights/metadata.json"])
     for path in (copy / "adaround_weights").glob("mm*.npz"):
@@ -195,6 +200,7 @@ def migration(channels, wide=()):
     return {"outlier_indices": [3, 7, 20], "multiplier_vector": multipliers, "scale_normal": 1.0, "scale_outlier": 4.0}
 
 
+@pytest.mark.slow
 def test_the_config_of_the_tool_whose_format_this_is(run, copy):
     """Measure a foreign config with `--scale-is`, which comes close to our own config's figure."""
     done("evaluate_quantization", run, "--variants", "a8", "--num-images", 1, "--num-steps", 1, "--output", run / "ours")

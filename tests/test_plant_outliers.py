@@ -31,6 +31,8 @@ from w4a8.model.prompt_encoder import encode_prompts
 from w4a8.model.prompts import draw_builtin_prompts
 from w4a8.model.sampling import euler_steps, initial_noise
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = "tools.plant_outliers"
 SMALL = ("--model", "sd3-emoji", "--seed", 5, "--calibration-images", 8, "--num-images", 2, "--num-steps", 5)
 DONORS = (0, 3, 8, 11, 14, 20, 22, 23)  # SD3-Medium's block that each of the 8 takes after

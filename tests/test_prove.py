@@ -13,6 +13,8 @@ from conftest import ROOT, interruptible
 from tools import proving
 from tools.proving import Proof
 
+pytestmark = pytest.mark.slow
+
 RESULTS = ROOT / "benchmarks/results"
 
 

@@ -17,6 +17,8 @@ from w4a8.statistics.kernels import cpu_statistics
 from w4a8.statistics.merge import merge_partials
 from w4a8.statistics.recorders import PassStatistics, partial_arrays
 
+pytestmark = pytest.mark.slow
+
 TOKENS, IMAGES, OUT = 64, 3, 32
 
 

@@ -126,6 +126,7 @@ def test_a_fingerprint_knows_contents_not_places(tmp_path):
         weights_fingerprint({"mmdit": tmp_path / "c"})
 
 
+@pytest.mark.slow
 def test_a_run_that_grows_leaves_finished_stages_valid(run, model):
     more = ("--num-images", 5, "--num-steps", 4)
     done = invoke("generate_calibration_data", "--model", model, *more, "--calib-dir", run, "--resume")
@@ -165,6 +166,7 @@ def test_forced_statistics_leave_no_stale_config(run):
     assert names == ["layer_statistics.json", "mine.png", "partial", "timestep_stats"]
 
 
+@pytest.mark.slow
 def test_the_negative_prompt_is_inherited_and_printed(tmp_path):
     arguments = ("--num-images", 1, "--num-steps", 1, "--no-images", "--calib-dir", tmp_path / "run")
     negative = "red " * 20 + "rocket"

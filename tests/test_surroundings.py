@@ -26,6 +26,7 @@ def run(tmp_path_factory, tmp_path):
     return shutil.copytree(finished_run(tmp_path_factory.getbasetemp()), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_umask_decides_who_may_read(run):
     before = os.umask(0o027)
     try:
@@ -37,6 +38,7 @@ def test_umask_decides_who_may_read(run):
         assert (run / name).stat().st_mode & 0o777 == 0o640, name
 
 
+@pytest.mark.slow
 def test_every_writer_clears_what_a_kill_left(run, tmp_path):
     drawn, packed = tmp_path / "drawn", run / "packed"
     commands = (

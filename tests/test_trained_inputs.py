@@ -14,6 +14,8 @@ from w4a8.quantized.differentiable import fake_quantize
 from w4a8.rounding.settings import Settings
 from w4a8.rounding.training_samples import spread_over
 
+pytestmark = pytest.mark.slow
+
 
 def test_ranges_follow_the_noise_level():
     rule = Learned({"a": np.float32([4, 1]), "b": np.float32(2)}, {}, 8, [1.0, 0.25])

@@ -22,6 +22,8 @@ from w4a8.rounding.training_samples import Samples
 from w4a8.rounding.unit_training import UnitTraining
 from w4a8.rounding.units import BlockUnit
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def cached(tmp_path_factory, tmp_path):

@@ -19,7 +19,7 @@ from w4a8.model.layers import Block, Layer, model_blocks, run_final_layer
 from w4a8.quantized.layer import QuantizedLayer
 from w4a8.rounding.quantized_forward import QuantizedForward
 from w4a8.rounding.run import MODEL_UNIT_LIMIT, RoundingRun, num_weights
-from w4a8.rounding.training_samples import SampleBatch, TrainingSamples, spread_over, verified
+from w4a8.rounding.training_samples import SampleBatch, Samples, TrainingSamples, spread_over, verified
 
 MEASURED_ON, AT_ONCE = (32, 8), (16, 2)  # samples, for small models and for large ones
 INPUT_NOISE = 0.02  # share of an input's root mean square, small enough for the output to follow linearly
