@@ -18,7 +18,7 @@ class Estimate:
     seconds: float
     bytes_written: int  # at most
     folder: Path
-    peak_bytes: int  # of memory
+    peak_bytes: int  # of memory, the most at the same time
 
     def __str__(self) -> str:
         return (

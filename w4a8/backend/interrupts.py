@@ -59,7 +59,7 @@ class CtrlC:
 def finishing(what: str) -> Iterator[Callable[[], bool]]:
     """Let Ctrl-C wait in the block, whose end then raises KeyboardInterrupt.
 
-    what: the work in words. The block is given a function that returns whether Ctrl-C came, so that it can save its
+    what: a name of the work. The block is given a function that returns whether Ctrl-C came, so that it can save its
     state and raise KeyboardInterrupt itself.
     """
     handler = signal.getsignal(signal.SIGINT)

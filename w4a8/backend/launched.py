@@ -111,7 +111,7 @@ class LaunchedProcesses(SingleProcess):
         return found
 
     def advance(self, bar: ProgressBar, done: int = 1) -> None:
-        """Advance the bar by `done`, and by what the other processes have reported since the last call."""
+        """Advance the bar by `done`, and by the items that the other processes have reported since the last call."""
         self._done += done
         others = max(self._seen, sum(peer.beat.get("done", 0) for peer in self._peers))
         bar.update(done + others - self._seen)

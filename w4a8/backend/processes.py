@@ -76,7 +76,7 @@ class SingleProcess:
         return [item for item in items if item in own]
 
     def every_rank(self) -> list["SingleProcess"]:
-        """Return an object for each process, which says what that one owns."""
+        """Return an object for each process, which answers `owns` and `owned_…` for that process."""
         return [SingleProcess(rank, self.size) for rank in range(self.size)]
 
     def print_shares(self, counts: Sequence[int], unit: str) -> None:
@@ -85,7 +85,7 @@ class SingleProcess:
             click.echo(f"{self.size} ranks: {', '.join(map(str, counts))} {unit}")
 
     def advance(self, bar: ProgressBar, done: int = 1) -> None:
-        """Advance the bar by `done`, and by what the other processes have reported since the last call."""
+        """Advance the bar by `done`, and by the items that the other processes have reported since the last call."""
         bar.update(done)
 
     def complete(self, bar: ProgressBar) -> None:

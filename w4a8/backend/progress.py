@@ -43,7 +43,7 @@ class ProgressBar(Protocol):
 class ProgressLines:
     """A progress bar for a log file, used as tqdm is: a line at most every `interval` seconds and one at the end.
 
-    The rate counts only what `update` was given; `initial`, and what is assigned to `n`, took no time.
+    The rate counts only what `update` was given; `initial`, and values assigned to `n`, took no time.
     """
 
     def __init__(self, total: int, description: str, unit: str, initial: int = 0, interval: float | None = LOG_SECONDS):

@@ -148,7 +148,7 @@ class BlockBoundaries:
         with (
             progress_bar(len(self.sample_ids), f"{block} of every sample", "sample", leave=False) as bar,
             BackgroundWriter(pending=2, threads=min(4, blas.cores())) as writer,
-            streams_for(len(chunks)) as streams,  # of all chunks, also where few are left: threads decide the last bits
+            streams_for(len(chunks)) as streams,  # for all chunks, not those left: threads decide the last bits
         ):
             ranks.advance(bar, sum(map(len, own)) - sum(map(len, left)))
             turns = [left[start : start + len(streams)] for start in range(0, len(left), len(streams))]

@@ -27,7 +27,8 @@ from w4a8.rounding.unit_phase import UnitPhase
 from w4a8.rounding.units import UnitSpec
 from w4a8.rounding.whole_model import WholeModel
 
-KEPT_BEFORE = ("scale", "zero_point", "bias", "act_scale", "act_scales")  # as {field}_before: where the phase began
+# Fields that are kept as {field}_before: their values at the start of this phase.
+KEPT_BEFORE = ("scale", "zero_point", "bias", "act_scale", "act_scales")
 
 
 class FinalTraining(Training):
@@ -36,7 +37,7 @@ class FinalTraining(Training):
     unit: WholeModel
     # All layers move at once, and where inputs have channels of one sign, a group's zero point changes the output much.
     codes_per_step = 1.0
-    gained = False  # whether held-out samples are better off, as they are deployed; `measure` finds out
+    gained = False  # held-out samples are better off, as they are deployed; `measure` decides
 
     @property
     def iters(self) -> int:

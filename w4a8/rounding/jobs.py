@@ -42,7 +42,7 @@ class Job(ABC):
     run: RoundingRun
     spec: UnitSpec
 
-    # which jobs there are
+    # identity
 
     @classmethod
     @abstractmethod
@@ -70,13 +70,13 @@ class Job(ABC):
 
     @property
     def is_one_process(self) -> bool:
-        """Whether one process does the whole job while other processes do others of the same phase.
+        """True where one process does the whole job while the others do other jobs of the same phase.
 
         Such jobs must come before those that all processes share.
         """
         return False
 
-    # what a dry run says
+    # estimates of a dry run
 
     @property
     @abstractmethod
@@ -111,7 +111,7 @@ class Job(ABC):
         """Return the number of bytes that one cached sample takes in memory, where the training draws from a window."""
         return 0
 
-    # whether it is finished
+    # finished jobs
 
     @abstractmethod
     def losses_paths(self) -> list[Path]:
@@ -137,7 +137,7 @@ class Job(ABC):
         shapes = {name: run.layers[name].shape for name in self.spec.layers}
         return {name: fields["q"].shape for name, fields in found.items()} == shapes and self.is_complete(found)
 
-    # how it runs
+    # the work itself
 
     @abstractmethod
     def open(self) -> nn.Module:

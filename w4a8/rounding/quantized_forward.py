@@ -21,7 +21,7 @@ class QuantizedForward:
         unquantized (QDrop, Wei et al. 2022), drawn from key. watched: the layers whose inputs are noted in `inputs`.
         """
         self.weights, self.biases = weights, biases
-        self.inputs: dict[str, mx.array] = {}  # of the watched layers, (rows, channels)
+        self.inputs: dict[str, mx.array] = {}  # (rows, channels) by watched layer
         self._quantize, self._drop, self._key = quantize, drop, key
         self._watched = watched
         self._last: tuple[mx.array, mx.array] | None = None  # the last input, and the same quantized

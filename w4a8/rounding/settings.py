@@ -16,12 +16,12 @@ EVALUATED = 64  # samples that a loss is measured on
 # Rules for the inputs: dynamic per token, or a learned range for each noise level.
 TOKEN_RULE, STATIC_RULE = "token", "static"
 
-Indices = Sequence[int] | np.ndarray  # of cached samples
+Indices = Sequence[int] | np.ndarray  # indices of cached samples
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What decides the result of a run beside the cache, as plan.json notes it.
+    """The settings that decide the result of a run beside the cache, as plan.json notes them.
 
     Defaults are those of the options.
     """
@@ -35,12 +35,12 @@ class Settings:
     qdrop: float = RoundingOptions.qdrop  # share of input elements left unquantized while ranges are trained
     lr_alpha: float = DEFAULT_LR_ALPHA["ste"]
     lr_activation_scale: float = RoundingOptions.lr_activation_scale
-    regularizer_weight: float = 0.01  # of sigmoid's pull to 0 or 1, beside a loss of 1 for round-to-nearest
+    regularizer_weight: float = 0.01  # weight of sigmoid's pull to 0 or 1; round-to-nearest has a loss of 1
     seed: int = RoundingOptions.seed
     micro_batch: int = 0  # samples whose gradients are made at once; 0: the whole batch
     window: int = 0  # samples that an iteration draws from, a window that moves over them all; 0: all of them
     activation_rule: str = RoundingOptions.activation_rule
-    block_inputs: str = "original"  # what blocks are trained on; noted because 0.8.0 also had "mixed"
+    block_inputs: str = "original"  # inputs that blocks are trained on; noted because 0.8.0 also had "mixed"
     end_to_end: int = 0  # iterations of the last phase, all blocks' grids against the model's output
     layer_bits: Mapping[str, int] = field(default_factory=dict)  # layers whose codes have other bits than weight_bits
     average_bits: float | None = None  # budget under which layer_bits were chosen out of bit_choices

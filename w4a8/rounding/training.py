@@ -19,7 +19,7 @@ from w4a8.rounding.settings import LR_SCALES, Indices, Settings, cosine
 from w4a8.rounding.training_samples import TrainingSamples
 from w4a8.rounding.units import Gradients
 
-CURVE_POINTS = 50  # of the training losses that are kept
+CURVE_POINTS = 50  # points of the curve of training losses that is kept
 OPTIMIZERS = ("alpha", "scale", "range")  # named after what they move; `scale` also moves zero points and biases
 
 
@@ -69,13 +69,13 @@ class Training(ABC):
     unit: TrainedUnit
 
     def __init__(self, unit: TrainedUnit):
+        """Begin at the unit's start, with fresh optimizers."""
         self.unit, self.settings, self.iteration = unit, unit.settings, 0
         self.state: dict[str, Arrays] = {key: dict(value) for key, value in unit.start.items()}
         self.optimizers = {name: Adam(1e-3, bias_correction=True) for name in OPTIMIZERS}
         self.fixed = self.first_fixed()
-        self.curve = np.zeros(
-            min(CURVE_POINTS, self.iters), np.float32
-        )  # sums of the losses of stretches of iterations
+        # A point of the curve is the sum of the losses of a stretch of iterations.
+        self.curve = np.zeros(min(CURVE_POINTS, self.iters), np.float32)
         self._good = (self._parts(), 0)  # the last state whose loss was finite, and its iteration
 
     @property
@@ -148,6 +148,7 @@ class Training(ABC):
         return tree_map(lambda array: array, {"state": self.state, "fixed": self.fixed, **states})
 
     def _set(self, parts: dict[str, Any]) -> None:
+        """Go back to a state that `_parts` gave."""
         self.state, self.fixed = parts["state"], parts["fixed"]
         for name, each in self.optimizers.items():
             each.state = parts[name]

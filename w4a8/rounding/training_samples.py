@@ -55,7 +55,7 @@ class TrainingSamples(Protocol):
 
     @property
     def holds_velocity(self) -> bool:
-        """Whether the output is the model's velocity, not the last block's tokens."""
+        """True where the output is the model's velocity, not the last block's tokens."""
 
     def steps(self, indices: Indices) -> np.ndarray:
         """Return the step of each of these samples, as a position in key_timesteps: (samples,) integers."""

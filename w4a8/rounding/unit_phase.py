@@ -51,7 +51,7 @@ class UnitPhase(Job):
 
     @property
     def is_one_process(self) -> bool:
-        """Whether processes share out the blocks, which need nothing of each other where all boundaries are cached."""
+        """True where processes share out the blocks, which need nothing of each other: all boundaries are cached."""
         run = self.run
         return run.ranks.size > 1 and not holds_ends(run.cache) and run.unit != MODEL
 

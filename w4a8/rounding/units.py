@@ -137,7 +137,7 @@ class Unit:
     ) -> "Unit":  # fmt: skip
         """Search the layers' grids, measure norms, shifts and ranges on training samples, and return the unit.
 
-        Grids come from the weights, the measures from the unit's output and inputs with a first, bare unit.
+        Grids are searched in the weights alone; the rest is measured with a first unit that has grids and nothing else.
         """
         layers = model_layers(mmdit)
         grids = UnitGrids.search({name: layers[name].weight for name in spec.layers}, settings)
@@ -247,7 +247,7 @@ class Unit:
             mx.eval(found)
             return found
 
-        with streams_for(len(parts)) as streams:  # as many as there are parts: threads decide the last bits
+        with streams_for(len(parts)) as streams:  # a stream for each part, since threads decide the last bits
             return summed(self.ranks, len(parts), len(streams), found_of, (mx.array(0.0), parameters))
 
     # the unit at a point of its training
