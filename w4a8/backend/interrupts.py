@@ -1,4 +1,4 @@
-"""Ctrl-C: the first one interrupts, or waits for what must be finished; the second one ends the process at once."""
+"""Ctrl-C: the first one interrupts, or waits for work that must be finished; the second one ends the process."""
 
 import atexit
 import contextlib
@@ -12,7 +12,7 @@ from typing import NoReturn
 
 @contextlib.contextmanager
 def ctrl_c_handled() -> Iterator[None]:
-    """Use CtrlC in place of Python's own handler; one that somebody else set, and `nohup`'s SIG_IGN, are left alone.
+    """Use CtrlC in place of Python's own handler; leave other handlers, and `nohup`'s SIG_IGN, as they are.
 
     After an interrupt the handler stays: the process is about to end, and a second Ctrl-C may come until it has.
     """
@@ -32,16 +32,18 @@ def ctrl_c_handled() -> Iterator[None]:
 
 
 class CtrlC:
-    """The handler of SIGINT: the first one raises KeyboardInterrupt, the next ends the process at once.
+    """The handler of SIGINT: the first one raises KeyboardInterrupt, the next one ends the process at once.
 
-    The first one, too, while a module is imported, for imports lose exceptions: NumPy calls its installation broken, or
-    crashes. While something is being finished (`finishing`) the first one is only noted.
+    While a module is imported, the first one ends the process, too, since imports lose exceptions: NumPy calls its
+    installation broken, or crashes. In a block of `finishing` the first one is only noted.
     """
 
-    def __init__(self):
-        self.interrupted, self.finishing = False, None
+    def __init__(self) -> None:
+        self.interrupted = False
+        self.finishing: str | None = None  # the work that must be finished, in words
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
+        """Raise KeyboardInterrupt, or end the process, or note the interrupt, as the class says."""
         if self.interrupted:
             end_process("Interrupted again: ended at once.")
         if importing(frame):
@@ -55,9 +57,10 @@ class CtrlC:
 
 @contextlib.contextmanager
 def finishing(what: str) -> Iterator[Callable[[], bool]]:
-    """Let Ctrl-C wait in the block, whose end raises KeyboardInterrupt then.
+    """Let Ctrl-C wait in the block, whose end then raises KeyboardInterrupt.
 
-    Yields a function that says whether it came: who asks saves, and raises KeyboardInterrupt at once.
+    what: a name of the work. The block is given a function that returns whether Ctrl-C came, so that it can save its
+    state and raise KeyboardInterrupt itself.
     """
     handler = signal.getsignal(signal.SIGINT)
     if not isinstance(handler, CtrlC):
@@ -73,7 +76,7 @@ def finishing(what: str) -> Iterator[Callable[[], bool]]:
 
 
 def importing(frame: FrameType | None) -> bool:
-    """Whether `frame` runs below an import statement."""
+    """Return whether `frame` runs below an import statement."""
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib."):
             return True
@@ -82,12 +85,16 @@ def importing(frame: FrameType | None) -> bool:
 
 
 def end_process(message: str) -> NoReturn:
-    """Leave with one line and exit code 130, whatever is going on. Files are written atomically: none is left half."""
+    """Print one line, and end the process with exit code 130 at once.
+
+    Files are written atomically, so that none is left half.
+    """
     with contextlib.suppress(OSError):  # nobody reads stderr any more
-        os.write(2, f"\n{message}\n".encode() if os.isatty(2) else f"{message}\n".encode())  # below a progress bar
+        start = "\n" if os.isatty(2) else ""  # below a progress bar
+        os.write(2, f"{start}{message}\n".encode())
     os._exit(130)
 
 
 def ignore_ctrl_c() -> None:
-    """At exit: all is said and done, and Python would print what an interrupt breaks while it takes itself apart."""
+    """Ignore Ctrl-C at exit, where Python would print an error from its own teardown."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

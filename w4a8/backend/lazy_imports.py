@@ -13,11 +13,14 @@ from calibration_store.errors import UserError
 
 
 class MissingPackage(UserError):
-    """Something is used that belongs to a package which is not installed."""
+    """A name is used whose package is not installed."""
 
 
 class LazyName:
-    """A name of a deferred module. Attributes are names, too; a call, a base class or a check of types loads the module."""
+    """A name of a deferred module, whose attributes are such names, too.
+
+    Calling it, inheriting from it or checking a type against it loads the module.
+    """
 
     def __init__(self, path: str):
         self._path = path
@@ -28,7 +31,7 @@ class LazyName:
         return LazyName(f"{self._path}.{name}")
 
     def _load(self) -> Any:
-        """Import what this stands for. Raises MissingPackage, which names the package to install."""
+        """Import and return the object of this name. Raises MissingPackage, which names the package to install."""
         package = self._path.split(".", 1)[0]
         try:
             return pkgutil.resolve_name(self._path)
@@ -38,6 +41,7 @@ class LazyName:
             raise MissingPackage(f"{self._path}: {package} is not installed; pip install {package}") from None
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """Load the module and call the object. Raises MissingPackage."""
         return self._load()(*arguments, **options)
 
     def __mro_entries__(self, bases: tuple) -> tuple[type]:
@@ -47,32 +51,35 @@ class LazyName:
         return isinstance(instance, self._load())
 
     def __or__(self, other: Any) -> Any:
-        return Any  # in annotations alone
+        return Any  # only annotations use it
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds the modules that are deferred, each as an empty module whose attributes are stand-ins."""
+    """A finder of the deferred modules: each is an empty module whose attributes are stand-ins."""
 
     def __init__(self, names: tuple[str, ...]):
         self.names = names
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        """Return the spec of a deferred module; None for any other."""
         return importlib.machinery.ModuleSpec(name, self, is_package=True) if self.finds(name) else None
 
     def finds(self, name: str) -> bool:
+        """Return whether a module is deferred."""
         return any(name == package or name.startswith(f"{package}.") for package in self.names)
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__getattr__ = LazyName(module.__name__).__getattr__
+        """Let every attribute of the module be a stand-in (PEP 562)."""
+        vars(module)["__getattr__"] = LazyName(module.__name__).__getattr__
 
 
 @contextlib.contextmanager
 def deferred(*names: str, **replacements: ModuleType) -> Iterator[None]:
     """In the block, let imports of these packages give stand-ins, and imports of `replacements` the modules given.
 
-    Packages that are imported already stay what they are. Whoever imports one after the block gets the package itself.
-    Only code that is imported in the block keeps stand-ins, and these load what they stand for when they are called,
-    inherited from or checked against; a package that is not installed is an error only then.
+    Packages that are already imported stay as they are. An import after the block gives the package itself. Only code
+    that is imported in the block keeps stand-ins. A stand-in loads its package when it is called, inherited from or
+    checked against; a package that is not installed is an error only then.
     """
     finder = _Finder(tuple(name for name in names if name not in sys.modules))
     before = {name: sys.modules.get(name) for name in replacements}

@@ -1,4 +1,4 @@
-"""How much memory a run may use, and what it will take: said before anything is loaded."""
+"""The memory that a run may use."""
 
 import resource
 import sys
@@ -10,7 +10,11 @@ CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/
 
 
 def device_memory() -> int:
-    """Bytes that MLX may use here: its own limit (a share of the device's memory), on a CPU also the process's limits."""
+    """Return the bytes that MLX may use here.
+
+    The limit is MLX's own, a share of the device's memory; on a CPU the limits of the process and its cgroup count,
+    too.
+    """
     limits = [mx.get_memory_limit()]
     if mx.default_device() == mx.Device(mx.cpu):
         if sys.platform != "darwin":

@@ -1,4 +1,4 @@
-"""What a stage knows of the processes of `mlx.launch` before it loads anything: who it is, who speaks, who does what."""
+"""The processes of `mlx.launch` as a stage knows them before it loads anything: ranks, ownership, and who prints."""
 
 import contextlib
 import os
@@ -14,21 +14,20 @@ from w4a8.backend.progress import ProgressBar
 
 _Item = TypeVar("_Item")
 Tree = Any  # MLX arrays in lists and dictionaries
-BACKENDS = {  # what mlx.launch tells its processes -> the backend that it started
+BACKENDS = {  # variables that mlx.launch sets for its processes -> the backend that it started
     "MLX_HOSTFILE": "ring", "NCCL_HOST_IP": "nccl", "MLX_JACCL_COORDINATOR": "jaccl", "OMPI_COMM_WORLD_SIZE": "mpi",
 }  # fmt: skip
 RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")
-SHARED = (
+SHARED = (  # the stages that several processes can share
     "generate_calibration_data.py", "cache_adaround_data.py", "collect_layer_activations.py", "optimize_adaround.py",
     "evaluate_quantization.py",
 )  # fmt: skip
 
 
 def launched_rank() -> int | None:
-    """This process's rank below `mlx.launch`; None without it."""
+    """Return this process's rank below `mlx.launch`; None without it."""
     found = [os.environ[name] for name in RANKS if name in os.environ]
     return int(found[0]) if found and any(name in os.environ for name in BACKENDS) else None
-
 
 
 class SingleProcess:
@@ -38,6 +37,7 @@ class SingleProcess:
     """
 
     def __init__(self, rank: int = 0, size: int = 1):
+        """Store the rank of the process that is meant, and the number of processes."""
         self.rank, self.size = rank, size
 
     def barrier(self) -> None:
@@ -76,7 +76,7 @@ class SingleProcess:
         return [item for item in items if item in own]
 
     def every_rank(self) -> list["SingleProcess"]:
-        """Return an object for each process, which says what that one owns."""
+        """Return an object for each process, which answers `owns` and `owned_…` for that process."""
         return [SingleProcess(rank, self.size) for rank in range(self.size)]
 
     def print_shares(self, counts: Sequence[int], unit: str) -> None:
@@ -85,7 +85,7 @@ class SingleProcess:
             click.echo(f"{self.size} ranks: {', '.join(map(str, counts))} {unit}")
 
     def advance(self, bar: ProgressBar, done: int = 1) -> None:
-        """Advance the bar by `done`, and by what the other processes have reported since the last call."""
+        """Advance the bar by `done`, and by the items that the other processes have reported since the last call."""
         bar.update(done)
 
     def complete(self, bar: ProgressBar) -> None:
@@ -96,18 +96,23 @@ SINGLE_PROCESS = SingleProcess()
 
 
 class Joined(Protocol):
-    """The group that this process is of."""
+    """The group that this process belongs to."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Leave the group in good order."""
 
-    def fail(self, message: str) -> bool: ...
+    def fail(self, message: str) -> bool:
+        """Tell the group that this process failed; return whether it has to print the message."""
 
 
-JOINED: list[Joined] = []
+JOINED: list[Joined] = []  # the group, once there is one
 
 
 def end_processes(message: str | None) -> bool:
-    """A stage's end, with its error or None: tell the other ranks. Whether this process prints the error."""
+    """Tell the other ranks that a stage has ended, with its error or None.
+
+    Return whether this process has to print the error.
+    """
     if JOINED:
         ranks = JOINED.pop()
         if message is None:
@@ -116,13 +121,16 @@ def end_processes(message: str | None) -> bool:
         return ranks.fail(message)
     rank = launched_rank()
     if rank and message is not None:
-        time.sleep(3)  # rank 0 says the same, and mlx.launch ends this one
+        time.sleep(3)  # rank 0 prints the same, and mlx.launch ends this process
     return True
 
 
 @contextlib.contextmanager
 def only_rank_0_speaks(script: str) -> Iterator[None]:
-    """Nobody but rank 0 prints in the block; errors come after it. Raises OptionError for a script that ranks cannot share."""
+    """Let only rank 0 print in the block; errors are printed after it.
+
+    Raises OptionError for a script that ranks cannot share.
+    """
     if launched_rank() is not None and script not in SHARED:
         raise OptionError(f"{script} is for one process: run it without mlx.launch, which is for {', '.join(SHARED)}")
     if not launched_rank():
@@ -133,8 +141,6 @@ def only_rank_0_speaks(script: str) -> Iterator[None]:
 
 
 def rank_prefix() -> str:
-    """What an error of another rank than the first begins with."""
+    """Return the prefix of an error of this rank; it is empty for rank 0."""
     rank = launched_rank()
     return f"rank {rank} ({socket.gethostname()}): " if rank else ""
-
-

@@ -15,59 +15,67 @@ LOG_SECONDS = 10.0
 def progress_bar(
     total: int, description: str, unit: str, initial: int = 0, leave: bool = True
 ) -> "tqdm | ProgressLines":
-    """A tqdm bar with rate and time to go; in a log file whole lines, and none for a bar that would not stay."""
+    """Return a tqdm bar with rate and time to go; in a log file whole lines, and none for a bar that would not stay."""
     if not sys.stderr.isatty():
         return ProgressLines(total, description, unit, initial, LOG_SECONDS if leave else None)
-
     return tqdm(total=total, desc=description, unit=unit, initial=initial, leave=leave, dynamic_ncols=True)
 
 
 class ProgressBar(Protocol):
-    """What stages use of tqdm."""
+    """The part of tqdm that stages use."""
 
     n: int
     total: int
 
-    def update(self, count: int = 1) -> Any: ...
+    def update(self, count: int = 1) -> Any:
+        """Advance by this count."""
 
-    def set_description(self, description: str) -> Any: ...
+    def set_description(self, description: str) -> Any:
+        """Set the text in front."""
 
-    def set_postfix(self, **values: Any) -> Any: ...
+    def set_postfix(self, **values: Any) -> Any:
+        """Set the values behind."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End the bar."""
 
 
 class ProgressLines:
     """A progress bar for a log file, used as tqdm is: a line at most every `interval` seconds and one at the end.
 
-    The rate counts what `update` was told, not `initial` and not what is assigned to `n`: that took no time.
+    The rate counts only what `update` was given; `initial`, and values assigned to `n`, took no time.
     """
 
     def __init__(self, total: int, description: str, unit: str, initial: int = 0, interval: float | None = LOG_SECONDS):
+        """Start at `initial` of `total`; an interval of None prints nothing."""
         self.total, self.description, self.unit, self.n = total, description, unit, initial
-        self.interval = interval  # None: print nothing
+        self.interval = interval
         self._done, self._postfix, self._closed = 0, "", False
         self._begin = self._printed = time.monotonic()
 
     def __enter__(self) -> "ProgressLines":
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def update(self, count: int = 1) -> None:
+        """Advance by this count."""
         self.n += count
         self._done += count
         if self.interval is not None and time.monotonic() - self._printed >= self.interval:
             self._print()
 
     def set_description(self, description: str, refresh: bool = True) -> None:
+        """Set the text in front of later lines."""
         self.description = description
 
-    def set_postfix(self, refresh: bool = True, **values) -> None:
+    def set_postfix(self, refresh: bool = True, **values: object) -> None:
+        """Set the values behind later lines."""
         self._postfix = "".join(f", {name}={value}" for name, value in values.items())
 
     def close(self) -> None:
+        """Print the last line, once."""
         if self.interval is not None and not self._closed:
             self._print()
         self._closed = True

@@ -1,4 +1,4 @@
-"""Sums over micro-batches whose last bits do not depend on who computes what."""
+"""Sums over micro-batches whose last bits do not depend on the process that computes a micro-batch."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,10 +8,13 @@ from mlx.utils import tree_map
 from w4a8.backend.processes import SingleProcess, Tree
 
 
-def summed(ranks: SingleProcess, count: int, at_once: int, made: Callable[[Sequence[int]], list[Tree]], like: Tree) -> Tree:
-    """Σ of what `made` gives for the numbers 0 … count - 1, added in their order whatever the number of ranks.
+def summed(
+    ranks: SingleProcess, count: int, at_once: int, made: Callable[[Sequence[int]], list[Tree]], like: Tree
+) -> Tree:
+    """Return the sum of the trees of the numbers 0 … count - 1, added in their order whatever the number of ranks.
 
-    made: at most `at_once` numbers, all of this rank -> a tree of each, evaluated. like: arrays of the same shapes.
+    made: gives the evaluated trees of at most `at_once` numbers, all of which this rank owns; like: arrays of the same
+    shapes.
     """
     total, own, rounds = None, ranks.owned_indices(count), -(-count // ranks.size)
     for start in range(0, rounds, at_once):

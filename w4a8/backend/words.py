@@ -8,21 +8,21 @@ from typing import Any
 
 
 def shortened(values: Sequence[Any], limit: int = 12) -> str:
-    """A list in a message, the middle of a long one left out."""
+    """Return a list as text for a message; the middle of a list longer than `limit` is left out."""
     if len(values) <= limit:
         return f"[{', '.join(map(str, values))}]"
     return f"[{', '.join(map(str, values[: limit // 2]))}, …, {values[-1]}] ({len(values)})"
 
 
 def interpreter() -> str:
-    """The Python that runs this, as a shell in this folder calls it: for commands that people are told to run."""
+    """Return the running Python as a shell in this folder calls it, for commands that people are told to run."""
     path = Path(sys.executable)
     if shutil.which("python") == str(path):
         return "python"
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-YEAR = 365 * 24 * 3600
+YEAR = 365 * 24 * 3600  # seconds
 
 
 def format_seconds(seconds: float) -> str:
