@@ -1,6 +1,7 @@
-"""The options of every stage and their defaults: what a script's command line gives to the code that computes.
+"""The options of every stage and their defaults, as a script's command line gives them to the code that computes.
 
-A default stands here alone: `cli.stage` puts it into the click declaration of the same name. No MLX, no NumPy: `--help` reads it.
+Each default stands only here; `cli.stage` puts it into the click declaration of the same name. The module imports
+neither MLX nor NumPy, since `--help` needs it.
 """
 
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ class FolderOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class WritingOptions(FolderOptions):
-    """Options of a stage that works for long: going on, starting over, and how much it may write."""
+    """Options of a stage that works for long: going on, starting over, and a limit on the bytes that it writes."""
 
     max_bytes: int | None = None
     resume: bool = False
@@ -36,7 +37,7 @@ class WritingOptions(FolderOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """What is drawn with which model, in stage 1 and by draw_images.py. None: the model's own default."""
+    """Options of drawing with a model, in stage 1 and in draw_images.py. None: the model's own default."""
 
     num_steps: int | None = None
     cfg_weight: float | None = None
@@ -51,7 +52,7 @@ class SamplingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions(SamplingOptions, WritingOptions):
-    """Stage 1, generate_calibration_data.py."""
+    """Options of stage 1, generate_calibration_data.py."""
 
     model: str | None = None
     local_checkpoint: Path | None = None
@@ -64,7 +65,7 @@ class GenerationOptions(SamplingOptions, WritingOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class CacheOptions(WritingOptions):
-    """Stage 2W, cache_adaround_data.py. None: chosen by --max-bytes, or 5 images and every 5th step."""
+    """Options of stage 2W, cache_adaround_data.py. None: chosen by --max-bytes, or 5 images and every 5th step."""
 
     location: ModelLocation = UNCHANGED_LOCATION
     num_images: int | None = None
@@ -77,7 +78,7 @@ class CacheOptions(WritingOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class CollectionOptions(WritingOptions):
-    """Stage 2A, collect_layer_activations.py."""
+    """Options of stage 2A, collect_layer_activations.py."""
 
     location: ModelLocation = UNCHANGED_LOCATION
     num_images: int = 5
@@ -87,7 +88,7 @@ class CollectionOptions(WritingOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class AnalysisOptions(FolderOptions):
-    """What stages 3A and 3A' share."""
+    """Options that stages 3A and 3A' share."""
 
     stats: Path | None = None
     output: Path | None = None
@@ -97,7 +98,7 @@ class AnalysisOptions(FolderOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class W4A8Options(AnalysisOptions):
-    """Stage 3A, analyze_activations.py."""
+    """Options of stage 3A, analyze_activations.py."""
 
     use_hist_p999: bool = False
     outlier_threshold: float = 2.5
@@ -105,7 +106,7 @@ class W4A8Options(AnalysisOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class TierOptions(AnalysisOptions):
-    """Stage 3A', analyze_activations_multitier.py."""
+    """Options of stage 3A', analyze_activations_multitier.py."""
 
     policy: str = "threshold"
     a4_threshold: float = 6.0
@@ -118,7 +119,7 @@ class TierOptions(AnalysisOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class RoundingOptions(WritingOptions):
-    """Stage 3W, optimize_adaround.py. None: chosen by the model's size, by memory, or by the rounding method."""
+    """Options of stage 3W, optimize_adaround.py. None: chosen by the model's size, memory, or the rounding method."""
 
     location: ModelLocation = UNCHANGED_LOCATION
     blocks: str | None = None
@@ -145,7 +146,7 @@ class RoundingOptions(WritingOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationOptions(FolderOptions):
-    """Stage 4, evaluate_quantization.py. None: the calibration run's."""
+    """Options of stage 4, evaluate_quantization.py. None: the calibration run's."""
 
     location: ModelLocation = UNCHANGED_LOCATION
     scale_is: str | None = None
@@ -168,7 +169,7 @@ class EvaluationOptions(FolderOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions(FolderOptions):
-    """Stage 5, export_quantized_model.py. None: what stages 3W and 3A left."""
+    """Options of stage 5, export_quantized_model.py. None: the files that stages 3W and 3A wrote."""
 
     location: ModelLocation = UNCHANGED_LOCATION
     weights: str | None = None
@@ -185,7 +186,7 @@ class ExportOptions(FolderOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class DrawingOptions(SamplingOptions):
-    """draw_images.py."""
+    """Options of draw_images.py."""
 
     prompts: tuple[str, ...] = ()
     model: str = "sd3-emoji"
@@ -198,7 +199,7 @@ class DrawingOptions(SamplingOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions(FolderOptions):
-    """report_calibration.py."""
+    """Options of report_calibration.py."""
 
     output: Path | None = None
     force: bool = False

@@ -1,6 +1,6 @@
-"""What the stages' command lines share. No NumPy: `--help` is fast."""
+"""The pieces that the stages' command lines share. None of them imports NumPy, so that `--help` is fast."""
 
-from w4a8.cli import packages  # noqa: F401  (first: it says what to do where packages are missing)
+from w4a8.cli import packages  # noqa: F401  (first: it prints what to do where packages are missing)
 
 # isort: split
 from calibration_store.sizes import format_bytes

@@ -1,4 +1,4 @@
-"""A stage's command: one-line errors, and what Ctrl-C does."""
+"""The command of a stage: its errors are one line each, and Ctrl-C ends it with a line."""
 
 import codecs
 import contextlib
@@ -10,7 +10,7 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,21 +27,31 @@ from w4a8.model.location import ModelLocation
 class StageCommand(click.Command):
     """A click command whose every error is one line on stderr, with a non-zero exit code and no traceback."""
 
-    def main(self, *args, standalone_mode: bool = True, **kwargs):
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run the command, and end the process with its exit code; parameters are click's."""
         if not standalone_mode:
-            return super().main(*args, standalone_mode=False, **kwargs)
+            return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
         for stream in (sys.stdout, sys.stderr):
             replace_what_cannot_be_encoded(stream)
         with ctrl_c_handled():
-            code = self._exit_code(*args, **kwargs)
+            code = self._exit_code(args, prog_name, complete_var, extra)
             sys.exit(flush_output(code))
 
-    def _exit_code(self, *args, **kwargs) -> int:
-        """Run the command, say its error, wait for MLX."""
+    def _exit_code(
+        self, args: Sequence[str] | None, prog_name: str | None, complete_var: str | None, extra: dict[str, Any]
+    ) -> int:
+        """Run the command, print its error, wait for MLX, and return the exit code."""
         said = None
         try:
             with only_rank_0_speaks(Path(sys.argv[0]).name):
-                code = super().main(*args, standalone_mode=False, **kwargs)
+                code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
         except (UserError, click.ClickException) as error:
             message = error.message if isinstance(error, UserError) else error.format_message()
             said, code = f"Error: {one_line(message, whole=isinstance(error, Interrupted))}", error.exit_code
@@ -52,14 +62,14 @@ class StageCommand(click.Command):
         if end_processes(said) and said is not None:
             say(rank_prefix() + said)
         if "mlx.core" in sys.modules:
-            sys.modules["mlx.core"].synchronize()  # what an interrupted pass left running ends before the process
+            sys.modules["mlx.core"].synchronize()  # an interrupted pass may have left work that is still running
         return code if isinstance(code, int) else 0
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Refuse NaN and infinity, since NaN passes every range of click, and text that is not UTF-8."""
         rest = super().parse_args(ctx, args)
         for parameter in self.get_params(ctx):
-            value = ctx.params.get(parameter.name)
+            value = ctx.params.get(parameter.name or "")
             for part in value if isinstance(value, tuple) else (value,):
                 if isinstance(part, float) and not math.isfinite(part):
                     raise click.UsageError(f"{max(parameter.opts, key=len)} {part}: not a finite number")
@@ -68,17 +78,16 @@ class StageCommand(click.Command):
                     raise click.UsageError(f"{what}: not UTF-8, as JSON and MLX need it; rename the folder or file")
         return rest
 
-    def make_context(self, *args, **kwargs) -> click.Context:
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Parse the arguments as click does."""
         with without_empty_line(), output_errors():  # --help is printed here
             return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
+        """Call the command's function as click does."""
         check_temporary_folder()
         with without_empty_line(), output_errors():
             return super().invoke(ctx)
-
-
-StageCommand.command_class = StageCommand  # what click.Group makes its subcommands of
 
 
 def not_utf8(text: str) -> bool:
@@ -96,7 +105,7 @@ LONGEST_WORD, LONGEST_PATH, LONGEST_LINE = 200, 4096, 12_000  # characters of a 
 def one_line(message: str, whole: bool = False) -> str:
     """Return a message as one line: escape characters that steer the terminal, and cut words that are too long.
 
-    whole: nothing is cut, as in the command that goes on after Ctrl-C.
+    whole: nothing is cut, so that the command that goes on after Ctrl-C can be copied.
     """
     words = message.split()
     if not whole:
@@ -106,13 +115,15 @@ def one_line(message: str, whole: bool = False) -> str:
 
 
 def cut(text: str, length: int) -> str:
+    """Return at most this number of characters, and an ellipsis where some are left out."""
     return text if len(text) <= length else f"{text[:length]}…"
 
 
 def check_temporary_folder() -> None:
-    """Raise UserError where $TMPDIR is no folder that can be written: MLX compiles there, and its own message helps nobody.
+    """Raise UserError where $TMPDIR is no folder that can be written.
 
-    The first that is set decides, in the order of C++'s std::filesystem::temp_directory_path.
+    MLX compiles there, and its own message helps nobody. The first variable that is set decides, in the order of C++'s
+    std::filesystem::temp_directory_path.
     """
     name = next((name for name in ("TMPDIR", "TMP", "TEMP", "TEMPDIR") if name in os.environ), None)
     folder = os.environ[name] if name else None
@@ -121,12 +132,12 @@ def check_temporary_folder() -> None:
 
 
 class OutputError(Exception):
-    """Standard output takes no more: its disk is full, or nobody reads it."""
+    """A failed write to standard output: its disk is full, or nobody reads it."""
 
 
 @contextlib.contextmanager
 def output_errors() -> Iterator[None]:
-    """Turn a failed write to standard output into OutputError; files are atomic, and their errors are WriteError already."""
+    """Turn a failed write to standard output into OutputError; the errors of files are already WriteError."""
     try:
         yield
     except OSError as error:
@@ -152,59 +163,45 @@ def flush_output(code: int) -> int:
 
 
 def say(line: str) -> None:
-    """Print a line to standard error, if that takes one."""
+    """Print a line to standard error; a failed write is ignored."""
     with contextlib.suppress(OSError):
         click.echo(line, err=True)
 
 
 def open_standard_streams() -> None:
-    """Open /dev/null in the place of a closed stdin, stdout or stderr: the next file would get its number."""
+    """Open /dev/null in place of a closed stdin, stdout or stderr, whose number the next file would get."""
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
-            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115  (as long as the process)
-
-
-
-
-
-
-
-
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free, which is this one
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115  (open as long as the process lives)
 
 
 @contextlib.contextmanager
 def without_empty_line() -> Iterator[None]:
-    """Abort instead of KeyboardInterrupt, for which click prints an empty line."""
+    """Raise Abort in place of KeyboardInterrupt, for which click prints an empty line."""
     try:
         yield
     except KeyboardInterrupt:
         raise click.Abort from None
 
 
-
-
-
-
-
-
 def end_on_ctrl_c(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """sys.excepthook: one line for Ctrl-C outside of StageCommand.main, that is while the script itself is imported."""
+    """End with one line for Ctrl-C outside of StageCommand.main, while the script itself is imported."""
     if issubclass(kind, KeyboardInterrupt):
         end_process("Interrupted.")
     sys.__excepthook__(kind, error, trace)
 
 
 def stage_command(function: Callable) -> click.Command:
-    """Decorator for a stage's `main`: `-h`, shown defaults, one-line errors."""
+    """Decorate a stage's `main`: `-h`, shown defaults, one-line errors."""
     settings = {"help_option_names": ["-h", "--help"], "show_default": True}
     return click.command(cls=StageCommand, context_settings=settings)(function)
 
 
 def stage(kind: type[Any]) -> Callable[[Callable[[Any], None]], click.Command]:
-    """Decorator for a stage's `main(options)`, whose click options are the fields of `kind`, a frozen dataclass.
+    """Decorate a stage's `main(options)`, whose click options are the fields of `kind`, a frozen dataclass.
 
     The dataclass holds the defaults, so that each stands in one place.
     """
@@ -215,8 +212,8 @@ def stage(kind: type[Any]) -> Callable[[Callable[[Any], None]], click.Command]:
         @functools.wraps(main)
         def collected(**values: Any) -> None:
             if "location" in defaults:
-                place = (values.pop(name) for name in ("model", "local_checkpoint", "loras"))
-                values["location"] = ModelLocation(*place)
+                given = (values.pop(name) for name in ("model", "local_checkpoint", "loras"))
+                values["location"] = ModelLocation(*given)
             main(kind(**values))
 
         command = stage_command(collected)
@@ -229,7 +226,7 @@ def stage(kind: type[Any]) -> Callable[[Callable[[Any], None]], click.Command]:
 
 
 def plain_ascii(name: str) -> codecs.CodecInfo | None:
-    """ASCII under a name of its own: click takes a stream that is called ascii for a mistake and writes UTF-8 to it."""
+    """Return the codec ASCII under another name, since click writes UTF-8 to a stream that is named ascii."""
     if name != "plain_ascii":
         return None
     found = codecs.lookup("ascii")
@@ -243,19 +240,18 @@ def replace_what_cannot_be_encoded(stream: Any) -> None:
         stream.reconfigure(encoding="plain_ascii" if is_ascii else None, errors="replace")
 
 
-
-
-
-
 class Interrupted(UserError):
-    """Ctrl-C, with a message that says what was left and how to go on."""
+    """Ctrl-C, with a message about the files that are kept and the command that goes on."""
 
     exit_code = 130
 
 
 @contextlib.contextmanager
 def interruptible(kept: Callable[[], str], option: str | None = "--resume") -> Iterator[None]:
-    """Ctrl-C in the block ends the stage with a line: what is kept, as `kept` finds then, and how to go on (with which option)."""
+    """End the stage with a line when Ctrl-C comes in the block.
+
+    kept: called then, returns the files that are kept, in words; option: the option with which the stage goes on.
+    """
     try:
         yield
     except KeyboardInterrupt:
@@ -263,7 +259,7 @@ def interruptible(kept: Callable[[], str], option: str | None = "--resume") -> I
 
 
 def resume_command(option: str | None = "--resume") -> str:
-    """The command line that continues this run."""
+    """Return the command line that goes on with this run."""
     kept = [argument for argument in sys.argv[1:] if argument not in ("--force", "--resume")]
     return shlex.join([interpreter(), sys.argv[0], *kept, *([option] if option else [])])
 

@@ -1,5 +1,6 @@
 """Options that several stages share."""
 
+import contextlib
 import math
 import os
 import re
@@ -36,36 +37,42 @@ DECIBELS = click.FloatRange(-MOST_DECIBELS, MOST_DECIBELS)
 
 
 class NamedPath(click.Path):
-    """A folder or a file whose name must not be empty, as it is where a variable is not set; '' would be the current folder."""
+    """A folder or a file whose name must not be empty, as it is where a shell variable is not set.
+
+    An empty name would be the current folder.
+    """
 
     def __init__(self, kind: Literal["folder", "file"]):
+        """Choose whether a folder or a file is named."""
         super().__init__(path_type=Path, file_okay=kind == "file", dir_okay=kind == "folder")
         self.name = kind
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Return the path, or fail."""
         if os.fspath(value) == "":
             self.fail(f"the name of the {self.name} is empty (an unset variable?)", param, ctx)
-        return super().convert(value, param, ctx)
+        path = super().convert(value, param, ctx)
+        assert isinstance(path, Path)  # the path_type
+        return path
 
 
 FOLDER, FILE = NamedPath("folder"), NamedPath("file")
 
 
 def calib_dir_option(function: Callable) -> Callable:
-    """`--calib-dir`, where every stage reads and writes."""
-    return click.option(
-        "--calib-dir", type=FOLDER, default=DEFAULT_FOLDER, help="Folder that all stages share."
-    )(function)
-
-
+    """Add `--calib-dir`, where every stage reads and writes."""
+    return click.option("--calib-dir", type=FOLDER, default=DEFAULT_FOLDER, help="Folder that all stages share.")(
+        function
+    )
 
 
 class LoraFile(click.ParamType):
-    """FILE, or FILE:scale."""
+    """A LoRA file, FILE or FILE:scale."""
 
     name = "FILE[:scale]"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Lora:
+        """Return the file and its scale, 1 where none is given, or fail."""
         if isinstance(value, Lora):
             return value
         file, scale = Path(value), 1.0
@@ -84,20 +91,16 @@ class LoraFile(click.ParamType):
 
 
 def lora_option(function: Callable, now: bool = False) -> Callable:
-    """`--lora`, repeatable; now: of a calibration run, whose files may have moved."""
+    """Add `--lora`, repeatable; now: the LoRAs are a calibration run's, whose files may have moved."""
     where = "Where the run's LoRA files are now, all of them.  [default: where they were]"
     what = "LoRA to fuse into the transformer's weights, in the keys of diffusers, PEFT or kohya. Repeatable."
     return click.option("--lora", "loras", type=LoraFile(), multiple=True, help=where if now else what)(function)
 
 
-
-
-
-
 def model_location_options(function: Callable, another: bool = False) -> Callable:
-    """`--model`, `--local-checkpoint` and `--lora`, the field `location`: where the calibration run's model is now.
+    """Add `--model`, `--local-checkpoint` and `--lora`, the field `location`: where the calibration run's model is now.
 
-    another: --model may name another one.
+    another: --model may name another model.
     """
     same = "Where the run's model is now; its weights must be the same.  [default: where it was]"
     other = "Model to evaluate, or where the calibration's is now.  [default: the calibration's]"
@@ -115,7 +118,7 @@ def model_location_options(function: Callable, another: bool = False) -> Callabl
 
 
 def text_group_option(function: Callable) -> Callable:
-    """`--text-group`: how many prompts the text encoders are loaded for."""
+    """Add `--text-group`, the number of prompts that the text encoders are loaded for."""
     return click.option(
         "--text-group",
         type=COUNT,
@@ -124,26 +127,27 @@ def text_group_option(function: Callable) -> Callable:
 
 
 class ByteCount(click.ParamType):
-    """20GB, 500MB, 1.5e9: bytes, decimal units."""
+    """A number of bytes in decimal units: 20GB, 500MB, 1.5e9."""
 
     name = "size"
     units: ClassVar[dict[str, int]] = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the number of bytes, at least 1, or fail."""
         if isinstance(value, int):
             return value
         found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?) ?([KMGT]?B?)", value.strip(), re.IGNORECASE)
-        try:
-            count = int(float(found[1]) * self.units[found[2].upper()])
-        except (TypeError, ValueError, KeyError, OverflowError):
-            count = 0
+        count = 0
+        if found is not None:
+            with contextlib.suppress(ValueError, KeyError, OverflowError):  # 1.2.3, KB without K, 1e999
+                count = int(float(found[1]) * self.units[found[2].upper()])
         if count < 1:
             self.fail(f"{value!r} is not a size such as 20GB or 500MB", param, ctx)
         return count
 
 
 def max_bytes_option(function: Callable) -> Callable:
-    """`--max-bytes`: what a stage may write."""
+    """Add `--max-bytes`, the number of bytes that a stage may write."""
     return click.option(
         "--max-bytes",
         type=ByteCount(),
@@ -152,25 +156,30 @@ def max_bytes_option(function: Callable) -> Callable:
 
 
 def native_option(function: Callable) -> Callable:
-    """`--native`: how packed weights are multiplied."""
+    """Add `--native`, the way in which packed weights are multiplied."""
     return click.option(
         "--native",
         type=click.Choice(NATIVE_WAYS),
-        help="How packed weights are multiplied: as they are, unpacked at every pass, or unpacked once; auto: by device and rows.",
+        help="How packed weights are multiplied: as they are, unpacked at every pass, or unpacked once; "
+        "auto: by device and rows.",
     )(function)
 
 
 def scale_is_option(function: Callable) -> Callable:
-    """`--scale-is`, for configs whose writer does not say it."""
+    """Add `--scale-is`, the meaning of a scale in configs that do not define it."""
     return click.option(
         "--scale-is",
         type=click.Choice(SCALE_MEANINGS),
-        help="What `scale` means in another tool's config that does not say it: the clipping range, or the integer step.",
+        help="What `scale` means in another tool's config that does not say it: the clipping range, "
+        "or the integer step.",
     )(function)
 
 
 def analysis_options(config: str) -> Callable:
-    """What both analyzers take: `--stats`, `--output` (default: `config` beside the statistics), `--plot`, `--dry-run`."""
+    """Add the options of both analyzers: `--stats`, `--output`, `--plot` and `--dry-run`.
+
+    config: file name of the default output, beside the statistics.
+    """
 
     def add(function: Callable) -> Callable:
         for decorator in (
@@ -194,7 +203,7 @@ def analysis_options(config: str) -> Callable:
 
 
 def resume_options(function: Callable) -> Callable:
-    """`--resume`, `--force` and `--dry-run`."""
+    """Add `--resume`, `--force` and `--dry-run`."""
     for decorator in (
         click.option(
             "--dry-run", is_flag=True, help="Say what would be done, how long it takes, how many bytes; write nothing."

@@ -3,9 +3,10 @@
 import importlib.util
 import sys
 
-NEEDED = ("click", "filelock", "msgspec", "numpy", "orjson", "tqdm")  # by every script; the analyzers do without MLX
+# Every script needs these; the analyzers need no MLX.
+NEEDED = ("click", "filelock", "msgspec", "numpy", "orjson", "tqdm")
 if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
     sys.exit(
-        f"Error: {sys.executable} has no {', '.join(missing)}: run `make setup` once, then `source .venv/bin/activate`, "
-        "and `python` has everything (Issue 36)"
+        f"Error: {sys.executable} has no {', '.join(missing)}: run `make setup` once, "
+        "then `source .venv/bin/activate`, and `python` has everything (Issue 36)"
     )
