@@ -25,13 +25,13 @@ from w4a8.model.runs import load_run_pipeline, run_schedule, run_transformer
 from w4a8.options import CacheOptions
 from w4a8.passes import StoredPasses, choose_amount
 from w4a8.rounding.block_boundaries import BlockBoundaries
-from w4a8.rounding.final_phase import WholeModel
 from w4a8.rounding.phases import jobs_of
 from w4a8.rounding.run import RoundingRun
 from w4a8.rounding.settings import Settings
 from w4a8.rounding.training import grid_slopes
 from w4a8.rounding.training_samples import patches
 from w4a8.rounding.unit_phase import trained_layers
+from w4a8.rounding.whole_model import WholeModel
 
 BLOCKS = [f"mm{index}" for index in range(8)]
 CACHE = ("--num-images", 3, "--stride", 2)

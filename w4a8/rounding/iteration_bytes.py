@@ -4,13 +4,13 @@ from dataclasses import dataclass
 
 from w4a8.backend.parallel import working_cores
 
-# What the peak of an iteration was measured to be on a CPU (benchmarks/peak_memory.py --fit), that of the first one of
-# tuning: arrays of the unit's weights in float32 (the weights, floors, α, moments, codes, gradients, the state before);
-# of a sample in a block's backward pass, (rows, tokens, hidden) and attention scores; shares of the latter that are
-# there once, and for each block.
+# The peak of an iteration as it was measured on a CPU (benchmarks/peak_memory.py --fit) is that of the first iteration
+# that tunes the grids. It counts arrays of the unit's weights in float32 (the weights, floors, α, moments, codes,
+# gradients, the state before), arrays (rows, tokens, hidden) of a sample in a block's backward pass, and attention
+# scores. A share of a sample's arrays is there once, another share once for each block.
 WEIGHT_ARRAYS, TRAINING_TOKEN_ARRAYS, TRAINING_SCORE_ARRAYS = 10, 86, 1.95
 ONCE, EACH_BLOCK = 0.37, 0.61
-TRAINING_SHARE, MOST_MEMORY = 0.75, 20e9  # of the device's memory that an iteration may take, and in all
+TRAINING_SHARE, MOST_MEMORY = 0.75, 20e9  # share of the device's memory that an iteration may take, and bytes in all
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class IterationBytes:
         return int(WEIGHT_ARRAYS * self.weights + samples * (ONCE + EACH_BLOCK * self.blocks) * self.sample)
 
     def micro_batch(self, batch_size: int, memory: int) -> int:
-        """Return the largest micro-batch that fits, at least 1. A CPU's cores share the batch."""
-        streams = min(working_cores(), batch_size)
-        parts = range(streams, batch_size + 1)  # of about the same size
+        """Return the largest micro-batch that fits the memory in bytes, at least 1; a CPU's cores share the batch."""
+        streams, allowed = min(working_cores(), batch_size), min(TRAINING_SHARE * memory, MOST_MEMORY)
+        parts = range(streams, batch_size + 1)  # micro-batches of about the same size
         sizes = (-(-batch_size // count) for count in parts)
-        return next((size for size in sizes if self.peak(size * streams) <= min(TRAINING_SHARE * memory, MOST_MEMORY)), 1)
+        return next((size for size in sizes if self.peak(size * streams) <= allowed), 1)

@@ -1,4 +1,4 @@
-"""How rounding is learned: one class a method. A rounding variable α belongs to each weight; up where α >= 0."""
+"""Methods of learning a rounding, one class each. Each weight has a rounding variable α and rounds up where α >= 0."""
 
 from abc import ABC, abstractmethod
 
@@ -19,72 +19,87 @@ DECIDE_FROM, DECIDED_AT, DECIDE_EVERY = 0.4, 0.98, 10  # the most decided variab
 
 
 class RoundingMethod(ABC):
-    """α's start, what codes it stands for while it moves, and how it moves. Keeps no state of a training."""
+    """A method: the start of α, the codes that α stands for while it moves, and how it moves.
+
+    An object keeps no state of a training.
+    """
 
     def __init__(self, settings: Settings):
         self.settings = settings
 
     @abstractmethod
     def first_alpha(self, fraction: np.ndarray) -> mx.array:
-        """α where the unrounded weight starts: fraction (out, in) is how far it lies above the lower code."""
+        """Return the α of the unrounded weight; fraction, (out, in), is its distance above the lower code, 0 to 1."""
 
     def begin(self, alphas: Arrays) -> Arrays:
-        """What else the training follows from, by layer."""
+        """Return the arrays beside α, by layer, that the training follows from; here none."""
         return {}
 
     @abstractmethod
     def up(self, alpha: mx.array) -> mx.array:
-        """How far a weight is rounded up, 0 to 1, while α moves; once decided it is α >= 0 for every method."""
+        """Return how far each weight is rounded up, 0 to 1, while α moves; once decided, every method uses α >= 0."""
 
     @abstractmethod
     def gradient(
         self, alpha: mx.array, slope: mx.array, fixed: mx.array | None, progress: float, count: int
     ) -> mx.array:
-        """d loss / dα from slope, d loss / d code. progress: of the rounding iterations; count: of all variables."""
+        """Return d loss / dα from slope, d loss / d code; all are (out, in).
+
+        fixed: the layer's array from `begin`; progress: the share of the rounding iterations that are done; count: the
+        number of rounding variables in all layers.
+        """
 
     @abstractmethod
     def settle(
         self, before: Arrays, moved: Arrays, fixed: Arrays, progress: float, iteration: int
     ) -> tuple[Arrays, Arrays]:
-        """(α, what `begin` gave) after the optimizer has moved α."""
+        """Return (α, the arrays that `begin` gave) after the optimizer has moved α from `before` to `moved`."""
 
 
 class StraightThrough(RoundingMethod):
     """Hard codes from the start; gradients pass the rounding as if it were not there."""
 
     def first_alpha(self, fraction: np.ndarray) -> mx.array:
+        """Return fraction − ½, so that the start is round-to-nearest."""
         return mx.array(fraction) - 0.5
 
     def up(self, alpha: mx.array) -> mx.array:
+        """Return 1 where α >= 0, else 0."""
         return (alpha >= 0).astype(mx.float32)
 
     def gradient(
         self, alpha: mx.array, slope: mx.array, fixed: mx.array | None, progress: float, count: int
     ) -> mx.array:
+        """Return the slope itself."""
         return slope
 
     def settle(
         self, before: Arrays, moved: Arrays, fixed: Arrays, progress: float, iteration: int
     ) -> tuple[Arrays, Arrays]:
+        """Clip α to −½ … ½."""
         return {name: mx.clip(alpha, -0.5, 0.5) for name, alpha in moved.items()}, fixed
 
 
 class Sigmoid(RoundingMethod):
-    """AdaRound's rectified sigmoid h(α), pulled to 0 or 1 by a regularizer, and hardened on the way."""
+    """AdaRound's rectified sigmoid h(α), pulled to 0 or 1 by a regularizer, and hardened (Nagel et al. 2020)."""
 
     def first_alpha(self, fraction: np.ndarray) -> mx.array:
+        """Return the α whose h(α) is the fraction, so that the start is the unrounded weight."""
         return rectified_sigmoid_inverse(mx.clip(mx.array(fraction), 1e-4, 1 - 1e-4))
 
     def begin(self, alphas: Arrays) -> Arrays:
-        """1 where a variable is decided."""
+        """Return flags that are 1 where a variable is decided; at the start none is."""
         return {name: alpha * 0 for name, alpha in alphas.items()}
 
     def up(self, alpha: mx.array) -> mx.array:
+        """Return h(α)."""
         return rectified_sigmoid(alpha)
 
     def gradient(
         self, alpha: mx.array, slope: mx.array, fixed: mx.array | None, progress: float, count: int
     ) -> mx.array:
+        """Return (slope + regularizer's slope after a warm-up)·h'(α), and 0 for decided variables."""
+        assert fixed is not None  # `begin` gives flags to every layer
         if progress > WARM_UP:
             beta = BETA_START + (BETA_END - BETA_START) * max(0.0, (progress - WARM_UP) / (1 - WARM_UP))
             pull = rounding_regularizer_gradient(rectified_sigmoid(alpha), beta)
@@ -94,6 +109,7 @@ class Sigmoid(RoundingMethod):
     def settle(
         self, before: Arrays, moved: Arrays, fixed: Arrays, progress: float, iteration: int
     ) -> tuple[Arrays, Arrays]:
+        """Keep decided variables where they are; every tenth iteration of the later ones, decide more of them."""
         moved = {name: mx.where(fixed[name] > 0, before[name], alpha) for name, alpha in moved.items()}
         if progress > DECIDE_FROM and iteration % DECIDE_EVERY == 0:
             return self._decide(moved, fixed, (progress - DECIDE_FROM) / (DECIDED_AT - DECIDE_FROM))

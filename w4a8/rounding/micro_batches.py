@@ -1,4 +1,4 @@
-"""How many samples of a batch go through an iteration of stage 3W at once, and how many are kept in memory."""
+"""The choice of the samples that go through an iteration of stage 3W at once, and of those that are kept in memory."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,19 +13,20 @@ from w4a8.rounding.training_samples import fit_in_memory
 from w4a8.rounding.unit_phase import UnitPhase
 from w4a8.rounding.units import UNITS
 
-WINDOW = 4  # batches that are kept in memory where all samples are too many
+WINDOW = 4  # batches that are kept in memory where there is no room for all samples
 SMALLER = dict.fromkeys(UNITS, "a smaller --latent-size in stage 1") | {"model": "--unit block"}
 
 
 def choose_micro_batch(run: RoundingRun, given: int | None, before: Mapping[str, Any] | None) -> RoundingRun:
-    """Return the run with its micro-batch and window: as given, as an earlier run of this folder had them, or as large as fits.
+    """Return the run with its micro-batch and window.
 
-    Raises OptionError when not even one sample fits.
+    The micro-batch is the one given (--micro-batch), or the one that an earlier run of this folder noted (before), or
+    the largest that fits. Raises OptionError when not even one sample fits.
     """
     units, memory = [job for job in UnitPhase.of_run(run) if isinstance(job, UnitPhase)], device_memory()
     need = max((job.iteration_bytes() for job in units), key=lambda one: one.peak(1))
     count = len(run.cache["samples"])
-    size = min(run.settings.batch_size, count)  # a batch holds no sample twice
+    size = min(run.settings.batch_size, count)  # a batch draws without replacement
     fits = need.micro_batch(size, memory)
     noted = (before or {}).get("micro_batch")  # 0.8.0 noted more than there are samples
     micro_batch = noted if noted and given in (None, noted) else run.ranks.from_rank_0(min(given or fits, size))

@@ -1,4 +1,4 @@
-"""What stands in for the linear layers while a unit is trained: gradients flow through it."""
+"""The forward pass of a block whose linear layers are quantized in training; gradients flow through it."""
 
 from collections.abc import Mapping, Sequence
 
@@ -15,33 +15,31 @@ class QuantizedForward:
         self, weights: Mapping[str, mx.array], biases: Mapping[str, mx.array], quantize: Quantize | None = None,
         drop: float = 0.0, key: mx.array | None = None, watched: Sequence[str] = (),
     ):  # fmt: skip
-        """weights (out, in) and biases of the layers that are substituted; the others compute as they are.
+        """Store the weights (out, in) and biases of the layers that are substituted; other layers compute as they are.
 
-        quantize: of the inputs (None: as they are). drop: share of input elements that stay unquantized (QDrop), drawn
-        from key. watched: layers whose inputs are wanted.
+        quantize: the rule for the inputs; None leaves them as they are. drop: the share of input elements that stay
+        unquantized (QDrop, Wei et al. 2022), drawn from key. watched: the layers whose inputs are noted in `inputs`.
         """
         self.weights, self.biases = weights, biases
-        self.inputs: dict[str, mx.array] = {}  # (rows, channels) of the watched ones
+        self.inputs: dict[str, mx.array] = {}  # (rows, channels) by watched layer
         self._quantize, self._drop, self._key = quantize, drop, key
         self._watched = watched
-        self._given = self._quantized = None
+        self._last: tuple[mx.array, mx.array] | None = None  # the last input, and the same quantized
 
     def compute(self, name: str, layer: nn.Module, x: mx.array) -> mx.array:
-        """The layer with its quantized weight and input; q, k and v share one quantized input."""
+        """Compute a layer with its quantized weight and input; q, k and v share one quantized input."""
         if name in self._watched:
             self.inputs[name] = x.reshape(-1, x.shape[-1])
-        if name in self.weights:
-            if self._given is not x:
-                self._given, self._quantized = x, self._quantize_input(name, x)
-            y = self._quantized @ self.weights[name].T
-            y = y + self.biases[name] if name in self.biases else y
-        else:
-            y = layer(x)
-        return y
+        if name not in self.weights:
+            return layer(x)
+        if self._last is None or self._last[0] is not x:
+            self._last = x, self._quantize_input(name, x)
+        y = self._last[1] @ self.weights[name].T
+        return y + self.biases[name] if name in self.biases else y
 
     def let_go(self) -> None:
-        """Forget the last input: it would keep a batch's activations alive."""
-        self._given = self._quantized = None
+        """Forget the last input, which would keep a batch's activations alive."""
+        self._last = None
 
     def _quantize_input(self, name: str, x: mx.array) -> mx.array:
         if self._quantize is None:
@@ -49,5 +47,6 @@ class QuantizedForward:
         quantized = self._quantize(name, x)
         if not self._drop:
             return quantized
+        assert self._key is not None  # whoever drops elements gives a key
         self._key, key = mx.random.split(self._key)
         return mx.where(mx.random.bernoulli(self._drop, x.shape, key), x, quantized)

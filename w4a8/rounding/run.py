@@ -1,4 +1,4 @@
-"""A run of stage 3W: the model, what is trained in which pieces, and from what."""
+"""A run of stage 3W, and the choices of its unit and of its last phase."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,10 +26,10 @@ MODEL_UNIT_LIMIT = 100_000_000  # weights up to which the default unit is the wh
 
 @dataclass(frozen=True)
 class RoundingRun:
-    """A run of stage 3W: the model, what is trained in which pieces, and from what."""
+    """A run of stage 3W: the model, the layers and units that are trained, the samples' cache, and the settings."""
 
-    open: Callable[[], nn.Module]  # the transformer, float32, whose weights are read when they are used
-    mmdit: nn.Module  # one such that is only looked at
+    open: Callable[[], nn.Module]  # gives the transformer, float32, whose weights are read when they are used
+    mmdit: nn.Module  # a transformer of which only shapes and the configuration are read
     paths: WeightPaths
     cache: Mapping[str, Any]  # the block cache's metadata
     schedule: Sequence[float]  # noise levels of the calibration run, num_steps + 1
@@ -43,7 +43,11 @@ class RoundingRun:
         cls, options: RoundingOptions, opened: Callable[[], nn.Module], paths: WeightPaths, cache: Mapping[str, Any],
         schedule: Sequence[float], ranks: SingleProcess,
     ) -> "RoundingRun":  # fmt: skip
-        """Return the run that the options ask for. Raises OptionError for what cannot be with this cache and model."""
+        """Return the run that the options ask for.
+
+        opened: gives the transformer; schedule: noise levels of the calibration run, num_steps + 1. Raises OptionError
+        for options that do not fit this cache and model.
+        """
         mmdit, settings = opened(), Settings.of(options)
         unit, blocks = choose_unit(mmdit, cache["block_names"], options.blocks, options.unit, settings.group_size)
         end_to_end = choose_end_to_end(options.end_to_end, unit, blocks, mmdit, settings.iters)
@@ -51,30 +55,36 @@ class RoundingRun:
 
     @property
     def unit_class(self) -> type[Unit]:
+        """The class of the run's units."""
         return UNITS[self.unit]
 
     @cached_property
     def layers(self) -> dict[str, Layer]:
-        """Those that are trained."""
+        """The layers that are trained, by name."""
         left_out = set(self.settings.excluded)
         every = model_layers(self.mmdit)
         return {name: one for name, one in every.items() if one.block in self.blocks and name not in left_out}
 
     @property
     def boundary_dtype(self) -> str:
-        """Of the tokens that a walk keeps between blocks: FLUX's may exceed float16, which is why it is run in bfloat16."""
+        """The dtype of tokens stored between blocks: float32 for FLUX, whose tokens may exceed float16's 65,504."""
         return "float32" if self.mmdit.config.depth_unified else "float16"
 
     @cached_property
+    def alone(self) -> "RoundingRun":
+        """The same run without other processes."""
+        return replace(self, ranks=SINGLE_PROCESS)
+
+    @cached_property
     def boundaries(self) -> BlockBoundaries | None:
-        """How the boundaries between blocks are made, where they are needed and not cached."""
+        """The boundaries between blocks, where they are needed and not cached; None elsewhere."""
         if self.unit == MODEL or not holds_ends(self.cache):
             return None
         return BlockBoundaries(self.cache, self.paths, self.plan, self.settings.chunk, self.ranks, self.boundary_dtype)
 
     @cached_property
     def plan(self) -> dict[str, Any]:
-        """What the run is (plan.json), and most of metadata.json."""
+        """The content of plan.json, which identifies the run, and most of metadata.json's."""
         cache = self.cache
         plan = {
             "format": WEIGHTS_FORMAT,
@@ -94,7 +104,7 @@ class RoundingRun:
 
     @cached_property
     def plan_on_disk(self) -> dict[str, Any]:
-        """Return the plan, with the digests of the blocks' files where metadata.json is of this run."""
+        """The plan, with the digests of the blocks' files where metadata.json is this run's."""
         try:
             noted = WEIGHTS_METADATA.read(self.paths.metadata)
         except StoreError:
@@ -107,33 +117,36 @@ class RoundingRun:
         counts = Counter(map(settings.bits, self.layers))
         widths = ", ".join(f"{count} at {bits} bits" for bits, count in sorted(counts.items()))
         return (
-            f"{len(self.layers)} layers of {len(self.blocks)} blocks{f' ({widths})' if len(counts) > 1 else ''}, W{settings.weight_bits}"
-            f"{f'A{settings.activation_bits}' if settings.activation_bits else ''}, "
+            f"{len(self.layers)} layers of {len(self.blocks)} blocks{f' ({widths})' if len(counts) > 1 else ''}, "
+            f"W{settings.weight_bits}{f'A{settings.activation_bits}' if settings.activation_bits else ''}, "
             f"{f'groups of {settings.group_size}' if settings.group_size else 'per output channel'}, unit {self.unit}, "
             f"{settings.iters} iterations of {min(settings.batch_size, samples)} ({settings.micro_batch} at once)"
             f"{f', then {settings.end_to_end} end to end' if settings.end_to_end else ''}, {samples} cached samples"
         )
 
-    @cached_property
-    def alone(self) -> "RoundingRun":
-        """The run without other ranks."""
-        return replace(self, ranks=SINGLE_PROCESS)
-
     def whole_samples(self) -> Samples:
-        """What enters the first block, and what the whole model gives."""
+        """Return samples with the inputs of the first block, and the outputs of the whole model."""
         if holds_ends(self.cache):
             return Samples.of_ends(self.paths.calib_dir, self.cache, self.mmdit)
         return self.stretch_samples(self.blocks)
 
     def stretch_samples(self, blocks: Sequence[str]) -> Samples:
-        """Return what enters the first of these blocks, and what the last gives, from a cache of all boundaries."""
+        """Return samples with the inputs of the first of these blocks, and the outputs of the last.
+
+        The cache must hold all boundaries.
+        """
         return Samples.of_stretch(self.paths.calib_dir, self.cache, blocks)
 
 
 def choose_unit(
     mmdit: nn.Module, cached: Sequence[str], blocks: str | None, unit: str | None, group_size: int
 ) -> tuple[str, list[str]]:
-    """(unit, blocks) of a run. Raises OptionError for blocks that are not cached and groups that do not fit."""
+    """Return (unit, blocks) of a run.
+
+    cached: names of the cached blocks; blocks: `--blocks`, None for all that are cached; unit: `--unit`, None for the
+    model up to MODEL_UNIT_LIMIT weights, else the block. Raises OptionError for blocks that are not cached, for groups
+    that do not divide a layer's inputs, and for the unit "model" without every block.
+    """
     every = list(model_blocks(mmdit))
     chosen = [name.strip() for name in blocks.split(",")] if blocks is not None else list(cached)
     unknown = [name for name in chosen if name not in cached]
@@ -155,7 +168,11 @@ def choose_unit(
 
 
 def choose_end_to_end(given: int | None, unit: str, blocks: Sequence[str], mmdit: nn.Module, iters: int) -> int:
-    """Iterations of the last phase. Raises OptionError where not every block is trained, or all are together anyway."""
+    """Return the number of iterations of the last phase.
+
+    given: `--end-to-end`, None for half of the iterations where the model is large. Raises OptionError where not every
+    block is trained, or where the unit is the model.
+    """
     whole = list(model_blocks(mmdit)) == list(blocks)
     large = num_weights(model_layers(mmdit).values()) > MODEL_UNIT_LIMIT
     if given and not whole:
@@ -168,11 +185,15 @@ def choose_end_to_end(given: int | None, unit: str, blocks: Sequence[str], mmdit
 
 
 def num_weights(layers: Iterable[Layer]) -> int:
+    """Return the number of weights of these layers, biases not counted."""
     return sum(out * width for out, width in (layer.shape for layer in layers))
 
 
 def what_may_change(before: Mapping[str, Any] | None) -> list[str]:
-    """Return the keys of a plan that need not be as they were: a run that met NaN may go on with other learning rates."""
+    """Return the keys of a plan that may differ from the plan before, which --resume goes on with.
+
+    A run that met NaN may go on with other learning rates.
+    """
     if before is None:
         return []
     return [*(LEARNING_RATES if "diverged" in before else ()), *(() if "micro_batch" in before else ("micro_batch",))]

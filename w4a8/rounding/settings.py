@@ -1,22 +1,30 @@
-"""What decides the result of stage 3W, beside the cache."""
+"""The settings that decide the result of stage 3W, beside the cache of samples."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from w4a8.options import RoundingOptions
 
-TUNE_SHARE = 0.3  # of the iterations: codes decided, scales, zero points, biases and ranges trained
+TUNE_SHARE = 0.3  # last share of the iterations: codes are decided; scales, zero points, biases and ranges are trained
 INPUTS_FROM = 0.5  # share of the iterations after which inputs are quantized, too: not from the first one on
 LR_SCALES = 1e-3
 DEFAULT_LR_ALPHA = {"ste": 4e-3, "sigmoid": 1e-2}  # by rounding method
 EVALUATED = 64  # samples that a loss is measured on
-TOKEN_RULE, STATIC_RULE = "token", "static"  # rules of the inputs: dynamic per token; a learned range for each noise level
+# Rules for the inputs: dynamic per token, or a learned range for each noise level.
+TOKEN_RULE, STATIC_RULE = "token", "static"
+
+Indices = Sequence[int] | np.ndarray  # indices of cached samples
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What decides the result of a run beside the cache, as plan.json notes it; defaults are those of the options."""
+    """The settings that decide the result of a run beside the cache, as plan.json notes them.
+
+    Defaults are those of the options.
+    """
 
     iters: int = RoundingOptions.iters
     batch_size: int = RoundingOptions.batch_size
@@ -27,37 +35,48 @@ class Settings:
     qdrop: float = RoundingOptions.qdrop  # share of input elements left unquantized while ranges are trained
     lr_alpha: float = DEFAULT_LR_ALPHA["ste"]
     lr_activation_scale: float = RoundingOptions.lr_activation_scale
-    regularizer_weight: float = 0.01  # of sigmoid's pull to 0 or 1, beside a loss of 1 for round-to-nearest
+    regularizer_weight: float = 0.01  # weight of sigmoid's pull to 0 or 1; round-to-nearest has a loss of 1
     seed: int = RoundingOptions.seed
     micro_batch: int = 0  # samples whose gradients are made at once; 0: the whole batch
     window: int = 0  # samples that an iteration draws from, a window that moves over them all; 0: all of them
     activation_rule: str = RoundingOptions.activation_rule
-    block_inputs: str = "original"  # what blocks are trained on; noted because 0.8.0 also had "mixed"
+    block_inputs: str = "original"  # inputs that blocks are trained on; noted because 0.8.0 also had "mixed"
     end_to_end: int = 0  # iterations of the last phase, all blocks' grids against the model's output
-    layer_bits: Mapping[str, int] = field(default_factory=dict)  # of layers whose codes are not of weight_bits
-    average_bits: float | None = None  # under which layer_bits were chosen, of bit_choices
+    layer_bits: Mapping[str, int] = field(default_factory=dict)  # layers whose codes have other bits than weight_bits
+    average_bits: float | None = None  # budget under which layer_bits were chosen out of bit_choices
     bit_choices: Sequence[int] = ()
     excluded: Sequence[str] = ()  # layers that stay as they are
 
     @classmethod
     def of(cls, options: RoundingOptions) -> "Settings":
-        """Return the settings that these options give before the model, memory and bits of single layers decide the rest."""
-        names = ("iters", "batch_size", "weight_bits", "activation_bits", "group_size", "rounding", "qdrop", "lr_activation_scale", "seed")
+        """Return the settings that these options give; the model, memory and single layers' bits decide the rest."""
         rate = DEFAULT_LR_ALPHA[options.rounding] if options.lr_alpha is None else options.lr_alpha
-        given = {name: getattr(options, name) for name in names}
-        return cls(**given, lr_alpha=rate, activation_rule=options.activation_rule)
+        return cls(
+            iters=options.iters,
+            batch_size=options.batch_size,
+            weight_bits=options.weight_bits,
+            activation_bits=options.activation_bits,
+            group_size=options.group_size,
+            rounding=options.rounding,
+            qdrop=options.qdrop,
+            lr_alpha=rate,
+            lr_activation_scale=options.lr_activation_scale,
+            seed=options.seed,
+            activation_rule=options.activation_rule,
+        )
 
     @property
     def chunk(self) -> int:
-        """Samples in memory at once."""
+        """The number of samples in memory at once."""
         return self.micro_batch or self.batch_size
 
-    def micro_batches(self, indices: Sequence[int]) -> list[Sequence[int]]:
-        """Samples in the order in which their gradients are added, so many at once."""
+    def micro_batches(self, indices: Indices) -> list[Indices]:
+        """Cut the samples into micro-batches of at most `chunk`, in the order in which their gradients are added."""
         return [indices[start : start + self.chunk] for start in range(0, len(indices), self.chunk)]
 
     @property
     def rounding_iters(self) -> int:
+        """The number of iterations that move the rounding variables; the later ones tune grids and ranges."""
         return round(self.iters * (1 - TUNE_SHARE))
 
     @property
@@ -66,10 +85,10 @@ class Settings:
         return round(self.iters * INPUTS_FROM) if self.activation_bits else self.iters
 
     def bits(self, layer: str) -> int:
-        """Of a layer's codes."""
+        """Return the number of bits of a layer's codes."""
         return self.layer_bits.get(layer, self.weight_bits)
 
 
 def cosine(progress: float) -> float:
-    """1 at the start, 0 at the end."""
+    """Return ½·(1 + cos(π·progress)): 1 at the start of a schedule, 0 from its end (progress 1) on."""
     return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))

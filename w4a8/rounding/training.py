@@ -1,9 +1,9 @@
-"""The training that every phase of stage 3W shares: state, optimizers, batches, checkpoints, and how grids and ranges move."""
+"""The training that every phase of stage 3W shares: state, optimizers, batches, checkpoints, grids and ranges."""
 
 import functools
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -15,12 +15,12 @@ from w4a8.backend.interrupts import finishing
 from w4a8.backend.parallel import compiled
 from w4a8.backend.progress import ProgressBar
 from w4a8.rounding.methods import Arrays
-from w4a8.rounding.settings import LR_SCALES, Settings, cosine
+from w4a8.rounding.settings import LR_SCALES, Indices, Settings, cosine
 from w4a8.rounding.training_samples import TrainingSamples
 from w4a8.rounding.units import Gradients
 
-CURVE_POINTS = 50  # of the training losses that are kept
-OPTIMIZERS = ("alpha", "scale", "range")  # what each of them moves; `scale` also zero points and biases
+CURVE_POINTS = 50  # points of the curve of training losses that is kept
+OPTIMIZERS = ("alpha", "scale", "range")  # named after what they move; `scale` also moves zero points and biases
 
 
 class NotFiniteError(ArithmeticError):
@@ -28,7 +28,7 @@ class NotFiniteError(ArithmeticError):
 
 
 class Adam(optimizers.Adam):
-    """MLX's, a parameter's update in one kernel on a GPU."""
+    """MLX's Adam, with a parameter's update in one kernel on a GPU."""
 
     @functools.cached_property
     def _update(self) -> Callable:
@@ -44,7 +44,7 @@ class Adam(optimizers.Adam):
         return compiled(update)
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> mx.array:
-        """The moved parameter; state holds its moments."""
+        """Return the moved parameter, and put its new moments m and v into state."""
         moved, state["m"], state["v"] = self._update(
             gradient, parameter, state["m"], state["v"], self.state["learning_rate"], self.state["step"]
         )
@@ -52,7 +52,7 @@ class Adam(optimizers.Adam):
 
 
 class TrainedUnit(Protocol):
-    """What is trained: a unit, or the whole model."""
+    """A unit, or the whole model, as its training sees it."""
 
     name: str
     layers: list[str]
@@ -63,23 +63,25 @@ class TrainedUnit(Protocol):
 
 
 class Training(ABC):
-    """The state, the optimizers and the iteration of a training. Subclasses say what an iteration moves."""
+    """The state, the optimizers and the iteration of a training. A subclass defines what an iteration moves."""
 
-    codes_per_step = 10.0  # a zero point moves so many codes where a scale moves by a factor of e
+    codes_per_step = 10.0  # codes that a zero point moves where a scale moves by a factor of e
     unit: TrainedUnit
 
     def __init__(self, unit: TrainedUnit):
+        """Begin at the unit's start, with fresh optimizers."""
         self.unit, self.settings, self.iteration = unit, unit.settings, 0
         self.state: dict[str, Arrays] = {key: dict(value) for key, value in unit.start.items()}
         self.optimizers = {name: Adam(1e-3, bias_correction=True) for name in OPTIMIZERS}
         self.fixed = self.first_fixed()
-        self.curve = np.zeros(min(CURVE_POINTS, self.iters), np.float32)  # losses of a stretch of iterations, added up
+        # A point of the curve is the sum of the losses of a stretch of iterations.
+        self.curve = np.zeros(min(CURVE_POINTS, self.iters), np.float32)
         self._good = (self._parts(), 0)  # the last state whose loss was finite, and its iteration
 
     @property
     @abstractmethod
     def iters(self) -> int:
-        """Number of iterations."""
+        """The number of iterations."""
 
     @property
     @abstractmethod
@@ -87,26 +89,26 @@ class Training(ABC):
         """The first iteration whose inputs are quantized."""
 
     def first_fixed(self) -> Arrays:
-        """Return what the rounding method keeps beside α, at the start."""
+        """Return the arrays that the rounding method keeps beside α, at the start."""
         return {}
 
     def changed_share(self) -> float:
-        """Return the share of the weights that by now do not round as they would at the start."""
+        """Return the share of the weights that no longer round as they did at the start, 0 to 1."""
         return 0.0
 
     @abstractmethod
     def measure(self) -> dict[str, Any]:
         """Return the losses of the finished training. Raises NotFiniteError where one is not finite."""
 
-    # what a checkpoint holds
+    # checkpoints
 
     def arrays(self) -> dict[str, mx.array]:
-        """Everything that the rest of the training follows from, flat."""
+        """Return all arrays that the rest of the training follows from, by their paths (`flatten`)."""
         tree: dict[str, Any] = {"state": self.state, "fixed": self.fixed, "curve": mx.array(self.curve)}
         return dict(flatten(tree | {f"{name}_optimizer": each.state for name, each in self.optimizers.items()}))
 
     def restore(self, arrays: Mapping[str, np.ndarray], iteration: int) -> None:
-        """Go on from `arrays` at an iteration. Raises ValueError when they are not of this unit, or not finite."""
+        """Go on from `arrays` at an iteration. Raises ValueError when they are another unit's, or not finite."""
         if not 0 <= iteration <= self.iters:
             raise ValueError(f"iteration {iteration}")
         for name, array in arrays.items():
@@ -131,7 +133,7 @@ class Training(ABC):
         self._good = (self._parts(), iteration)
 
     def _check_moment(self, name: str, array: np.ndarray) -> None:
-        """An optimizer's m and v have the shape of what they move. Raises ValueError."""
+        """Raise ValueError where an optimizer's m or v has another shape than the array that it moves."""
         optimizer, *path = name.split("|")
         if optimizer.endswith("_optimizer") and path[-1] in ("m", "v"):
             kind = optimizer.removesuffix("_optimizer")
@@ -141,11 +143,12 @@ class Training(ABC):
                 raise ValueError(f"{name} is of another layer")
 
     def _parts(self) -> dict[str, Any]:
-        """The state as it is now: references, no copies (MLX arrays do not change)."""
+        """Return the state as it is now: references, no copies, since MLX arrays do not change."""
         states = {name: each.state for name, each in self.optimizers.items()}
         return tree_map(lambda array: array, {"state": self.state, "fixed": self.fixed, **states})
 
     def _set(self, parts: dict[str, Any]) -> None:
+        """Go back to a state that `_parts` gave."""
         self.state, self.fixed = parts["state"], parts["fixed"]
         for name, each in self.optimizers.items():
             each.state = parts[name]
@@ -156,16 +159,19 @@ class Training(ABC):
     def step(self) -> float:
         """Take one iteration on a batch that only seed and iteration decide; return its loss.
 
-        Raises NotFiniteError, back at the last state whose loss and gradients were finite.
+        Raises NotFiniteError, after a return to the last state whose loss and gradients were finite.
         """
 
     def drawn(self, iteration: int) -> np.ndarray:
-        """An iteration's samples: seed and iteration decide."""
+        """Return the samples of an iteration, sorted; seed and iteration decide."""
         random, near = np.random.default_rng([self.settings.seed, iteration]), self.near(iteration)
         return np.sort(random.choice(near, min(self.settings.batch_size, len(near)), replace=False))
 
-    def near(self, iteration: int) -> Sequence[int]:
-        """What an iteration draws from: all training samples, or a window that has passed over them all at the end."""
+    def near(self, iteration: int) -> Indices:
+        """Return the samples that an iteration draws from.
+
+        They are all training samples, or a window that moves with the iterations and has passed over all at the end.
+        """
         training, window = self.unit.samples.training, self.settings.window
         if not 0 < window < len(training):
             return training
@@ -175,7 +181,9 @@ class Training(ABC):
 
     def _check(self, loss: mx.array, gradients: Any) -> None:
         """Note the state as good, or go back to the last good one and raise NotFiniteError."""
-        finite = [mx.isfinite(array).all() for _, array in tree_flatten([loss, gradients])]
+        leaves = tree_flatten([loss, gradients])
+        assert isinstance(leaves, list)  # MLX's types allow a dictionary, which needs a `destination`
+        finite = [mx.isfinite(array).all() for _, array in leaves]
         if not mx.stack(finite).all().item():
             found, self.iteration = self.iteration, self._good[1]
             self._set(self._good[0])
@@ -184,22 +192,27 @@ class Training(ABC):
         self._good = (self._parts(), self.iteration)
 
     def _finished(self, loss: mx.array) -> float:
+        """Evaluate the moved state, count the iteration and its loss, and return the loss."""
         mx.eval(self.state, self.fixed, [each.state for each in self.optimizers.values()])
-        self.curve[self._stretch(self.iteration)] += np.float32(loss.item())
+        value = float(loss)
+        self.curve[self._stretch(self.iteration)] += np.float32(value)
         self.iteration += 1
-        return loss.item()
+        return value
 
     def _stretch(self, iteration: int) -> int:
-        """Which point of the curve an iteration counts in."""
+        """Return the point of the curve that an iteration counts in."""
         return iteration * len(self.curve) // self.iters
 
     def mean_losses(self) -> list[float]:
-        """The training losses of the whole training, the mean of each stretch of iterations."""
+        """Return the training losses of the whole training: the mean of each stretch of iterations."""
         counts = np.bincount([self._stretch(iteration) for iteration in range(self.iters)])
         return [round(float(total) / count, 6) for total, count in zip(self.curve, counts, strict=True)]
 
     def move_grids(self, slopes: Gradients, progress: float) -> None:
-        """Move scales (on a log scale), zero points and biases along their slopes. progress: 0 to 1, slows down."""
+        """Move scales (on a log scale), zero points and biases along their slopes.
+
+        progress: 0 to 1; the learning rate falls with it.
+        """
         state, codes = self.state, self.codes_per_step
         parameters = {
             "scale": {name: mx.log(scale) for name, scale in state["scale"].items()},
@@ -215,17 +228,22 @@ class Training(ABC):
 
     def move_ranges(self, gradients: Arrays) -> None:
         """Move the activation ranges (on a log scale)."""
-        state, settings, of_input = self.state, self.settings, {}
+        state, settings = self.state, self.settings
+        of_input: Arrays = {}
         for name, gradient in gradients.items():
             source = self.unit.input_of[name]
-            of_input[source] = of_input.get(source, 0) + gradient * mx.exp(state["range"][source])
+            of_input[source] = of_input.get(source, mx.array(0.0)) + gradient * mx.exp(state["range"][source])
         progress = (self.iteration - self.inputs_from) / max(1, self.iters - self.inputs_from)
         self.optimizers["range"].learning_rate = settings.lr_activation_scale * cosine(progress)
         state["range"] = self.optimizers["range"].apply_gradients(of_input, state["range"])
 
 
 def grid_slopes(codes: Arrays, scales: Arrays, zero_points: Arrays, gradients: Arrays) -> Gradients:
-    """d loss / d log scale and d loss / d zero point, from d loss / dŴ of each layer: Ŵ = scale·(code − zero point)."""
+    """Return d loss / d log scale and d loss / d zero point by layer, each (out, groups).
+
+    Ŵ = scale·(code − zero point); gradients: d loss / dŴ (out, in); codes (out, in); scales and zero points (out,
+    groups).
+    """
     slopes: Gradients = {"scale": {}, "zero_point": {}}
     for name, code in codes.items():
         scale, zero_point = scales[name], zero_points[name]
@@ -237,7 +255,10 @@ def grid_slopes(codes: Arrays, scales: Arrays, zero_points: Arrays, gradients: A
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, mx.array]]:
-    """(path, array) of nested dictionaries; mlx.utils joins paths with dots, which layers have in their names."""
+    """Yield (path, array) of nested dictionaries, keys joined by "|".
+
+    mlx.utils joins them by dots, which layers have in their names.
+    """
     for name, value in tree.items():
         if isinstance(value, dict):
             yield from flatten(value, f"{prefix}{name}|")
@@ -246,7 +267,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, mx
 
 
 def unflatten(arrays: Mapping[str, mx.array]) -> dict[str, Any]:
-    """Nested dictionaries from the paths of `flatten`."""
+    """Return nested dictionaries from the paths of `flatten`."""
     tree: dict[str, Any] = {}
     for path, array in arrays.items():
         *parents, name = path.split("|")
@@ -260,9 +281,10 @@ def unflatten(arrays: Mapping[str, mx.array]) -> dict[str, Any]:
 def train(
     training: Training, bar: ProgressBar, save: Callable[[], None], checkpoint_seconds: float, count: Callable[[], None]
 ) -> dict[str, Any]:
-    """Run the training to its end, with a checkpoint now and then; returns the unit's losses. count: after an iteration.
+    """Run the training to its end, and return its losses and their curve.
 
-    Ctrl-C waits for the iteration's end, and leaves a checkpoint.
+    save: writes a checkpoint, called every checkpoint_seconds; count: called after every iteration. Ctrl-C waits for
+    the iteration's end, and leaves a checkpoint.
     """
     last_saved, average, changed = time.monotonic(), None, "0.0%"
     with finishing("the iteration") as interrupted:

@@ -1,4 +1,7 @@
-"""The training of one unit: rounding variables first, then with the codes decided scales, zero points, biases and ranges."""
+"""The training of one unit: first rounding variables, then, with the codes decided, scales, zero points and biases.
+
+Input ranges are trained from the middle of the iterations on.
+"""
 
 import math
 from typing import Any
@@ -17,27 +20,31 @@ class UnitTraining(Training):
 
     @property
     def iters(self) -> int:
+        """The number of iterations."""
         return self.settings.iters
 
     @property
     def rounding_iters(self) -> int:
-        """Number of iterations that move the rounding; the others tune scales, zero points and biases."""
+        """The number of iterations that move the rounding; the later ones tune scales, zero points and biases."""
         return self.settings.rounding_iters
 
     @property
     def inputs_from(self) -> int:
+        """The first iteration whose inputs are quantized."""
         return self.settings.inputs_from
 
     def first_fixed(self) -> Arrays:
+        """Return the arrays that the rounding method keeps beside α, at the start."""
         return self.unit.method.begin(self.state["alpha"])
 
     def changed_share(self) -> float:
+        """Return the share of the weights whose α has changed its sign since the start, 0 to 1."""
         start = self.unit.start["alpha"]
-        changed = [((alpha >= 0) != (start[name] >= 0)).sum().item() for name, alpha in self.state["alpha"].items()]
+        changed = [int(((alpha >= 0) != (start[name] >= 0)).sum()) for name, alpha in self.state["alpha"].items()]
         return sum(changed) / sum(alpha.size for alpha in start.values())
 
     def step(self) -> float:
-        """As Training.step."""
+        """Take one iteration as Training.step says."""
         unit, settings = self.unit, self.settings
         tuning = self.iteration >= self.rounding_iters
         codes = unit.codes(self.state, hard=tuning)
@@ -54,7 +61,7 @@ class UnitTraining(Training):
         return self._finished(loss)
 
     def round(self, weight_gradients: Arrays) -> None:
-        """Move the rounding variables."""
+        """Move the rounding variables; weight_gradients are d loss / dŴ (out, in) by layer."""
         settings, alphas, method = self.settings, self.state["alpha"], self.unit.method
         progress = self.iteration / self.rounding_iters
         count = sum(alpha.size for alpha in alphas.values())
@@ -76,7 +83,10 @@ class UnitTraining(Training):
         self.move_grids(slopes | {"bias": gradients["biases"]}, progress)
 
     def measure(self) -> dict[str, Any]:
-        """The losses of a finished training on held-out samples, and at its end on those that it was trained on."""
+        """Return the losses of a finished training on held-out samples, and its last loss on training samples, too.
+
+        All are relative to round-to-nearest on training samples. Raises NotFiniteError where one is not finite.
+        """
         unit, state = self.unit, self.state
         held_out, chosen = (spread_over(ids, EVALUATED) for ids in (unit.samples.held_out, unit.samples.training))
         codes = unit.codes(state, hard=True)

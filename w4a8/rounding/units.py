@@ -1,4 +1,4 @@
-"""What is trained together for its own output: one class a kind of unit, a block or the whole model."""
+"""Units: layers that are trained together for their own output. One class a kind: a block, or the whole model."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,11 +20,12 @@ from w4a8.quantized.arithmetic import grid_position, searched_grid
 from w4a8.quantized.layer import QuantizedLayer, deployed_grid
 from w4a8.rounding.methods import METHODS, Arrays
 from w4a8.rounding.quantized_forward import QuantizedForward
-from w4a8.rounding.settings import EVALUATED, STATIC_RULE, Settings
+from w4a8.rounding.settings import EVALUATED, STATIC_RULE, Indices, Settings
 from w4a8.rounding.training_samples import SampleBatch, TrainingSamples, spread_over
 
 STATE_KEYS = ("alpha", "scale", "zero_point", "bias", "range")
-Gradients = dict[str, Arrays]  # of weights, biases and ranges
+Gradients = dict[str, Arrays]  # by kind: weights, biases and ranges
+LossParts = Callable[[QuantizedForward, SampleBatch], list[mx.array]]  # an error of each output
 SMALLEST_RANGE, SMALLEST_ERROR = 1e-8, 1e-20
 
 
@@ -39,27 +40,33 @@ class UnitSpec:
 
 @dataclass(frozen=True)
 class QuantizedUnit:
-    """A point of a unit's training as a quantized model: its layers, and the rule for their inputs (None: as they are)."""
+    """A point of a unit's training as a quantized model: its layers, and the rule for their inputs.
+
+    Without a rule inputs stay as they are.
+    """
 
     layers: Mapping[str, QuantizedLayer]
     rule: Learned | DynamicPerToken | None = None
 
     @property
     def weights(self) -> Arrays:
+        """The dense weights Ŵ (out, in) float32 by layer."""
         return {name: layer.weight for name, layer in self.layers.items()}
 
     @property
     def biases(self) -> Arrays:
+        """The biases (out,) of the layers that have one, as they are deployed."""
         return {name: layer.deployed_bias for name, layer in self.layers.items() if layer.bias is not None}
 
     @property
     def ranges(self) -> Arrays:
-        return self.rule.ranges if isinstance(self.rule, Learned) else {}
+        """The learned ranges by layer, () or (steps,); none where the rule has none."""
+        return dict(self.rule.ranges) if isinstance(self.rule, Learned) else {}
 
 
 @dataclass(frozen=True)
 class UnitGrids:
-    """Where the training of a unit's layers starts from, found in the weights alone."""
+    """The grids that the training of a unit's layers starts from, found in the weights alone."""
 
     nearest: dict[str, QuantizedLayer]  # round-to-nearest on a min-max grid
     floor: Arrays  # (out, in) float32: the code below each weight on the searched grid
@@ -67,7 +74,7 @@ class UnitGrids:
 
     @classmethod
     def search(cls, weights: Arrays, settings: Settings) -> "UnitGrids":
-        """Search a grid for each layer, on every core."""
+        """Search a grid for each of the weights (out, in), on every core."""
         dense = {name: np.array(weight, np.float32) for name, weight in weights.items()}
         method, found = METHODS[settings.rounding](settings), cls({}, {}, {key: {} for key in STATE_KEYS})
 
@@ -86,24 +93,27 @@ class UnitGrids:
 
 @dataclass(frozen=True)
 class UnitMeasures:
-    """What was measured with the unquantized unit, and with round-to-nearest, on training samples."""
+    """Measurements of the unquantized unit, and of round-to-nearest, on training samples."""
 
     norms: list[float]  # mean squared error of each output with round-to-nearest, which losses are relative to
-    shifts: Arrays  # (channels,) of post-GELU inputs
-    ranges: Arrays  # clipping ranges to start from, by input
+    shifts: Arrays  # (channels,) by post-GELU layer
+    ranges: Arrays  # clipping ranges to start from, () or (steps,), by input
 
 
 class Unit:
-    """Layers, the loss of their output, and the pieces that their training starts from. Subclasses define the output.
+    """Layers, the loss of their output, and the state that their training starts from.
 
-    `build` makes a unit; the constructor stores.
+    A subclass defines the output. `build` makes a unit; the constructor stores.
     """
 
     def __init__(
         self, mmdit: nn.Module, spec: UnitSpec, samples: TrainingSamples, settings: Settings, ranks: SingleProcess,
         grids: UnitGrids, measures: UnitMeasures,
     ):  # fmt: skip
-        """ranks: the processes that share the work on this unit."""
+        """Store the layers' weights and biases, and the start of their training.
+
+        ranks: the processes that share the work on this unit.
+        """
         self.mmdit, self.samples, self.settings, self.ranks = mmdit, samples, settings, ranks
         self.name, self.layers = spec.name, spec.layers
         self.method = METHODS[settings.rounding](settings)
@@ -122,9 +132,13 @@ class Unit:
 
     @classmethod
     def build(
-        cls, mmdit: nn.Module, spec: UnitSpec, samples: TrainingSamples, settings: Settings, ranks: SingleProcess = SINGLE_PROCESS
+        cls, mmdit: nn.Module, spec: UnitSpec, samples: TrainingSamples, settings: Settings,
+        ranks: SingleProcess = SINGLE_PROCESS,
     ) -> "Unit":  # fmt: skip
-        """Search the layers' grids, measure norms, shifts and ranges on training samples, and return the unit."""
+        """Search the layers' grids, measure norms, shifts and ranges on training samples, and return the unit.
+
+        Grids are searched in the weights alone; the rest is measured with a first unit that has grids and nothing else.
+        """
         layers = model_layers(mmdit)
         grids = UnitGrids.search({name: layers[name].weight for name in spec.layers}, settings)
         bare = cls(mmdit, spec, samples, settings, ranks, grids, UnitMeasures([], {}, {}))
@@ -135,80 +149,83 @@ class Unit:
     @classmethod
     def specs(cls, layers: Mapping[str, Layer], blocks: Sequence[str]) -> list[UnitSpec]:
         """Return the units of a run, in order; here each block is one."""
-        return [UnitSpec(block, [block], [name for name, one in layers.items() if one.block == block]) for block in blocks]
+        names = {block: [name for name, one in layers.items() if one.block == block] for block in blocks}
+        return [UnitSpec(block, [block], names[block]) for block in blocks]
 
-    # what the unit gives, quantized and not
+    # the unit's output, quantized and not
 
-    def run(self, batch: SampleBatch, stand_in: QuantizedForward) -> list[mx.array]:
-        """The tokens that the last block gives for a batch, with substituted layers."""
+    def run(self, batch: SampleBatch, forward: QuantizedForward) -> list[mx.array]:
+        """Return the tokens that the last block gives for a batch, with substituted layers."""
         tokens = batch.tokens
-        with substituted_layers(self.mmdit, stand_in.compute):
+        with substituted_layers(self.mmdit, forward.compute):
             for block in self._blocks:
                 tokens = block.run(tokens, batch.modulation)
-        stand_in.let_go()
+        forward.let_go()
         return tokens
 
-    def outputs(self, batch: SampleBatch, stand_in: QuantizedForward) -> list[mx.array]:
-        """What the loss is measured on: here the block's outputs."""
-        return self.run(batch, stand_in)
+    def outputs(self, batch: SampleBatch, forward: QuantizedForward) -> list[mx.array]:
+        """Return the arrays that the loss is measured on: here the last block's tokens."""
+        return self.run(batch, forward)
 
     def targets(self, batch: SampleBatch) -> list[mx.array]:
-        """What the unquantized unit gives: here what the cache holds."""
+        """Return the unquantized unit's `outputs`: here as the cache holds them."""
         return batch.outputs
 
     # the loss
 
-    def square_parts(self, stand_in: QuantizedForward, batch: SampleBatch) -> list[mx.array]:
-        """Mean squared error of each output, unevaluated."""
-        targets, given = self.targets(batch), self.outputs(batch, stand_in)
+    def square_parts(self, forward: QuantizedForward, batch: SampleBatch) -> list[mx.array]:
+        """Return the mean squared error of each output, unevaluated."""
+        targets, given = self.targets(batch), self.outputs(batch, forward)
         return [mx.mean(mx.square(a - b)) for a, b in zip(given, targets, strict=True)]
 
-    def loss_parts(self, stand_in: QuantizedForward, batch: SampleBatch) -> list[mx.array]:
-        """The same, relative to round-to-nearest."""
-        return [square / norm for square, norm in zip(self.square_parts(stand_in, batch), self.norms, strict=True)]
+    def loss_parts(self, forward: QuantizedForward, batch: SampleBatch) -> list[mx.array]:
+        """Return the mean squared error of each output relative to round-to-nearest's, unevaluated."""
+        return [square / norm for square, norm in zip(self.square_parts(forward, batch), self.norms, strict=True)]
 
-    def mean_squares(self, state: QuantizedUnit, indices: Sequence[int]) -> list[float]:
-        """Mean squared error of each output over these samples."""
+    def mean_squares(self, state: QuantizedUnit, indices: Indices) -> list[float]:
+        """Return the mean squared error of each output over these samples."""
         return self._over_batches(self.square_parts, state, indices)
 
-    def loss(self, indices: Sequence[int], state: QuantizedUnit) -> float:
-        """Mean over outputs of the error relative to round-to-nearest: 1 for that on the training samples."""
+    def loss(self, indices: Indices, state: QuantizedUnit) -> float:
+        """Return the mean over outputs of the error relative to round-to-nearest's, which is 1 on training samples."""
         errors = self._over_batches(self.loss_parts, state, indices)
         return sum(errors) / len(errors)
 
-    def _over_batches(self, parts, state: QuantizedUnit, indices: Sequence[int]) -> list[float]:
+    def _over_batches(self, parts: LossParts, state: QuantizedUnit, indices: Indices) -> list[float]:
+        """Return the mean of each of `parts` over these samples; processes share the micro-batches."""
         weights, biases, chunks = state.weights, state.biases, self.settings.micro_batches(indices)
-        totals, ranks = None, self.ranks
+        ranks = self.ranks
+        totals: list[float] = []
         for start in range(0, len(chunks), ranks.size):
             chosen = chunks[min(start + ranks.rank, len(chunks) - 1)]  # a rank without one does the last again
-            batch = self.samples.batch(chosen)
-            quantize = (
-                None if state.rule is None else state.rule.of_rows(step_rows(self.samples, chosen, batch.modulation))
-            )
+            batch, quantize = self.samples.batch(chosen), None
+            if state.rule is not None:
+                quantize = state.rule.of_rows(step_rows(self.samples, chosen, batch.modulation))
             found = parts(QuantizedForward(weights, biases, quantize), batch)
             mx.eval(found)
             for chunk, each in zip(chunks[start:], ranks.gathered(found, found), strict=False):
                 share = len(chunk) / len(indices)
-                totals = [a + share * b.item() for a, b in zip(totals or [0.0] * len(each), each, strict=True)]
+                totals = [a + share * float(b) for a, b in zip(totals or [0.0] * len(each), each, strict=True)]
         return totals
 
     def _loss_and_gradients(self, with_inputs: bool) -> Callable:
-        """(weights, biases and ranges; batch; step of each row; key) -> loss and gradients."""
+        """Return a function (weights, biases and ranges; batch; step of each row; key) -> loss and gradients."""
 
         def loss_of(parameters: Gradients, batch: SampleBatch, rows: mx.array, key: mx.array) -> mx.array:
             quantize = self.rule(parameters["ranges"]).of_rows(rows) if with_inputs else None
-            stand_in = QuantizedForward(parameters["weights"], parameters["biases"], quantize, self.settings.qdrop, key)
-            parts = self.loss_parts(stand_in, batch)
-            return sum(parts) / len(parts)
+            forward = QuantizedForward(parameters["weights"], parameters["biases"], quantize, self.settings.qdrop, key)
+            parts = self.loss_parts(forward, batch)
+            return sum(parts, mx.array(0.0)) / len(parts)
 
         return mx.value_and_grad(loss_of)
 
     def gradients(
-        self, state: QuantizedUnit, indices: np.ndarray, iteration: int, near: Sequence[int] = ()
+        self, state: QuantizedUnit, indices: Indices, iteration: int, near: Indices = ()
     ) -> tuple[mx.array, Gradients]:
-        """Loss and its gradients with respect to weights, biases and ranges; near: what the next iteration draws from.
+        """Return the loss and its gradients with respect to weights, biases and ranges.
 
-        Of a micro-batch at a time, on a CPU one a core, and summed in their order: who works side by side changes nothing.
+        near: the samples that the next iteration draws from. Gradients are made a micro-batch at a time, on a CPU one a
+        core, and added in the order of the micro-batches, so that the result does not depend on what runs side by side.
         """
         settings, loss_of = self.settings, self._loss_and_gradients(state.rule is not None)
         parameters = {"weights": state.weights, "biases": state.biases, "ranges": state.ranges}
@@ -230,19 +247,19 @@ class Unit:
             mx.eval(found)
             return found
 
-        with streams_for(len(parts)) as streams:  # as many as there are parts: threads decide the last bits
+        with streams_for(len(parts)) as streams:  # a stream for each part, since threads decide the last bits
             return summed(self.ranks, len(parts), len(streams), found_of, (mx.array(0.0), parameters))
 
-    # what the unit looks like at a point of its training
+    # the unit at a point of its training
 
     def nearest_state(self) -> QuantizedUnit:
-        """Round-to-nearest on a min-max grid, biases and activations as they are."""
+        """Return the unit rounded to nearest on min-max grids, with biases and activations as they are."""
         layers = {name: layer.as_mlx() for name, layer in self.nearest.items()}
         own = self.biases
         return QuantizedUnit({n: QuantizedLayer(q.codes, q.scale, q.zero_point, own.get(n)) for n, q in layers.items()})
 
     def codes(self, state: dict[str, Arrays], hard: bool) -> Arrays:
-        """Codes (out, in) float32; between two of the grid's while a method is undecided, unless `hard`."""
+        """Return the codes (out, in) float32; between two integers while a method is undecided, unless `hard`."""
         up = self._decided if hard else self._undecided
         return {
             name: up(self._floor[name], alpha, mx.array(2.0 ** self.settings.bits(name) - 1))
@@ -250,7 +267,7 @@ class Unit:
         }
 
     def quantized(self, state: dict[str, Arrays], codes: Arrays, with_ranges: bool) -> QuantizedUnit:
-        """The unit with these codes on the state's grids."""
+        """Return the unit with these codes on the state's grids; with_ranges: its inputs are quantized, too."""
         layers = {
             name: QuantizedLayer(code, state["scale"][name], state["zero_point"][name], state["bias"].get(name))
             for name, code in codes.items()
@@ -260,28 +277,29 @@ class Unit:
         return QuantizedUnit(layers, self.rule(self.ranges(state)))
 
     def ranges(self, state: dict[str, Arrays]) -> Arrays:
-        """Of every layer's input: (), or (steps,) where they are learned for each noise level."""
+        """Return the range of every layer's input: (), or (steps,) where ranges are learned for each noise level."""
         return {name: mx.exp(state["range"][self.input_of[name]]) for name in self.layers}
 
     def rule(self, ranges: Arrays) -> Learned | DynamicPerToken:
-        """How inputs are quantized while they are."""
+        """Return the rule by which inputs are quantized."""
         return input_rule(self.settings, ranges, self.shifts)
 
     def measured_inputs(self, indices: Sequence[int]) -> tuple[Arrays, Arrays]:
-        """Shifts of the post-GELU layers, (min + max) / 2 per channel, and for every input the ranges to start from.
+        """Return the shifts of the post-GELU layers, and the ranges to start from of every input.
 
-        A range (), or with learned ranges one for each cached step, (steps,). It costs no more than the full one by the
-        moments of x − shift over these samples, every token counted.
+        A shift is (min + max) / 2 per channel, (channels,). A range is (), or where ranges are learned (steps,), one
+        for each cached step. By the moments of x − shift over these samples, every token counted, a range costs no more
+        than the full one.
         """
         if not self.settings.activation_bits:
             return {}, {}
         steps = self.samples.steps(indices)
         groups = [indices]
-        if self.settings.activation_rule == STATIC_RULE:  # of a step that none of these is of: what all say
+        if self.settings.activation_rule == STATIC_RULE:
             groups = [
                 [i for i, at in zip(indices, steps, strict=True) if at == step] for step in self.samples.all_steps
             ]
-        found = [self._input_moments(group or indices) for group in groups]
+        found = [self._input_moments(group or indices) for group in groups]  # a step without samples: all samples'
         layers, shifts, ranges = model_layers(self.mmdit), {}, {}
         for name in found[0]:
             low = np.min([moments[name][0] for moments in found], axis=0)
@@ -296,11 +314,12 @@ class Unit:
                 power = np.maximum(squares / tokens - 2 * shift * total / tokens + shift * shift, 0)
                 best = channel_clipping_range(reach, power, 1, [self.settings.activation_bits])[0]
                 chosen.append(max(best, SMALLEST_RANGE))
-            ranges[name] = mx.array(np.float32(chosen if self.settings.activation_rule == STATIC_RULE else chosen[0]))
+            by_step = self.settings.activation_rule == STATIC_RULE
+            ranges[name] = mx.array(np.array(chosen if by_step else chosen[0], np.float32))
         return shifts, ranges
 
     def _input_moments(self, indices: Sequence[int]) -> dict[str, list[np.ndarray]]:
-        """Minimum, maximum, sum and sum of squares per channel, and the number of tokens, of every input; float64."""
+        """Return minimum, maximum, sum and sum of squares per channel, and the number of tokens, by input; float64."""
         seen_of: dict[str, list[mx.array]] = {}
         for seen in self.watch(list(dict.fromkeys(self.input_of.values())), indices):
             for name, x in seen.items():
@@ -313,7 +332,7 @@ class Unit:
         return {name: [np.array(array, np.float64) for array in arrays] for name, arrays in seen_of.items()}
 
     def watch(self, names: Sequence[str], indices: Sequence[int]) -> Iterator[Arrays]:
-        """The inputs (tokens, channels) of these layers in the unquantized unit, a few samples at a time."""
+        """Yield the inputs (tokens, channels) of these layers in the unquantized unit, a few samples at a time."""
         size = min(8, self.settings.chunk)
         for begin in range(0, len(indices), size):
             watching = QuantizedForward({}, {}, watched=names)
@@ -322,38 +341,37 @@ class Unit:
 
 
 class BlockUnit(Unit):
-    """A block for its outputs (BRECQ)."""
+    """A block, trained for its outputs (BRECQ, Li et al. 2021)."""
 
 
 class ModelUnit(Unit):
-    """Every block at once, for the velocity that the model gives."""
+    """Every block at once, trained for the velocity that the model gives."""
 
     @classmethod
     def specs(cls, layers: Mapping[str, Layer], blocks: Sequence[str]) -> list[UnitSpec]:
+        """Return the one unit of a run."""
         return [UnitSpec(MODEL, list(blocks), list(layers))]
 
-    def outputs(self, batch: SampleBatch, stand_in: QuantizedForward) -> list[mx.array]:
-        return [run_final_layer(self.mmdit, self.run(batch, stand_in)[0], batch.modulation)]
+    def outputs(self, batch: SampleBatch, forward: QuantizedForward) -> list[mx.array]:
+        """Return the velocity, a patch a token."""
+        return [run_final_layer(self.mmdit, self.run(batch, forward)[0], batch.modulation)]
 
     def targets(self, batch: SampleBatch) -> list[mx.array]:
+        """Return the unquantized model's velocity; it is made from the last block's tokens where those are cached."""
         given = batch.outputs[0]
         return [given if self.samples.holds_velocity else run_final_layer(self.mmdit, given, batch.modulation)]
-
-
-
-
 
 
 MODEL = "model"
 UNITS: dict[str, type[Unit]] = {"block": BlockUnit, MODEL: ModelUnit}
 
 
-def step_rows(samples: TrainingSamples, indices: Sequence[int], rows: mx.array) -> mx.array:
-    """For each of the rows of these samples, which of the cached steps it is of."""
+def step_rows(samples: TrainingSamples, indices: Indices, rows: mx.array) -> mx.array:
+    """Return the cached step of each of the rows of these samples, as a position in key_timesteps: (rows,)."""
     return mx.array(np.repeat(samples.steps(indices), len(rows) // len(indices)))
 
 
 def input_rule(settings: Settings, ranges: Arrays, shifts: Arrays) -> Learned | DynamicPerToken:
-    """How inputs are quantized while a model is trained."""
+    """Return the rule by which inputs are quantized while a model is trained."""
     bits = settings.activation_bits
     return Learned(ranges, shifts, bits) if settings.activation_rule == STATIC_RULE else DynamicPerToken(bits)

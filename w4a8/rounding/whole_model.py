@@ -1,0 +1,260 @@
+"""The whole quantized model in the memory of one block: its loss, and the gradients of its grids, biases and ranges.
+
+The tokens between the blocks are kept, each block is run again where its gradients are made, and its weights are
+unpacked there.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from calibration_store.names import block_of
+from calibration_store.rounding_checkpoint import Layers
+from w4a8.backend.parallel import on_every_core, streams_for
+from w4a8.backend.processes import SINGLE_PROCESS, SingleProcess
+from w4a8.backend.sums import summed
+from w4a8.model.hooks import substituted_layers
+from w4a8.model.layers import Block, model_blocks, model_layers, run_final_layer
+from w4a8.quantized.layer import QuantizedLayer
+from w4a8.rounding.methods import Arrays
+from w4a8.rounding.quantized_forward import QuantizedForward
+from w4a8.rounding.settings import EVALUATED, STATIC_RULE, Indices, Settings
+from w4a8.rounding.training import grid_slopes
+from w4a8.rounding.training_samples import SampleBatch, TrainingSamples, spread_over
+from w4a8.rounding.units import SMALLEST_ERROR, Gradients, input_rule, step_rows
+
+
+class WholeModel:
+    """The quantized model whose grids are trained: the arrays of its layers' files, and the loss of its output.
+
+    `build` makes one; the constructor stores.
+    """
+
+    name = "end to end"
+
+    def __init__(
+        self, mmdit: nn.Module, blocks: Sequence[str], samples: TrainingSamples, settings: Settings, layers: Layers,
+        ranks: SingleProcess = SINGLE_PROCESS, norm: float = 1.0,
+    ):  # fmt: skip
+        """Store the model, and take the start of the training from the layers' arrays.
+
+        layers: arrays of all blocks' files before this phase; ranks: the processes that share the work; norm: mean
+        squared error of the output with round-to-nearest, which `build` measures.
+        """
+        self.mmdit, self.samples, self.settings, self.ranks, self.norm = mmdit, samples, settings, ranks, norm
+        self.layers = list(layers)
+        found = model_layers(mmdit)
+        self.input_of = {name: found[name].input_owner for name in layers}
+        self._blocks = [model_blocks(mmdit)[name] for name in blocks]
+        self._of_block = {block: [name for name in layers if block_of(name) == block] for block in blocks}
+        self._codes = {name: mx.array(fields["q"]) for name, fields in layers.items()}
+        self._shifts = {name: mx.array(fields["act_shift"]) for name, fields in layers.items() if "act_shift" in fields}
+        of_input = {self.input_of[name]: fields for name, fields in reversed(layers.items())}
+        ranges = {name: f.get("act_scales", f.get("act_scale")) for name, f in of_input.items()}
+        self.start: dict[str, Arrays] = {
+            "scale": {name: mx.array(fields["scale"]) for name, fields in layers.items()},
+            "zero_point": {name: mx.array(fields["zero_point"]) for name, fields in layers.items()},
+            "bias": {name: mx.array(fields["bias"]) for name, fields in layers.items() if "bias" in fields},
+            "range": {name: mx.log(mx.array(value)) for name, value in ranges.items() if value is not None},
+        }
+
+    @classmethod
+    def build(
+        cls, mmdit: nn.Module, blocks: Sequence[str], samples: TrainingSamples, settings: Settings, layers: Layers,
+        ranks: SingleProcess = SINGLE_PROCESS,
+    ) -> "WholeModel":  # fmt: skip
+        """Measure the norm on training samples, and return the model with it."""
+        whole = cls(mmdit, blocks, samples, settings, layers, ranks)
+        whole.norm = max(whole.loss(spread_over(samples.training, EVALUATED), None), SMALLEST_ERROR)
+        return whole
+
+    def loss(self, indices: Indices, state: Mapping[str, Arrays] | None, with_inputs: bool = False) -> float:
+        """Return the mean squared error of the output over these samples, relative to the norm.
+
+        state: a point of the training, None for round-to-nearest; with_inputs: inputs are quantized, too.
+        """
+        return self._mean_square(indices, state, with_inputs) / self.norm
+
+    def slopes(self, state: Mapping[str, Arrays], indices: np.ndarray, iteration: int) -> tuple[mx.array, Gradients]:
+        """Return the loss, and its slopes along the parameters that `Training.move_grids` moves and along the ranges.
+
+        Micro-batches are added in their order, so that the sum does not depend on who computes them.
+        """
+        parts = self.settings.micro_batches(indices)
+        moved = {key: state[key] for key in ("scale", "zero_point", "bias")}
+        ranges = self._ranges(state, self.layers) if self.settings.activation_rule == STATIC_RULE else {}
+        with streams_for(len(parts)) as streams:
+            return summed(
+                self.ranks,
+                len(parts),
+                len(streams),
+                lambda numbers: self._of_parts(state, [parts[i] for i in numbers], streams, len(indices), iteration),
+                (mx.array(0.0), moved | {"ranges": ranges}),
+            )
+
+    # a block at a point of the training
+
+    def _block_parameters(self, block: str, state: Mapping[str, Arrays] | None) -> dict[str, Arrays]:
+        """Return dense weights, biases and ranges of a block's layers, by kind.
+
+        state None: weights are rounded to nearest, and inputs stay as they are.
+        """
+        names, layers = self._of_block[block], model_layers(self.mmdit)
+        if state is None:
+            bits, group = self.settings.bits, self.settings.group_size
+            dense = {name: np.array(layers[name].weight) for name in names}
+            found = on_every_core(lambda name: QuantizedLayer.nearest(dense[name], bits(name), group), names)
+            nearest = {name: layer.as_mlx() for name, layer in zip(names, found, strict=True)}
+            biases = {name: bias for name in names if (bias := layers[name].bias) is not None}
+            return {"weights": {name: layer.weight for name, layer in nearest.items()}, "biases": biases, "ranges": {}}
+        codes = {name: self._codes[name].astype(mx.float32) for name in names}
+        quantized = {
+            name: QuantizedLayer(code, state["scale"][name], state["zero_point"][name], state["bias"].get(name))
+            for name, code in codes.items()
+        }
+        return {
+            "weights": {name: layer.weight for name, layer in quantized.items()},
+            "biases": {name: layer.deployed_bias for name, layer in quantized.items() if layer.bias is not None},
+            "ranges": self._ranges(state, names),
+        }
+
+    def _ranges(self, state: Mapping[str, Arrays], names: Sequence[str]) -> Arrays:
+        """Return the ranges of these layers' inputs, () or (steps,); none where no ranges are trained."""
+        return {name: mx.exp(state["range"][self.input_of[name]]) for name in names if state["range"]}
+
+    def _run(
+        self, block: Block, parameters: dict[str, Arrays], tokens: Sequence[mx.array], modulation: mx.array,
+        rows: mx.array | None, key: mx.array | None,
+    ) -> list[mx.array]:  # fmt: skip
+        """Return the tokens that a block gives.
+
+        rows: the cached step of each row, None where inputs stay as they are; key: of QDrop, None where nothing is
+        dropped.
+        """
+        quantize = None
+        if rows is not None:
+            quantize = input_rule(self.settings, parameters["ranges"], self._shifts).of_rows(rows)
+        drop = 0.0 if key is None else self.settings.qdrop
+        forward = QuantizedForward(parameters["weights"], parameters["biases"], quantize, drop, key)
+        with substituted_layers(self.mmdit, forward.compute, self._of_block[block.name]):
+            given = block.run(tokens, modulation)
+        forward.let_go()
+        return given
+
+    def _square(self, tokens: mx.array, batch: SampleBatch) -> mx.array:
+        """Return the mean squared error of the output of these image tokens; batch holds the target."""
+        target = batch.outputs[0]
+        if not self.samples.holds_velocity:
+            target = run_final_layer(self.mmdit, target, batch.modulation)
+        return mx.mean(mx.square(run_final_layer(self.mmdit, tokens, batch.modulation) - target))
+
+    def _mean_square(self, indices: Indices, state: Mapping[str, Arrays] | None, with_inputs: bool) -> float:
+        """Return the mean squared error of the output over these samples.
+
+        All samples pass one block before the next, so that each block is unpacked once.
+        """
+        every = self.settings.micro_batches(indices)
+        parts = [every[number] for number in self.ranks.owned_indices(len(every))]
+        tokens = [self.samples.batch(part).tokens for part in parts]
+        modulations = [self.samples.batch(part).modulation for part in parts]
+        mx.eval(tokens, modulations)
+        for block in self._blocks:
+            parameters = self._block_parameters(block.name, state)
+            mx.eval(parameters)
+            for index, part in enumerate(parts):
+                rows = step_rows(self.samples, part, modulations[index]) if with_inputs else None
+                tokens[index] = self._run(block, parameters, tokens[index], modulations[index], rows, None)
+                mx.eval(tokens[index])
+        squares = [self._square(given[0], self.samples.batch(part)) for given, part in zip(tokens, parts, strict=True)]
+        own = mx.array([float(one) for one in squares] + [0.0] * (-(-len(every) // self.ranks.size) - len(parts)))
+        gathered = mx.stack(self.ranks.gathered(own, own), axis=1).reshape(-1)  # in the order of the micro-batches
+        found: list[float] = np.array(gathered).tolist()
+        return sum(square * len(part) for square, part in zip(found, every, strict=False)) / len(indices)
+
+    # gradients, a block at a time
+
+    def _of_parts(
+        self,
+        state: Mapping[str, Arrays],
+        parts: Sequence[Indices],
+        streams: Sequence[mx.Stream],
+        count: int,
+        iteration: int,
+    ) -> list[tuple[mx.array, Gradients]]:
+        """Return (loss, slopes) of each of some micro-batches, which are run side by side.
+
+        Each micro-batch gives its share of the means over `count` samples.
+        """
+        settings, ways = self.settings, list(zip(range(len(parts)), streams, strict=False))
+        batches = [self.samples.batch(part) for part in parts]
+        rows: list[mx.array | None] = [None] * len(parts)
+        if settings.activation_bits:
+            rows = [step_rows(self.samples, part, batch.modulation) for part, batch in zip(parts, batches, strict=True)]
+
+        def key_of(index: int, block: Block) -> mx.array:
+            return mx.random.key(hash((settings.seed, iteration, int(parts[index][0]), block.index)) % 2**32)
+
+        kept: list[list[list[mx.array]]] = [[batch.tokens] for batch in batches]  # the inputs of every block
+        for block in self._blocks:
+            parameters = self._block_parameters(block.name, state)
+            mx.eval(parameters)
+            for index, stream in ways:
+                with mx.stream(stream):
+                    key = key_of(index, block)
+                    kept[index].append(
+                        self._run(block, parameters, kept[index][-1], batches[index].modulation, rows[index], key)
+                    )
+            mx.eval([each[-1] for each in kept])
+        losses: list[mx.array] = []
+        slopes_of: list[list[mx.array]] = []  # d loss / d tokens that the present block gives, by micro-batch
+        for index, stream in ways:
+            with mx.stream(stream):
+                square = partial(self._square, batch=batches[index])
+                loss, slope = mx.value_and_grad(square)(kept[index].pop()[0])
+                share = len(parts[index]) / count / self.norm
+                loss, slope = share * loss, share * slope
+                losses.append(loss)
+                slopes_of.append([slope])
+        mx.eval(losses, slopes_of)
+        totals: list[Gradients] = [{} for _ in parts]
+        for block in reversed(self._blocks):
+            parameters = self._block_parameters(block.name, state)
+            mx.eval(parameters)
+            for index, stream in ways:
+                with mx.stream(stream):
+                    run = partial(
+                        self._weighted,
+                        block,
+                        batches[index].modulation,
+                        rows[index],
+                        key_of(index, block),
+                        slopes_of[index],
+                    )
+                    given, slopes_of[index] = mx.grad(run, argnums=(0, 1))(parameters, kept[index].pop())
+                    totals[index] = merged(totals[index], self._reduced(block.name, state, given))
+            mx.eval(slopes_of, totals)
+        return list(zip(losses, totals, strict=True))
+
+    def _weighted(
+        self, block: Block, modulation: mx.array, rows: mx.array | None, key: mx.array, slopes: Sequence[mx.array],
+        parameters: dict[str, Arrays], tokens: list[mx.array],
+    ) -> mx.array:  # fmt: skip
+        """Return Σ tokens·slope of the block's tokens: its gradients are those of the loss."""
+        given = self._run(block, parameters, tokens, modulation, rows, key)
+        products = (one * mx.stop_gradient(slope) for one, slope in zip(given, slopes, strict=False))
+        return sum((product.sum() for product in products), mx.array(0.0))
+
+    def _reduced(self, block: str, state: Mapping[str, Arrays], gradients: dict[str, Arrays]) -> Gradients:
+        """Turn a block's dense gradients into the slopes that `Training.move_grids` and `move_ranges` take."""
+        codes = {name: self._codes[name].astype(mx.float32) for name in self._of_block[block]}
+        found = grid_slopes(codes, state["scale"], state["zero_point"], gradients["weights"])
+        ranges = gradients["ranges"] if self.settings.activation_rule == STATIC_RULE else {}
+        return found | {"bias": gradients["biases"], "ranges": ranges}
+
+
+def merged(totals: Gradients, found: Gradients) -> Gradients:
+    """Add another block's layers to each kind of slopes."""
+    return {kind: totals.get(kind, {}) | layers for kind, layers in found.items()}
