@@ -76,7 +76,7 @@ def run(options: CacheOptions) -> None:
     from w4a8.block_recording import Recording
     from w4a8.model.parts import TEXT, TRANSFORMER
     from w4a8.model.runs import load_run_pipeline
-    from w4a8.passes import StoredPasses, choose_amount, places_of, select_passes
+    from w4a8.passes import StoredPasses, choose_amount, sample_ids_of, select_passes
 
     manifest, paths = read_manifest(options.calib_dir), BlockCachePaths(options.calib_dir)
     ranks = join(options.calib_dir)
@@ -91,35 +91,35 @@ def run(options: CacheOptions) -> None:
         num_images, stride, steps = choose_amount(options, manifest, before, sample_bytes)
         images, selection = select_passes(manifest, num_images, stride, folder.before(num_images=num_images), steps)
         plan = plan_cache(selection, options.blocks, boundaries)
-        places, run_id = places_of(plan), plan["calibration_run"]
+        sample_ids, run_id = sample_ids_of(plan), plan["calibration_run"]
         click.echo(
             f"{manifest['model_version']}: images {cli.shortened(plan['selected_image_ids'])}, {len(plan['key_timesteps'])} steps each, "
-            f"{len(places)} samples, {boundaries} of the boundaries"
+            f"{len(sample_ids)} samples, {boundaries} of the boundaries"
         )
         folder.check(plan)
         passes = StoredPasses(pipeline, options.calib_dir, manifest, images, 1 if options.dry_run else options.text_group)
-        seconds, arrays = recording.probe(passes, places)
+        seconds, arrays = recording.probe(passes, sample_ids)
         kept = {key: array.shape for key, array in arrays.items()}
-        todo = folder.todo(places, lambda place: is_cached(paths, run_id, *place, kept))
+        todo = folder.todo(sample_ids, lambda sample_id: is_cached(paths, run_id, *sample_id, kept))
         size = npz_bytes(cached_sample_arrays(0, 0, arrays, run_id))
         left = Estimate(
-            work=f"{len(todo)} of {len(places)} samples ({cli.format_bytes(size)} each)",
+            work=f"{len(todo)} of {len(sample_ids)} samples ({cli.format_bytes(size)} each)",
             seconds=seconds * len(todo) / ranks.size, bytes_written=size * len(todo), folder=paths.root, peak_bytes=mx.get_peak_memory(),
         )  # fmt: skip
         click.echo(left)
         require_space(paths.root, left.bytes_written, budget=options.max_bytes)
         if options.dry_run:
-            ranks.print_shares([len(one.owned_items(todo, places)) for one in ranks.every_rank()], "samples")
+            ranks.print_shares([len(one.owned_items(todo, sample_ids)) for one in ranks.every_rank()], "samples")
             return
         folder.begin(plan)
         with cli.interruptible(lambda: f"finished samples are kept in {paths.samples}"):
             with (
-                cli.progress_bar(len(places), "samples", "sample", initial=len(places) - len(todo)) as bar,
+                cli.progress_bar(len(sample_ids), "samples", "sample", initial=len(sample_ids) - len(todo)) as bar,
                 BackgroundWriter(pending=0) as writer,  # one sample being written, one being made
-                closing(recording.record_all(passes, ranks.owned_items(todo, places))) as samples,
+                closing(recording.record_all(passes, ranks.owned_items(todo, sample_ids))) as samples,
             ):
-                for place, arrays in samples:
-                    writer.submit(write_cached_sample, paths, run_id, *place, arrays)
+                for sample_id, arrays in samples:
+                    writer.submit(write_cached_sample, paths, run_id, *sample_id, arrays)
                     ranks.advance(bar)
                 writer.drain()
                 ranks.complete(bar)

@@ -50,7 +50,7 @@ def run(options: CollectionOptions) -> None:
     from w4a8.model.layers import model_layers
     from w4a8.model.parts import TEXT, TRANSFORMER
     from w4a8.model.runs import load_run_pipeline, run_schedule
-    from w4a8.passes import StoredPasses, places_of, select_passes
+    from w4a8.passes import StoredPasses, sample_ids_of, select_passes
     from w4a8.statistics.kernels import choose_statistics
     from w4a8.statistics.merge import write_merged_statistics
     from w4a8.statistics.recorders import collect_pass, partial_arrays, write_pass
@@ -60,10 +60,10 @@ def run(options: CollectionOptions) -> None:
     folder = StageFolder(paths, paths.collection, COLLECTION, COLLECTION.read, OPTIONS, options.resume, options.force, ranks)
     images, selection = select_passes(manifest, options.num_images, options.stride, folder.before(num_images=options.num_images))
     plan = {"format": PARTIAL_FORMAT, **selection}
-    places, dtype = places_of(plan), manifest["activation_dtype"]
+    sample_ids, dtype = sample_ids_of(plan), manifest["activation_dtype"]
     click.echo(
         f"{manifest['model_version']}: images {cli.shortened(plan['selected_image_ids'])}, {len(plan['key_timesteps'])} steps each, "
-        f"{len(places)} passes, {dtype}"
+        f"{len(sample_ids)} passes, {dtype}"
     )
     with folder.held(options.dry_run):
         folder.check(plan)
@@ -71,24 +71,24 @@ def run(options: CollectionOptions) -> None:
         passes = StoredPasses(pipeline, options.calib_dir, manifest, images, 1 if options.dry_run else options.text_group)
         way = choose_statistics()
         widths = {name: layer.shape[1] for name, layer in model_layers(pipeline.mmdit).items()}
-        todo = folder.todo(places, lambda place: is_partial_complete(paths, plan["calibration_run"], *place, widths))
+        todo = folder.todo(sample_ids, lambda sample_id: is_partial_complete(paths, plan["calibration_run"], *sample_id, widths))
         seconds, found = passes.probe(plan["key_timesteps"][0], lambda one: collect_pass(one, way))
-        size = npz_bytes(partial_arrays(found, *places[0], dtype) | of_run(plan["calibration_run"]))
-        done, mine = len(places) - len(todo), ranks.owned_items(todo, places)
+        size = npz_bytes(partial_arrays(found, *sample_ids[0], dtype) | of_run(plan["calibration_run"]))
+        done, mine = len(sample_ids) - len(todo), ranks.owned_items(todo, sample_ids)
         total = size * (len(todo) + STEP_FILE_SIZES * len(plan["key_timesteps"]))
         left = Estimate(
-            work=f"{len(todo)} of {len(places)} passes", seconds=seconds * len(todo) / ranks.size, bytes_written=total,
+            work=f"{len(todo)} of {len(sample_ids)} passes", seconds=seconds * len(todo) / ranks.size, bytes_written=total,
             folder=paths.root, peak_bytes=mx.get_peak_memory(),
         )  # fmt: skip
         click.echo(left)
         require_space(paths.root, total, budget=options.max_bytes)
         if options.dry_run:
-            ranks.print_shares([len(one.owned_items(todo, places)) for one in ranks.every_rank()], "passes")
+            ranks.print_shares([len(one.owned_items(todo, sample_ids)) for one in ranks.every_rank()], "passes")
             return
         folder.begin(plan)
         with cli.interruptible(lambda: f"finished passes are kept in {paths.partials}"):
             with (
-                cli.progress_bar(len(places), "passes", "pass", initial=done) as bar,
+                cli.progress_bar(len(sample_ids), "passes", "pass", initial=done) as bar,
                 BackgroundWriter(pending=1) as writer,
                 closing(passes.over(mine)) as taken,
             ):

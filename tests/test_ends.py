@@ -23,7 +23,7 @@ from w4a8.block_recording import Recording
 from w4a8.model.parts import TEXT, TRANSFORMER
 from w4a8.model.runs import load_run_pipeline, run_schedule, run_transformer
 from w4a8.options import CacheOptions
-from w4a8.passes import StoredPasses, choose_amount
+from w4a8.passes import SampleId, StoredPasses, choose_amount
 from w4a8.rounding.block_boundaries import BlockBoundaries
 from w4a8.rounding.phases import jobs_of
 from w4a8.rounding.run import RoundingRun
@@ -108,18 +108,19 @@ def test_several_samples_in_a_pass_give_the_same(ends, monkeypatch):
         Recording(pipeline.mmdit, None, True),
         StoredPasses(pipeline, ends, manifest, manifest["images"]),
     )
-    places = [(image, step) for image in range(3) for step in (0, 1, 3)]
+    sample_ids = [SampleId(image, step) for image in range(3) for step in (0, 1, 3)]
     alone = {
-        place: {key: np.array(a) for key, a in arrays.items()} for place, arrays in recording.record_all(passes, places)
+        sample_id: {key: np.array(a) for key, a in arrays.items()}
+        for sample_id, arrays in recording.record_all(passes, sample_ids)
     }
     monkeypatch.setattr(StoredPasses, "samples_at_once", lambda self: 4)
-    together = dict(recording.record_all(passes, places))
+    together = dict(recording.record_all(passes, sample_ids))
     assert together.keys() == alone.keys()
-    seconds, first = recording.probe(passes, places)
-    assert 0 < seconds < 10 and all(np.array_equal(first[key], together[places[0]][key]) for key in first)
-    for place, arrays in alone.items():
+    seconds, first = recording.probe(passes, sample_ids)
+    assert 0 < seconds < 10 and all(np.array_equal(first[key], together[sample_ids[0]][key]) for key in first)
+    for sample_id, arrays in alone.items():
         for key, array in arrays.items():
-            found = np.array(together[place][key], np.float32)
+            found = np.array(together[sample_id][key], np.float32)
             assert found.shape == array.shape
             np.testing.assert_allclose(found, array.astype(np.float32), atol=2e-3 * abs(array).max())
 

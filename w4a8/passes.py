@@ -1,14 +1,14 @@
-"""Passes of the model at latents that stage 1 stored: what stages 2W and 2A record from."""
+"""Passes of the model at latents that stage 1 stored; stages 2W and 2A record them."""
 
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -27,7 +27,13 @@ from w4a8.model.runs import run_schedule
 from w4a8.options import CacheOptions
 
 _Result = TypeVar("_Result")
-SampleId = tuple[int, int]  # (image_id, step_index)
+
+
+class SampleId(NamedTuple):
+    """The image and the step of a stored sample; equal to the plain tuple of both."""
+
+    image_id: int
+    step: int  # index of the step, 0 at the noisiest latent
 
 
 @dataclass(frozen=True)
@@ -42,40 +48,43 @@ class Pass:
 
     @property
     def where(self) -> str:
+        """The sample's image and step, in words."""
         return f"step {self.step} of image {self.image_id}"
 
     def forward(self) -> mx.array:
-        """The transformer's output (R, h, w, 16), unevaluated."""
+        """Return the transformer's output (R, h, w, 16), unevaluated; R = 2 rows with guidance, else 1."""
         return self.replay.forward(self.sample["x"], self.sample["timestep"])
 
     def modulation_input(self) -> mx.array:
-        """What feeds every adaLN layer, (R, 1, 1, hidden), unevaluated."""
+        """Return the input of every adaLN layer, (R, 1, 1, hidden), unevaluated."""
         return self.replay.modulation_input(self.sample["timestep"])
 
 
 @dataclass(frozen=True)
 class PassBatch:
-    """Several samples in one pass, of any images and steps: row r·samples + i of its arrays is of sample i.
+    """Several samples in one pass, of any images and steps: row r·samples + i of its arrays belongs to sample i.
 
-    Its figures differ from those of each sample's own pass by float noise.
+    Its arrays differ from those of each sample's own pass by float noise.
     """
 
     pipeline: Pipeline
-    places: Sequence[SampleId]
+    sample_ids: Sequence[SampleId]
     samples: Sequence[Mapping[str, np.ndarray]]
     text: TextConditioning
 
     @property
     def where(self) -> str:
-        (first, step), (last, _) = self.places[0], self.places[-1]
-        return f"step {step} of image {first}" if len(self.places) == 1 else f"images {first} to {last}"
+        """The samples' images, in words."""
+        (first, step), (last, _) = self.sample_ids[0], self.sample_ids[-1]
+        return f"step {step} of image {first}" if len(self.sample_ids) == 1 else f"images {first} to {last}"
 
     @property
     def _rows(self) -> int:
-        return len(self.text.pooled) // len(self.places)
+        """R: 2 rows a sample with guidance, else 1."""
+        return len(self.text.pooled) // len(self.sample_ids)
 
     def forward(self) -> mx.array:
-        """The transformer's output (R·samples, h, w, 16), unevaluated."""
+        """Return the transformer's output (R·samples, h, w, 16), unevaluated."""
         latents = np.concatenate([sample["x"] for sample in self.samples] * self._rows)
         with modulated(self.pipeline.mmdit, self.modulation_input()):
             return self.pipeline.mmdit(
@@ -85,7 +94,7 @@ class PassBatch:
             )
 
     def modulation_input(self) -> mx.array:
-        """What feeds every adaLN layer, (R·samples, 1, 1, hidden), unevaluated."""
+        """Return the input of every adaLN layer, (R·samples, 1, 1, hidden), unevaluated."""
         timesteps = np.concatenate([sample["timestep"][None] for sample in self.samples] * self._rows)
         mmdit = self.pipeline.mmdit
         return mmdit.y_embedder(self.text.pooled)[:, None, None, :] + mmdit.t_embedder(
@@ -93,26 +102,26 @@ class PassBatch:
         )
 
 
-LAUNCH_BOUND, MOST_AT_ONCE = (
-    2**22,
-    64,
-)  # elements of a GPU's token arrays below which passes cost the same; samples at most
+# Elements of a GPU's token arrays below which passes cost the same, and the largest number of samples in a pass.
+LAUNCH_BOUND, MOST_AT_ONCE = 2**22, 64
 
 
 @dataclass(frozen=True)
 class StoredPasses:
-    """Passes at samples of a calibration run; images: the manifest's entries of those that are used.
+    """Passes at samples of a calibration run; images: the manifest's entries of the images that are used.
 
-    The prompts of text_group images (None: by memory) are encoded at once, the first before anything else.
+    The prompts of text_group images (None: by memory) are encoded at once, the first before anything else. The
+    constructor raises OptionError where a pass does not fit into memory.
     """
 
     pipeline: Pipeline
     calib_dir: Path
-    manifest: Mapping[str, Any]
-    images: Sequence[Mapping[str, Any]]
+    manifest: dict[str, Any]
+    images: Sequence[dict[str, Any]]
     text_group: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        """Check that a pass fits into memory, and encode the first prompts."""
         size, guidance = self.manifest["latent_size"], self.manifest["cfg_scale"] > 0
         refuse_too_large(
             self.pipeline, needs_of(self.pipeline, size, 1, guidance, self.manifest["num_steps"] + 1), 1, ()
@@ -121,14 +130,19 @@ class StoredPasses:
 
     @cached_property
     def texts(self) -> PromptEncoder:
+        """The encoder of the images' prompts."""
         manifest, prompts = self.manifest, [image["prompt"] for image in self.images]
-        return PromptEncoder(self.pipeline, prompts, manifest["cfg_scale"], manifest["negative_prompt"], self.text_group)
+        guidance, negative = manifest["cfg_scale"], manifest["negative_prompt"]
+        return PromptEncoder(self.pipeline, prompts, guidance, negative, self.text_group)
 
-    def over(self, places: Sequence[SampleId]) -> Iterator[Pass]:
-        """A pass for every place (ordered by image). Hooks go inside the loop; close the iterator when you leave early."""
+    def over(self, sample_ids: Sequence[SampleId]) -> Generator[Pass, None, None]:
+        """Yield a pass for every sample; the samples are ordered by image.
+
+        Hooks go inside the loop; close the generator when you leave early.
+        """
         images = {image["image_id"]: image for image in self.images}
         schedule, paths = run_schedule(self.manifest), CalibrationPaths(self.calib_dir)
-        for image_id, group in groupby(places, key=lambda place: place[0]):
+        for image_id, group in groupby(sample_ids, key=lambda sample_id: sample_id.image_id):
             steps = [step for _, step in group]
             samples = [read_sample(paths, self.manifest, image_id, step, schedule) for step in steps]
             timesteps = [sample["timestep"] for sample in samples]
@@ -140,7 +154,7 @@ class StoredPasses:
                     yield Pass(self.pipeline, image_id, step, sample, replay)
 
     def samples_at_once(self) -> int:
-        """Samples in one pass that cost a GPU no more than one alone; 1 on a CPU."""
+        """Return the number of samples in one pass that cost a GPU no more than a single one; 1 on a CPU."""
         if mx.default_device() == mx.Device(mx.cpu):
             return 1
         config, (height, width) = config_of(self.pipeline), self.manifest["latent_size"]
@@ -148,18 +162,19 @@ class StoredPasses:
         rows = 2 if self.manifest["cfg_scale"] > 0 else 1
         return max(1, min(MOST_AT_ONCE, LAUNCH_BOUND // (rows * tokens * config.hidden_size)))
 
-    def batches(self, places: Sequence[SampleId], size: int) -> Iterator[PassBatch]:
-        """Passes over so many places at once, which need not be of one image."""
+    def batches(self, sample_ids: Sequence[SampleId], size: int) -> Iterator[PassBatch]:
+        """Yield passes over `size` samples at once, which may belong to several images."""
         prompts = {image["image_id"]: image["prompt"] for image in self.images}
         schedule, paths = run_schedule(self.manifest), CalibrationPaths(self.calib_dir)
-        for start in range(0, len(places), size):
-            chosen = places[start : start + size]
-            samples = [read_sample(paths, self.manifest, *place, schedule) for place in chosen]
-            yield PassBatch(self.pipeline, chosen, samples, self.texts.of([prompts[image_id] for image_id, _ in chosen]))
+        for start in range(0, len(sample_ids), size):
+            chosen = sample_ids[start : start + size]
+            samples = [read_sample(paths, self.manifest, *sample_id, schedule) for sample_id in chosen]
+            text = self.texts.of([prompts[image_id] for image_id, _ in chosen])
+            yield PassBatch(self.pipeline, chosen, samples, text)
 
     def probe(self, step: int, work: Callable[[Pass], _Result]) -> tuple[float, _Result]:
-        """Seconds of `work` on the first image's pass at a step (the second of two times), and what it gave."""
-        with closing(self.over([(self.images[0]["image_id"], step)])) as passes:
+        """Return the seconds of `work` in its second run on the first image's pass at a step, and its result."""
+        with closing(self.over([SampleId(self.images[0]["image_id"], step)])) as passes:
             first = next(passes)
             for _ in range(2):
                 start = time.perf_counter()
@@ -175,11 +190,12 @@ def select_passes(
     before: Mapping[str, Any] | None,
     steps: Sequence[int] | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The images that a stage uses, and what its plan says of the choice; before: the plan that --resume goes on with.
+    """Return the images that a stage uses, and the entries of its plan about this choice.
 
-    steps: those to use, instead of every stride-th.
+    before: the plan that --resume goes on with, whose images stay; steps: the steps to use in place of every stride-th.
+    Raises StoreError when the run is unfinished or has fewer images.
     """
-    images = select_images(manifest, num_images, before and before["selected_image_ids"])
+    images = select_images(manifest, num_images, before["selected_image_ids"] if before else None)
     image_ids = [image["image_id"] for image in images]
     return images, {
         "calibration_run": run_identity(manifest, image_ids),
@@ -191,10 +207,14 @@ def select_passes(
 
 
 def chosen_steps(manifest: Mapping[str, Any], text: str | None) -> list[int] | None:
-    """`--steps 8,12,16-19` as step indices; None where none are given. Raises OptionError for those that were not saved."""
+    """Read `--steps 8,12,16-19` as step indices; None where the option is not given.
+
+    Raises OptionError for a step that stage 1 did not save.
+    """
     if text is None:
         return None
-    saved, found = select_steps(manifest, 1), set()
+    saved = select_steps(manifest, 1)
+    found: set[int] = set()
     for part in text.split(","):
         ends = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?\s*", part)
         if ends is None:
@@ -208,19 +228,21 @@ def chosen_steps(manifest: Mapping[str, Any], text: str | None) -> list[int] | N
     return sorted(found)
 
 
-FEWEST_STEPS = 4  # of an image, while a budget leaves images out
+FEWEST_STEPS = 4  # steps of each image, while a budget leaves images out
 
 
 def choose_amount(
     options: CacheOptions, manifest: Mapping[str, Any], before: Mapping[str, Any] | None, sample_bytes: int
 ) -> tuple[int, int, list[int] | None]:
-    """Choose (images, stride, steps or None): as given, as a run that goes on has them, or as many as fit --max-bytes.
+    """Choose (number of images, stride, steps or None).
 
-    Images come first, then steps; without a budget 5 images and every 5th step. With steps of their own the stride is 1.
+    They are the given ones, or those of the plan before, or as many as fit --max-bytes. before: the plan that --resume
+    goes on with. A budget is spent on images first, then on steps. Without a budget the default is 5 images and every
+    5th step. With `--steps` the stride is 1. Raises OptionError as `chosen_steps` does.
     """
     num_images, stride, budget = options.num_images, options.stride, options.max_bytes
     steps = chosen_steps(manifest, options.steps)
-    if before is not None and budget is not None:  # chosen already
+    if before is not None and budget is not None:  # the budget was spent when the run began
         num_images, stride = num_images or before["num_images"], stride or before["stride"]
     if steps is not None:
         fitting = 5 if budget is None else max(1, min(budget // sample_bytes // len(steps), len(manifest["images"])))
@@ -238,6 +260,6 @@ def choose_amount(
     return num_images, stride, None
 
 
-def places_of(plan: Mapping[str, Any]) -> list[SampleId]:
-    """Every (image_id, step) of a plan, image by image."""
-    return [(image_id, step) for image_id in plan["selected_image_ids"] for step in plan["key_timesteps"]]
+def sample_ids_of(plan: Mapping[str, Any]) -> list[SampleId]:
+    """Return every sample of a plan, image by image."""
+    return [SampleId(image_id, step) for image_id in plan["selected_image_ids"] for step in plan["key_timesteps"]]

@@ -22,148 +22,180 @@ from w4a8.backend.memory import device_memory
 from w4a8.backend.parallel import on_every_core
 from w4a8.backend.processes import SINGLE_PROCESS, SingleProcess
 from w4a8.model.diffusionkit import MMDiTConfig
-from w4a8.passes import SampleId, places_of
+from w4a8.passes import SampleId, sample_ids_of
+from w4a8.rounding.settings import Indices
 
-HELD_OUT, MOST_HELD_OUT = 0.1, 32  # share of the images, and how many at most: never trained on, they judge
+HELD_OUT, MOST_HELD_OUT = 0.1, 32  # share and largest number of the images that are never trained on: they judge
+
+Reader = Callable[[SampleId], list[np.ndarray]]  # gives the arrays of a sample
 
 
 class SampleBatch(NamedTuple):
-    """Rows of some samples, one below the other, float32: what enters a stretch of blocks, and what it gives."""
+    """Rows of some samples, one below the other, float32: the inputs of a stretch of blocks, and its outputs."""
 
-    tokens: list[mx.array]  # image and text, of FLUX's unified blocks joined
+    tokens: list[mx.array]  # image and text; for FLUX's unified blocks one array of both
     modulation: mx.array
     outputs: list[mx.array]
 
 
 class TrainingSamples(Protocol):
-    """What a unit is trained on: indices of samples, and batches of them in float32."""
+    """The samples that a unit is trained on: indices of samples, and batches of them in float32."""
 
-    training: Sequence[int]
-    held_out: Sequence[int]
-    all_steps: Sequence[int]
-    holds_velocity: bool  # whether the output is the model's velocity, not the last block's tokens
+    @property
+    def training(self) -> Sequence[int]:
+        """The indices of the samples that are trained on."""
 
-    def steps(self, indices: Sequence[int]) -> np.ndarray:
-        """For each sample, which of the cached steps it is of: positions in key_timesteps."""
+    @property
+    def held_out(self) -> Sequence[int]:
+        """The indices of the samples that judge."""
 
-    def batch(self, indices: Sequence[int]) -> SampleBatch:
-        """Inputs, modulation input and outputs of these samples.
+    @property
+    def all_steps(self) -> Sequence[int]:
+        """The positions of all cached steps in key_timesteps."""
 
-        """
+    @property
+    def holds_velocity(self) -> bool:
+        """True where the output is the model's velocity, not the last block's tokens."""
 
-    def keep(self, indices: Sequence[int]) -> None:
+    def steps(self, indices: Indices) -> np.ndarray:
+        """Return the step of each of these samples, as a position in key_timesteps: (samples,) integers."""
+
+    def batch(self, indices: Indices) -> SampleBatch:
+        """Return inputs, modulation input and outputs of these samples."""
+
+    def keep(self, indices: Indices) -> None:
         """Have these samples, which are drawn from next, in memory, and no others; called while a GPU computes."""
 
 
-# Of the device's memory that samples may take, and in all; more stay in their files.
+# Share of the device's memory that samples may take, and bytes in all; more samples stay in their files.
 SAMPLES_SHARE, MOST_SAMPLES = 0.25, 4e9
 
 
 def fit_in_memory(num_bytes: int) -> bool:
-    """Whether samples of so many bytes are all held there."""
+    """Return whether samples of this number of bytes are all held in memory."""
     return num_bytes <= min(SAMPLES_SHARE * device_memory(), MOST_SAMPLES)
 
 
 class Samples:
-    """Cached samples as their files have them: in memory (the GPU's, where there is one), or read from their files when they are many."""
+    """Cached samples as their files have them.
+
+    They are in memory (the GPU's, where there is one), or read from their files at every use when they do not fit.
+    `load`, `of_stretch` and `of_ends` read; the constructor stores.
+    """
 
     def __init__(
-        self, places: Sequence[SampleId], read: Callable[[SampleId], list[np.ndarray]], key_timesteps: Sequence[int],
-        inputs: int = 2,
+        self, sample_ids: Sequence[SampleId], read: Reader, key_timesteps: Sequence[int], inputs: int, num_bytes: int,
+        arrays: Sequence[np.ndarray] | Sequence[mx.array] = (), holds_velocity: bool = False,
     ):  # fmt: skip
-        """read: a sample's arrays, inputs (so many) first, then modulation input and outputs.
+        """Store how samples are read: their arrays are the inputs, the modulation input, and the outputs.
 
-        No file stays open: an operating system allows a few hundred.
+        inputs: the number of input arrays; num_bytes: of all samples; arrays: those of all samples, (samples, …) each,
+        where they are held in memory; holds_velocity: as in TrainingSamples.
         """
-        self.places, self.holds_velocity = places, False
-        self._steps, self.all_steps = (
-            np.array([list(key_timesteps).index(step) for _, step in places]),
-            range(len(key_timesteps)),
-        )
-        self._read = read
-        self._inputs = inputs
-        first = self._read(places[0])
-        self.num_bytes = len(places) * sum(member.nbytes for member in first)
-        self._arrays: list = []
-        self._near: dict[int, list[mx.array]] = {}  # the few that are kept
-        if fit_in_memory(self.num_bytes):
-            self._arrays = [np.empty((len(places), *member.shape), member.dtype) for member in first]
-            for index, place in enumerate(places):
-                for array, member in zip(self._arrays, self._read(place), strict=True):
+        self.sample_ids, self.num_bytes, self.holds_velocity = sample_ids, num_bytes, holds_velocity
+        self._read, self._inputs, self._arrays = read, inputs, arrays
+        self._steps = np.array([list(key_timesteps).index(step) for _, step in sample_ids])
+        self.all_steps = range(len(key_timesteps))
+        self._near: dict[int, list[mx.array]] = {}  # the samples that `keep` has in memory
+        self.training, self.held_out = split_samples([image_id for image_id, _ in sample_ids])
+
+    @classmethod
+    def load(
+        cls, sample_ids: Sequence[SampleId], read: Reader, key_timesteps: Sequence[int], inputs: int = 2,
+        holds_velocity: bool = False,
+    ) -> "Samples":  # fmt: skip
+        """Return these samples, read into memory if all of them fit.
+
+        read: gives a sample's arrays, whose first `inputs` are its inputs; it leaves no file open, since an operating
+        system allows a few hundred. Raises StoreError as `read` does.
+        """
+        first = read(sample_ids[0])
+        num_bytes = len(sample_ids) * sum(member.nbytes for member in first)
+        arrays: list[np.ndarray] | list[mx.array] = []
+        if fit_in_memory(num_bytes):
+            arrays = filled = [np.empty((len(sample_ids), *member.shape), member.dtype) for member in first]
+            for index, sample_id in enumerate(sample_ids):
+                for array, member in zip(filled, read(sample_id), strict=True):
                     array[index] = member
             if mx.default_device() != mx.Device(mx.cpu):
-                self._arrays = [mx.array(array) for array in self._arrays]
-        self.training, self.held_out = split_samples([image_id for image_id, _ in places])
+                arrays = [mx.array(array) for array in filled]
+        return cls(sample_ids, read, key_timesteps, inputs, num_bytes, arrays, holds_velocity)
 
     @classmethod
     def of_stretch(cls, calib_dir: Path, cache: Mapping[str, Any], blocks: Sequence[str]) -> "Samples":
-        """What a cache of all boundaries says of a stretch of blocks: what enters the first, what the last gives."""
+        """Load from a cache of all boundaries the inputs of the first of these blocks, and the outputs of the last."""
         inputs, outputs = block_keys(cache, blocks[0], blocks[-1])
         read = cache_reader(calib_dir, cache, [*inputs, "modulation_input", *outputs])
-        return cls(places_of(cache), read, cache["key_timesteps"], inputs=len(inputs))
+        return cls.load(sample_ids_of(cache), read, cache["key_timesteps"], len(inputs))
 
     @classmethod
     def of_ends(cls, calib_dir: Path, cache: Mapping[str, Any], mmdit: nn.Module) -> "Samples":
-        """What a cache of the ends says of the whole model; the output is its velocity, a patch a token."""
+        """Load from a cache of the ends the whole model's inputs, and its velocity, a patch a token."""
         inputs, _ = block_keys(cache, cache["block_names"][0])
         read = cache_reader(calib_dir, cache, [*inputs, "modulation_input", VELOCITY])
 
-        def patched(place: SampleId) -> list[np.ndarray]:
-            *found, velocity = read(place)
+        def patched(sample_id: SampleId) -> list[np.ndarray]:
+            *found, velocity = read(sample_id)
             return [*found, patches(velocity, mmdit.config)]
 
-        samples = cls(places_of(cache), patched, cache["key_timesteps"], inputs=len(inputs))
-        samples.holds_velocity = True
-        return samples
+        return cls.load(sample_ids_of(cache), patched, cache["key_timesteps"], len(inputs), holds_velocity=True)
 
     @property
     def held_bytes(self) -> int:
-        """What they take of the memory that MLX does not count."""
+        """The bytes that they take of the memory that MLX does not count."""
         return sum(array.nbytes for array in self._arrays if isinstance(array, np.ndarray))
 
-    def steps(self, indices: Sequence[int]) -> np.ndarray:
-        """As TrainingSamples.steps."""
+    def steps(self, indices: Indices) -> np.ndarray:
+        """Return steps as TrainingSamples.steps says."""
         return self._steps[np.asarray(indices)]
 
-    def batch(self, indices: Sequence[int]) -> SampleBatch:
-        """As TrainingSamples.batch."""
+    def batch(self, indices: Indices) -> SampleBatch:
+        """Return a batch as TrainingSamples.batch says."""
         if self._arrays:
-            picks = mx.array(indices) if isinstance(self._arrays[0], mx.array) else np.asarray(indices)
-            picked = (array[picks] for array in self._arrays)
-            found = [mx.array(array.reshape(-1, *array.shape[2:])).astype(mx.float32) for array in picked]
+            found = [rows.astype(mx.float32) for rows in self._picked(np.asarray(indices))]
         else:
             if all(index in self._near for index in indices):
-                rows = map(mx.concatenate, zip(*(self._near[index] for index in indices), strict=True))
+                members = zip(*(self._near[index] for index in indices), strict=True)
+                rows = [mx.concatenate(list(each)) for each in members]
             else:
-                rows = map(mx.array, self._stacked(indices))
+                rows = [mx.array(each) for each in self._stacked(indices)]
             found = [array.astype(mx.float32) for array in rows]
         *tokens, modulation = found[: self._inputs + 1]
         return SampleBatch(tokens, modulation, found[self._inputs + 1 :])
 
-    def keep(self, indices: Sequence[int]) -> None:
-        """As TrainingSamples.keep."""
+    def keep(self, indices: Indices) -> None:
+        """Keep samples as TrainingSamples.keep says."""
         if self._arrays or not len(indices):
             return
-        kept = {index: self._near.get(index) for index in indices}
-        new = [index for index, arrays in kept.items() if arrays is None]
+        kept = {index: self._near[index] for index in indices if index in self._near}
+        new = [index for index in indices if index not in kept]
         if new:
             parts = [np.split(rows, len(new)) for rows in self._stacked(new)]
             kept |= {index: list(map(mx.array, arrays)) for index, *arrays in zip(new, *parts, strict=True)}
         self._near = kept
 
-    def _stacked(self, indices: Sequence[int]) -> list[np.ndarray]:
-        return stacked(self._read, [self.places[index] for index in indices])
+    def _picked(self, indices: np.ndarray) -> list[mx.array]:
+        """Return rows of the arrays in memory, one sample below the other."""
+        on_device = mx.array(indices)
+        picked = (array[on_device if isinstance(array, mx.array) else indices] for array in self._arrays)
+        return [mx.array(array.reshape(-1, *array.shape[2:])) for array in picked]
+
+    def _stacked(self, indices: Indices) -> list[np.ndarray]:
+        return stacked(self._read, [self.sample_ids[index] for index in indices])
 
 
-def stacked(read: Callable[[SampleId], list[np.ndarray]], places: Sequence[SampleId]) -> list[np.ndarray]:
-    """The arrays of some samples, rows one below the other; read on every core, since mapped pages come one by one."""
-    arrays = [np.empty((len(places), *member.shape), member.dtype) for member in read(places[0])]
+def stacked(read: Reader, sample_ids: Sequence[SampleId]) -> list[np.ndarray]:
+    """Return the arrays of some samples, rows one below the other.
+
+    They are read on every core, since mapped pages come one by one.
+    """
+    arrays = [np.empty((len(sample_ids), *member.shape), member.dtype) for member in read(sample_ids[0])]
 
     def copy(at: int) -> None:
-        for array, member in zip(arrays, read(places[at]), strict=True):
+        for array, member in zip(arrays, read(sample_ids[at]), strict=True):
             array[at] = member
 
-    for _ in on_every_core(copy, range(len(places))):
+    for _ in on_every_core(copy, range(len(sample_ids))):
         pass
     return [array.reshape(-1, *array.shape[2:]) for array in arrays]
 
@@ -173,18 +205,21 @@ def reader(
     shapes: Mapping[str, Sequence[int]],
     remedy: str = CACHE_REMEDY,
     dtype: str = "float16",
-) -> Callable[[SampleId], list[np.ndarray]]:
-    """(image_id, step_index) -> the arrays of these shapes of a sample, mapped. Raises StoreError that names a missing or damaged file."""
+) -> Reader:
+    """Return a function that gives the arrays of these shapes of a sample, mapped.
 
-    def read(place: SampleId) -> list[np.ndarray]:
-        arrays = check_cached_sample(paths.sample(*place), *place, shapes, False, None, remedy, dtype)
+    The function raises StoreError that names a missing or damaged file, and the remedy.
+    """
+
+    def read(sample_id: SampleId) -> list[np.ndarray]:
+        arrays = check_cached_sample(paths.sample(*sample_id), *sample_id, shapes, False, None, remedy, dtype)
         return [arrays[key] for key in shapes]
 
     return read
 
 
-def cache_reader(calib_dir: Path, cache: Mapping[str, Any], keys: Sequence[str]) -> Callable[[SampleId], list[np.ndarray]]:
-    """`reader` of these arrays of a block cache. Raises StoreError when it does not hold them."""
+def cache_reader(calib_dir: Path, cache: Mapping[str, Any], keys: Sequence[str]) -> Reader:
+    """Return the `reader` of these arrays of a block cache. Raises StoreError when the cache does not hold them."""
     paths, stored = BlockCachePaths(calib_dir), stored_shapes(cache)
     missing = [key for key in keys if key not in stored]
     if missing:
@@ -195,7 +230,7 @@ def cache_reader(calib_dir: Path, cache: Mapping[str, Any], keys: Sequence[str])
 
 
 def patches(velocity: np.ndarray, config: MMDiTConfig) -> np.ndarray:
-    """(R, h, w, channels) -> (R, tokens, 1, size² · channels): as the final layer gives it, before it is put together."""
+    """Cut a velocity (R, h, w, channels) into the final layer's patches, (R, tokens, 1, size²·channels)."""
     size, (rows, height, width, channels) = config.patch_size, velocity.shape
     order = (0, 1, 3, 5, 2, 4) if config.patchify_via_reshape else (0, 1, 3, 2, 4, 5)  # FLUX: channels before pixels
     split = velocity.reshape(rows, height // size, size, width // size, size, channels).transpose(order)
@@ -205,10 +240,11 @@ def patches(velocity: np.ndarray, config: MMDiTConfig) -> np.ndarray:
 def verified(
     calib_dir: Path, cache: Mapping[str, Any], stretches: Iterable[Sequence[str]], ranks: SingleProcess = SINGLE_PROCESS
 ) -> Iterator[None]:
-    """Check what will be trained on, checksums and every value, a sample at a time. Raises StoreError that names the file.
+    """Check the data that will be trained on, checksums and every value; yield after each sample.
 
-    stretches: blocks whose first inputs and last outputs are used. Once a run, before any work: later the data are
-    mapped, and a flipped bit would be trained on. Every rank checks its own share.
+    stretches: blocks whose first inputs and last outputs are used. This is done once a run, before any work: later the
+    data are mapped, and a flipped bit would be trained on. Every rank checks its own share. Raises StoreError that
+    names the damaged file.
     """
     root, shapes = BlockCachePaths(calib_dir).root, stored_shapes(cache)
     if not holds_ends(cache):
@@ -222,7 +258,10 @@ def verified(
 
 
 def split_samples(image_ids: list[int]) -> tuple[list[int], list[int]]:
-    """(training, held-out) sample indices: every tenth image judges, 32 at most; of a single image every tenth sample."""
+    """Return (training, held-out) sample indices.
+
+    Every tenth image is held out, 32 at most; where there is a single image, every tenth sample.
+    """
     images = sorted(set(image_ids))
     stride = max(round(1 / HELD_OUT), -(-len(images) // MOST_HELD_OUT))
     judges = set(images[::stride]) if len(images) > 1 else set()
@@ -232,7 +271,10 @@ def split_samples(image_ids: list[int]) -> tuple[list[int], list[int]]:
 
 
 def spread_over(indices: Sequence[int], count: int) -> Sequence[int]:
-    """At most `count` of the indices, the same at every call; drawn, so that no step of the schedule is passed over."""
+    """Return at most `count` of the indices, the same at every call.
+
+    They are drawn at random, so that no step of the schedule is passed over.
+    """
     if len(indices) <= count:
         return indices
     chosen = np.random.default_rng(len(indices)).choice(len(indices), count, replace=False)
