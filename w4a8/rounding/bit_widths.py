@@ -1,4 +1,4 @@
-"""Which layers get how many bits: by hand, by what the model's output minds, or none at all."""
+"""The bits of each layer: set by hand, chosen by the sensitivity of the model's output, or none at all."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,13 +15,14 @@ from w4a8.rounding.run import RoundingRun
 from w4a8.rounding.sensitivity import known_sensitivity, note_sensitivity
 
 DEFAULT_WIDTHS = "4,8"
-
-
 UNQUANTIZED = 16  # `--bits PATTERN=16`: layers that stay as they are
 
 
 def layers_matching(layers: Iterable[str], pattern: str) -> list[str]:
-    """Return the layers that a pattern of `--bits` names (`*` and `?` as in a shell). Raises OptionError for one that names none."""
+    """Return the layers that a pattern of `--bits` names, with `*` and `?` as in a shell.
+
+    Raises OptionError for a pattern that names none.
+    """
     found = [name for name in layers if fnmatchcase(name, pattern)]
     if not found:
         raise OptionError(
@@ -31,7 +32,10 @@ def layers_matching(layers: Iterable[str], pattern: str) -> list[str]:
 
 
 def bits_by_hand(layers: Sequence[str], given: Sequence[str]) -> dict[str, int]:
-    """Return the bits of the layers that `--bits PATTERN=BITS` names; the last one that names a layer counts. Raises OptionError."""
+    """Return the bits of the layers that `--bits PATTERN=BITS` names; the last option that names a layer counts.
+
+    Raises OptionError for an option that is malformed, or names no layer.
+    """
     chosen: dict[str, int] = {}
     for option in given:
         pattern, _, bits = option.rpartition("=")
@@ -42,9 +46,9 @@ def bits_by_hand(layers: Sequence[str], given: Sequence[str]) -> dict[str, int]:
 
 
 def average_bits_of(text: str) -> tuple[float, list[int]]:
-    """Read `--average-bits AVERAGE[:WIDTHS]`, such as 4.5 or 4.5:3,4,6: (average, widths that a layer may have).
+    """Read `--average-bits AVERAGE[:WIDTHS]`, such as 4.5 or 4.5:3,4,6, as (average, widths that a layer may have).
 
-    Raises OptionError where the widths cannot be, or cannot have this average.
+    Raises OptionError for widths that do not exist, or that cannot have this average.
     """
     number, _, widths = text.partition(":")
     try:
@@ -69,7 +73,10 @@ def allocate_bits(
     choices: Sequence[int],
     average_bits: float,
 ) -> dict[str, int]:
-    """Bits of every layer, so many on average over their weights; what was set by hand counts, and stays."""
+    """Return the bits of every layer, `average_bits` on average over their weights.
+
+    sensitivity: as `known_sensitivity` gives it; layers in by_hand keep their bits, which count in the average.
+    """
     measured = sensitivity["layers"]
     costs = [
         {by_hand[name]: 0.0} if name in by_hand else {bits: measured[name]["weights"][str(bits)] for bits in choices}
@@ -79,25 +86,28 @@ def allocate_bits(
     return dict(zip(layers, chosen, strict=True))
 
 
-def choose_bits(rounding: RoundingRun, options: RoundingOptions) -> RoundingRun:
-    """The run with bits for every layer; measures what is not known yet, but not in a dry run. Raises OptionError."""
-    chosen = bits_by_hand(list(rounding.layers), options.bits)
+def choose_bits(run: RoundingRun, options: RoundingOptions) -> RoundingRun:
+    """Return the run with bits for every layer; measure the sensitivity where it is not known, but not in a dry run.
+
+    Raises OptionError for options that leave no layer, or that need every block.
+    """
+    chosen = bits_by_hand(list(run.layers), options.bits)
     excluded = [name for name, bits in chosen.items() if bits == UNQUANTIZED]
     chosen = {name: bits for name, bits in chosen.items() if bits != UNQUANTIZED}
-    layers = [name for name in rounding.layers if name not in excluded]
+    layers = [name for name in run.layers if name not in excluded]
     if not layers:
         raise OptionError("--bits leaves no layer to train")
-    settings = replace(rounding.settings, excluded=excluded)
+    settings = replace(run.settings, excluded=excluded)
     if options.average_bits is not None:
         average, choices = average_bits_of(options.average_bits)
-        if len(rounding.blocks) != len(model_blocks(rounding.mmdit)):
+        if len(run.blocks) != len(model_blocks(run.mmdit)):
             raise OptionError("--average-bits is of the whole model: leave --blocks out")
         settings = replace(settings, average_bits=average, bit_choices=choices)
-        sensitivity = known_sensitivity(rounding, choices)
-        if not rounding.ranks.from_rank_0(sensitivity is not None) and not options.dry_run:
-            note_sensitivity(rounding, choices)
-            sensitivity = known_sensitivity(rounding, choices)
+        sensitivity = known_sensitivity(run, choices)
+        if not run.ranks.from_rank_0(sensitivity is not None) and not options.dry_run:
+            note_sensitivity(run, choices)
+            sensitivity = known_sensitivity(run, choices)
         if sensitivity is not None:
             chosen = allocate_bits(sensitivity, layers, chosen, choices, average)
     other = {name: bits for name, bits in chosen.items() if bits != settings.weight_bits}
-    return replace(rounding, settings=replace(settings, layer_bits=other))
+    return replace(run, settings=replace(settings, layer_bits=other))
