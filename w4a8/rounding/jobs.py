@@ -1,4 +1,4 @@
-"""A job of stage 3W: layers that are trained together, their samples, and the files that they end in."""
+"""The base class of all jobs of stage 3W, and how one job runs from its checkpoint to its files."""
 
 import gc
 from abc import ABC, abstractmethod
@@ -26,35 +26,62 @@ from w4a8.rounding.units import UnitSpec
 
 @dataclass(frozen=True)
 class Job(ABC):
-    """One job of a run. A phase of stage 3W is a subclass of this class, in a file of its own, listed in `phases.PHASES`."""
+    """Layers that are trained together, the samples of this training, and the files that it ends in.
+
+    A phase of stage 3W is a subclass, one class in one file, listed in `phases.PHASES`. A subclass defines the abstract
+    methods; the other ones have a default. The stage calls them in this order. `of_run` makes the phase's jobs.
+    `is_finished` decides which jobs are left: it reads the block files and `losses_paths`, and asks `is_complete`.
+    `bytes_written` is held against the disk's room. A dry run then times iteration `timed_from` of the training that
+    `trial` gives with `few_samples`, scales the seconds by `iterations` and `iteration_cost`, takes `peak_bytes` and
+    `sample_bytes` into account, and ends. A real run calls `run_job` for every job that is left (where
+    `is_one_process`, each process does jobs of its own): `open`, `samples` and `training` build the training,
+    `Training.step` runs `iterations` times, `Training.measure` gives the losses, and rank 0 calls `write`, after a last
+    checkpoint where `saves_before_writing`.
+    """
 
     run: RoundingRun
     spec: UnitSpec
 
+    # identity
+
     @classmethod
     @abstractmethod
     def of_run(cls, run: RoundingRun) -> list["Job"]:
-        """Return the jobs of this phase, in order; an empty list where the run leaves the phase out."""
+        """Return the jobs of this phase, in order; an empty list where the run leaves the phase out.
+
+        The method must be cheap, since it is called more than once in a run.
+        """
 
     @property
     def name(self) -> str:
+        """The name that checkpoints, losses and the progress bar bear; unique in a run."""
         return self.spec.name
 
     @property
     def trained_blocks(self) -> list[str]:
-        """Names of the blocks that have a layer to train."""
+        """The names of the blocks that have a layer to train."""
         blocks = set(map(block_of, self.spec.layers))
         return [block for block in self.spec.blocks if block in blocks]
 
     @property
     def alone(self) -> "Job":
-        """The job without other processes."""
+        """The same job without other processes."""
         return replace(self, run=self.run.alone)
+
+    @property
+    def is_one_process(self) -> bool:
+        """True where one process does the whole job while the others do other jobs of the same phase.
+
+        Such jobs must come before those that all processes share.
+        """
+        return False
+
+    # estimates of a dry run
 
     @property
     @abstractmethod
     def iterations(self) -> int:
-        """Number of iterations of the whole job."""
+        """The number of iterations of the whole job."""
 
     @property
     def trial(self) -> "Job":
@@ -63,27 +90,28 @@ class Job(ABC):
 
     @property
     def timed_from(self) -> int:
-        """The iteration that a dry run times: one that costs as much as the dearest."""
+        """The iteration that a dry run times; it must cost as much as the most expensive one."""
         return 0
 
     @property
     def iteration_cost(self) -> float:
-        """What one iteration costs, in iterations of a block."""
+        """The cost of one iteration, in iterations of a block."""
         return 1.0
 
     @property
-    def is_one_process(self) -> bool:
-        """Whether one process does the whole job, beside others that do others."""
-        return False
-
-    @property
     def bytes_written(self) -> int:
-        """Bytes on the disk at most, checkpoints included."""
+        """The largest number of bytes that the job takes on the disk, checkpoints included."""
         return 0
 
     @abstractmethod
     def peak_bytes(self) -> int:
-        """Estimate the peak memory in bytes from shapes alone; 0 where a trial run has to tell."""
+        """Estimate the peak memory in bytes from shapes alone; return 0 where only a trial run can tell."""
+
+    def sample_bytes(self) -> int:
+        """Return the number of bytes that one cached sample takes in memory, where the training draws from a window."""
+        return 0
+
+    # finished jobs
 
     @abstractmethod
     def losses_paths(self) -> list[Path]:
@@ -109,16 +137,21 @@ class Job(ABC):
         shapes = {name: run.layers[name].shape for name in self.spec.layers}
         return {name: fields["q"].shape for name, fields in found.items()} == shapes and self.is_complete(found)
 
+    # the work itself
+
     @abstractmethod
     def open(self) -> nn.Module:
-        """Return the transformer with what the job needs of it; weights that are not read yet are read when they are used."""
+        """Return the transformer with everything that the job needs of it.
+
+        Weights that are not read yet are read when they are used.
+        """
 
     @abstractmethod
     def samples(self, mmdit: nn.Module) -> Samples:
         """Return the samples that the job is trained on."""
 
     def few_samples(self, mmdit: nn.Module) -> Samples:
-        """Return samples for a trial run, which writes nothing."""
+        """Return samples for a trial run; the call must write nothing."""
         return self.samples(mmdit)
 
     @abstractmethod
@@ -127,24 +160,31 @@ class Job(ABC):
 
     @abstractmethod
     def write(self, training: Training, losses: Mapping[str, Any], keep_alpha: bool) -> None:
-        """Write the files of a finished training."""
+        """Write the files of a finished training: every trained block's, and the losses at `losses_paths`.
+
+        losses: as `Training.measure` gives them, with the curve; keep_alpha: block files also hold the rounding
+        variables.
+        """
 
     def saves_before_writing(self) -> bool:
         """Return whether a last checkpoint is needed because `write` changes several files one after the other."""
         return False
 
 
-def run_job(job: Job, bar: ProgressBar, count: Callable[[], Any], checkpoint_seconds: float, keep_alpha: bool, own: bool = False) -> None:
+def run_job(
+    job: Job, bar: ProgressBar, count: Callable[[], Any], checkpoint_seconds: float, keep_alpha: bool, own: bool = False
+) -> None:
     """Train a job from its checkpoint, if there is one, and let rank 0 write its files.
 
     count: called after every iteration; own: every process has a job of its own, and checkpoints bear the job's name.
+    Raises StoreError where a loss is not finite.
     """
     run, ranks = job.run, job.run.ranks
     mmdit, checkpoint = job.open(), JobCheckpoint(run.paths, job.spec, run.plan, own)
     samples = job.samples(mmdit)
     training = job.training(mmdit, samples)
     saved = checkpoint.load()
-    ranks.barrier()  # every process has read it
+    ranks.barrier()  # nobody writes the checkpoint before every process has read it
     if saved is not None:
         iteration, arrays = saved
         try:
@@ -160,16 +200,20 @@ def run_job(job: Job, bar: ProgressBar, count: Callable[[], Any], checkpoint_sec
     if ranks.rank == 0:
         job.write(training, losses, keep_alpha)
         checkpoint.remove()
-    ranks.barrier()  # its files are there
+    ranks.barrier()  # the next job may read these files
     del mmdit, samples, training, writes, save
-    gc.collect()  # what refers to itself would stay beside the next block
+    gc.collect()  # objects that refer to themselves would stay in memory beside the next block
     mx.clear_cache()
 
 
 def train_or_explain(
-    job: Job, training: Training, bar: ProgressBar, save: Callable[[], None], checkpoint_seconds: float, count: Callable[[], Any],
+    job: Job, training: Training, bar: ProgressBar, save: Callable[[], None], checkpoint_seconds: float,
+    count: Callable[[], Any],
 ) -> dict[str, Any]:  # fmt: skip
-    """Train; where a loss is not finite, leave the last good state on the disk and raise StoreError with what to do."""
+    """Train, and return the losses.
+
+    Where a loss is not finite, leave the last good state on the disk and raise StoreError with the way to go on.
+    """
     try:
         return train(training, bar, save, checkpoint_seconds, count)
     except NotFiniteError as error:
@@ -178,6 +222,7 @@ def train_or_explain(
             write_json(job.run.paths.plan, {**job.run.plan, "diverged": training.unit.name})
         job.run.ranks.barrier()
         raise StoreError(
-            f"{training.unit.name}: {error}; the last good state, iteration {training.iteration}, is kept: --resume goes "
-            "on from it, also with a lower --lr-alpha or --lr-activation-scale (TROUBLESHOOTING_GUIDE Issue 25)"
+            f"{training.unit.name}: {error}; the last good state, iteration {training.iteration}, is kept: "
+            "--resume goes on from it, also with a lower --lr-alpha or --lr-activation-scale "
+            "(TROUBLESHOOTING_GUIDE Issue 25)"
         ) from None

@@ -1,4 +1,4 @@
-"""The phases of stage 3W in their order, how their jobs run, and what is left of them."""
+"""The phases of stage 3W in their order: their jobs, how these run, and estimates of the work that is left."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,11 @@ def jobs_of(run: RoundingRun) -> list[Job]:
 def run_jobs(
     jobs: Sequence[Job], todo: Sequence[Job], bar: ProgressBar, checkpoint_seconds: float, keep_alpha: bool
 ) -> None:
-    """Train what is left, job by job. Processes share every job, or, where blocks need nothing of each other, the jobs."""
+    """Train what is left, job by job.
+
+    Processes share every job. Where a phase's jobs need nothing of each other (`Job.is_one_process`), processes share
+    out the jobs instead.
+    """
     run = jobs[0].run
     paths, ranks, own = run.paths, run.ranks, [job for job in jobs if job.is_one_process]
     if todo and ranks.rank == 0:
@@ -48,23 +52,26 @@ def run_jobs(
             run_job(job, bar, bar.update, checkpoint_seconds, keep_alpha)
     bar.n = sum(job.iterations for job in jobs)
     if ranks.rank == 0:
-        remove_file(paths.checkpoint)  # of a job that processes of their own have finished
+        remove_file(paths.checkpoint)  # an earlier run's: `own` jobs remove only the checkpoints that bear their names
     if run.boundaries is not None:
         run.boundaries.finish()
 
 
 def bytes_written(todo: Sequence[Job]) -> int:
-    """Return the number of bytes that these jobs take on the disk at most."""
-    walks = [job for job in todo if isinstance(job, UnitPhase) and job.run.boundaries is not None]
-    return sum(job.bytes_written for job in todo) + (walks[0].run.boundaries.num_bytes() if walks else 0)
+    """Return the largest number of bytes that these jobs take on the disk, boundaries between blocks included."""
+    boundaries = next((job.run.boundaries for job in todo if isinstance(job, UnitPhase)), None)
+    return sum(job.bytes_written for job in todo) + (0 if boundaries is None else boundaries.num_bytes())
 
 
 def losses_by_job(jobs: Sequence[Job], losses: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    """Return (name, losses) of every job, from what metadata.json says by block, and of the last phase by its name."""
+    """Return (name, losses) of every job.
+
+    losses: as metadata.json has them, by block; the last phase's by its name.
+    """
     return [(job.name, (losses.get(job.name) or losses[job.trained_blocks[0]])["stages"][0]) for job in jobs]
 
 
-# --- before it begins ---------------------------------------------------------------------------------------
+# --- before the work begins ---------------------------------------------------------------------------------
 
 
 class NothingLearned(OptionError):
@@ -74,9 +81,9 @@ class NothingLearned(OptionError):
 
 
 def estimate_rounding(jobs: Sequence[Job], todo: Sequence[Job], resumed: bool) -> Estimate:
-    """Time a trial of the first job that is left. Raises NothingLearned when its first iterations are not finite.
+    """Estimate the work that is left from a timed trial of the first job that is left.
 
-    resumed: the first job goes on from its checkpoint.
+    resumed: the first job goes on from its checkpoint. Raises NothingLearned when its first iterations are not finite.
     """
     mx.reset_peak_memory()
     first, at_once = todo[0], 1
@@ -103,7 +110,7 @@ def estimate_rounding(jobs: Sequence[Job], todo: Sequence[Job], resumed: bool) -
         left -= min(saved[0], todo[0].iterations)
     costs = left + sum(job.iterations * (job.iteration_cost / tried.iteration_cost - 1) for job in todo)
     peak = max(mx.get_peak_memory(), *(job.peak_bytes() for job in jobs))
-    peak += settings.window * max(job.sample_bytes() for job in jobs if isinstance(job, UnitPhase))
+    peak += settings.window * max(job.sample_bytes() for job in jobs)
     return Estimate(
         work=f"{len(todo)} of {len(jobs)} units, {left} iterations",
         seconds=seconds * costs / at_once,
@@ -121,7 +128,8 @@ def print_shares(run: RoundingRun, jobs: Sequence[Job], todo: Sequence[Job]) -> 
         ranks.print_shares(counts, "blocks")
     else:
         parts = run.settings.micro_batches(range(run.settings.batch_size))
-        ranks.print_shares([len(one.owned_indices(len(parts))) for one in ranks.every_rank()], "micro-batches of an iteration")
+        counts = [len(one.owned_indices(len(parts))) for one in ranks.every_rank()]
+        ranks.print_shares(counts, "micro-batches of an iteration")
 
 
 def kept_after_interrupt(paths: WeightPaths) -> str:

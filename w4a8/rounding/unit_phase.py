@@ -1,4 +1,4 @@
-"""The first phase: every unit's rounding is learned for the unit's own output, then its grids and ranges (BRECQ, AdaRound)."""
+"""The first phase: every unit learns its rounding for its own output, then its grids and ranges (BRECQ, AdaRound)."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,37 +30,42 @@ class UnitPhase(Job):
 
     @classmethod
     def of_run(cls, run: RoundingRun) -> list[Job]:
+        """Return a job for each unit, in the order of the model."""
         specs = run.unit_class.specs(run.layers, run.blocks)
         return [cls(run, spec) for spec in specs if spec.layers]  # a unit whose layers are all excluded is left out
 
     @property
     def iterations(self) -> int:
+        """The number of iterations of the whole job."""
         return self.run.settings.iters
 
     @property
     def trial(self) -> Job:
-        """The first unit where blocks are walked one after the other: its inputs are cached."""
+        """The job that a dry run times: the first one, whose inputs are cached, where boundaries must be made."""
         return self if self.run.boundaries is None else self.of_run(self.run)[0]
 
     @property
     def timed_from(self) -> int:
+        """The first iteration that tunes grids: it costs the most."""
         return self.run.settings.rounding_iters
 
     @property
     def is_one_process(self) -> bool:
-        """Whether blocks need nothing of each other: all boundaries are cached."""
+        """True where processes share out the blocks, which need nothing of each other: all boundaries are cached."""
         run = self.run
         return run.ranks.size > 1 and not holds_ends(run.cache) and run.unit != MODEL
 
     @property
     def bytes_written(self) -> int:
+        """The largest number of bytes that the job takes on the disk, checkpoints included."""
         return BYTES_PER_WEIGHT * num_weights(self.run.layers[name] for name in self.spec.layers)
 
     def peak_bytes(self) -> int:
+        """Return 0: a trial run of the first unit tells."""
         return 0
 
     def iteration_bytes(self) -> IterationBytes:
-        """Estimate what an iteration takes, from shapes alone."""
+        """Estimate the memory that an iteration takes, from shapes alone."""
         run = self.run
         cached, config = boundary_shapes(run.cache), run.mmdit.config
         shapes = [cached[key] for key in block_keys(run.cache, self.spec.blocks[0])[0]]
@@ -81,29 +86,34 @@ class UnitPhase(Job):
         return sum((2 if key in stored else walked) * int(np.prod(shapes[key])) for key in keys)
 
     def losses_paths(self) -> list[Path]:
+        """Return a file for each trained block."""
         return [self.run.paths.losses(block) for block in self.trained_blocks]
 
     def open(self) -> nn.Module:
+        """Return the transformer. Raises ModelError where a weight of the unit's blocks is not finite."""
         mmdit = self.run.open()
         for name in self.spec.blocks:
             check_finite(model_blocks(mmdit)[name].module, f"{self.run.plan['model_version']}, {name}")
         return mmdit
 
     def samples(self, mmdit: nn.Module) -> Samples:
+        """Return the inputs and outputs of the unit's blocks; make the boundaries that are needed and not cached."""
         run = self.run
         if run.boundaries is not None:
             return run.boundaries.samples(mmdit, self.spec.blocks[0])
         return run.whole_samples() if holds_ends(run.cache) else run.stretch_samples(self.spec.blocks)
 
     def few_samples(self, mmdit: nn.Module) -> Samples:
+        """Return samples for a trial run, without a boundary on the disk."""
         run = self.run
         return self.samples(mmdit) if run.boundaries is None else run.boundaries.few(mmdit, run.settings.batch_size)
 
     def training(self, mmdit: nn.Module, samples: Samples) -> Training:
+        """Return the unit's training at its first iteration."""
         return UnitTraining(self.run.unit_class.build(mmdit, self.spec, samples, self.run.settings, self.run.ranks))
 
     def write(self, training: Training, losses: Mapping[str, Any], keep_alpha: bool) -> None:
-        """Write what was learned; where held-out samples are no better off than with round-to-nearest, write that."""
+        """Write the learned layers, or, where held-out samples are no better off with them, round-to-nearest."""
         assert isinstance(training, UnitTraining)
         kept_nearest = not losses["end"] < losses["nearest"]
         trained = trained_layers(training, kept_nearest)
@@ -117,7 +127,10 @@ class UnitPhase(Job):
 
 
 def trained_layers(training: UnitTraining, keep_nearest: bool) -> Layers:
-    """Return the arrays of a trained unit's layers as block files hold them: {layer: {field: array}}."""
+    """Return the arrays of a trained unit's layers as block files hold them: {layer: {field: array}}.
+
+    keep_nearest: the codes and grids of round-to-nearest in place of the learned ones.
+    """
     unit, state = training.unit, training.state
     quantized = unit.nearest
     if not keep_nearest:
@@ -143,6 +156,6 @@ def trained_layers(training: UnitTraining, keep_nearest: bool) -> Layers:
 
 
 def half_alpha(alpha: np.ndarray) -> np.ndarray:
-    """Return α in float16 on the same side of 0; a negative α that is too small becomes the smallest negative number."""
+    """Return α in float16 on the same side of 0: a negative α that would become 0 becomes the smallest negative."""
     half = alpha.astype(np.float16)
     return np.where((alpha < 0) & (half == 0), -np.finfo(np.float16).smallest_subnormal, half)
