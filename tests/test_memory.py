@@ -21,7 +21,7 @@ from calibration_store.block_cache import read_cache_metadata
 from calibration_store.layout import WeightPaths
 from calibration_store.manifest import read_manifest
 from calibration_store.weights import read_quantized_block
-from w4a8 import blas, parallel
+from w4a8.backend import blas, parallel
 from w4a8.evaluation.variants import make_variant
 from w4a8.model.catalog import BUNDLED_FOLDER, describe_model
 from w4a8.model.layers import model_layers
@@ -29,7 +29,7 @@ from w4a8.model.loading import load_pipeline
 from w4a8.model.parts import DECODER, TEXT, TRANSFORMER, whole_model
 from w4a8.model.prompt_encoder import PromptEncoder, encode_prompts
 from w4a8.model.runs import run_transformer
-from w4a8.rounding.micro_batches import IterationBytes
+from w4a8.rounding.iteration_bytes import IterationBytes
 from w4a8.rounding.settings import Settings
 from w4a8.rounding.training_samples import Samples
 from w4a8.rounding.unit_phase import half_alpha
