@@ -81,6 +81,7 @@ def run(options: EvaluationOptions) -> None:
     from calibration_store.files import locked_folder
     from calibration_store.layout import EvaluationPaths
     from calibration_store.manifest import read_manifest, run_identity
+    from w4a8 import __version__
     from w4a8.backend.launched import join
     from w4a8.evaluation.drawn_images import (
         choose_prompts,
@@ -142,6 +143,7 @@ def run(options: EvaluationOptions) -> None:
         write_sheets(paths, prompts, options.seed, original, images)
         image_ids = [image["image_id"] for image in manifest["images"]]
         parameters = {
+            "w4a8_version": __version__,
             "prompts": prompts,
             "overlap_with_calibration": overlap,
             "num_steps": sampling.num_steps,

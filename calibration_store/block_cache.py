@@ -76,6 +76,7 @@ class _CacheMetadata(TypedDict):
 
 class CacheMetadata(_CacheMetadata, total=False):
     calibration_run: Digest
+    w4a8_version: Name  # of the toolkit that began the cache; absent before 0.9.0
     num_images: Count
     blocks: str | None
     model_version: Name

@@ -23,6 +23,7 @@ from calibration_store.schema import (
     Index,
     JsonFormat,
     Member,
+    Name,
     Record,
     Relation,
     Rule,
@@ -44,9 +45,15 @@ class _Collection(TypedDict):
     key_timesteps: list[Index]
 
 
+class Collection(_Collection, total=False):
+    """collection.json: what a run of stage 2A is, while it is under way."""
+
+    w4a8_version: Name
+
+
 COLLECT = "collect_layer_activations.py"
 COLLECTION = JsonFormat(
-    PARTIAL_FORMAT, _Collection, COLLECT, lambda plan: distinct(plan["selected_image_ids"], "selected_image_ids: image")
+    PARTIAL_FORMAT, Collection, COLLECT, lambda plan: distinct(plan["selected_image_ids"], "selected_image_ids: image")
 )
 GRID = 256  # bins of a histogram; three more columns: the grid's exponent, its first bin, values that are not finite
 LAYERS = Rule(

@@ -12,7 +12,7 @@ from calibration_store.files import write_json
 from calibration_store.layout import BlockCachePaths, CalibrationPaths
 from calibration_store.manifest import read_manifest, same_run
 from calibration_store.names import LayerName, input_owner
-from calibration_store.schema import Count, Digest, Index, JsonFormat, NotNegative
+from calibration_store.schema import Count, Digest, Index, JsonFormat, Name, NotNegative
 
 SENSITIVITY_FORMAT = "layer_sensitivity_v1"
 MEASURE = "optimize_adaround.py --sensitivity-only"
@@ -26,7 +26,7 @@ class LayerSensitivity(TypedDict):
     size: Count  # of the weight
 
 
-class Sensitivity(TypedDict):
+class _Sensitivity(TypedDict):
     """sensitivity.json. `inputs`: by layer, at each of `sigmas`, the velocity's mean squared error for each unit of mean
     squared error of the layer's input; q, k and v of a stream have one input, noted for q."""
 
@@ -40,6 +40,10 @@ class Sensitivity(TypedDict):
     sigmas: Annotated[list[NotNegative], Meta(min_length=1)]
     layers: Annotated[dict[LayerName, LayerSensitivity], Meta(min_length=1)]
     inputs: Annotated[dict[LayerName, list[NotNegative]], Meta(min_length=1)]
+
+
+class Sensitivity(_Sensitivity, total=False):
+    w4a8_version: Name
 
 
 def sensitivity_fault(content: Sensitivity) -> str | None:

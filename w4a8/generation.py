@@ -26,7 +26,7 @@ from calibration_store.samples import is_complete, sample_arrays, sample_bytes, 
 from w4a8.backend.estimates import Estimate
 from w4a8.backend.processes import SINGLE_PROCESS, SingleProcess
 from w4a8.backend.progress import ProgressBar, progress_bar
-from w4a8.model.catalog import ModelInfo, choose_dtype, package_versions
+from w4a8.model.catalog import ModelInfo, choose_dtype, package_versions, without_own
 from w4a8.model.memory_needs import needs_of, refuse_too_large
 from w4a8.model.parts import DECODER, TRANSFORMER, Pipeline, to_numpy
 from w4a8.model.prompt_encoder import PromptEncoder, check_prompts
@@ -158,15 +158,12 @@ def continue_run(plan: dict[str, Any], manifest: dict[str, Any]) -> str:
     where = ("model_version", "local_checkpoint", "loras")
     if plan["weights_fingerprint"] is not None or any(plan.get(key) != manifest.get(key) for key in where):
         check_same_model(plan, manifest)
-    versions = plan["package_versions"]
+    now, began = (without_own(one["package_versions"]) for one in (plan, manifest))
     plan |= {key: manifest[key] for key in ("batch_option", "batch_size", "package_versions")}
     plan["weights_fingerprint"] = manifest["weights_fingerprint"]  # not known before the files are here, or the same
-    if versions == manifest["package_versions"]:
+    if now == began:
         return ""
-    return (
-        f"Warning: the run was started with {manifest['package_versions']}, now {versions}: "
-        "arrays may differ in their last bits.\n"
-    )
+    return f"Warning: the run was started with {began}, now {now}: arrays may differ in their last bits.\n"
 
 
 def check_same_model(plan: dict[str, Any], manifest: dict[str, Any]) -> None:
