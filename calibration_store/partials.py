@@ -46,7 +46,7 @@ class _Collection(TypedDict):
 
 
 class Collection(_Collection, total=False):
-    """collection.json: what a run of stage 2A is, while it is under way."""
+    """Describe a run of stage 2A while it is under way: collection.json."""
 
     w4a8_version: Name
 

@@ -43,6 +43,8 @@ class _Sensitivity(TypedDict):
 
 
 class Sensitivity(_Sensitivity, total=False):
+    """List the entries of sensitivity.json; measurements from before 0.9.0 have no version."""
+
     w4a8_version: Name
 
 

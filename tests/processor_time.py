@@ -1,4 +1,4 @@
-"""A pytest plugin: a test that takes long must say so, or `make check` grows until nobody runs it.
+"""Fail tests that take long without saying so, or `make check` grows until nobody runs it: a pytest plugin.
 
 A test without the marker `slow` may take 3 seconds of processor time in its setup, and 3 in its call: the time of this
 process and of the processes that it waited for, which a busy machine hardly changes. Under -m "not slow" a longer one

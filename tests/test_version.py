@@ -42,7 +42,7 @@ def succeed(script, folder, *arguments):
 
 
 def complete(folder):
-    """What `finished_run` leaves to do."""
+    """Run the stages that `finished_run` leaves out."""
     succeed("analyze_activations_multitier", folder)
     succeed("export_quantized_model", folder)
     succeed("evaluate_quantization", folder, *EVALUATE)
@@ -54,7 +54,7 @@ slow = pytest.mark.slow  # tests of a whole run
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A folder with every file of a run, made by this version."""
+    """Make a folder with every file of a run, by this version."""
     folder = tmp_path_factory.mktemp("version") / "run"
     shutil.copytree(finished_run(tmp_path_factory.getbasetemp()), folder)
     complete(folder)
@@ -63,7 +63,7 @@ def whole(tmp_path_factory):
 
 @pytest.fixture(params=["none", "other"])
 def older(request, whole, tmp_path):
-    """The same folder, as a version that noted none, or another one, would have left it."""
+    """Make the same folder as a version that noted none, or another one, would have left it."""
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
     for name, (*outer, key) in NOTED.items():
@@ -76,7 +76,7 @@ def older(request, whole, tmp_path):
         else:
             place[key] = OTHER
         write_json(folder / name, content)
-    # what depends on the bytes of a file: an export names the metadata.json of its codes
+    # an export has the digest of the metadata.json of its codes: it is made for the changed one
     shutil.rmtree(folder / "quantized_model")
     succeed("export_quantized_model", folder)
     return folder

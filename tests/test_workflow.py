@@ -21,7 +21,7 @@ def commands(job):
 
 
 def machines_of(job):
-    """Every combination of a job's matrix, its expressions filled in: {"runs-on": …, "python-version": …}."""
+    """Yield every combination of a job's matrix, its expressions filled in: {"runs-on": …, "python-version": …}."""
     matrix = job.get("strategy", {}).get("matrix", {})
     (python,) = (step["with"]["python-version"] for step in job["steps"] if "setup-python" in step.get("uses", ""))
     for values in itertools.product(*matrix.values()):

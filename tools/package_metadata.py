@@ -13,10 +13,10 @@ CPU_BUILD = ("mlx[cpu]", "scipy-openblas32")
 
 
 class Requirements(MetadataHookInterface):
-    """Dependencies and extras, from the requirements files."""
+    """Read dependencies and extras from the requirements files."""
 
     def update(self, metadata: dict[str, Any]) -> None:
-        """Put both into the package's metadata."""
+        """Put both into the metadata of the package."""
         listed = requirements(Path(self.root) / "requirements.txt")
         cpu = [line for line in listed if line.startswith(CPU_BUILD)]
         (mlx,) = (line for line in cpu if line.startswith("mlx["))
