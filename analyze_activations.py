@@ -50,6 +50,7 @@ def run(options: W4A8Options) -> None:
     from calibration_store.files import locked_folder
     from calibration_store.layout import ActivationPaths, clear_analysis_temporaries
     from calibration_store.statistics import read_statistics
+    from w4a8 import __version__
     from w4a8.analysis.trial import estimate_analysis
     from w4a8.analysis.w4a8_config import (
         config_steps,
@@ -84,6 +85,7 @@ def run(options: W4A8Options) -> None:
         "scale_from": "hist_p999" if options.use_hist_p999 else "tensor_absmax",
         "scale_meaning": "range",
         "outlier_threshold": options.outlier_threshold,
+        "w4a8_version": __version__,
         "written_with": [temporal_file.name, *(figure.name for figure in figures)],
     }
     head = {"format": W4A8_FORMAT, "summary": summary, "metadata": metadata, "sigma_map": statistics.sigma_map}

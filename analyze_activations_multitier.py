@@ -59,6 +59,7 @@ def run(options: TierOptions) -> None:
     from calibration_store.layout import ActivationPaths, clear_analysis_temporaries
     from calibration_store.sensitivity import read_sensitivity
     from calibration_store.statistics import ActivationStatistics, read_statistics
+    from w4a8 import __version__
     from w4a8.analysis.tiers import (
         check_policy,
         decide,
@@ -95,7 +96,8 @@ def run(options: TierOptions) -> None:
         "format": MULTITIER_FORMAT,
         "summary": summary,
         "metadata": statistics.metadata
-        | {"statistics": stats.name, "scale_meaning": "range", "written_with": [path.name for path in written[1:]]},
+        | {"statistics": stats.name, "scale_meaning": "range", "w4a8_version": __version__}
+        | {"written_with": [path.name for path in written[1:]]},
         "thresholds": chosen,
         "sigma_map": statistics.sigma_map,
         "outlier_config": {},

@@ -82,6 +82,7 @@ class CacheMetadata(_CacheMetadata, total=False):
     """metadata.json, written last. Files of earlier versions lack these entries."""
 
     calibration_run: Digest
+    w4a8_version: Name  # of the toolkit that began the cache; absent before 0.9.0
     num_images: Count
     blocks: str | None
     model_version: Name

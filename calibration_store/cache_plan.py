@@ -6,7 +6,7 @@ from typing import Any, Literal, TypedDict
 
 from calibration_store.block_cache import ALL, CACHE_FORMAT, CACHE_SCRIPT, ENDS, Boundaries
 from calibration_store.errors import OptionError
-from calibration_store.schema import Digest, Images, Index, JsonFormat, Steps
+from calibration_store.schema import Digest, Images, Index, JsonFormat, Name, Steps
 
 
 class _CachePlan(TypedDict):
@@ -23,6 +23,7 @@ class CachePlan(_CachePlan, total=False):
     """The entries of plan.json. Files of versions before 0.7 have no `boundaries`: they stand for "all"."""
 
     boundaries: Boundaries
+    w4a8_version: Name
 
 
 CACHE_PLAN = JsonFormat(CACHE_FORMAT, CachePlan, CACHE_SCRIPT)

@@ -80,6 +80,7 @@ class Metrics(_Metrics, total=False):
     selected_image_ids: list[Index]
     weights_fingerprint: Digest | None
     model_version: Name
+    w4a8_version: Name
 
 
 def metrics_fault(metrics: Metrics) -> str | None:

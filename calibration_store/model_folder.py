@@ -21,6 +21,7 @@ from calibration_store.errors import StoreError
 from calibration_store.files import open_regular, read_bytes, why_unreadable
 from calibration_store.names import LayerName
 from calibration_store.schema import Count, Digest, Guidance, Index, JsonFormat, Name, Positive, Side, distinct
+from calibration_store.version import without_version
 
 BUNDLED_MODEL = "sd3-emoji"
 LAYOUT = f"models/{BUNDLED_MODEL} shows the layout of a model folder"
@@ -114,6 +115,7 @@ class Export(_Export, total=False):
     """The `export` entry of config.json: the way of quantization, the original model, the run, digests of the files."""
 
     config: Digest  # of config.json without this entry; exports of 0.8.0 have none
+    w4a8_version: Name  # of the toolkit that exported; absent before 0.9.0
     layer_bits: dict[LayerName, Annotated[int, Meta(ge=2, le=8)]]
     excluded: list[LayerName]
 
@@ -364,12 +366,17 @@ def weights_fingerprint(files: Mapping[str, Path]) -> str:
     """Return the SHA-256 over the roles, sizes and contents of a model's files, {role: file}, in whatever folder.
 
     A file above 64 MiB is sampled: its safetensors header and 256 evenly spaced pieces of 64 KiB, in a tenth of a
-    second. Raises StoreError when a file cannot be read.
+    second. The version of the toolkit in an export's config.json is left out. Raises StoreError when a file cannot be
+    read.
     """
     digest = hashlib.sha256()
     for role in sorted(files):
         with open_regular(files[role], LAYOUT, limit=None) as file:
             size = os.fstat(file.fileno()).st_size
+            if role == CONFIG_FILE:
+                content = without_version(file.read())
+                digest.update(f"{role} {len(content)}\n".encode() + content)
+                continue
             digest.update(f"{role} {size}\n".encode())
             if size <= WHOLE_FILE:
                 digest.update(file.read())

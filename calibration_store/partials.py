@@ -23,6 +23,7 @@ from calibration_store.schema import (
     Index,
     JsonFormat,
     Member,
+    Name,
     Record,
     Relation,
     Rule,
@@ -44,9 +45,15 @@ class _Collection(TypedDict):
     key_timesteps: list[Index]
 
 
+class Collection(_Collection, total=False):
+    """Describe a run of stage 2A while it is under way: collection.json."""
+
+    w4a8_version: Name
+
+
 COLLECT = "collect_layer_activations.py"
 COLLECTION = JsonFormat(
-    PARTIAL_FORMAT, _Collection, COLLECT, lambda plan: distinct(plan["selected_image_ids"], "selected_image_ids: image")
+    PARTIAL_FORMAT, Collection, COLLECT, lambda plan: distinct(plan["selected_image_ids"], "selected_image_ids: image")
 )
 GRID = 256  # bins of a histogram; its row also has the grid's exponent, its first bin, and the values not finite
 LAYERS = Rule(

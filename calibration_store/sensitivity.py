@@ -15,7 +15,7 @@ from calibration_store.files import write_json
 from calibration_store.layout import BlockCachePaths
 from calibration_store.manifest import refuse_other_run
 from calibration_store.names import LayerName, input_owner
-from calibration_store.schema import Count, Digest, Index, JsonFormat, NotNegative
+from calibration_store.schema import Count, Digest, Index, JsonFormat, Name, NotNegative
 
 SENSITIVITY_FORMAT = "layer_sensitivity_v1"
 MEASURE = "optimize_adaround.py --sensitivity-only"
@@ -33,7 +33,7 @@ class LayerSensitivity(TypedDict):
     size: Count  # elements of the weight
 
 
-class Sensitivity(TypedDict):
+class _Sensitivity(TypedDict):
     """The entries of sensitivity.json.
 
     `inputs` has for each layer, at each of `sigmas`, the velocity's mean squared error for each unit of mean squared
@@ -50,6 +50,12 @@ class Sensitivity(TypedDict):
     sigmas: Annotated[list[NotNegative], Meta(min_length=1)]
     layers: Annotated[dict[LayerName, LayerSensitivity], Meta(min_length=1)]
     inputs: Annotated[dict[LayerName, list[NotNegative]], Meta(min_length=1)]
+
+
+class Sensitivity(_Sensitivity, total=False):
+    """List the entries of sensitivity.json; measurements from before 0.9.0 have no version."""
+
+    w4a8_version: Name
 
 
 def sensitivity_fault(content: Sensitivity) -> str | None:

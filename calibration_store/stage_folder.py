@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 from calibration_store.errors import StoreError
 from calibration_store.files import TEMP_SUFFIX, atomic_file, locked_folder, remove_file
 from calibration_store.schema import JsonFormat
+from calibration_store.version import keep_version
 
 _Item = TypeVar("_Item")
 _Written = TypeVar("_Written")
@@ -85,10 +86,10 @@ class StageFolder:
                 "or use another --calib-dir"
             )
 
-    def check(self, plan: Mapping[str, Any], may_change: Sequence[str] = ()) -> dict[str, Any] | None:
+    def check(self, plan: dict[str, Any], may_change: Sequence[str] = ()) -> dict[str, Any] | None:
         """Check that the run may begin, go on or start over here, and return the plan that it goes on with, or None.
 
-        Nothing is written. may_change: keys of the plan that need not be as they were. Raises StoreError when the
+        Nothing is written; a plan that goes on gets the version that its run was begun with. may_change: keys of the plan that need not be as they were. Raises StoreError when the
         folder is used and neither flag is given, or when --resume would mix two runs, and OptionError for a plan that
         no file can hold.
         """
@@ -108,6 +109,7 @@ class StageFolder:
                 )
         if before.get("calibration_run") != plan.get("calibration_run"):
             raise StoreError(f"--resume: {self.paths.root} was made from another calibration run; use --force")
+        keep_version(plan, before)
         return before
 
     def todo(self, items: Iterable[_Item], is_done: Callable[[_Item], bool]) -> list[_Item]:

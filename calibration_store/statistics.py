@@ -43,6 +43,7 @@ from calibration_store.schema import (
     of_run,
     run_fault,
 )
+from calibration_store.version import noted_version
 
 STATISTICS_FORMAT = "per_timestep_npz_v2"
 
@@ -259,6 +260,7 @@ class StatisticsMetadata(TypedDict, total=False):
     activation_dtype: Precision
     calibration_run: Digest
     weights_fingerprint: Digest
+    w4a8_version: Name  # of the toolkit that collected, or analyzed; absent before 0.9.0
 
 
 def metadata_fault(metadata: Mapping[str, Any]) -> str | None:
@@ -382,6 +384,7 @@ def write_statistics(
             "activation_dtype": manifest["activation_dtype"],
             "calibration_run": plan["calibration_run"],
             "weights_fingerprint": manifest["weights_fingerprint"],
+            **noted_version(plan),
         },
     }
     write_json(paths.statistics, statistics)

@@ -43,6 +43,7 @@ from calibration_store.schema import (
     run_fault,
     seed_fault,
 )
+from calibration_store.version import W4A8_VERSION
 
 WEIGHTS_FORMAT = "adaround_weights_v1"
 OPTIMIZE = "optimize_adaround.py"
@@ -69,6 +70,7 @@ class _MadeFrom(TypedDict, total=False):
     block_inputs: Literal["original", "mixed"]
     end_to_end: Iterations  # iterations of the last phase
     training_run: Digest  # digest of the plan (function `training_run`); absent in files of 0.8.0
+    w4a8_version: Name  # of the toolkit that began the run; absent before 0.9.0
     layer_bits: dict[LayerName, Bits]  # bits of the layers whose codes do not have weight_bits
     excluded: list[LayerName]  # layers that are not quantized
     average_bits: float | None
@@ -239,7 +241,7 @@ def training_run_of_0_8_0(plan: Mapping[str, Any]) -> str:
 
 
 def _plan_digest(plan: Mapping[str, Any], without: Sequence[str]) -> str:
-    same = {key: value for key, value in plan.items() if key not in (*without, TRAINING_RUN)}
+    same = {key: value for key, value in plan.items() if key not in (*without, TRAINING_RUN, W4A8_VERSION)}
     return hashlib.sha256(orjson.dumps(same, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import filelock
 import mlx.core as mx
+import processor_time
 import pytest
 from click.testing import CliRunner
 
@@ -18,6 +19,7 @@ from w4a8.model.catalog import describe_model
 from w4a8.model.loading import load_pipeline, whole_model
 
 ROOT = Path(__file__).resolve().parent.parent
+pytest_configure = processor_time.pytest_configure
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from calibration_store.manifest import read_manifest
 from calibration_store.model_folder import packed_fault
 from calibration_store.sensitivity import read_sensitivity, write_sensitivity
 from calibration_store.weights import read_quantized_block
+from w4a8 import __version__
 from w4a8.analysis.bit_allocation import allocate
 from w4a8.evaluation.metrics import FLIP_INSTALLED, describe_variant, flip_map, image_metrics
 from w4a8.model.layers import model_layers
@@ -115,6 +116,7 @@ def test_what_is_set_by_hand_counts_and_stays():
 def test_sensitivity_against_the_model_itself(measured):
     """One layer rounded, the whole model run: the same error."""
     found, rounding = read_sensitivity(measured), rounding_of(measured)
+    assert found["w4a8_version"] == __version__
     mmdit, settings = rounding.open(), rounding.settings
     samples = Samples.of_cache(measured, rounding.cache, mmdit, rounding.blocks)
     unit = rounding.unit_class.build(mmdit, jobs_of(rounding)[0].spec, samples, settings)

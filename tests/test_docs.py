@@ -23,11 +23,7 @@ SCRIPT = re.compile(r"(?:benchmarks/|tools/)?[a-z0-9_]+\.py")
 
 def options_of(script: str) -> set[str]:
     """Every flag of a script, of its subcommands, too."""
-    sys.path[:0] = [str((ROOT / script).parent)]
-    try:
-        command = importlib.import_module(Path(script).stem).main
-    finally:
-        del sys.path[0]
+    command = importlib.import_module(".".join(Path(script).with_suffix("").parts)).main
     if not isinstance(command, click.Command):  # what sets up runs before click is installed
         return {"-h", "--help"}
     commands = [command, *(command.commands.values() if isinstance(command, click.Group) else ())]

@@ -1,11 +1,14 @@
 """make setup: which Python it takes, and what it says when it cannot go on."""
 
+import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
+from packaging.requirements import Requirement
 
 from tools import set_up
 
@@ -58,6 +61,7 @@ def test_the_real_check_takes_this_python():
 
 RETRY = "WARNING: Retrying (Retry(total=0)) after connection broken by 'NewConnectionError('Failed to establish')': /simple/numpy/\n"
 NONE = "ERROR: No matching distribution found for mlx[cpu]<0.33,>=0.32.4\n"
+OF_EXTRA = 'ERROR: No matching distribution found for mlx[cpu]<0.33,>=0.32.4; extra == "cpu"\n'
 FULL = "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device\n"
 
 
@@ -66,6 +70,7 @@ FULL = "ERROR: Could not install packages due to an OSError: [Errno 28] No space
     [
         (RETRY + NONE, "pip does not reach its package index"),
         (NONE, "no package mlx[cpu]<0.33,>=0.32.4 for Python"),
+        (OF_EXTRA, "no package mlx[cpu]<0.33,>=0.32.4 for Python"),
         ("Collecting numpy\n" + FULL, "the disk is full"),
         ("ERROR: something\n  else\nerror: subprocess-exited-with-error\n", "installing failed: subprocess-exited"),
         ("", "installing failed: no reason given"),
@@ -81,6 +86,7 @@ def test_pips_output_becomes_one_line(log, words):
         ("Collecting numpy>=1.26 (from -r x)\n", "looking numpy up"),
         ("  Downloading scipy-1.17.1-cp311-cp311-manylinux_2_28_x86_64.whl (35.0 MB)\n", "getting scipy (35.0 MB)"),
         ("Installing collected packages: a, b, c\n", "installing 3 packages"),
+        ("  Building editable for w4a8-mlx (pyproject.toml): started\n", "building w4a8-mlx"),
         ("Requirement already satisfied: pip\n", None),
     ],
 )
@@ -107,3 +113,51 @@ def test_other_machines_are_refused(monkeypatch):
     monkeypatch.setattr(set_up.platform, "system", lambda: "Darwin")
     with pytest.raises(set_up.SetupError, match="this is Darwin on x86_64"):
         set_up.check_machine("cpu")
+
+
+def listed(name):
+    lines = (ROOT / name).read_text().splitlines()
+    return {Requirement(line) for line in lines if line and not line.startswith(("#", "-"))}
+
+
+def required(*extras, system):
+    """Return {package: (extras, versions)} of what the installed package requires on a system, with these extras."""
+    try:
+        requirements = map(Requirement, importlib.metadata.requires("w4a8-mlx"))
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("this Python has no w4a8-mlx: make setup")
+    wanted: dict[str, set] = {}
+    for one in requirements:
+        if one.marker is None or any(
+            one.marker.evaluate({"extra": extra, "platform_system": system}) for extra in (*extras, "")
+        ):
+            wanted.setdefault(one.name, set()).update(one.extras)
+    return wanted
+
+
+def on(requirements, system):
+    return {
+        one.name: one.extras
+        for one in requirements
+        if one.marker is None or one.marker.evaluate({"platform_system": system})
+    }
+
+
+@pytest.mark.parametrize("system", ["Linux", "Darwin"])
+def test_the_package_requires_what_the_files_list(system):
+    by_hand = listed("requirements.txt") | listed("requirements-test.txt")
+    assert required("cpu", "test", system=system) == on(by_hand, system)
+    assert "-r requirements-test.txt" in (ROOT / "requirements.txt").read_text()
+    assert not required("cpu", system=system).keys() & on(listed("requirements-test.txt"), system).keys()
+
+
+def test_mlx_builds_do_not_come_together():
+    for build in ("cuda12", "cuda13"):
+        found = required(build, "test", system="Linux")
+        assert found["mlx"] == {build} and "scipy-openblas32" not in found
+    assert required("cuda13", system="Darwin")["mlx"] == set()
+
+
+def test_editing_what_is_installed_sets_up_again():
+    (rule,) = re.findall(r"^\$\(INSTALLED\): (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(rule.split()) == {"pyproject.toml", *(path.name for path in ROOT.glob("requirements*.txt"))}

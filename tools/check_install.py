@@ -33,12 +33,13 @@ PLATFORMS = {
 }
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 FORMAT = "install_v1"
+LISTED, WITHOUT_THEIRS = ("requirements.txt", "requirements-test.txt"), "requirements-diffusionkit.txt"
 
 
 def requirements(*names: str) -> list[Requirement]:
-    """Read requirement files."""
+    """Read requirement files, without those that they include."""
     lines = [line for name in names for line in (ROOT / name).read_text(encoding="utf-8").splitlines()]
-    return [Requirement(line) for line in lines if line and not line.startswith("#")]
+    return [Requirement(line) for line in lines if line and not line.startswith(("#", "-"))]
 
 
 def wanted_on(requirement: Requirement, target: dict[str, str], extras: Iterable[str] = ()) -> bool:
@@ -72,10 +73,10 @@ def find_files(system: str, machine: str, tags: list[str], python: str) -> dict[
         "platform_python_implementation": "CPython",
     }  # fmt: skip
     found: dict[str, str | None] = {}
-    for item in requirements("requirements-diffusionkit.txt"):  # pure Python; what they require is listed by hand
+    for item in requirements(WITHOUT_THEIRS):  # pure Python; what they require is listed by hand
         entries = ask_pip([str(item)], tags, python, binary=False)
         found[item.name] = entries and entries[0]["download_info"]["url"].rsplit("/", 1)[1]
-    frontier = [item for item in requirements("requirements.txt") if wanted_on(item, target)]
+    frontier = [item for item in requirements(*LISTED) if wanted_on(item, target)]
     while frontier:
         asked = {canonicalize_name(item.name): item for item in frontier}
         texts = {name: without_marker(item) for name, item in asked.items()}
@@ -116,10 +117,7 @@ def main(platforms: tuple[str, ...], pythons: tuple[str, ...], output: Path | No
             bar.update()
     today = datetime.date.today().isoformat()
     path = output or ROOT / f"benchmarks/results/{today}-install.json"
-    requirement_files = {
-        name: (ROOT / name).read_text(encoding="utf-8")
-        for name in ("requirements.txt", "requirements-diffusionkit.txt")
-    }
+    requirement_files = {name: (ROOT / name).read_text(encoding="utf-8") for name in (*LISTED, WITHOUT_THEIRS)}
     content = {"format": FORMAT, "date": today, "requirements": requirement_files, "files": table}
     with atomic_file(path) as file:
         file.write(json.dumps(content, indent=1).encode() + b"\n")

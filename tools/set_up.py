@@ -1,4 +1,4 @@
-"""Fill .venv with what requirements.txt names, and a browser for the report's tests. `make setup` runs this.
+"""Fill .venv with this checkout and what requirements.txt names, and a browser for the report's tests. `make setup` runs this.
 
 python tools/set_up.py cpu          # or cuda12, cuda13: MLX for an NVIDIA GPU (Linux)
 
@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON, LOG = VENV / "bin/python", VENV / "setup.log"
-REQUIREMENTS, DIFFUSIONKIT = ROOT / "requirements.txt", ROOT / "requirements-diffusionkit.txt"
+DIFFUSIONKIT = ROOT / "requirements-diffusionkit.txt"
 GIGABYTES = {"cpu": 0.8, "cuda12": 4.0, "cuda13": 4.0}  # of disk while packages are installed
 GLIBC = (2, 35)  # MLX's wheels for Linux want it
 EVERY = 5  # seconds between two lines
@@ -76,7 +76,7 @@ def explanation(log: str) -> str:
     if re.search(r"connection broken|Failed to establish a new connection|Max retries exceeded|timed out", log):
         return "pip does not reach its package index: is there a network? (a proxy: set HTTPS_PROXY)"
     version = f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"
-    if missing := re.search(r"No matching distribution found for (\S+)", log):
+    if missing := re.search(r"No matching distribution found for ([^\s;]+)", log):
         return f"no package {missing[1]} for {version}; the whole output is in {LOG}"
     errors = re.findall(r"^(?:ERROR|error): (.+)", log, re.MULTILINE) or log.strip().splitlines()[-1:]
     return f"installing failed: {' '.join(errors[-1].split())[:200] if errors else 'no reason given'}; the whole output is in {LOG}"
@@ -87,7 +87,7 @@ def doing(line: str) -> str | None:
     for pattern, words in (
         (r"Collecting ([\w.-]+)", "looking {} up"),
         (r"\s+(?:Downloading|Using cached) ([\w.-]+?)-\d\S* \((.+)\)", "getting {} ({})"),
-        (r"\s*Building wheel for (\S+)", "building {}"),
+        (r"\s*Building (?:wheel|editable) for (\S+)", "building {}"),
         (r"Installing collected packages: (.+)", "installing {} packages"),
         (r"WARNING: Retrying", "the package index does not answer, trying again"),
     ):
@@ -107,7 +107,9 @@ def pip(started: float, *arguments: str | Path) -> None:
 def watch(started: float, words: str, *command: str | Path) -> tuple[int, str]:
     """Run a command, with a line every few seconds that says what it is doing; return its exit code and output."""
     environment = os.environ | {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1", "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     lines: list[str] = []
     reader = threading.Thread(target=lambda: lines.extend(process.stdout), daemon=True)
     reader.start()
@@ -136,13 +138,9 @@ def install(mlx: str) -> None:
     for mark in VENV.glob("installed-*"):
         mark.unlink()
     LOG.unlink(missing_ok=True)
-    text = REQUIREMENTS.read_text(encoding="utf-8")
     if mlx != "cpu":
         pip(started, "uninstall", "--yes", "mlx-cpu", "mlx-cuda-12", "mlx-cuda-13")
-        text = re.sub(r"^scipy-openblas32.*\n", "", text.replace("mlx[cpu]", f"mlx[{mlx}]"), flags=re.MULTILINE)
-    wanted = VENV / "requirements.txt"
-    wanted.write_text(text, encoding="utf-8")
-    pip(started, "install", "-r", wanted)
+    pip(started, "install", "--editable", f".[{mlx},test]")  # what requirements.txt names (tools/package_metadata.py)
     pip(started, "install", "--no-deps", "-r", DIFFUSIONKIT)
     _, said = watch(started, "getting a browser for the report's tests", PYTHON, ROOT / "tools/browser.py")
     print(f"{time.monotonic() - started:4.0f} s  {said.strip()}")
@@ -153,7 +151,7 @@ def install(mlx: str) -> None:
 
 def main() -> int:
     """Set up, or say in one line why that is not possible."""
-    parser = argparse.ArgumentParser(description="Fill .venv with what requirements.txt names.")
+    parser = argparse.ArgumentParser(description="Fill .venv with this checkout and what requirements.txt names.")
     parser.add_argument(
         "mlx", choices=list(GIGABYTES), nargs="?", default="cpu", help="MLX's build on Linux (default: cpu)"
     )

@@ -10,7 +10,7 @@ from calibration_store.layout import CalibrationPaths
 from calibration_store.manifest import MANIFEST_FORMAT, prompts_digest, read_manifest
 from calibration_store.samples import is_complete, sample_bytes
 from w4a8.backend.processes import SINGLE_PROCESS, SingleProcess
-from w4a8.model.catalog import ModelInfo, choose_dtype, package_versions
+from w4a8.model.catalog import ModelInfo, choose_dtype, package_versions, without_own
 from w4a8.model.parts import Pipeline
 from w4a8.model.prompt_encoder import check_prompts
 from w4a8.model.runs import run_schedule
@@ -139,15 +139,12 @@ def continue_run(plan: dict[str, Any], manifest: dict[str, Any]) -> str:
     where = ("model_version", "local_checkpoint", "loras")
     if plan["weights_fingerprint"] is not None or any(plan.get(key) != manifest.get(key) for key in where):
         check_same_model(plan, manifest)
-    versions = plan["package_versions"]
+    now, began = (without_own(one["package_versions"]) for one in (plan, manifest))
     plan |= {key: manifest[key] for key in ("batch_option", "batch_size", "package_versions")}
-    plan["weights_fingerprint"] = manifest["weights_fingerprint"]  # the plan's is the same, or not known yet
-    if versions == manifest["package_versions"]:
+    plan["weights_fingerprint"] = manifest["weights_fingerprint"]  # not known before the files are here, or the same
+    if now == began:
         return ""
-    return (
-        f"Warning: the run was started with {manifest['package_versions']}, now {versions}: "
-        "arrays may differ in their last bits.\n"
-    )
+    return f"Warning: the run was started with {began}, now {now}: arrays may differ in their last bits.\n"
 
 
 def check_same_model(plan: dict[str, Any], manifest: dict[str, Any]) -> None:

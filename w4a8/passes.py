@@ -16,6 +16,7 @@ from calibration_store.errors import OptionError
 from calibration_store.layout import CalibrationPaths
 from calibration_store.manifest import run_identity, select_images, select_steps
 from calibration_store.samples import read_sample
+from w4a8 import __version__
 from w4a8.backend.parallel import threads_for
 from w4a8.backend.words import shortened
 from w4a8.model.memory_needs import needs_of, refuse_too_large
@@ -196,6 +197,7 @@ def select_passes(
     image_ids = [image["image_id"] for image in images]
     return images, {
         "calibration_run": run_identity(manifest, image_ids),
+        "w4a8_version": __version__,
         "num_images": num_images,
         "stride": stride,
         "selected_image_ids": image_ids,

@@ -16,15 +16,17 @@ import orjson
 
 from calibration_store.errors import OptionError, StoreError
 from calibration_store.evaluation import read_variant, write_variant
-from calibration_store.files import file_digest, remove_file
+from calibration_store.files import remove_file
 from calibration_store.layout import EvaluationPaths
 from calibration_store.manifest import run_identity
+from calibration_store.version import content_digest
+from w4a8 import __version__
 from w4a8.backend.estimates import Estimate
 from w4a8.backend.processes import SINGLE_PROCESS, SingleProcess
 from w4a8.backend.progress import ProgressBar, progress_bar
 from w4a8.evaluation.metrics import describe_variant
 from w4a8.evaluation.variants import Variant
-from w4a8.model.catalog import ModelInfo, choose_dtype, model_fingerprint, package_versions
+from w4a8.model.catalog import ModelInfo, choose_dtype, model_fingerprint, package_versions, without_own
 from w4a8.model.loading import load_pipeline
 from w4a8.model.location import UNCHANGED_LOCATION, ModelLocation
 from w4a8.model.packed import AUTO
@@ -74,6 +76,7 @@ class EvaluationPlan:
         image_ids = [image["image_id"] for image in manifest["images"]]
         run = {"calibration_run": run_identity(manifest, image_ids), "selected_image_ids": image_ids} if image_ids else {}
         return {
+            "w4a8_version": __version__,
             "prompts": self.prompts,
             "overlap_with_calibration": overlap,
             "num_steps": self.num_steps,
@@ -90,7 +93,7 @@ class EvaluationPlan:
         """Return the SHA-256 over everything that a variant's images follow from, the content of its files included."""
         group = None if variant.weights is None else variant.weights.group_size
         parts = [asdict(self), variant.name, group, variant.scale_is, getattr(variant.weights, "way", None)]
-        parts += [file_digest(path) for path in variant.sources]
+        parts += [content_digest(path) for path in variant.sources]
         return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
@@ -168,7 +171,7 @@ def plan_evaluation(
         negative_prompt=negative if cfg_weight > 1 else "",  # DiffusionKit ignores it otherwise
         seed=options.seed,
         batch_size=options.batch_size,
-        versions=package_versions() | {"device": str(mx.default_device())},
+        versions=without_own(package_versions()) | {"device": str(mx.default_device())},
     )
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import glob
 import importlib.metadata
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from calibration_store.model_folder import (
     read_model_config,
     weights_fingerprint,
 )
+from w4a8 import __version__
 from w4a8.model.diffusionkit import (
     HEIGHT,
     HUB_MMDIT_CONFIGS,
@@ -221,6 +222,15 @@ def choose_dtype(info: ModelInfo, given: str | None) -> str:
     return given or default_dtype(half)
 
 
+OWN_NAME = "w4a8"  # the toolkit's among the versions of packages
+
+
 def package_versions() -> dict[str, str]:
-    """Return the versions of the packages that decide the numbers."""
-    return {name: importlib.metadata.version(name) for name in ("mlx", "diffusionkit", "numpy")}
+    """Return the versions of the toolkit and of the packages that decide the numbers."""
+    others = {name: importlib.metadata.version(name) for name in ("mlx", "diffusionkit", "numpy")}
+    return {OWN_NAME: __version__} | others
+
+
+def without_own(versions: Mapping[str, str]) -> dict[str, str]:
+    """Return the versions of the other packages. The toolkit's own decides nothing: a newer one goes on with any run."""
+    return {name: version for name, version in versions.items() if name != OWN_NAME}

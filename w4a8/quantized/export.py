@@ -34,6 +34,7 @@ from calibration_store.model_folder import (
     weights_fingerprint,
 )
 from calibration_store.quantized_model import EXPORT_FORMAT, encode_activations, is_export
+from w4a8 import __version__
 from w4a8.backend.estimates import Estimate
 from w4a8.backend.progress import ProgressBar
 from w4a8.model.catalog import ModelInfo
@@ -81,6 +82,7 @@ class ExportSource:
         run = made_from if learned else ranges
         return {
             "format": EXPORT_FORMAT,
+            "w4a8_version": __version__,
             "weights": self.weights_name,
             "weight_bits": self.weights.bits,
             "layer_bits": made_from.get("layer_bits", {}),

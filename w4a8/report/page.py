@@ -35,6 +35,7 @@ from calibration_store.quantized_model import float16_bytes, read_export
 from calibration_store.sensitivity import SENSITIVITY
 from calibration_store.sizes import format_bytes
 from calibration_store.weights import WEIGHTS_METADATA
+from w4a8 import __version__
 from w4a8.report.tables import held_out_losses
 from w4a8.report.variant_words import NATIVE, verdict_on, what_it_is
 
@@ -72,7 +73,7 @@ def describe_folder(calib_dir: Path) -> dict[str, Any]:
     file.
     """
     manifest = read_manifest(calib_dir)
-    page: dict[str, Any] = {"manifest": run_of(manifest), "drawn": drawn(calib_dir, manifest)}
+    page: dict[str, Any] = {"version": __version__, "manifest": run_of(manifest), "drawn": drawn(calib_dir, manifest)}
     activations, weights = ActivationPaths(calib_dir), WeightPaths(calib_dir)
     evaluation, export = EvaluationPaths(calib_dir / "evaluation"), QuantizedModelPaths.below(calib_dir)
 

@@ -13,6 +13,7 @@ from calibration_store.errors import OptionError, StoreError
 from calibration_store.layout import WeightPaths
 from calibration_store.stage_folder import shown
 from calibration_store.weights import LEARNING_RATES, WEIGHTS_FORMAT, WEIGHTS_METADATA, training_run
+from w4a8 import __version__
 from w4a8.backend.processes import SINGLE_PROCESS, SingleProcess
 from w4a8.model.layers import Layer, model_blocks, model_layers
 from w4a8.options import RoundingOptions
@@ -99,7 +100,7 @@ class RoundingRun:
             "selected_image_ids": cache["selected_image_ids"],
             "key_timesteps": cache["key_timesteps"],
         }
-        return plan | {"training_run": training_run(plan)}
+        return plan | {"training_run": training_run(plan), "w4a8_version": __version__}
 
     @cached_property
     def plan_on_disk(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import numpy as np
 from calibration_store.errors import StoreError
 from calibration_store.layout import BlockCachePaths
 from calibration_store.sensitivity import SENSITIVITY, write_sensitivity
+from w4a8 import __version__
 from w4a8.backend.parallel import streams_for
 from w4a8.backend.progress import progress_bar
 from w4a8.model.hooks import substituted_layers
@@ -88,7 +89,8 @@ def measure_sensitivity(run: RoundingRun, choices: Sequence[int]) -> dict[str, A
                     bar.update()
             probe.go_on()
     sigmas = [run.schedule[step] for step in run.cache["key_timesteps"]]
-    return described(run) | {"num_samples": len(chosen), "sigmas": sigmas, "layers": found, "inputs": inputs}
+    made_by = {"w4a8_version": __version__, "num_samples": len(chosen)}
+    return described(run) | made_by | {"sigmas": sigmas, "layers": found, "inputs": inputs}
 
 
 class SensitivityProbe:
