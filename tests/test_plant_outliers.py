@@ -13,7 +13,7 @@ from scipy.special import erf
 from synthetic_activations import KINDS, ordinary_rows, real_layers, synthetic_inputs
 
 from calibration_store.errors import StoreError
-from tools.planting import (
+from tools.plant_outliers import (
     choose_scales,
     eliminate,
     observe,
@@ -199,8 +199,14 @@ def test_float16_must_hold_it():
     for value, message in ((7e4, "reaches 7e+04"), (1e-6, "too small")):
         with pytest.raises(StoreError, match=re.escape(message)):
             to_float16("name", np.full((3, 3), value))
-    with pytest.raises(StoreError, match="25 blocks; the table has 24"):
-        real_ratios([], 25, 1.0)
+
+
+def test_deeper_models_take_after_the_same_blocks():
+    """The last block alone takes after the last, which lacks text o_proj and mlp."""
+    names = ["mm0.img.attn.q_proj", "mm36.txt.mlp.fc1", "mm37.img.mlp.fc1"]
+    table, found = real_layers(), real_ratios(names, 38, 1.0)
+    donors = ["mm0.img.attn.q_proj", "mm22.txt.mlp.fc1", "mm23.img.mlp.fc1"]
+    assert list(found.values()) == [table[donor]["max_over_median_channel"] for donor in donors]
 
 
 def test_errors_are_one_line(tmp_path):
