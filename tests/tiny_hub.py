@@ -1,4 +1,4 @@
-"""A hub cache of tiny models, made once, and scripts run over it in processes of their own."""
+"""Make a hub cache of tiny models once, and run scripts over it in processes of their own."""
 
 import functools
 import os
@@ -27,6 +27,6 @@ def environment(home):
 
 
 def run(home, *arguments):
-    """Scripts in a process of their own: `script, *arguments, "then", script, …`."""
+    """Run scripts in a process of their own: `script, *arguments, "then", script, …`."""
     command = [sys.executable, "tests/hub_driver.py", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=environment(home), capture_output=True, text=True, check=False)
