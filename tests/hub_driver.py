@@ -1,4 +1,4 @@
-"""Run by test_hub.py in a process of its own: scripts, one after the other, over a hub cache whose models are tiny.
+"""Run scripts, one after the other, over a hub cache whose models are tiny; tests start this in a process of its own.
 
 hub_driver.py write HF_HOME
 hub_driver.py SCRIPT [ARGUMENT]... [then SCRIPT [ARGUMENT]...]...    a command line, or a function of SCRIPTS
@@ -43,7 +43,7 @@ make_tiny()
 
 
 def denoise(folder, prompt, seed, output):
-    """Two samplings of one step by DiffusionKit's own pipeline around an exported transformer."""
+    """Sample one step twice by DiffusionKit's own pipeline around an exported transformer."""
     options = {"w16": False, "a16": False, "use_t5": False, "low_memory_mode": False, "shift": 3.0}
     pipeline = diffusionkit_pipeline(folder, **options)
     native = [isinstance(layer.module, NativeLinear) for layer in model_layers(pipeline.mmdit).values()]
@@ -56,7 +56,7 @@ def denoise(folder, prompt, seed, output):
 
 
 def load_hub_file(path, output):
-    """What DiffusionKit's loaders of its 4-bit SD3.5-large make of a file."""
+    """Read a file with DiffusionKit's loaders of its 4-bit SD3.5-large."""
     model_io.LOCAl_SD3_CKPT = path
     mmdit = model_io.load_mmdit(key=LARGE_4BIT, float16=True, model_key=LARGE_4BIT, low_memory_mode=False)
     decoder = model_io.load_vae_decoder(key=LARGE_4BIT, float16=True)
@@ -71,7 +71,7 @@ def load_hub_file(path, output):
 
 
 def flux_latents(folder, half):
-    """Every image of a run of FLUX again, by DiffusionKit's own pipeline: the same finished latents, bit for bit."""
+    """Sample every image of a run of FLUX again by DiffusionKit's own pipeline: the same finished latents, bit for bit."""
     update = nn.Module.update
     MMDiT.update = lambda self, parameters: update(self, parameters, strict=False)  # k's bias: MLX refuses it now
     options = {"w16": half == "bfloat16", "a16": half == "bfloat16", "low_memory_mode": False}
@@ -90,7 +90,7 @@ def flux_latents(folder, half):
 
 
 def load_flux_file(path, output):
-    """What DiffusionKit's loader of its 4-bit FLUX.1-schnell makes of a file."""
+    """Read a file with DiffusionKit's loader of its 4-bit FLUX.1-schnell."""
     model_io.LOCAl_SD3_CKPT = path
     mmdit = model_io.load_flux(key=SCHNELL_4BIT, float16=False, model_key=SCHNELL_4BIT, low_memory_mode=False)
     mx.save_safetensors(output, dict(tree_flatten(mmdit.parameters())))

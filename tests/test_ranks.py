@@ -1,4 +1,4 @@
-"""Stages under MLX's own launcher, as a user starts them: the same bytes, a lost rank named."""
+"""Test stages under MLX's own launcher, as a user starts them: the same bytes, a lost rank named."""
 
 import contextlib
 import json
@@ -87,7 +87,7 @@ def test_an_error_of_all_is_said_once(alone):
 
 
 def test_blocks_are_shared_out_where_all_boundaries_are_cached(alone, tmp_path):
-    """Killed when each rank is at a block of its own, gone on with by one process."""
+    """Kill the ranks when each is at a block of its own; let one process go on."""
     folder, stage = tmp_path / "one", [*OPTIMIZE, "--blocks", "mm0,mm1,mm2"]
     shutil.copytree(alone, folder, ignore=shutil.ignore_patterns(".ranks", "activations", "adaround_*", "evaluation"))
     assert run([*CACHE, "--boundaries", "all"], folder).returncode == 0

@@ -1,4 +1,4 @@
-"""Token ids that transformers' T5 tokenizer gives for 600 texts: tests/references/t5_tokens.json and spiece.model.
+"""Write the token ids that transformers' T5 tokenizer gives for 600 texts: tests/references/t5_tokens.json and spiece.model.
 
     pip install transformers==5.24.0 sentencepiece protobuf
     python tests/references/t5_tokens.py        # from the repository's root
@@ -42,7 +42,7 @@ SPECIAL += [
 
 
 def train(texts: list[str]) -> bytes:
-    """Train a Unigram model as T5's: ids 0, 1 and 2 are padding, the end and what is unknown; NFKC."""
+    """Train a Unigram model as T5's: ids 0, 1 and 2 are padding, the end and the unknown; NFKC."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts), model_writer=model, vocab_size=2000, model_type="unigram", pad_id=0, eos_id=1,
@@ -52,6 +52,7 @@ def train(texts: list[str]) -> bytes:
 
 
 def main() -> None:
+    """Tokenize the texts, and write both files."""
     with open(ROOT / "prompts/builtin.csv", encoding="utf-8") as file:
         prompts = [row[0] for row in csv.reader(file)]
     draw = random.Random(0)
