@@ -1,24 +1,29 @@
-"""Speed of stage 1 beside DiffusionKit's own loop, in one process, the two taking turns.
+"""Time stage 1 beside DiffusionKit's own loop, in turns in one process.
 
 python benchmarks/generation_speed.py
 """
 
 import contextlib
+import functools
 import io
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import click
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import mlx.core as mx
 
 from benchmarks.figures import record
 from w4a8.cli import stage_command
+from w4a8.model.catalog import default_dtype, describe_model
+from w4a8.model.loading import TEXT, TRANSFORMER, load_pipeline
+from w4a8.model.prompt_encoder import encode_prompts
+from w4a8.model.sampling import euler_steps, initial_noise
 
+ROOT = Path(__file__).resolve().parent.parent
 MATMUL = """
 import time
 {first}
@@ -34,19 +39,6 @@ print(2 * 1024**3 / sorted(times)[2] / 1e9)
 """
 
 
-def matmul_gflops(first: str) -> float:
-    """float32 1024³ product in a fresh process, median of 5, after running `first`."""
-    command = [sys.executable, "-c", MATMUL.format(first=first)]
-    return float(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
-
-
-def seconds(function) -> float:
-    start = time.perf_counter()
-    with contextlib.redirect_stderr(io.StringIO()):  # DiffusionKit's progress bar
-        function()
-    return time.perf_counter() - start
-
-
 @stage_command
 @click.option("--model", default="sd3-emoji", help="As in generate_calibration_data.py.")
 @click.option("--num-steps", type=click.IntRange(min=1), default=50, help="Euler steps per image.")
@@ -55,13 +47,6 @@ def seconds(function) -> float:
 @click.option("--t5/--no-t5", "use_t5", default=False, help="Use the T5 text encoder.")
 def main(model: str, num_steps: int, repeats: int, batch_sizes: str, use_t5: bool) -> None:
     """Time stage 1's sampling beside DiffusionKit's own loop."""
-    import mlx.core as mx
-
-    from w4a8.model.catalog import default_dtype, describe_model
-    from w4a8.model.loading import TEXT, TRANSFORMER, load_pipeline
-    from w4a8.model.prompt_encoder import encode_prompts
-    from w4a8.model.sampling import euler_steps, initial_noise
-
     if mx.default_device() == mx.Device(mx.cpu):
         stock, fast = matmul_gflops(""), matmul_gflops("import w4a8")
         click.echo(f"float32 matmul: stock MLX wheel {stock:.1f} GFLOP/s, with w4a8 {fast:.0f}: {fast / stock:.0f} x")
@@ -92,13 +77,26 @@ def main(model: str, num_steps: int, repeats: int, batch_sizes: str, use_t5: boo
     )
     record(f"stage 1: time per step ÷ DiffusionKit's loop, {model}", ratio, 1.05)
     for batch in map(int, batch_sizes.split(",")):
-        per_image = (
-            statistics.median(seconds(lambda batch=batch: ours(batch)) for _ in range(max(1, repeats // 2))) / batch
-        )
+        turns = range(max(1, repeats // 2))
+        per_image = statistics.median(seconds(functools.partial(ours, batch)) for _ in turns) / batch
         record(f"stage 1: time per image ÷ DiffusionKit's, batch {batch}", per_image / one_at_a_time)
         click.echo(
             f"batch {batch:2d}: {1 / per_image:.3f} images/s, {one_at_a_time / per_image:.2f} x DiffusionKit's one at a time"
         )
+
+
+def matmul_gflops(first: str) -> float:
+    """Return GFLOP/s of a float32 1024³ product in a fresh process, median of 5, after running `first`."""
+    command = [sys.executable, "-c", MATMUL.format(first=first)]
+    return float(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+
+
+def seconds(function: Callable[[], None]) -> float:
+    """Return the seconds that a function takes; hide DiffusionKit's progress bar."""
+    start = time.perf_counter()
+    with contextlib.redirect_stderr(io.StringIO()):
+        function()
+    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""Run a stage in this process, then say what it took.
+"""Run a stage in this process, then print its seconds, MLX's peak memory, and the process's.
 
 python benchmarks/run_stage.py collect_layer_activations.py --calib-dir calibration_data/demo
+
+Nothing heavy is imported here, because its memory would count as the stage's.
 """
 
 import importlib
 import resource
+import runpy
 import sys
 import time
 from pathlib import Path
@@ -12,7 +15,6 @@ from pathlib import Path
 import click
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
@@ -22,10 +24,11 @@ sys.path.insert(0, str(ROOT))
 def main(tiny: bool, stage: str, arguments: tuple[str, ...]) -> None:
     """Run STAGE, a script of this toolkit, with its ARGUMENTS; print seconds, MLX's peak and the process's."""
     if tiny:
-        importlib.import_module("benchmarks.hub_cache").make_tiny()
-    started, code = time.perf_counter(), 0
+        importlib.import_module("benchmarks.random_model").make_tiny()
+    started, code = time.perf_counter(), None
+    sys.argv = [stage, *arguments]
     try:
-        importlib.import_module(Path(stage).stem).main(list(arguments))
+        runpy.run_path(str(ROOT / stage), run_name="__main__")
     except SystemExit as end:
         code = end.code
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

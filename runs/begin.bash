@@ -7,4 +7,3 @@ esac
 cd "$(dirname "$0")/.."
 PY=${PYTHON:-.venv/bin/python}
 command -v ${PY%% *} > /dev/null || { echo "Error: $PY: not found; run \`make setup\` first, or give PYTHON=…" >&2; exit 2; }
-step() { echo; echo "\$ $PY $*"; $PY "$@"; }

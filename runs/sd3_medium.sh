@@ -47,13 +47,7 @@ BEGIN {
 }'
 [ -n "$PLAN" ] && exit 0
 
-step generate_calibration_data.py --model "$MODEL" ${CHECKPOINT:+--local-checkpoint "$CHECKPOINT"} ${LORA:+--lora "$LORA"} --num-images "$IMAGES" --num-steps "$STEPS" --stride 3 "$T5" --calib-dir "$DIR" --resume
-step cache_adaround_data.py --max-bytes "${CACHE}GB" --calib-dir "$DIR" --resume
-step collect_layer_activations.py --num-images "$STATISTICS" --stride 2 --calib-dir "$DIR" --resume
-step analyze_activations.py --calib-dir "$DIR"
-step optimize_adaround.py --iters "$ITERS" --no-alpha --calib-dir "$DIR" --resume
-step export_quantized_model.py --calib-dir "$DIR" --force
-step evaluate_quantization.py --num-images "$JUDGED" --variants w4-rtn,native,native+a8-token --batch-size 2 --calib-dir "$DIR" --resume
-step report_calibration.py --calib-dir "$DIR"
+$PY tools/road.py sd3_medium "$DIR" model="$MODEL" checkpoint="${CHECKPOINT:-}" lora="${LORA:-}" images="$IMAGES" steps="$STEPS" t5="$T5" \
+  cache="$CACHE" statistics="$STATISTICS" iters="$ITERS" judged="$JUDGED"
 echo
 echo "Done. Open $DIR/report/index.html. Draw: $PY draw_images.py --model $DIR/quantized_model \"your prompt\""

@@ -17,7 +17,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from benchmarks.hub_cache import (
+from benchmarks.random_model import (
     SD3_MEDIUM,
     T5_TINY,
     hub_folder,

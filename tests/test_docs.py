@@ -12,6 +12,8 @@ import click
 import pytest
 from conftest import ROOT
 
+from tools.road import ROADS, again
+
 DOCUMENTS = ("README.md", "TROUBLESHOOTING_GUIDE.md", "calibration_data/README.md", "CONTRIBUTING.md")
 SOURCES = [
     path
@@ -68,12 +70,17 @@ def test_commands_in_sources_exist():
 
 
 @pytest.mark.parametrize("recipe", sorted(path.name for path in (ROOT / "runs").glob("*.sh")))
-def test_recipes_name_flags_that_exist(recipe):
-    calls = re.findall(rf"^(?:step|\$PY) ({SCRIPT.pattern})(.*)$", (ROOT / "runs" / recipe).read_text(), re.MULTILINE)
-    assert len(calls) >= 4
-    for script, arguments in calls:
-        unknown = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", arguments)) - options_of(script)
-        assert not unknown, f"{recipe}: {script} has no {unknown}"
+def test_recipes_run_a_road(recipe):
+    (road,) = re.findall(r"^\$PY tools/road\.py (\w+) ", (ROOT / "runs" / recipe).read_text(), re.MULTILINE)
+    assert len(ROADS[road]) >= 4
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_roads_name_flags_that_exist(road):
+    for line in ROADS[road]:
+        script, *arguments = [*line.split(), *again(line.split()[0])]
+        unknown = {word for word in arguments if word.startswith("--")} - options_of(script)
+        assert not unknown, f"{road}: {script} has no {unknown}"
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("*.py") if path.name != "hooks.py"))

@@ -15,7 +15,7 @@ from finished_run import finished_run, model_copy, note_digests, one_line
 
 from calibration_store.layout import WeightPaths
 from calibration_store.weights import read_quantized_block
-from tools.proving import small_disk
+from tools.prove import small_disk
 from w4a8.evaluation.variants import make_variant
 from w4a8.model.folder import load_folder_transformer
 from w4a8.model.layers import model_layers

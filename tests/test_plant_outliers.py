@@ -1,4 +1,4 @@
-"""tools/plant_outliers.py: a variant computes what the model computes, and its activations look like SD3-Medium's."""
+"""Test tools/plant_outliers.py: a variant computes what the model computes, and its activations look like SD3-Medium's."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from scipy.special import erf
 from synthetic_activations import KINDS, ordinary_rows, real_layers, synthetic_inputs
 
 from calibration_store.errors import StoreError
-from tools.planting import (
+from tools.plant_outliers import (
     choose_scales,
     eliminate,
     observe,
@@ -46,7 +46,7 @@ def succeed(output):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Folder of a variant, and what the tool printed."""
+    """Return the folder of a variant, and the tool's output."""
     folder = tmp_path_factory.mktemp("variants") / "planted"
     return folder, succeed(folder)
 
@@ -58,13 +58,13 @@ def planted(made):
 
 @pytest.fixture(scope="module")
 def prompts():
-    """Not those that the variant was calibrated with, as they are drawn with another seed."""
+    """Draw prompts with another seed than those that the variant was calibrated with."""
     return draw_builtin_prompts(describe_model("sd3-emoji").captions, 77)[:4]
 
 
 @pytest.fixture(scope="module")
 def inputs(emoji, prompts):
-    """Layer -> inputs (rows, tokens, channels) of the bundled model."""
+    """Return the inputs (rows, tokens, channels) of each layer of the bundled model."""
     return observe(emoji, prompts, 0, 8, 4.0, lambda x: x)[0]
 
 
@@ -88,7 +88,7 @@ def relative_error(found, expected):
 
 
 def test_scaled_channels_leave_the_output(emoji, prompts):
-    """By factors up to 128, stored as float16: what the last bits of adaLN's biases make is below 1e-3."""
+    """Scale by up to 128 and store as float16: the last bits of adaLN's biases make less than 1e-3."""
     weights, rng = weights_of(emoji), np.random.default_rng(0)
     for block in range(8):
         for stream in (f"mm{block}.img", f"mm{block}.txt"):
@@ -104,7 +104,7 @@ def test_scaled_channels_leave_the_output(emoji, prompts):
 
 @pytest.mark.parametrize("stream", ["mm0.img", "mm4.txt"])
 def test_planted_hidden_channels_cancel(emoji, inputs, stream):
-    """The MLP in float64: with the planted channels, and with their places empty."""
+    """Compare the MLP in float64 with the planted channels, and with their places empty."""
     x, hidden = inputs[f"{stream}.mlp.fc1"][::2], inputs[f"{stream}.mlp.fc2"][::2]
     names = [weight(f"{stream}.mlp.{key}", part) for key in ("fc1", "fc2") for part in ("weight", "bias")]
     weights = weights_of(emoji)
@@ -128,7 +128,7 @@ def test_planted_hidden_channels_cancel(emoji, inputs, stream):
 
 
 def test_the_other_channels_take_over_what_is_linear():
-    """Of four channels that make up one another, one is eliminated, nearly without a loss."""
+    """Eliminate one of four channels that make up one another, nearly without a loss."""
     rng = np.random.default_rng(0)
     hidden = rng.standard_normal((50, 40, 12))
     hidden[..., 7] = hidden[..., :3] @ [1, -2, 0.5] + 3
@@ -201,8 +201,14 @@ def test_float16_must_hold_it():
     for value, message in ((7e4, "reaches 7e+04"), (1e-6, "too small")):
         with pytest.raises(StoreError, match=re.escape(message)):
             to_float16("name", np.full((3, 3), value))
-    with pytest.raises(StoreError, match="25 blocks; the table has 24"):
-        real_ratios([], 25, 1.0)
+
+
+def test_deeper_models_take_after_the_same_blocks():
+    """Let only the last block take after the last, which lacks text o_proj and mlp."""
+    names = ["mm0.img.attn.q_proj", "mm36.txt.mlp.fc1", "mm37.img.mlp.fc1"]
+    table, found = real_layers(), real_ratios(names, 38, 1.0)
+    donors = ["mm0.img.attn.q_proj", "mm22.txt.mlp.fc1", "mm23.img.mlp.fc1"]
+    assert list(found.values()) == [table[donor]["max_over_median_channel"] for donor in donors]
 
 
 def test_errors_are_one_line(tmp_path):

@@ -1,4 +1,4 @@
-"""Stages under MLX's own launcher, as a user starts them: the same bytes, a lost rank named."""
+"""Test stages under MLX's own launcher, as a user starts them: the same bytes, a lost rank named."""
 
 import contextlib
 import json
@@ -12,23 +12,23 @@ from pathlib import Path
 
 import pytest
 
+from tools.road import commands
+
 pytestmark = pytest.mark.slow
+
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHER = Path(sys.executable).with_name("mlx.launch")
-STAGES = (
-    "generate_calibration_data.py --model sd3-emoji --num-images 3 --num-steps 3",
-    "cache_adaround_data.py --num-images 3 --stride 1",
-    "collect_layer_activations.py --num-images 3 --stride 1",
-    "optimize_adaround.py --iters 10 --batch-size 3 --micro-batch 1 --unit block --blocks mm0,mm1",
-    "evaluate_quantization.py --num-images 3 --batch-size 2 --num-steps 2 --variants w4-rtn",
-)
+FOLDER = "THE FOLDER"
+ROAD = commands("tiny", FOLDER, images=3, steps=3, used=3, batch=3, micro=1, blocks="mm0,mm1")
+GENERATE, CACHE, COLLECT, ANALYZE, _, OPTIMIZE, _, EVALUATE, *_ = ROAD
+EVALUATE += ["--num-images", "3", "--batch-size", "2", "--num-steps", "2"]
+STAGES = (GENERATE, CACHE, COLLECT, OPTIMIZE, EVALUATE)
 
 
 def command(stage, folder, ranks):
-    script, *options = stage.split()
     launcher = [LAUNCHER, "-n", str(ranks), "--python", sys.executable] if ranks else [sys.executable]
-    return [*map(str, launcher), script, *options, "--calib-dir", str(folder)]
+    return [*map(str, launcher), *(str(folder) if word == FOLDER else word for word in stage)]
 
 
 def run(stage, folder, ranks=0):
@@ -58,7 +58,7 @@ def test_two_ranks_leave_the_files_of_one(alone, tmp_path):
 
 def test_a_dry_run_says_each_ones_share_and_writes_nothing(alone):
     before = contents(alone)
-    found = run(f"{STAGES[2]} --force --dry-run", alone, 2)
+    found = run([*COLLECT, "--force", "--dry-run"], alone, 2)
     assert "2 ranks: 4, 5 passes" in found.stdout
     assert contents(alone) == before and not (alone / ".ranks").exists()
 
@@ -68,7 +68,7 @@ def test_a_lost_rank_ends_the_others_and_one_process_goes_on(alone, tmp_path, lo
     folder = tmp_path / "killed"
     shutil.copytree(alone, folder, ignore=shutil.ignore_patterns("activations"))
     process = subprocess.Popen(
-        command(STAGES[2], folder, 2), cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        command(COLLECT, folder, 2), cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True,
     )  # fmt: skip
     while not (signs := [path for path in folder.glob(f".ranks/*_{lost}.json") if path.read_bytes().endswith(b"}")]):
@@ -79,26 +79,26 @@ def test_a_lost_rank_ends_the_others_and_one_process_goes_on(alone, tmp_path, lo
     _, errors = process.communicate(timeout=90)
     assert time.monotonic() - start < 60
     assert errors.count("Error: ") == 1 and f"rank {lost} (" in errors and "has ended" in errors
-    assert run(f"{STAGES[2]} --resume", folder).returncode == 0
+    assert run([*COLLECT, "--resume"], folder).returncode == 0
     shutil.rmtree(folder / ".ranks", ignore_errors=True)
     assert contents(folder) == contents(alone)
 
 
 def test_an_error_of_all_is_said_once(alone):
-    found = run(STAGES[2], alone, 2)
+    found = run(COLLECT, alone, 2)
     assert found.stderr.count("holds a run already") == 1
 
 
 def test_blocks_are_shared_out_where_all_boundaries_are_cached(alone, tmp_path):
-    """Killed when each rank is at a block of its own, gone on with by one process."""
-    folder, stage = tmp_path / "one", f"{STAGES[3].split(' --unit')[0]} --unit block --blocks mm0,mm1,mm2"
+    """Kill the ranks when each is at a block of its own; let one process go on."""
+    folder, stage = tmp_path / "one", [*OPTIMIZE, "--blocks", "mm0,mm1,mm2"]
     shutil.copytree(alone, folder, ignore=shutil.ignore_patterns(".ranks", "activations", "adaround_*", "evaluation"))
-    assert run(f"{STAGES[1]} --boundaries all", folder).returncode == 0
+    assert run([*CACHE, "--boundaries", "all"], folder).returncode == 0
     killed = shutil.copytree(folder, tmp_path / "killed")
     assert run(stage, folder).returncode == 0
-    assert "2 ranks: 2, 1 blocks" in run(f"{stage} --dry-run", killed, 2).stdout
+    assert "2 ranks: 2, 1 blocks" in run([*stage, "--dry-run"], killed, 2).stdout
     process = subprocess.Popen(
-        command(f"{stage} --checkpoint-seconds 0.05", killed, 2), cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        command([*stage, "--checkpoint-seconds", "0.05"], killed, 2), cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )  # fmt: skip
     while not (killed / "adaround_weights/checkpoint_mm1.npz").exists():
@@ -109,10 +109,10 @@ def test_blocks_are_shared_out_where_all_boundaries_are_cached(alone, tmp_path):
             os.kill(json.loads(path.read_bytes())["pid"], signal.SIGKILL)
     process.communicate(timeout=90)
     shutil.rmtree(killed / ".ranks")
-    assert run(f"{stage} --resume", killed).returncode == 0
+    assert run([*stage, "--resume"], killed).returncode == 0
     assert contents(killed) == contents(folder)
 
 
 def test_other_stages_are_for_one_process(alone):
-    found = run("analyze_activations.py", alone, 2)
+    found = run(ANALYZE, alone, 2)
     assert "is for one process: run it without mlx.launch" in found.stderr

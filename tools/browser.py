@@ -1,4 +1,4 @@
-"""A headless Chromium for the report's tests: the one that is installed, or npm's build of it in .venv/browser.
+"""Find a headless Chromium for the report's tests: the one that is installed, or npm's build of it in .venv/browser.
 
 python tools/browser.py        # say which one there is, or fetch it (Linux on x86-64, 65 MB, no root)
 
@@ -27,7 +27,7 @@ for (const name of ["chromium", "al2023.tar", "fonts.tar"])
 
 
 class NoBrowser(Exception):
-    """One line: why there is no browser."""
+    """There is no browser; the message says why in one line."""
 
 
 def find_browser() -> tuple[str, dict[str, str]] | None:
@@ -39,11 +39,11 @@ def find_browser() -> tuple[str, dict[str, str]] | None:
     for name in (os.environ.get("CHROMIUM"), *NAMES, *apps):
         if name and (program := shutil.which(name)) and works(program, dict(os.environ)):
             return program, dict(os.environ)
-    program, environment = FETCHED / "chromium", dict(os.environ)
+    fetched, environment = FETCHED / "chromium", dict(os.environ)
     environment["LD_LIBRARY_PATH"] = f"{FETCHED / 'lib'}:{environment.get('LD_LIBRARY_PATH', '')}".rstrip(":")
     if not Path("/etc/fonts").exists():
         environment["FONTCONFIG_PATH"] = str(FETCHED)
-    return (str(program), environment) if program.exists() and works(str(program), environment) else None
+    return (str(fetched), environment) if fetched.exists() and works(str(fetched), environment) else None
 
 
 def works(program: str, environment: dict[str, str]) -> bool:
@@ -72,6 +72,7 @@ def fetch_browser() -> None:
 
 
 def run(*command: str) -> None:
+    """Run a command. Raises NoBrowser with its first line of errors."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no reason given"]

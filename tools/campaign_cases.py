@@ -1,8 +1,9 @@
-"""Which file, damaged how, is given to which stage: the cases of tools/corruption_campaign.py."""
+"""Say which file, damaged how, is given to which stage: the cases of tools/corruption_campaign.py that the formats imply."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from calibration_store.block_cache import CACHE_METADATA, cache_record, read_cache_metadata, stored_shapes
 from calibration_store.cache_plan import CACHE_PLAN
@@ -15,8 +16,8 @@ from calibration_store.samples import SAMPLE
 from calibration_store.schema import JsonFormat, Record
 from calibration_store.statistics import STATISTICS, STATISTICS_FILE, STEP_INDEX
 from calibration_store.weights import LOSSES, WEIGHTS_METADATA, WEIGHTS_PLAN, layer_record
-from tools.cases import Mutation, Target
 from tools.mutations import (
+    Mutation,
     checkpoint_mutations,
     copied,
     edited,
@@ -26,14 +27,51 @@ from tools.mutations import (
     replace,
     weight_mutations,
 )
+from tools.road import commands
 
-GENERATE = ("generate_calibration_data", "--num-images", "2", "--num-steps", "3", "--model", "{root}/model")
-CACHE = ("cache_adaround_data", "--num-images", "2", "--stride", "1")
-COLLECT = ("collect_layer_activations", "--num-images", "2", "--stride", "1")
-OPTIMIZE = ("optimize_adaround", "--iters", "10", "--batch-size", "2", "--unit", "block")
-HALF = ("optimize_adaround", "--iters", "10", "--batch-size", "2", "--unit", "block", "--blocks", "mm0")
-EVALUATE = ("evaluate_quantization", "--num-images", "1", "--num-steps", "1", "--output", "{run}/new")
-EVALUATE_AGAIN = ("evaluate_quantization", "--num-images", "1", "--num-steps", "1", "--variants", "w4-rtn", "--resume")
+# The commands of the clean run, small; {run} is the folder of a case, {root} the one above it.
+CLEAN = [
+    (script.removesuffix(".py"), *options) for script, *options in commands("tiny", "{run}", model="{root}/model")[:8]
+]
+GENERATE, CACHE, COLLECT, PLOTTED, _, OPTIMIZE, _, EVALUATED = CLEAN
+ANALYZE = tuple(word for word in PLOTTED if word != "--plot")
+HALF = (*OPTIMIZE, "--blocks", "mm0")
+EVALUATE = (*EVALUATED, "--output", "{run}/new")
+EVALUATE_AGAIN = (*EVALUATED, "--resume")
+DRAW = (
+    "draw_images",
+    "red heart",
+    "--num-steps",
+    "1",
+    "--activations",
+    "--model",
+    "{run}/quantized_model",
+    "--output",
+    "{run}/new",
+)
+Expectation = Literal["refusal", "untouched", "success"]
+
+
+class Target(NamedTuple):
+    """A file below `base` (run, half or model), and the stage that must not believe it when it is damaged.
+
+    resume: the stage may also make the file anew; then `result` (default: the file) must be that of the clean run.
+    expects: the right reaction. A refusal is one line and a non-zero exit code; with "untouched" every file must be as it was,
+    too. "success" is for damage that means nothing to the stage, such as a member that it does not know.
+    surroundings: an unusual state of the process, a key of SURROUNDINGS in tools/corruption_campaign.py.
+    """
+
+    base: str
+    file: str
+    command: tuple[str, ...]
+    resume: bool = False
+    result: str | None = None
+    without: tuple[str, ...] = ()
+    expects: Expectation = "refusal"
+    surroundings: str | None = None
+
+
+Cases = Iterator[tuple[list[Target], list[Mutation]]]
 
 
 def resumed(base: str, file: str, command: tuple[str, ...], **more: Any) -> Target:
@@ -45,8 +83,8 @@ def forced(file: str, command: tuple[str, ...], *more: str) -> Target:
     return Target("run", file, (*command, *more, "--force"))
 
 
-def every_format(clean: Path) -> Iterator[tuple[list[Target], list[Mutation]]]:
-    """(targets, mutations) of each kind of file."""
+def every_format(clean: Path) -> Cases:
+    """Yield (targets, mutations) of each kind of file."""
     run = clean / "run"
     yield from stage_1(run)
     yield from weight_track(run, clean / "half")
@@ -69,7 +107,7 @@ def of_npz(
     return [*npz_mutations(record, path, prefix, kept), *file_mutations(path, flip_at=flip_at), *more]
 
 
-def stage_1(run: Path) -> Iterator[tuple[list[Target], list[Mutation]]]:
+def stage_1(run: Path) -> Cases:
     def second_image(**changes: Any) -> Any:
         return lambda manifest: manifest["images"][1].update(changes)
 
@@ -111,7 +149,7 @@ def stage_1(run: Path) -> Iterator[tuple[list[Target], list[Mutation]]]:
     )
 
 
-def weight_track(run: Path, half: Path) -> Iterator[tuple[list[Target], list[Mutation]]]:
+def weight_track(run: Path, half: Path) -> Cases:
     one_block = ("--blocks", "mm0")
     name = "adaround_cache/metadata.json"
 
@@ -165,7 +203,7 @@ def weight_track(run: Path, half: Path) -> Iterator[tuple[list[Target], list[Mut
         prefix="mm0_txt_mlp_fc2__", kept=("alpha", "bias"),
     )  # fmt: skip
     yield [Target("run", name, learned)], arrays
-    yield [resumed("run", name, OPTIMIZE)], file_mutations_of(run / name)
+    yield [resumed("run", name, OPTIMIZE)], list(file_mutations(run / name))
     name = "adaround_weights/checkpoint.npz"
     target = resumed(
         "half", name, HALF, result="adaround_weights/mm0.npz",
@@ -174,12 +212,8 @@ def weight_track(run: Path, half: Path) -> Iterator[tuple[list[Target], list[Mut
     yield [target], [*file_mutations(half / name), *checkpoint_mutations(half / name)]
 
 
-def file_mutations_of(path: Path) -> list[Mutation]:
-    return list(file_mutations(path))
-
-
-def activation_track(run: Path) -> Iterator[tuple[list[Target], list[Mutation]]]:
-    analyzers = (("analyze_activations",), ("analyze_activations_multitier", "--policy", "sqnr", "--average-bits", "6"))
+def activation_track(run: Path) -> Cases:
+    analyzers = (ANALYZE, ("analyze_activations_multitier", "--policy", "sqnr", "--average-bits", "6"))
 
     def analyzed(name: str) -> list[Target]:
         return [Target("run", name, command) for command in analyzers]
@@ -191,8 +225,13 @@ def activation_track(run: Path) -> Iterator[tuple[list[Target], list[Mutation]]]
         edited("two steps of one sigma", lambda m: m["sigma_map"].update({"1": m["sigma_map"]["0"]})),
         edited("a folder outside", lambda m: m.update(timestep_dir="../activations/timestep_stats")),
         edited("an absolute folder", lambda m: m.update(timestep_dir=str(run / "activations/timestep_stats"))),
-        edited("sigmas in another order", lambda m: m.update(sigma_map=dict(zip(m["sigma_map"], reversed(m["sigma_map"].values()), strict=True)))),
-        edited("sigmas that are timesteps", lambda m: m.update(sigma_map={k: 1000 * v for k, v in m["sigma_map"].items()})),
+        edited(
+            "sigmas in another order",
+            lambda m: m.update(sigma_map=dict(zip(m["sigma_map"], reversed(m["sigma_map"].values()), strict=True))),
+        ),
+        edited(
+            "sigmas that are timesteps", lambda m: m.update(sigma_map={k: 1000 * v for k, v in m["sigma_map"].items()})
+        ),
         edited("more images than ids", lambda m: m["metadata"].update(num_images=5)),
         edited("a step less", lambda m: m["step_keys"].pop()),
     ]
@@ -229,7 +268,7 @@ def activation_track(run: Path) -> Iterator[tuple[list[Target], list[Mutation]]]
     )
 
 
-def configs(run: Path, layer: str) -> Iterator[tuple[list[Target], list[Mutation]]]:
+def configs(run: Path, layer: str) -> Cases:
     def entry(**changes: Any) -> Any:
         return lambda config: config["per_timestep"]["0"][layer].update(changes)
 
@@ -259,7 +298,7 @@ def configs(run: Path, layer: str) -> Iterator[tuple[list[Target], list[Mutation
         yield [target], of_json(run / target.file, kind, *more)
 
 
-def model_folder(model: Path) -> Iterator[tuple[list[Target], list[Mutation]]]:
+def model_folder(model: Path) -> Cases:
     draw = (
         "generate_calibration_data",
         "--model",
@@ -298,10 +337,7 @@ def model_folder(model: Path) -> Iterator[tuple[list[Target], list[Mutation]]]:
         reads("merges.txt"),
         [
             *[m for m in file_mutations(model / "merges.txt", kept_text=True) if m.name not in ("truncated", "empty")],
-            *[
-                Mutation(f"merge {i}", lambda target, text=text: replace(target, text))
-                for i, text in enumerate(changed)
-            ],
+            *[Mutation(f"merge {i}", partial(replace, content=text)) for i, text in enumerate(changed)],
         ],
     )
     broken = ("empty", "garbage", "a folder", "a link to itself", "a dangling link", "a pipe", "100 GB of nothing")
@@ -310,3 +346,35 @@ def model_folder(model: Path) -> Iterator[tuple[list[Target], list[Mutation]]]:
         name = f"{part}.safetensors"
         plain = [m for m in file_mutations(model / name) if m.name != "a flipped bit"]  # nobody noted its bits yet
         yield reads(name), [*plain, *weight_mutations()]
+
+
+def exported(run: Path) -> Cases:
+    """Yield damage of a folder of stage 5, which notes digests of all files that decide its pictures."""
+
+    def exchanged(vocabulary: dict) -> None:
+        first, second = list(vocabulary)[:2]
+        vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+
+    def wider(activations: dict) -> None:
+        for entry in next(iter(activations["per_timestep"].values())).values():
+            entry["clipping_range"] = entry["clipping_range"] * 2
+
+    def first_value(config: dict) -> None:
+        key = next(iter(config["latent_format"]))
+        config["latent_format"][key] = config["latent_format"][key] * 2
+
+    folder = "quantized_model"
+    for name, more in {
+        "config.json": [
+            edited("another sampler shift", lambda c: c.update(sampler_shift=2.0)),
+            edited("another latent format", first_value),
+            edited("8 bits over 4", lambda c: c["export"].update(weight_bits=8)),
+            edited("an infinite entry", lambda c: c.update(colour="@@1e999")),
+        ],
+        "vocab.json": [edited("two ids exchanged", exchanged)],
+        "activations.json": [edited("wider ranges", wider)],
+        "mmdit.safetensors": [],
+        "clip_l.safetensors": [],
+    }.items():
+        path = run / folder / name
+        yield [Target("run", f"{folder}/{name}", DRAW)], [*file_mutations(path), *more]

@@ -1,4 +1,4 @@
-"""Ask pip for a wheel of everything that `make setup` installs, for every platform and Python: nothing is installed.
+"""Ask pip for a wheel of everything that `make setup` installs, for every platform and Python; install nothing.
 
 python tools/check_install.py                                    # benchmarks/results/DATE-install.json, about ten minutes
 python tools/check_install.py --platform linux-aarch64 --python 3.14
@@ -19,12 +19,10 @@ import click
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 from calibration_store.files import atomic_file
 from w4a8.cli import progress_bar, stage_command
 
+ROOT = Path(__file__).resolve().parent.parent
 LINUX = ["manylinux2014", "manylinux2010", "manylinux1", *(f"manylinux_2_{minor}" for minor in range(5, 36))]
 PLATFORMS = {
     "linux-x86_64": ("Linux", "x86_64", [f"{tag}_x86_64" for tag in LINUX]),
@@ -49,6 +47,7 @@ def wanted_on(requirement: Requirement, target: dict[str, str], extras: Iterable
 
 
 def without_marker(requirement: Requirement) -> str:
+    """Return a requirement as text, for every environment."""
     requirement.marker = None
     return str(requirement)
 
@@ -75,7 +74,7 @@ def find_files(system: str, machine: str, tags: list[str], python: str) -> dict[
     found: dict[str, str | None] = {}
     for item in requirements(WITHOUT_THEIRS):  # pure Python; what they require is listed by hand
         entries = ask_pip([str(item)], tags, python, binary=False)
-        found[item.name] = entries and entries[0]["download_info"]["url"].rsplit("/", 1)[1]
+        found[item.name] = entries[0]["download_info"]["url"].rsplit("/", 1)[1] if entries else None
     frontier = [item for item in requirements(*LISTED) if wanted_on(item, target)]
     while frontier:
         asked = {canonicalize_name(item.name): item for item in frontier}

@@ -3,15 +3,16 @@
 python tools/contact_sheet.py --calib-dir calibration_data/demo --output sheet.png
 """
 
-import sys
 import textwrap
 from pathlib import Path
 
 import click
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from PIL import Image, ImageDraw, ImageFont
 
 from calibration_store.errors import StoreError
+from calibration_store.files import atomic_file
+from calibration_store.manifest import read_manifest
+from calibration_store.pictures import opened_png
 from w4a8.cli import calib_dir_option, stage_command
 
 
@@ -24,12 +25,6 @@ from w4a8.cli import calib_dir_option, stage_command
 @click.option("--size", type=click.IntRange(min=32), default=192, help="Side of an image on the sheet, in pixels.")
 def main(calib_dir: Path, output: Path | None, columns: int, size: int) -> None:
     """Lay the images of a calibration run out on one sheet."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    from calibration_store.files import atomic_file
-    from calibration_store.manifest import read_manifest
-    from calibration_store.pictures import opened_png
-
     images = [image for image in read_manifest(calib_dir)["images"] if image["filename"]]
     if not images:
         raise StoreError(f"{calib_dir}: no images; run generate_calibration_data.py without --no-images")

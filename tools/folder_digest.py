@@ -1,4 +1,4 @@
-"""What a calibration folder holds, a line a file: name, SHA-256, and the keys inside. Shows that a change moved no byte.
+"""Print a line for each file of a calibration folder: name, SHA-256, and the keys inside. It shows that a change moved no byte.
 
 python tools/folder_digest.py calibration_data/demo > before.txt
 python tools/folder_digest.py calibration_data/demo | diff before.txt -
@@ -13,7 +13,7 @@ import click
 
 
 def digest_line(root: Path, path: Path) -> str:
-    """name, first half of its SHA-256, and the names of its arrays or its top-level JSON keys."""
+    """Return a file's name, the first half of its SHA-256, and the names of its arrays or its top-level JSON keys."""
     content = path.read_bytes()
     keys: list[str] = []
     if path.suffix == ".npz":

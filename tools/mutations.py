@@ -1,4 +1,4 @@
-"""Damaged files, derived from calibration_store's formats: tools/corruption_campaign.py runs the stages on them."""
+"""Derive damaged files from calibration_store's formats; tools/corruption_campaign.py runs the stages on them."""
 
 import copy
 import functools
@@ -9,9 +9,9 @@ import re
 import types
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 import numpy as np
 import orjson
@@ -21,16 +21,22 @@ from safetensors.numpy import load_file, save_file
 from calibration_store.npz import write_npz
 from calibration_store.rounding_checkpoint import Position
 from calibration_store.schema import CALIBRATION_RUN, TRAINING_RUN, Record
-from tools.cases import Mutation
 
-RAW = {"@@NaN": "NaN", "@@1e999": "1e999"}  # what JSON has no value for
+RAW = {"@@NaN": "NaN", "@@1e999": "1e999"}  # placeholders for numbers that JSON cannot express
+
+
+class Mutation(NamedTuple):
+    """A change of a file: its name, and the function that makes it at a path."""
+
+    name: str
+    apply: Callable[[Path], None]
 
 
 # --- JSON ---------------------------------------------------------------------------------------------------
 
 
 def json_values(kind: Any, value: Any, where: str) -> Iterator[tuple[str, Any]]:
-    """(name, changed value) of every way in which `value` can break its type."""
+    """Yield (name, changed value) of every way in which `value` can break its type."""
     bounds: list[Meta] = []
     if get_origin(kind) is Annotated:
         kind, *bounds = get_args(kind)
@@ -103,7 +109,7 @@ def _beyond(bound: Meta, where: str) -> Iterator[tuple[str, Any]]:
 
 
 def json_text(content: Any) -> bytes:
-    """JSON, numbers that it has no words for included."""
+    """Return JSON, in which placeholders become NaN and infinity."""
     text = json.dumps(content)
     for placeholder, literal in RAW.items():
         text = text.replace(f'"{placeholder}"', literal)
@@ -111,14 +117,13 @@ def json_text(content: Any) -> bytes:
 
 
 def json_mutations(kind: Any, path: Path) -> Iterator[Mutation]:
-    """Every way in which the JSON file at `path` can break its type."""
-    content = json.loads(path.read_bytes())
-    for name, changed in json_values(kind, content, "$"):
-        yield Mutation(name, lambda target, changed=changed: replace(target, json_text(changed)))
+    """Yield every way in which the JSON file at `path` can break its type."""
+    for name, changed in json_values(kind, json.loads(path.read_bytes()), "$"):
+        yield Mutation(name, functools.partial(replace, content=json_text(changed)))
 
 
 def edited(name: str, edit: Callable[[Any], Any]) -> Mutation:
-    """A change of decoded JSON: `edit` changes it in place, or returns another value."""
+    """Return a change of decoded JSON: `edit` changes it in place, or returns another value."""
 
     def apply(path: Path) -> None:
         content = copy.deepcopy(json.loads(path.read_bytes()))
@@ -132,9 +137,9 @@ def edited(name: str, edit: Callable[[Any], Any]) -> Mutation:
 
 
 def npz_mutations(record: Record, path: Path, prefix: str = "", kept: tuple[str, ...] = ()) -> Iterator[Mutation]:
-    """Every way in which the arrays at `path` (of one layer: those with the prefix) can break their record.
+    """Yield every way in which the arrays at `path` (of one layer: those with the prefix) can break their record.
 
-    kept: members whose absence means nothing; so does that of a run's identity, which older files lack.
+    kept: members whose absence means nothing. The absence of a run's identity means nothing either, since older files lack it.
     """
     kept = (*kept, CALIBRATION_RUN, TRAINING_RUN)
     arrays = {key: value for key, value in np.load(path).items() if key.startswith(prefix)}
@@ -153,9 +158,9 @@ def npz_mutations(record: Record, path: Path, prefix: str = "", kept: tuple[str,
             yield _with_arrays(f"{prefix}{name}: one longer", prefix, {name: np.concatenate([array, array[:1]])})
             yield _with_arrays(f"{prefix}{name}: one value", prefix, {name: array.reshape(-1)[:1]})
         for rule in member.rules:
-            broken = rule.broken(array)
-            if broken is not None and not rule.holds(broken):
-                yield _with_arrays(f"{prefix}{name} {rule.says}", prefix, {name: broken})
+            bad = rule.broken(array)
+            if bad is not None and not rule.holds(bad):
+                yield _with_arrays(f"{prefix}{name} {rule.says}", prefix, {name: bad})
     for relation in record.relations:
         given = [own.get(name) for name in relation.members]
         if all(array is not None for array in given):
@@ -168,7 +173,7 @@ def _as(array: np.ndarray, dtype: Any) -> np.ndarray:
     return np.zeros(array.shape, dtype) if array.dtype.kind in "US" else array.astype(dtype)
 
 
-def _with_arrays(name: str, prefix: str, changes: dict[str, np.ndarray | None]) -> Mutation:
+def _with_arrays(name: str, prefix: str, changes: Mapping[str, np.ndarray | None]) -> Mutation:
     def apply(path: Path) -> None:
         arrays = dict(np.load(path))
         for key, value in changes.items():
@@ -191,7 +196,7 @@ def replace(path: Path, content: bytes) -> None:
 
 
 def file_mutations(path: Path, kept_text: bool = False, flip_at: float = 2 / 3) -> Iterator[Mutation]:
-    """What can happen to any file. kept_text: a flipped bit may leave a valid text, so none is flipped."""
+    """Yield the damage that any file can take. kept_text: a flipped bit may leave a valid text, so none is flipped."""
 
     def half(target: Path) -> None:
         replace(target, target.read_bytes()[: max(1, target.stat().st_size // 2)])
@@ -246,16 +251,15 @@ def _pickled() -> bytes:
     return _npz_of(x=np.array([{"a": 1}], dtype=object))
 
 
-def _npz_of(**arrays: np.ndarray) -> bytes:
+def _npz_of(**arrays: Any) -> bytes:
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     return buffer.getvalue()
 
 
 def copied(name: str, other: Path) -> Mutation:
-    """Another file's content under this one's name."""
-    content = other.read_bytes()
-    return Mutation(name, lambda target: replace(target, content))
+    """Return a change that puts another file's content under this one's name."""
+    return Mutation(name, functools.partial(replace, content=other.read_bytes()))
 
 
 # --- damage that no declaration implies ---------------------------------------------------------------------------
@@ -271,7 +275,7 @@ def npz_oddities() -> Iterator[Mutation]:
     """Yield changes that a reader must accept: a bomb in a member that it does not know, and numbers of another byte order."""
 
     def swapped(target: Path) -> None:
-        arrays = {key: _big_endian(value) for key, value in np.load(target).items()}
+        arrays: dict[str, Any] = {key: _big_endian(value) for key, value in np.load(target).items()}
         target.unlink()
         np.savez(target, **arrays)
 
@@ -328,7 +332,7 @@ def _with_bomb(path: Path, key: str) -> None:
 
 
 def checkpoint_mutations(path: Path) -> Iterator[Mutation]:
-    """Every way in which the position can break its type, another job's, a stage that cannot be; NaN in the state."""
+    """Yield every way in which the position can break its type or be another job's, and NaN in the state."""
 
     def position(name: str, changed: Any) -> Mutation:
         return _with_arrays(name, "", {"position": np.frombuffer(json_text(changed), np.uint8)})
@@ -350,7 +354,7 @@ def checkpoint_mutations(path: Path) -> Iterator[Mutation]:
 
 
 def weight_mutations() -> Iterator[Mutation]:
-    """NaN, infinity, a weight less, a weight of another shape."""
+    """Yield NaN, infinity, a weight less, a weight more, and a weight of another shape."""
 
     def change(name: str, edit: Any) -> Mutation:
         def apply(path: Path) -> None:

@@ -2,8 +2,8 @@
 
 python tools/pausing.py SECONDS MARKER SCRIPT [OPTIONS]
 
-The first write to a file of calibration_store after so many seconds puts half of its bytes on the disk, makes the file
-MARKER, and waits to be killed.
+The first write to a file of calibration_store after SECONDS puts half of its bytes on the disk, makes the file MARKER, and
+waits to be killed.
 """
 
 import io
@@ -12,8 +12,6 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
-
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from calibration_store import files
 
@@ -25,6 +23,7 @@ class Pausing(io.BufferedWriter):
     marker: Path
 
     def write(self, data: Any) -> int:
+        """Write data, or half of it and wait."""
         if time.monotonic() < self.begin:
             return super().write(data)
         view = memoryview(data).cast("B")
@@ -35,11 +34,16 @@ class Pausing(io.BufferedWriter):
         raise RuntimeError("nobody killed this process")
 
 
+def opened(path: Any, mode: str = "r") -> Any:
+    """Open a file as `open` does; one that is made anew pauses."""
+    return Pausing(io.FileIO(path, mode)) if mode == "xb" else open(path, mode)
+
+
 def main() -> None:
     """Take the place of `open` in the store's writer, then run the stage."""
     seconds, marker, script, *options = sys.argv[1:]
     Pausing.begin, Pausing.marker = time.monotonic() + float(seconds), Path(marker)
-    files.open = lambda path, mode="r": Pausing(io.FileIO(path, mode)) if mode == "xb" else open(path, mode)  # noqa: SIM115
+    vars(files)["open"] = opened
     sys.argv = [script, *options]
     runpy.run_path(script, run_name="__main__")
 

@@ -1,26 +1,23 @@
 """Write tests/references/emoji_modules.npz: velocity and image that PyTorch computes with the bundled model.
 
     pip install -r models/sd3-emoji/training/requirements.txt
-    python tests/references/emoji_modules.py        # from the repository's root
+    PYTHONPATH=models/sd3-emoji/training python tests/references/emoji_modules.py        # from the repository's root
 
 The modules are those that models/sd3-emoji was trained with, an implementation of its own beside DiffusionKit's.
 """
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 
-FOLDER = Path(__file__).resolve().parent
-ROOT = FOLDER.parent.parent
-sys.path.insert(0, str(ROOT / "models/sd3-emoji/training"))
-
 from autoencoder import Decoder
 from config import TEXT_CHANNELS
 from transformer import TextToImage
 
+FOLDER = Path(__file__).resolve().parent
+ROOT = FOLDER.parent.parent
 TOKENS = [[0, 1123, 2048, *[2048] * 13], [0, 900, 31, 77, 2048, *[2048] * 11]]
 SIGMA = 0.7
 
@@ -35,6 +32,7 @@ def weights(part: str) -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
+    """Compute both, and write them with the inputs."""
     model, decoder = TextToImage(), Decoder()
     decoder.load_state_dict(weights("decoder"))
     for part in ("clip_l", "clip_g", "mmdit"):

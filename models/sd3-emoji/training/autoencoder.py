@@ -1,4 +1,4 @@
-"""The VAE."""
+"""Define the VAE."""
 
 import itertools
 
@@ -77,7 +77,7 @@ def middle_blocks(channels: int) -> nn.Sequential:
 
 
 class Encoder(nn.Module):
-    """Images -> mean and log variance of their latents, both (B, 16, 16, 16)."""
+    """The encoder: images -> mean and log variance of their latents, both (B, 16, 16, 16)."""
 
     def __init__(self):
         super().__init__()
@@ -97,7 +97,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents -> images. The up blocks are kept in DiffusionKit's order and run from the last to the first."""
+    """The decoder: latents -> images. The up blocks have DiffusionKit's order, and run from the last to the first."""
 
     def __init__(self):
         super().__init__()

@@ -1,9 +1,10 @@
-"""The sizes of models/sd3-emoji, and its tokens."""
+"""Read the sizes of models/sd3-emoji, and name its tokens."""
 
 import json
 from pathlib import Path
 
-CONFIG = json.loads((Path(__file__).resolve().parent.parent / "config.json").read_text())  # `latent_format` is measured anew
+# `bundle` measures `latent_format` anew.
+CONFIG = json.loads((Path(__file__).resolve().parent.parent / "config.json").read_text())
 CHANNELS, LATENT_CHANNELS = CONFIG["vae"]["block_out_channels"], CONFIG["mmdit"]["vae_latent_dim"]
 HIDDEN, HEADS, PATCH = (CONFIG["mmdit"][key] for key in ("hidden_size", "num_heads", "patch_size"))
 POSITIONS = CONFIG["mmdit"]["max_latent_resolution"]  # each way, in the table of position embeddings

@@ -1,4 +1,4 @@
-"""Files that are read with one-line errors and written atomically."""
+"""Read files with one-line errors, and write them atomically."""
 
 import contextlib
 import zipfile
@@ -11,7 +11,7 @@ from calibration_store.files import atomic_file
 
 @contextlib.contextmanager
 def reading(path: Path, source: str) -> Iterator[None]:
-    """Turn whatever is wrong with an input file into one line; `source` says where it comes from."""
+    """Turn every fault of an input file into one line; `source` says where the file comes from."""
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
@@ -20,5 +20,6 @@ def reading(path: Path, source: str) -> Iterator[None]:
 
 
 def write_file(path: Path, content: str | bytes) -> None:
+    """Write a file atomically."""
     with atomic_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)

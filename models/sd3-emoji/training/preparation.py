@@ -1,4 +1,4 @@
-"""From emoji-datasource's entries and pictures to captions, images and a tokenizer."""
+"""Turn emoji-datasource's entries and pictures into captions, images and a tokenizer."""
 
 import json
 import re
@@ -21,12 +21,12 @@ SKIN_TONES = {
 
 
 def clean_caption(name: str) -> str:
-    """Lower-case words and digits, one space between them."""
+    """Return the lower-case words and digits of a name, one space between them."""
     return " ".join(re.sub(r"[^a-z0-9]", " ", name.lower()).split())
 
 
 def captioned_files(entries: Sequence[dict]) -> Iterator[tuple[str, list[str]]]:
-    """File name and sorted captions of every emoji and skin tone that Google drew."""
+    """Yield the file name and sorted captions of every emoji and skin tone that Google drew."""
     for entry in entries:
         if not entry.get("has_img_google"):
             continue
@@ -40,7 +40,7 @@ def captioned_files(entries: Sequence[dict]) -> Iterator[tuple[str, list[str]]]:
 
 
 def read_image(path: Path) -> np.ndarray:
-    """A PNG on white, (64, 64, 3) uint8."""
+    """Return a PNG on white, (64, 64, 3) uint8."""
     size = tuple(CONFIG["image_size"])
     with Image.open(path) as file:
         picture = file.convert("RGBA").resize(size, Image.Resampling.LANCZOS)
@@ -50,10 +50,10 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def train_tokenizer(captions: Sequence[str]):
-    """Byte-pair encoding of at most 2,048 tokens, words ending in `</w>` as CLIP's do.
+    """Train a byte-pair encoding of at most 2,048 tokens, whose words end in `</w>` as CLIP's do.
 
     The trainer numbers letters at word ends in random order, and numbers decide between pairs equally frequent. As
-    "special" tokens they have fixed numbers; special they must not stay, or every letter would be a word.
+    "special" tokens the letters have fixed numbers. They must not stay special, or every letter would be a word.
     """
     letters = sorted({letter for caption in captions for letter in caption} - {" "})
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
@@ -67,6 +67,6 @@ def train_tokenizer(captions: Sequence[str]):
 
 
 def encode_caption(tokenizer, caption: str) -> list[int]:
-    """Start token, the caption, and end tokens up to 16."""
+    """Return the start token, the caption, and end tokens up to 16."""
     ids = [tokenizer.token_to_id(START), *tokenizer.encode(caption).ids[: MAX_TOKENS - 2]]
     return ids + [END_TOKEN] * (MAX_TOKENS - len(ids))

@@ -1,4 +1,4 @@
-"""The three steps of train_sd3_emoji.py, its subcommands, from one folder to the next."""
+"""Take the three steps of train_sd3_emoji.py, its subcommands, from one folder to the next."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ PARTS = ("mmdit", "clip_l", "clip_g", "decoder", "encoder")
 
 
 def prepare(package: Path, output: Path) -> None:
-    """Emoji and their names -> images, captions and a tokenizer."""
+    """Turn emoji and their names into images, captions and a tokenizer."""
     source = "PACKAGE is npm's emoji-datasource-google 16.0.0, unpacked"
     with reading(package / "emoji.json", source):
         files = list(captioned_files(json.loads((package / "emoji.json").read_text(encoding="utf-8"))))
@@ -56,7 +56,7 @@ def train(
     data: Path, output: Path, vae_seconds: float, transformer_seconds: float, vae_steps: int | None,
     transformer_steps: int | None, batch_size: int, vae_batch_size: int, use_compile: bool, seed: int,
 ) -> None:  # fmt: skip
-    """The output of `prepare` -> weights, on the GPU if PyTorch sees one."""
+    """Train weights on the output of `prepare`, on the GPU if PyTorch sees one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         torch.set_float32_matmul_precision("high")
@@ -76,7 +76,7 @@ def train(
 
 
 def bundle(data: Path, weights: Path, output: Path) -> None:
-    """The outputs of `train` and `prepare` -> a model folder."""
+    """Make a model folder of the outputs of `train` and `prepare`."""
     try:
         with reading(weights, "`train` writes it"):
             tensors = load(weights.read_bytes())

@@ -1,4 +1,4 @@
-"""train_sd3_emoji.py from a made-up package to a model that samples, on the CPU.
+"""Run train_sd3_emoji.py from a made-up package to a model that samples, on the CPU.
 
 It needs PyTorch, so it is no part of `make test`: pip install -r requirements.txt, then python -m pytest test_training.py.
 """
@@ -40,7 +40,7 @@ def draw(path, colour, shape):
 
 
 def make_package(folder):
-    """24 emoji and one skin tone, in emoji-datasource's structure; entries that Google did not draw are skipped."""
+    """Write 24 emoji and one skin tone in emoji-datasource's structure, and entries that Google did not draw."""
     pictures = folder / "img" / "google" / "64"
     pictures.mkdir(parents=True)
     entries = []
@@ -84,7 +84,7 @@ def succeed(*arguments):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A folder with package/, data/, run/ and model/, made by the three commands one after the other."""
+    """Make a folder with package/, data/, run/ and model/ by the three commands, one after the other."""
     root = tmp_path_factory.mktemp("emoji")
     make_package(root / "package")
     with pytest.MonkeyPatch.context() as patch:
@@ -111,7 +111,8 @@ def described(path):
 
 def test_the_folder_has_the_layout_of_the_bundled_model(made):
     model, bundled = made / "model", BUNDLED_FOLDER
-    assert {path.name for path in model.iterdir()} == {path.name for path in bundled.iterdir()} - {"README.md", "training"}
+    expected = {path.name for path in bundled.iterdir()} - {"README.md", "training"}
+    assert {path.name for path in model.iterdir()} == expected
     for part in PARTS:
         assert described(model / f"{part}.safetensors") == described(bundled / f"{part}.safetensors")
     config, expected = (json.loads((folder / "config.json").read_text()) for folder in (model, bundled))
@@ -151,7 +152,7 @@ def test_every_run_gives_the_same_bytes(made, tmp_path):
 
 
 def bundled_weights(part):
-    """Float32 weights of the bundled model as PyTorch has them: channels first."""
+    """Read float32 weights of the bundled model as PyTorch has them: channels first."""
     arrays = mx.load(str(BUNDLED_FOLDER / f"{part}.safetensors"))
     tensors = {name: torch.tensor(np.array(array.astype(mx.float32))) for name, array in arrays.items()}
     return {name: t.permute(0, 3, 1, 2) if t.ndim == 4 else t for name, t in tensors.items()}

@@ -1,4 +1,4 @@
-"""The images on the device that trains, the training loop, and what it trains; the weights as DiffusionKit has them."""
+"""Hold the images on the device that trains, run the training loop, and export weights as DiffusionKit has them."""
 
 import itertools
 import math
@@ -19,7 +19,7 @@ from w4a8.cli import progress_bar
 
 @dataclass(frozen=True)
 class Dataset:
-    """N images and what they are called, on the device that trains."""
+    """N images and their captions, on the device that trains."""
 
     images: Tensor  # (N, 3, 64, 64) float32
     tokens: Tensor  # (captions, 16) int64, the captions of the first image first
@@ -28,17 +28,18 @@ class Dataset:
 
     @classmethod
     def load(cls, path: Path, device: str) -> "Dataset":
+        """Read the file that `prepare` writes."""
         with reading(path, "`prepare` writes it"), np.load(path) as arrays:
             images = torch.tensor(arrays["images"], device=device).permute(0, 3, 1, 2).float() / 127.5 - 1
             names = ("tokens", "caption_counts", "empty")
             return cls(images, *(torch.tensor(arrays[name], dtype=torch.long, device=device) for name in names))
 
     def draw_images(self, count: int) -> Tensor:
-        """Indices of `count` images, (count,)."""
+        """Draw indices of `count` images, (count,)."""
         return torch.randint(len(self.images), (count,), device=self.images.device)
 
     def draw_tokens(self, index: Tensor) -> Tensor:
-        """One of the captions of each image at random, one in ten left empty for guidance: (B,) -> (B, 16)."""
+        """Draw one of the captions of each image, one in ten left empty for guidance: (B,) -> (B, 16)."""
         first = self.caption_counts.cumsum(0) - self.caption_counts
         counts = self.caption_counts[index]
         chosen = first[index] + (torch.rand(index.shape, device=index.device) * counts).long()
@@ -57,7 +58,7 @@ def fit(
     warmup: int,
     weight_decay: float,
 ) -> Iterator[int]:
-    """Train `model` on batches that `batch_loss` draws, for `steps` or else `seconds`; yields the number of steps done.
+    """Train `model` on batches that `batch_loss` draws, for `steps` or else `seconds`; yield the number of steps done.
 
     The learning rate is a linear warm-up of `warmup` steps times a cosine. The first three steps, which compile, do
     not count in seconds.
@@ -91,7 +92,7 @@ def fit(
 
 
 def train_autoencoder(data: Dataset, batch_size: int, use_compile: bool, seconds: float, steps: int | None):
-    """The VAE, trained."""
+    """Train the VAE."""
     model = AutoEncoder().to(data.images.device)
     loss = torch.compile(model) if use_compile else model
 
@@ -106,7 +107,7 @@ def train_autoencoder(data: Dataset, batch_size: int, use_compile: bool, seconds
 def train_text_to_image(
     data: Dataset, latents: Tensor, batch_size: int, use_compile: bool, seconds: float, steps: int | None
 ) -> TextToImage:
-    """The text encoders and the transformer, trained together: a moving average of their weights.
+    """Train the text encoders and the transformer together; return a moving average of their weights.
 
     latents: (N, 16, 16, 16) with mean 0 and deviation 1.
     """
@@ -129,12 +130,12 @@ def train_text_to_image(
 
 @torch.no_grad()
 def encode_images(encoder: Encoder, images: Tensor) -> Tensor:
-    """The latents' means, 256 images at a time."""
+    """Return the latents' means, 256 images at a time."""
     return torch.cat([encoder(batch)[0] for batch in images.split(256)])
 
 
 def exported(parts: dict[str, nn.Module]) -> dict[str, Tensor]:
-    """Weights as DiffusionKit has them: `part.name`, float16, channels last in convolutions."""
+    """Return weights as DiffusionKit has them: `part.name`, float16, channels last in convolutions."""
     return {
         f"{part}.{name}": (weight.permute(0, 2, 3, 1) if weight.ndim == 4 else weight).half().contiguous().cpu()
         for part, module in parts.items()

@@ -1,4 +1,4 @@
-"""The text encoders and the transformer."""
+"""Define the text encoders and the transformer."""
 
 import math
 from collections.abc import Sequence
@@ -71,7 +71,7 @@ class Layers(nn.Module):
 
 
 def embedder(inputs: int) -> nn.ModuleDict:
-    """A vector (B, inputs) -> (B, hidden), through its entry `mlp`."""
+    """Return an embedder of a vector, (B, inputs) -> (B, hidden), through its entry `mlp`."""
     return nn.ModuleDict({"mlp": Layers(nn.Linear(inputs, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, HIDDEN))})
 
 
@@ -83,7 +83,7 @@ def zeroed(linear: nn.Linear) -> nn.Linear:
 
 
 def adaptive_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm whose shift and scale come from the conditioning."""
+    """Apply LayerNorm with shift and scale from the conditioning."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
@@ -106,13 +106,13 @@ class TransformerBlock(nn.Module):
         self.adaLN_modulation = Layers(nn.SiLU(), zeroed(nn.Linear(HIDDEN, self.modulations * HIDDEN)))
 
     def before_attention(self, x: Tensor, condition: Tensor) -> tuple[Sequence[Tensor], list[Tensor]]:
-        """x (B, tokens, hidden), condition (B, hidden) -> modulations, and queries, keys and values like x."""
+        """Return modulations, and queries, keys and values like x; x (B, tokens, hidden), condition (B, hidden)."""
         modulations = self.adaLN_modulation(condition)[:, None].chunk(self.modulations, -1)
         x = adaptive_norm(x, *modulations[:2])
         return modulations, [self.attn[name](x) for name in ("q_proj", "k_proj", "v_proj")]
 
     def after_attention(self, x: Tensor, mixed: Tensor, modulations: Sequence[Tensor]) -> Tensor:
-        """x and what attention made of it, both (B, tokens, hidden) -> the same."""
+        """Add the gated attention and MLP to x; x and mixed (B, tokens, hidden)."""
         _, _, attention_gate, shift, scale, mlp_gate = modulations
         x = x + attention_gate * self.attn["o_proj"](mixed)
         return x + mlp_gate * self.mlp["fc2"](F.gelu(self.mlp["fc1"](adaptive_norm(x, shift, scale))))
@@ -162,12 +162,12 @@ class MMDiT(nn.Module):
         )
 
     def embed_time(self, time: Tensor) -> Tensor:
-        """Time from 0 (image) to 1000 (noise), (B,) -> (B, hidden)."""
+        """Embed time from 0 (image) to 1000 (noise), (B,) -> (B, hidden)."""
         angles = time[:, None] * torch.exp(-math.log(10000) * torch.arange(128, device=time.device) / 128)
         return self.t_embedder["mlp"](torch.cat([angles.cos(), angles.sin()], -1))
 
     def positions(self, h: int, w: int) -> Tensor:
-        """The middle of the table of positions, (h w, hidden)."""
+        """Return the middle of the table of positions, (h w, hidden)."""
         top, left = (POSITIONS - h) // 2, (POSITIONS - w) // 2
         table = self.x_pos_embedder["pos_embed"].weight.view(POSITIONS, POSITIONS, HIDDEN)
         return table[top : top + h, left : left + w].flatten(0, 1)
@@ -193,7 +193,7 @@ class TextToImage(nn.Module):
         self.mmdit = MMDiT()
 
     def velocity(self, latents: Tensor, tokens: Tensor, sigma: Tensor) -> Tensor:
-        """Latents with sigma (B,) of noise -> noise minus image. As in SD3 without T5, T5's positions are zeros."""
+        """Predict noise minus image from latents with sigma (B,) of noise. T5's positions are zeros, as in SD3 without T5."""
         (states_l, pooled_l), (states_g, pooled_g) = self.clip_l(tokens), self.clip_g(tokens)
         text = torch.cat([states_l, states_g], -1)
         text = torch.cat([text, torch.zeros_like(text)], 1)

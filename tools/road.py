@@ -1,0 +1,167 @@
+"""Run the toolkit's road, stage by stage. The commands of every road stand here: recipes, proofs, benchmarks and tests read them.
+
+python tools/road.py demo calibration_data/demo          # what `make demo` runs; called again, it goes on
+python tools/road.py tiny /tmp/road                      # every stage in seconds
+python tools/road.py tiny /tmp/road blocks=mm0            # with other values for the words in braces
+"""
+
+import shlex
+import signal
+import string
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+
+from w4a8.cli import interpreter, stage_command
+
+ROOT = Path(__file__).resolve().parent.parent
+SD3_MEDIUM = "argmaxinc/mlx-stable-diffusion-3-medium"
+
+# A word in braces takes a value. An option whose value is empty is left out.
+ROADS = {
+    "tiny": (  # for tests: seconds
+        "generate_calibration_data.py --model {model} --num-images {images} --num-steps {steps}",
+        "cache_adaround_data.py --num-images {used} --stride {stride} --boundaries {boundaries}",
+        "collect_layer_activations.py --num-images {used} --stride {stride}",
+        "analyze_activations.py --plot",
+        "analyze_activations_multitier.py",
+        "optimize_adaround.py --iters 10 --batch-size {batch} --micro-batch {micro} --unit block --blocks {blocks}",
+        "export_quantized_model.py --weights w4-rtn --activations a8",
+        "evaluate_quantization.py --num-images 1 --num-steps 1 --variants w4-rtn",
+        "draw_images.py 'red heart' --model {dir}/quantized_model --num-steps 1 --output {dir}/drawn",
+        "report_calibration.py",
+    ),
+    "demo": (  # runs/emoji.sh: 6 to 10 minutes on two cores
+        "generate_calibration_data.py --model sd3-emoji --num-images 24 --batch-size 12 --seed 3",
+        "tools/contact_sheet.py --columns 8 --size 128",
+        "cache_adaround_data.py --num-images 24 --stride 8",
+        "collect_layer_activations.py --num-images 8",
+        "analyze_activations.py --plot",
+        "analyze_activations_multitier.py --plot",
+        "optimize_adaround.py --iters 80",
+        "export_quantized_model.py",
+        "evaluate_quantization.py --num-steps 20 --variants w4-rtn,w4-adaround,native,a8,a8-token,native+a8-token",
+        "draw_images.py 'red heart' 'police car' mango --model {dir}/quantized_model --compare sd3-emoji --num-steps 20 --output {dir}/drawn",
+        "report_calibration.py",
+    ),
+    "emoji_gpu": (  # runs/emoji_gpu.sh: 5 minutes 30 s on an H100
+        "generate_calibration_data.py --model sd3-emoji --num-images 3200 --num-steps 20 --stride 2 --batch-size 100 --no-images",
+        "cache_adaround_data.py --num-images 3200 --steps 8,12,14,16,18",
+        "optimize_adaround.py --iters {iters} --batch-size 64 --no-alpha",
+        "evaluate_quantization.py --num-images 64 --num-steps 20 --batch-size 64 --variants w4-rtn,w4-adaround,a8-token,w4-adaround+a8-token",
+    ),
+    "sd3_medium": (  # runs/sd3_medium.sh, which chooses the values
+        "generate_calibration_data.py --model {model} --local-checkpoint {checkpoint} --lora {lora} --num-images {images} --num-steps {steps} --stride 3 {t5}",
+        "cache_adaround_data.py --max-bytes {cache}GB",
+        "collect_layer_activations.py --num-images {statistics} --stride 2",
+        "analyze_activations.py",
+        "optimize_adaround.py --iters {iters} --no-alpha",
+        "export_quantized_model.py",
+        "evaluate_quantization.py --num-images {judged} --variants w4-rtn,native,native+a8-token --batch-size 2",
+        "report_calibration.py",
+    ),
+    "rehearsal": (  # tools/prove.py rehearsal
+        "generate_calibration_data.py --model {model} {t5} --num-images 8 --num-steps 20 --batch-size {drawn}",
+        "cache_adaround_data.py --num-images 8 --stride 4",
+        "collect_layer_activations.py --num-images 4 --stride {stride}",
+        "analyze_activations.py",
+        "optimize_adaround.py --iters {iters} --no-alpha --unit {unit} --end-to-end {last}",
+        "export_quantized_model.py",
+        "evaluate_quantization.py --num-images 4 --num-steps 20 --batch-size {judged} --variants w4-rtn,native",
+        "report_calibration.py",
+    ),
+    "reliability": (  # tools/prove.py reliability, which kills each of them
+        "generate_calibration_data.py --model sd3-emoji --num-images 6 --num-steps 6 --batch-size 2",
+        "collect_layer_activations.py --num-images 6 --stride 1",
+        "analyze_activations.py",
+        "cache_adaround_data.py --num-images 6 --stride 1",
+        "optimize_adaround.py --iters 12 --batch-size 4 --checkpoint-seconds 0.3",
+        "export_quantized_model.py",
+        "evaluate_quantization.py --num-images 2 --num-steps 3 --batch-size 2 --variants w4-rtn,native",
+        "optimize_adaround.py --iters 10 --batch-size 4 --unit block --end-to-end 4 --checkpoint-seconds 0.3",
+    ),
+    "memory": (  # benchmarks/peak_memory.py, which runs each of them twice
+        "generate_calibration_data.py --latent-size {side} {side} --model {model} {t5} --num-images 2 --num-steps 2 --no-images --force",
+        "generate_calibration_data.py --latent-size {side} {side} --model {model} {t5} --num-images 2 --num-steps 2 --force",
+        "cache_adaround_data.py --num-images 2 --stride 1 --blocks {blocks}",
+        "collect_layer_activations.py --num-images 2 --stride 1",
+        "analyze_activations.py",
+        "optimize_adaround.py --blocks {blocks} --iters 10 --batch-size {batch} --micro-batch {micro} --unit block",
+        "evaluate_quantization.py --num-images 1 --num-steps 2 --variants w4-rtn,a8",
+    ),
+}  # fmt: skip
+VALUES: dict[str, dict[str, object]] = {  # of the words in braces, where a caller gives no other one
+    "tiny": {
+        "model": "sd3-emoji",
+        "images": 2,
+        "steps": 3,
+        "used": 2,
+        "stride": 1,
+        "boundaries": "ends",
+        "batch": 2,
+        "micro": "",
+        "blocks": "",
+    },
+    "emoji_gpu": {"iters": 1500},
+}
+AGAIN = {  # the option with which a stage goes on after an interruption; the others take --resume
+    "export_quantized_model.py": "--force",
+    **dict.fromkeys(("analyze_activations.py", "analyze_activations_multitier.py", "tools/contact_sheet.py"), ""),
+    **dict.fromkeys(("draw_images.py", "report_calibration.py"), ""),
+}
+
+
+def words(line: str, folder: str | Path, **values: object) -> list[str]:
+    """Return the words of a road's line in a folder: the script, --calib-dir, and the options, with their values."""
+    script, *rest = shlex.split(line)
+    found = [script] if script == "draw_images.py" else [script, "--calib-dir", str(folder)]
+    for word in rest:
+        filled = word.format(dir=folder, **values)
+        if filled:
+            found.append(filled)
+        elif found[-1].startswith("--"):
+            found.pop()
+    return found
+
+
+def commands(road: str, folder: str | Path, **values: object) -> list[list[str]]:
+    """Return the command lines of a road, each as its words. Raises UsageError where a value is missing."""
+    given = {**VALUES.get(road, {}), **values}
+    named = {name for line in ROADS[road] for _, name, _, _ in string.Formatter().parse(line) if name} - {"dir"}
+    if missing := sorted(named - given.keys()):
+        raise click.UsageError(f"the road {road} needs {', '.join(f'{name}=…' for name in missing)}")
+    if unknown := sorted(given.keys() - named):
+        raise click.UsageError(f"the road {road} knows no {', '.join(unknown)}")
+    return [words(line, folder, **given) for line in ROADS[road]]
+
+
+def again(script: str) -> list[str]:
+    """Return the options with which a stage goes on after an interruption."""
+    return AGAIN.get(script, "--resume").split()
+
+
+@stage_command
+@click.argument("road", type=click.Choice(["tiny", "demo", "emoji_gpu", "sd3_medium"]))
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("values", nargs=-1, metavar="[NAME=VALUE]...")
+def main(road: str, folder: Path, values: tuple[str, ...]) -> int:
+    """Run a ROAD in FOLDER, and print each command before it runs. Called again, the road goes on where it was."""
+    if wrong := [value for value in values if "=" not in value]:
+        raise click.UsageError(f"{wrong[0]}: not NAME=VALUE")
+    lines = commands(road, folder, **dict(value.split("=", 1) for value in values))
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is the stage's: it finishes, and says how to go on
+    for number, line in enumerate(lines, 1):
+        click.echo(f"step {number} of {len(lines)}", err=True)
+        command = [*line, *again(line[0])]
+        click.echo(f"\n$ {interpreter()} {shlex.join(command)}")
+        code = subprocess.run([sys.executable, *command], cwd=ROOT).returncode
+        if code:
+            return code if code > 0 else 128 - code
+    return 0
+
+
+if __name__ == "__main__":
+    main()
