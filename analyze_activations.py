@@ -13,7 +13,6 @@ weights that were rounded without it x − shift is quantized, clipped at `unmig
 needed: NumPy only.
 """
 
-
 from w4a8 import cli  # isort: skip  (first: it says what to do where packages are missing)
 
 import click
@@ -93,7 +92,9 @@ def run(options: W4A8Options) -> None:
         clear_analysis_temporaries(output)
         write_temporal_analysis(temporal_file, statistics.sigma_map, temporal)
         write_quant_config(
-            output, head | {"outlier_config": outlier_config}, config_steps(steps, outlier_config, options.use_hist_p999)
+            output,
+            head | {"outlier_config": outlier_config},
+            config_steps(steps, outlier_config, options.use_hist_p999),
         )
     print_w4a8_summary(summary, temporal, outlier_config)
     if options.with_plot:

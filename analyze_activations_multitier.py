@@ -14,7 +14,6 @@ The threshold policy gives narrow ranges few bits. The sqnr policy computes, fro
 entry's bits). The model is not needed: NumPy only. No outlier is migrated here.
 """
 
-
 from w4a8 import cli  # isort: skip  (first: it says what to do where packages are missing)
 
 import click

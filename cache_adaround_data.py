@@ -75,7 +75,9 @@ def run(options: CacheOptions) -> None:
 
     manifest, paths = read_manifest(options.calib_dir), BlockCachePaths(options.calib_dir)
     ranks = join(options.calib_dir)
-    flags = cli.flags(main, num_images="num_images", stride="stride", blocks="blocks", boundaries="boundaries", key_timesteps="steps")
+    flags = cli.flags(
+        main, num_images="num_images", stride="stride", blocks="blocks", boundaries="boundaries", key_timesteps="steps"
+    )
     folder = StageFolder(paths, paths.plan, CACHE_PLAN, read_plan, flags, options.resume, options.force, ranks)
     before = folder.before()
     boundaries = choose_boundaries(options.boundaries, options.blocks, before)
@@ -93,7 +95,9 @@ def run(options: CacheOptions) -> None:
             f"{len(sample_ids)} samples, {boundaries} of the boundaries"
         )
         folder.check(plan)
-        passes = StoredPasses.open(pipeline, options.calib_dir, manifest, images, 1 if options.dry_run else options.text_group)
+        passes = StoredPasses.open(
+            pipeline, options.calib_dir, manifest, images, 1 if options.dry_run else options.text_group
+        )
         seconds, arrays = recording.probe(passes, sample_ids)
         kept = {key: array.shape for key, array in arrays.items()}
         todo = folder.todo(sample_ids, lambda sample_id: is_cached(paths, run_id, *sample_id, kept))

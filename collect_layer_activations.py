@@ -21,9 +21,7 @@ STEP_FILE_SIZES = 4  # of a partial result, that a step's files take: an array a
 @cli.stage(CollectionOptions)
 @cli.calib_dir_option
 @cli.model_location_options
-@click.option(
-    "--num-images", type=cli.IMAGES, help="Images to use, evenly over the whole calibration run."
-)
+@click.option("--num-images", type=cli.IMAGES, help="Images to use, evenly over the whole calibration run.")
 @click.option("--stride", type=cli.STEPS, help="Use every Nth saved step.")
 @cli.text_group_option
 @cli.max_bytes_option
@@ -57,8 +55,12 @@ def run(options: CollectionOptions) -> None:
     manifest, paths = read_manifest(options.calib_dir), ActivationPaths(options.calib_dir)
     ranks = join(options.calib_dir)
     flags = cli.flags(main, num_images="num_images", stride="stride")
-    folder = StageFolder(paths, paths.collection, COLLECTION, COLLECTION.read, flags, options.resume, options.force, ranks)
-    images, selection = select_passes(manifest, options.num_images, options.stride, folder.before(num_images=options.num_images))
+    folder = StageFolder(
+        paths, paths.collection, COLLECTION, COLLECTION.read, flags, options.resume, options.force, ranks
+    )
+    images, selection = select_passes(
+        manifest, options.num_images, options.stride, folder.before(num_images=options.num_images)
+    )
     plan = {"format": PARTIAL_FORMAT, **selection}
     sample_ids, dtype = sample_ids_of(plan), manifest["activation_dtype"]
     click.echo(
@@ -68,10 +70,14 @@ def run(options: CollectionOptions) -> None:
     with folder.held(options.dry_run):
         folder.check(plan)
         pipeline = load_run_pipeline(manifest, {TRANSFORMER: dtype, TEXT: dtype}, options.location)
-        passes = StoredPasses.open(pipeline, options.calib_dir, manifest, images, 1 if options.dry_run else options.text_group)
+        passes = StoredPasses.open(
+            pipeline, options.calib_dir, manifest, images, 1 if options.dry_run else options.text_group
+        )
         way = choose_statistics()
         widths = {name: layer.shape[1] for name, layer in model_layers(pipeline.mmdit).items()}
-        todo = folder.todo(sample_ids, lambda sample_id: is_partial_complete(paths, plan["calibration_run"], *sample_id, widths))
+        todo = folder.todo(
+            sample_ids, lambda sample_id: is_partial_complete(paths, plan["calibration_run"], *sample_id, widths)
+        )
         seconds, found = passes.probe(plan["key_timesteps"][0], lambda one: collect_pass(one, way))
         size = npz_bytes(partial_arrays(found, *sample_ids[0], dtype) | of_run(plan["calibration_run"]))
         done, mine = len(sample_ids) - len(todo), ranks.owned_items(todo, sample_ids)
@@ -93,7 +99,15 @@ def run(options: CollectionOptions) -> None:
                 closing(passes.over(mine)) as taken,
             ):
                 for one in taken:
-                    writer.submit(write_pass, paths, plan["calibration_run"], collect_pass(one, way), one.image_id, one.step, dtype)
+                    writer.submit(
+                        write_pass,
+                        paths,
+                        plan["calibration_run"],
+                        collect_pass(one, way),
+                        one.image_id,
+                        one.step,
+                        dtype,
+                    )
                     ranks.advance(bar)
                 writer.drain()
                 ranks.complete(bar)

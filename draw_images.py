@@ -52,9 +52,7 @@ from w4a8.options import DrawingOptions
 )
 @click.option("--activations", is_flag=True, help="Simulate the quantized activations that the export has ranges for.")
 @cli.native_option
-@click.option(
-    "--output", type=cli.FOLDER, help="Folder of the PNG files."
-)
+@click.option("--output", type=cli.FOLDER, help="Folder of the PNG files.")
 def main(options: DrawingOptions) -> None:
     """Draw prompts to PNG files, from any model."""
     run(options)
@@ -76,7 +74,10 @@ def run(options: DrawingOptions) -> None:
     seed = secrets.randbelow(2**32) if options.seed == -1 else options.seed
     if options.seed == -1:
         click.echo(f"seed {seed}")
-    infos = [describe_model(options.model, options.loras), *([describe_model(options.compare)] if options.compare is not None else [])]
+    infos = [
+        describe_model(options.model, options.loras),
+        *([describe_model(options.compare)] if options.compare is not None else []),
+    ]
     plan = plan_drawing(options, infos, wanted, seed)
     paths = DrawingPaths(options.output)
     paths.refuse_foreign_files(len(wanted), options.compare is not None)

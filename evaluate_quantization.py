@@ -101,8 +101,15 @@ def run(options: EvaluationOptions) -> None:
 
     manifest = read_manifest(options.calib_dir)
     ranks = join(options.calib_dir)
-    names = [name.strip() for name in options.variants.split(",")] if options.variants is not None else default_variants(options.calib_dir)
-    chosen = [make_variant(name, options.calib_dir, options.scale_is, options.native) for name in dict.fromkeys(["fp", *names])]
+    names = (
+        [name.strip() for name in options.variants.split(",")]
+        if options.variants is not None
+        else default_variants(options.calib_dir)
+    )
+    chosen = [
+        make_variant(name, options.calib_dir, options.scale_is, options.native)
+        for name in dict.fromkeys(["fp", *names])
+    ]
     given_prompts = read_prompt_file(options.prompt_file) if options.prompt_file else None
     pipeline, info, fingerprint = load_evaluated(manifest, options.location, options.native)
     prompts, overlap = choose_prompts(manifest, info.captions, given_prompts, options.num_images, options.seed)
@@ -119,7 +126,9 @@ def run(options: EvaluationOptions) -> None:
         click.echo(f"{cut} prompts are longer than the text encoder's positions: their ends are ignored.")
     for variant in chosen:
         variant.check(manifest, fingerprint, model_layers(pipeline.mmdit))
-    needs = needs_of(pipeline, sampling.latent_size, options.batch_size, sampling.cfg_weight > 0, sampling.num_steps + 1)
+    needs = needs_of(
+        pipeline, sampling.latent_size, options.batch_size, sampling.cfg_weight > 0, sampling.num_steps + 1
+    )
     refuse_too_large(pipeline, needs, options.batch_size, ("--batch-size",))
     texts = PromptEncoder(pipeline, prompts, sampling.cfg_weight, sampling.negative_prompt, options.text_group)
     if options.dry_run:

@@ -9,7 +9,6 @@ Weights are exactly those that stage 4 measured (its variant `native` runs the f
 written as ranges for runtimes that have such kernels; here they are simulated.
 """
 
-
 from w4a8 import cli  # isort: skip  (first: it says what to do where packages are missing)
 
 import click
@@ -21,17 +20,13 @@ from w4a8.options import ExportOptions
 @cli.stage(ExportOptions)
 @cli.calib_dir_option
 @cli.model_location_options
-@click.option(
-    "--weights", help="As in stage 4: w4-adaround, w4-rtn, w3-rtn-g32, …  [default: what stage 3W left]"
-)
+@click.option("--weights", help="As in stage 4: w4-adaround, w4-rtn, w3-rtn-g32, …  [default: what stage 3W left]")
 @click.option(
     "--activations",
     help="Ranges to write along, as in stage 4: a8, a8-learned, a8-token, or none.  [default: a8 where 3A left a config, else none]",
 )
 @cli.scale_is_option
-@click.option(
-    "--format", "layout", type=click.Choice(EXPORT_FORMATS), help="A model folder, or one file of Q4_1."
-)
+@click.option("--format", "layout", type=click.Choice(EXPORT_FORMATS), help="A model folder, or one file of Q4_1.")
 @click.option(
     "--rest-bits",
     type=click.Choice(REST_BITS),
@@ -102,7 +97,8 @@ def run(options: ExportOptions) -> None:
     with (
         locked_folder(paths.root),
         cli.interruptible(
-            lambda: f"the export in {paths.root} is " + ("whole" if paths.config.exists() else "not finished"), "--force"
+            lambda: f"the export in {paths.root} is " + ("whole" if paths.config.exists() else "not finished"),
+            "--force",
         ),
         cli.progress_bar(size.modules, "packing", "layer") as bar,
     ):

@@ -47,9 +47,7 @@ DEFAULT_MODEL = "argmaxinc/mlx-stable-diffusion-3-medium"
 @click.option(
     "--latent-size", type=cli.SIDE, nargs=2, metavar="H W", help="Latent height and width.  [default: the model's]"
 )
-@click.option(
-    "--stride", type=cli.STEPS, help="Save every Nth step; the finished latent always."
-)
+@click.option("--stride", type=cli.STEPS, help="Save every Nth step; the finished latent always.")
 @click.option("--batch-size", type=cli.COUNT, help="Images in one forward pass.")
 @click.option("--t5/--no-t5", "use_t5", help="Use the T5 text encoder.  [default: the model's]")
 @click.option(
@@ -122,7 +120,11 @@ def run(options: GenerationOptions) -> None:
             click.echo(f"nothing to do: all {options.num_images} images are complete in {paths.root}")
             if not options.dry_run:
                 folder.begin(begun(plan))
-                folder.finish(lambda: write_manifest(paths, plan | {"weights_fingerprint": manifest["weights_fingerprint"]}, complete))
+                folder.finish(
+                    lambda: write_manifest(
+                        paths, plan | {"weights_fingerprint": manifest["weights_fingerprint"]}, complete
+                    )
+                )
             return
         refuse_foreign_pictures(paths, plan, complete)
         pipeline = load_pipeline(
@@ -137,7 +139,9 @@ def run(options: GenerationOptions) -> None:
         texts, together = prepare(pipeline, plan, some[: 1 if options.dry_run else None], options.text_group)
         if options.dry_run:
             click.echo(estimate_generation(pipeline, texts, paths, plan, complete, together, ranks))
-            ranks.print_shares([sum(map(len, batches_to_do(plan, complete, one))) for one in ranks.every_rank()], "images")
+            ranks.print_shares(
+                [sum(map(len, batches_to_do(plan, complete, one))) for one in ranks.every_rank()], "images"
+            )
             return
         folder.begin(begun(plan))  # the manifest is the record, and grows
         if options.force:

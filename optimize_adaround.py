@@ -12,7 +12,6 @@ round-to-nearest on a min-max grid; in the table at the end on the samples of th
 samples. All in float32.
 """
 
-
 from w4a8 import cli  # isort: skip  (first: it says what to do where packages are missing)
 
 import click
@@ -165,8 +164,22 @@ def run(options: RoundingOptions) -> None:
     calib_dir, paths = options.calib_dir, WeightPaths(options.calib_dir)
     cache, manifest, ranks = read_cache_metadata(calib_dir), read_manifest(calib_dir), join(calib_dir)
     schedule, _ = run_schedule(manifest)
-    flags = cli.flags(main, block_names="blocks", layer_bits="bits", **dict(zip(NAMED_LIKE_THEIR_OPTION, NAMED_LIKE_THEIR_OPTION, strict=True)))
-    folder = StageFolder(paths, paths.plan, WEIGHTS_PLAN, WEIGHTS_PLAN.read, flags | WITHOUT_AN_OPTION, options.resume, options.force, ranks)
+    flags = cli.flags(
+        main,
+        block_names="blocks",
+        layer_bits="bits",
+        **dict(zip(NAMED_LIKE_THEIR_OPTION, NAMED_LIKE_THEIR_OPTION, strict=True)),
+    )
+    folder = StageFolder(
+        paths,
+        paths.plan,
+        WEIGHTS_PLAN,
+        WEIGHTS_PLAN.read,
+        flags | WITHOUT_AN_OPTION,
+        options.resume,
+        options.force,
+        ranks,
+    )
     with folder.held(options.dry_run):
         opened, before = run_transformer(manifest, options.location), folder.before()
         rounding = RoundingRun.plan_run(options, opened, paths, cache, schedule, ranks)

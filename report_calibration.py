@@ -6,7 +6,6 @@ Writes  report/index.html, one file with images and figures inside; no network, 
 python report_calibration.py
 """
 
-
 from w4a8 import cli  # isort: skip  (first: it says what to do where packages are missing)
 
 import click

@@ -89,7 +89,9 @@ def whole_model(calib_dir: Path, manifest: dict[str, Any], settings: Settings, b
     layers = [name for name, layer in run.layers.items() if layer.block in (blocks or names)]
     if not layers:
         raise click.UsageError(f"--blocks {','.join(blocks or ())}: the model has {', '.join(names)}")
-    return ModelUnit.build(mmdit, UnitSpec(MODEL, names, layers), Samples.of_cache(calib_dir, run.cache, mmdit, run.blocks), settings)
+    return ModelUnit.build(
+        mmdit, UnitSpec(MODEL, names, layers), Samples.of_cache(calib_dir, run.cache, mmdit, run.blocks), settings
+    )
 
 
 # --- the ways -------------------------------------------------------------------------------------------------

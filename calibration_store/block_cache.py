@@ -208,7 +208,7 @@ def check_cached_sample(
     if not checked:  # finiteness would read the data
         record = Record({key: member._replace(rules=()) for key, member in record.members.items()})
     fault = record.fault(arrays)
-    if not fault and (arrays["image_id"], arrays["step_index"]) != (image_id, step_index):
+    if not fault and (int(arrays["image_id"]), int(arrays["step_index"])) != (image_id, step_index):
         fault = f"image {arrays['image_id']}, step {arrays['step_index']}"
     fault = fault or run_fault(arrays, run)
     if fault:

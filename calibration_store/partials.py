@@ -157,7 +157,7 @@ def read_partial(paths: ActivationPaths, run: str, image_id: int, step_index: in
     fault = PARTIAL.fault(arrays) or run_fault(arrays, run)
     if fault:
         raise StoreError(f"{path}: not a partial result ({fault}); {remedy}")
-    if (arrays["image_id"], arrays["step_index"]) != (image_id, step_index):
+    if (int(arrays["image_id"]), int(arrays["step_index"])) != (image_id, step_index):
         raise StoreError(f"{path}: of image {arrays['image_id']}, step {arrays['step_index']}; {remedy}")
     return arrays
 

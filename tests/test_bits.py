@@ -52,7 +52,16 @@ def cached(tmp_path_factory):
 def rounding_of(folder):
     manifest = read_manifest(folder)
     opened, schedule = run_transformer(manifest), run_schedule(manifest)[0]
-    settings = Settings(iters=10, batch_size=2, group_size=32, qdrop=0.0, lr_activation_scale=5e-3, seed=0, micro_batch=2, activation_rule="token")
+    settings = Settings(
+        iters=10,
+        batch_size=2,
+        group_size=32,
+        qdrop=0.0,
+        lr_activation_scale=5e-3,
+        seed=0,
+        micro_batch=2,
+        activation_rule="token",
+    )
     blocks = [f"mm{index}" for index in range(8)]
     return RoundingRun(
         opened, opened(), WeightPaths(folder), read_cache_metadata(folder), schedule, settings, "model", blocks
@@ -333,7 +342,10 @@ def test_the_worst_image_is_named_and_drawn():
 
 def test_bits_by_layer_need_not_hold_the_usual_ones():
     """Accept an export in which every layer has bits of its own (--bits '*=8'), and none has --weight-bits."""
-    config = {"quantization": {"bits": 8, "group_size": 64}, "export": {"weights": "w4-adaround", "weight_bits": 4, "layer_bits": {"a": 8}}}
+    config = {
+        "quantization": {"bits": 8, "group_size": 64},
+        "export": {"weights": "w4-adaround", "weight_bits": 4, "layer_bits": {"a": 8}},
+    }
     shapes = {"a.weight": (64, 16), "a.scales": (64, 1)}
     assert packed_fault(config, shapes) is None
     config["export"]["layer_bits"] = {}

@@ -269,7 +269,9 @@ def test_ranges_that_do_not_fit_are_one_line(exports, tmp_path, part, damage, me
     damage(content)
     (folder / "activations.json").write_text(json.dumps(content))
     config = json.loads((folder / "config.json").read_bytes())
-    config["export"]["files"]["activations.json"] = weights_fingerprint({"activations.json": folder / "activations.json"})
+    config["export"]["files"]["activations.json"] = weights_fingerprint(
+        {"activations.json": folder / "activations.json"}
+    )
     (folder / "config.json").write_text(json.dumps(config))
     one_line(draw(tmp_path / "out", "--model", folder, "--activations"), message)
     assert not (tmp_path / "out").exists()

@@ -199,7 +199,9 @@ def rounding_of(folder, settings, unit="block"):
     return RoundingRun(opened, opened(), WeightPaths(folder), cache, schedule, settings, unit, BLOCKS)
 
 
-SETTINGS = Settings(iters=10, batch_size=2, lr_activation_scale=5e-3, seed=0, micro_batch=1, activation_rule="token", end_to_end=10)
+SETTINGS = Settings(
+    iters=10, batch_size=2, lr_activation_scale=5e-3, seed=0, micro_batch=1, activation_rule="token", end_to_end=10
+)
 
 
 def test_the_walk_makes_the_boundaries_that_all_holds(copy, everything):
@@ -231,8 +233,6 @@ def test_a_damaged_boundary_is_made_anew(copy):
     assert folder_bytes(boundary) == before
 
 
-
-
 def test_block_units_and_the_last_phase(copy):
     arguments = ("--unit", "block", "--end-to-end", 12, "--bits", "mm[23456].*=16")
     done = optimize(copy, *arguments)
@@ -261,8 +261,6 @@ def test_block_units_and_the_last_phase(copy):
     (root / "mm1.npz").unlink()  # its first phase again, then the last one: the others know where theirs began
     done = optimize(copy, *arguments, "--resume")
     assert done.exit_code == 0 and folder_bytes(root) == before
-
-
 
 
 @pytest.mark.parametrize("rule", ["token", "static"])

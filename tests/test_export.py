@@ -277,7 +277,10 @@ def changed(edit):
     ("damage", "message"),
     [
         (changed(lambda c: c.pop("quantization")), "an export without 'quantization'"),
-        (changed(lambda c: c["quantization"].update({"a.layer": True})), "a.layer: True is neither an object nor false"),
+        (
+            changed(lambda c: c["quantization"].update({"a.layer": True})),
+            "a.layer: True is neither an object nor false",
+        ),
         (changed(lambda c: c.update(other=10**30)), "config.json: not valid JSON"),
         (truncate, "mmdit.safetensors: truncated or damaged"),
         (flip_a_bit, "mmdit.safetensors: not what was exported"),
@@ -323,7 +326,10 @@ def test_an_output_that_is_a_link_to_itself_is_one_line(run, tmp_path):
 def test_the_old_export_stays_until_the_new_one_is_complete(run, tmp_path):
     """Write an export over an old one where the system refuses a large file, and on a disk that is too small for both."""
     folder = shutil.copytree(run / "quantized_model", tmp_path / "disk/model")
-    before, command = folder_bytes(folder), ("export_quantized_model", "--calib-dir", run, "--force", "--weights", "w4-rtn", "--output")
+    before, command = (
+        folder_bytes(folder),
+        ("export_quantized_model", "--calib-dir", run, "--force", "--weights", "w4-rtn", "--output"),
+    )
     refuse = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (10**6, 10**6))
     process = start(*command, folder, preexec_fn=refuse)
     _, stderr = process.communicate(timeout=60)

@@ -57,7 +57,15 @@ def test_files_keep_their_contract(clean_run):
     for name in names:
         sample = np.load(clean_run / "samples" / name, allow_pickle=False)
         image, step = map(int, re.findall(r"\d+", name)[:2])
-        assert sorted(sample.files) == ["calibration_run", "image_id", "is_final", "sigma", "step_index", "timestep", "x"]
+        assert sorted(sample.files) == [
+            "calibration_run",
+            "image_id",
+            "is_final",
+            "sigma",
+            "step_index",
+            "timestep",
+            "x",
+        ]
         assert sample["x"].shape == (1, 16, 16, 16) and sample["x"].dtype == manifest["activation_dtype"]
         assert sample["timestep"].dtype == sample["x"].dtype and sample["timestep"].shape == ()
         assert (

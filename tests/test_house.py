@@ -158,7 +158,12 @@ def modules_imported(path: Path) -> set[str]:
 
 def test_only_scripts_import_the_command_line():
     below = [path for path in PACKAGE if path.parent.name != "cli"]
-    assert offenders([*below, *STORE], lambda path: {name for name in modules_imported(path) if name.startswith("w4a8.cli")}) == {}
+    assert (
+        offenders(
+            [*below, *STORE], lambda path: {name for name in modules_imported(path) if name.startswith("w4a8.cli")}
+        )
+        == {}
+    )
 
 
 def test_packages_import_each_other_in_no_circle():
@@ -170,7 +175,11 @@ def test_packages_import_each_other_in_no_circle():
     arrows: dict[str, set[str]] = {}
     for path in [*PACKAGE, *STORE, ROOT / "hooks.py"]:
         own = package(".".join(path.relative_to(ROOT).with_suffix("").parts))
-        found = {package(module) for module in modules_imported(path) if module.startswith(("w4a8.", "calibration_store", "hooks"))}
+        found = {
+            package(module)
+            for module in modules_imported(path)
+            if module.startswith(("w4a8.", "calibration_store", "hooks"))
+        }
         arrows.setdefault(own, set()).update(found - {own})
     list(graphlib.TopologicalSorter(arrows).static_order())  # raises CycleError, which names a circle
 
@@ -180,7 +189,13 @@ def test_one_public_name_has_one_meaning():
     owners: dict[str, set[str]] = {}
     for path in [*PACKAGE, *(path for path in STORE if path.name != "api.py")]:
         for node in ast.parse(path.read_text()).body:
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+            targets = (
+                node.targets
+                if isinstance(node, ast.Assign)
+                else [node.target]
+                if isinstance(node, ast.AnnAssign)
+                else []
+            )
             names = [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
             names += [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else []
             for name in names:
@@ -271,34 +286,8 @@ def test_streams_are_set_up_before_anything_is_evaluated():
     assert ast.unparse(first) == "run_cpu_streams_side_by_side()"
 
 
-UNTYPED = 62  # modules that pyproject.toml keeps from mypy; make the number smaller with the list
-
-
-def test_fewer_modules_are_kept_from_mypy():
-    """The list in pyproject.toml only ever gets shorter, and names modules that there are."""
-    listed = modules_kept_from_mypy()
-    assert listed == sorted(set(listed)) and len(listed) == UNTYPED, f"{len(listed)} modules, {UNTYPED} are noted here"
-    assert [name for name in listed if importlib.util.find_spec(name) is None] == []
-
-
-def modules_kept_from_mypy() -> list[str]:
+def test_types_are_checked_everywhere():
+    """mypy runs on both packages, hooks.py and every script (`make check`), and no module is kept from it."""
     text = (ROOT / "pyproject.toml").read_text()
-    (block,) = re.findall(r"^module = \[([^\]]*)\]\s*ignore_errors = true", text, re.MULTILINE)
-    return re.findall(r'"(.+?)"', block)
-
-
-@pytest.mark.slow
-def test_no_module_is_kept_from_mypy_without_a_reason(tmp_path):
-    """Each one that is listed has an error today: who mends the last one takes its line out."""
-    config = tmp_path / "pyproject.toml"
-    config.write_text((ROOT / "pyproject.toml").read_text().replace("ignore_errors = true", "ignore_errors = false"))
-    command = [sys.executable, "-m", "mypy", "--config-file", config, "--cache-dir", tmp_path, "--no-color-output"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    wrong = {
-        path.removesuffix("/__init__").replace("/", ".")
-        for path in re.findall(r"^(.+?)\.py:\d+: error", done.stdout, re.MULTILINE)
-    }
-    assert wrong, done.stdout + done.stderr
-    assert sorted(set(modules_kept_from_mypy()) - wrong) == [], (
-        "these have no error any more: take them out of the list"
-    )
+    assert 'files = ["w4a8", "calibration_store", "*.py"]' in text and "ignore_errors" not in text
+    assert "\t$(PY) -m mypy\n" in (ROOT / "Makefile").read_text()

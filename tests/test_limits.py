@@ -76,7 +76,14 @@ NOTED = {  # script -> option -> (the format, content with a value) of the file 
     },
     "analyze_activations_multitier": {
         name: threshold(name)
-        for name in ("a4_threshold", "a6_threshold", "shifted_a4_threshold", "shifted_a6_threshold", "average_bits", "min_sqnr")
+        for name in (
+            "a4_threshold",
+            "a6_threshold",
+            "shifted_a4_threshold",
+            "shifted_a6_threshold",
+            "average_bits",
+            "min_sqnr",
+        )
     },
     "evaluate_quantization": {name: (METRICS, at(name, FIGURES)) for name in ("num_steps", "cfg_weight", "seed")},
 }

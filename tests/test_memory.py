@@ -130,7 +130,15 @@ def test_a_truncated_part_is_one_line_and_nothing_is_lost(run, tmp_path, part, k
 def unit_of(folder, micro_batch, samples=None):
     mmdit = run_transformer(read_manifest(folder))()
     spec = BlockUnit.specs(model_layers(mmdit), ["mm2"])[0]
-    settings = Settings(iters=20, batch_size=4, qdrop=0.0, lr_activation_scale=1e-3, seed=3, micro_batch=micro_batch, activation_rule="static")
+    settings = Settings(
+        iters=20,
+        batch_size=4,
+        qdrop=0.0,
+        lr_activation_scale=1e-3,
+        seed=3,
+        micro_batch=micro_batch,
+        activation_rule="static",
+    )
     return BlockUnit.build(
         mmdit, spec, samples or Samples.of_stretch(folder, read_cache_metadata(folder), ["mm2"]), settings
     )
@@ -344,4 +352,9 @@ def test_threads_follow_the_affinity():
 
 def test_settings_default_to_the_whole_batch():
     assert Settings(iters=20, batch_size=16, lr_activation_scale=1e-3, seed=3, activation_rule="static").chunk == 16
-    assert replace(Settings(iters=20, batch_size=16, lr_activation_scale=1e-3, seed=3, activation_rule="static"), micro_batch=2).chunk == 2
+    assert (
+        replace(
+            Settings(iters=20, batch_size=16, lr_activation_scale=1e-3, seed=3, activation_rule="static"), micro_batch=2
+        ).chunk
+        == 2
+    )

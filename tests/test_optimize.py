@@ -191,7 +191,9 @@ def block_unit(folder, rounding):
     mmdit = load_run_pipeline(read_manifest(folder), {TRANSFORMER: "float32"}).mmdit
     spec = BlockUnit.specs(model_layers(mmdit), list(model_blocks(mmdit)))[2]
     samples = Samples.of_stretch(folder, read_cache_metadata(folder), spec.blocks)
-    settings = Settings(iters=20, batch_size=2, rounding=rounding, lr_activation_scale=1e-3, seed=3, activation_rule="static")
+    settings = Settings(
+        iters=20, batch_size=2, rounding=rounding, lr_activation_scale=1e-3, seed=3, activation_rule="static"
+    )
     return BlockUnit.build(mmdit, spec, samples, settings)
 
 

@@ -53,13 +53,17 @@ def rewritten(content):
 
 def write_json(path, drop=()):
     content = json.loads(path.read_bytes())
-    path.write_text(json.dumps(rewritten({key: value for key, value in content.items() if key not in drop}), indent=None))
+    path.write_text(
+        json.dumps(rewritten({key: value for key, value in content.items() if key not in drop}), indent=None)
+    )
 
 
 def write_npz(path, exact=(), compressed=True):
     """Write an NPZ again without the run's identity, in wide big-endian dtypes; exact: members that keep their dtype."""
     arrays = {key: array for key, array in np.load(path).items() if not key.endswith("_run")}
-    wide = {key: a.astype(np.float64 if a.dtype.kind == "f" else a.dtype) for key, a in arrays.items() if key not in exact}
+    wide = {
+        key: a.astype(np.float64 if a.dtype.kind == "f" else a.dtype) for key, a in arrays.items() if key not in exact
+    }
     foreign = {key: a.astype(a.dtype.newbyteorder(">")) for key, a in wide.items()}
     own = {"writer": np.array("another"), "other__thing": np.zeros((3, 3), np.complex64)}
     path.unlink()
@@ -116,9 +120,14 @@ def test_statistics(run, copy):
     for path in (copy / "activations/timestep_stats").glob("*.json"):
         index = json.loads(path.read_bytes())
         optional = ("tensor_min", "tensor_max", "shift_absmax", "hist_p01", "hist_p001", "hist_p99")
-        layers = {name: {k: v for k, v in entry.items() if k not in optional} for name, entry in reversed(index.items())}
+        layers = {
+            name: {k: v for k, v in entry.items() if k not in optional} for name, entry in reversed(index.items())
+        }
         path.write_text(json.dumps(layers))
-    for script, name in (("analyze_activations", "quant_config"), ("analyze_activations_multitier", "quant_config_multitier")):
+    for script, name in (
+        ("analyze_activations", "quant_config"),
+        ("analyze_activations_multitier", "quant_config_multitier"),
+    ):
         (copy / f"activations/{name}.json").unlink(missing_ok=True)
         done(script, copy)
         done(script, run)
@@ -149,7 +158,10 @@ def test_a_model_folder(run, copy, tmp_path):
     folder = shutil.copytree(BUNDLED_FOLDER, tmp_path / "model")
     for name in ("config.json", "vocab.json"):
         content = json.loads((folder / name).read_bytes())
-        turned = {key: dict(reversed(value.items())) if isinstance(value, dict) else value for key, value in reversed(content.items())}
+        turned = {
+            key: dict(reversed(value.items())) if isinstance(value, dict) else value
+            for key, value in reversed(content.items())
+        }
         own = {} if name == "vocab.json" else {"license": "other", "tags": [1]}
         (folder / name).write_text(json.dumps(own | turned, indent=None))
     path = folder / "mmdit.safetensors"
@@ -164,11 +176,28 @@ def test_tiers_of_another_tool(copy, scales):
     """Read a config of version 3 that has bits of 4, 6 and 8, and no entry of ours beside."""
     steps = json.loads((copy / "activations/layer_statistics.json").read_bytes())["sigma_map"]
     names = list(json.loads((copy / "activations/timestep_stats/step_0_index.json").read_bytes()))
-    layers = {name: {"scale": 10.0 / scales, "bits": (4, 6, 8)[i % 3], "reason": "by hand"} for i, name in enumerate(names)}
-    content = {"sigma_map": steps, "per_timestep": dict.fromkeys(steps, layers), "format": "per_timestep_quant_config_v3"}
+    layers = {
+        name: {"scale": 10.0 / scales, "bits": (4, 6, 8)[i % 3], "reason": "by hand"} for i, name in enumerate(names)
+    }
+    content = {
+        "sigma_map": steps,
+        "per_timestep": dict.fromkeys(steps, layers),
+        "format": "per_timestep_quant_config_v3",
+    }
     (copy / "activations/quant_config_multitier.json").write_text(json.dumps(content))
     meaning = "range" if scales == 1 else "step"
-    done("evaluate_quantization", copy, "--variants", "multitier", "--scale-is", meaning, "--num-images", 1, "--num-steps", 1)
+    done(
+        "evaluate_quantization",
+        copy,
+        "--variants",
+        "multitier",
+        "--scale-is",
+        meaning,
+        "--num-images",
+        1,
+        "--num-steps",
+        1,
+    )
 
 
 @pytest.mark.slow
@@ -190,7 +219,12 @@ def foreign_config(path, **changes):
                for name, entry in reversed(found.items())}
         for step, found in reversed(config["per_timestep"].items())
     }  # fmt: skip
-    content = {"per_timestep": layers, "sigma_map": config["sigma_map"], "format": config["format"], "notes": [1]} | changes
+    content = {
+        "per_timestep": layers,
+        "sigma_map": config["sigma_map"],
+        "format": config["format"],
+        "notes": [1],
+    } | changes
     path.write_text(json.dumps(content))
 
 
@@ -203,7 +237,9 @@ def migration(channels, wide=()):
 @pytest.mark.slow
 def test_the_config_of_the_tool_whose_format_this_is(run, copy):
     """Measure a foreign config with `--scale-is`, which comes close to our own config's figure."""
-    done("evaluate_quantization", run, "--variants", "a8", "--num-images", 1, "--num-steps", 1, "--output", run / "ours")
+    done(
+        "evaluate_quantization", run, "--variants", "a8", "--num-images", 1, "--num-steps", 1, "--output", run / "ours"
+    )
     foreign_config(copy / "activations/quant_config.json", outlier_config={"mm0.img.attn.q_proj": migration(192, (7,))})
     asked = ("--variants", "a8", "--num-images", 1, "--num-steps", 1)
     refused = invoke("evaluate_quantization", "--calib-dir", copy, *asked)
@@ -219,7 +255,9 @@ def test_the_config_of_the_tool_whose_format_this_is(run, copy):
 @pytest.mark.parametrize("wide", [(), (3, 7, 20)])
 def test_listed_outliers_may_have_multipliers_of_one(copy, wide):
     foreign_config(copy / "activations/quant_config.json", outlier_config={"mm0.img.attn.q_proj": migration(192, wide)})
-    done("export_quantized_model", copy, "--weights", "w4-rtn", "--activations", "a8", "--scale-is", "range", "--dry-run")
+    done(
+        "export_quantized_model", copy, "--weights", "w4-rtn", "--activations", "a8", "--scale-is", "range", "--dry-run"
+    )
 
 
 def test_an_outlier_that_is_not_listed_is_refused(copy):

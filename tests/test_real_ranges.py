@@ -63,7 +63,9 @@ def test_no_layer_is_worse_than_its_own_full_range(tmp_path, kind):
     entries, migration = config["per_timestep"]["0"], config["outlier_config"]
     assert sorted(entries) == sorted(layers) and len(migration) > 20
     differences, before = {}, (None, None)
-    for name in [name for name in layers if "mlp" in name or name in migration or name.startswith(("mm0.", "mm12.", "mm23."))]:
+    for name in [
+        name for name in layers if "mlp" in name or name in migration or name.startswith(("mm0.", "mm12.", "mm23."))
+    ]:
         layer = layers[name]
         if before[0] != distinct_input(name):
             before = distinct_input(name), errors_of(layer, kind, entries[name], migration.get(name))

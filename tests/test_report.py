@@ -123,7 +123,12 @@ def test_what_another_run_left_is_left_out(reported, tmp_path):
     done = invoke("report_calibration", "--calib-dir", folder)
     assert done.exit_code == 0, done.output
     assert "the page holds: the run, its prompts and pictures\n" in done.stdout
-    for what in ("learned rounding", "ranges of the activations", "the model on the disk", "original against quantized"):
+    for what in (
+        "learned rounding",
+        "ranges of the activations",
+        "the model on the disk",
+        "original against quantized",
+    ):
         assert f"left out: of another run: {what} (" in done.stdout, done.stdout
     assert "images/0000.png: of another image or another calibration run, left out" in done.stderr
     data = data_of(folder / "report/index.html")
@@ -142,7 +147,10 @@ def test_a_foreign_page_and_damaged_files_are_one_line(reported, tmp_path):
     content = json.loads((reported[0] / "evaluation/metrics.json").read_bytes())
     content["variants"]["native"]["psnr"]["worst"] = None
     metrics.write_text(json.dumps(content))
-    one_line(invoke("report_calibration", "--calib-dir", folder, "--force"), "native: psnr has some of mean, median and worst")
+    one_line(
+        invoke("report_calibration", "--calib-dir", folder, "--force"),
+        "native: psnr has some of mean, median and worst",
+    )
     run = next((reported[0] / "evaluation/runs").glob("native_*.npz"))
     metrics.write_bytes((reported[0] / "evaluation/metrics.json").read_bytes())
     (folder / "evaluation/runs" / run.name).write_bytes(run.read_bytes()[:-400])
@@ -268,7 +276,9 @@ def test_filter_and_slider_work(reported, browser):
 @pytest.mark.parametrize("width", [390, 820, 1280])
 def test_no_page_is_wider_than_its_window(reported, browser, width):
     page = browser.open(reported[0] / "report/index.html", width, 844)
-    inner, scrolled = page.run("const e = document.documentElement; return [innerWidth, e.scrollWidth - e.clientWidth];")
+    inner, scrolled = page.run(
+        "const e = document.documentElement; return [innerWidth, e.scrollWidth - e.clientWidth];"
+    )
     assert (inner, scrolled) == (width, 0)
     assert page.faults == []
 

@@ -44,7 +44,17 @@ def test_every_writer_clears_what_a_kill_left(run, tmp_path):
     commands = (
         ("analyze_activations", "--calib-dir", run, "--plot"),
         ("analyze_activations_multitier", "--calib-dir", run, "--plot"),
-        ("export_quantized_model", "--calib-dir", run, "--weights", "w4-rtn-g32", "--format", "gguf", "--output", packed),
+        (
+            "export_quantized_model",
+            "--calib-dir",
+            run,
+            "--weights",
+            "w4-rtn-g32",
+            "--format",
+            "gguf",
+            "--output",
+            packed,
+        ),
         ("evaluate_quantization", "--calib-dir", run, "--num-images", 1, "--num-steps", 1, "--variants", "w4-rtn"),
         ("report_calibration", "--calib-dir", run),
         ("draw_images", "red heart", "--num-steps", 1, "--output", drawn),

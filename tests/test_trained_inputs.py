@@ -85,7 +85,12 @@ def test_inputs_are_quantized_late_and_as_asked(tmp_path):
             )  # fmt: skip
             assert done.exit_code == 0, done.output
     for bits, begin in ((8, 5), (0, 10)):
-        assert Settings(iters=10, batch_size=2, activation_bits=bits, lr_activation_scale=5e-3, seed=0, activation_rule="static").inputs_from == begin
+        assert (
+            Settings(
+                iters=10, batch_size=2, activation_bits=bits, lr_activation_scale=5e-3, seed=0, activation_rule="static"
+            ).inputs_from
+            == begin
+        )
 
 
 def test_what_is_judged_on_passes_over_no_step():

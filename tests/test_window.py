@@ -36,7 +36,9 @@ def test_many_samples_are_drawn_from_a_window(cached, monkeypatch):
     mmdit = load_run_pipeline(read_manifest(cached), {TRANSFORMER: "float32"}).mmdit
     spec = BlockUnit.specs(model_layers(mmdit), list(model_blocks(mmdit)))[1]
     samples = Samples.of_stretch(cached, read_cache_metadata(cached), spec.blocks)
-    settings = Settings(iters=20, batch_size=2, activation_bits=0, lr_activation_scale=1e-3, seed=3, activation_rule="static")
+    settings = Settings(
+        iters=20, batch_size=2, activation_bits=0, lr_activation_scale=1e-3, seed=3, activation_rule="static"
+    )
     unit = BlockUnit.build(mmdit, spec, samples, settings)
     unit.settings = replace(settings, window=2)
     unit.samples.training = list(range(4))

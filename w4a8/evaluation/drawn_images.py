@@ -74,7 +74,9 @@ class EvaluationPlan:
     def parameters(self, manifest: Mapping[str, Any], info: ModelInfo, overlap: int) -> dict[str, Any]:
         """Return the entries of metrics.json that describe the evaluation; overlap: prompts that the calibration used."""
         image_ids = [image["image_id"] for image in manifest["images"]]
-        run = {"calibration_run": run_identity(manifest, image_ids), "selected_image_ids": image_ids} if image_ids else {}
+        run = (
+            {"calibration_run": run_identity(manifest, image_ids), "selected_image_ids": image_ids} if image_ids else {}
+        )
         return {
             "w4a8_version": __version__,
             "prompts": self.prompts,

@@ -46,9 +46,7 @@ class Replay:
 
 
 @contextlib.contextmanager
-def replaying(
-    pipeline: Pipeline, text: TextConditioning, timesteps: Sequence[np.ndarray]
-) -> Iterator[Replay]:
+def replaying(pipeline: Pipeline, text: TextConditioning, timesteps: Sequence[np.ndarray]) -> Iterator[Replay]:
     """Replay an image with the conditioning of its prompt.
 
     A pass has R = 2 rows with guidance (conditional, unconditional), else 1. timesteps: the stored ones that will be
