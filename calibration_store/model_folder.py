@@ -1,7 +1,6 @@
 """A model folder in the layout of models/sd3-emoji: config, tokenizer, weight files; the fingerprint of any model.
 
-The folder that stage 5 exports from a hub model holds the transformer alone: `base_model` names
-the hub model with the rest.
+A folder that stage 5 exports from a hub model holds the transformer alone; `base_model` names the hub model.
 """
 
 import hashlib
@@ -365,9 +364,8 @@ SAMPLES, SAMPLE_BYTES = 256, 2**16
 def weights_fingerprint(files: Mapping[str, Path]) -> str:
     """Return the SHA-256 over the roles, sizes and contents of a model's files, {role: file}, in whatever folder.
 
-    A file above 64 MiB is sampled: its safetensors header and 256 evenly spaced pieces of 64 KiB, in a tenth of a
-    second. The version of the toolkit in an export's config.json is left out. Raises StoreError when a file cannot be
-    read.
+    A file above 64 MiB is sampled: its safetensors header and 256 evenly spaced pieces of 64 KiB, in 0.1 s. The version
+    of the toolkit in an export's config.json is left out. Raises StoreError when a file cannot be read.
     """
     digest = hashlib.sha256()
     for role in sorted(files):

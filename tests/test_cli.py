@@ -19,6 +19,7 @@ import click
 import pytest
 from conftest import ROOT, generate, interruptible, invoke, start
 
+from calibration_store.errors import OptionError
 from calibration_store.stage_folder import shown
 from w4a8.backend.progress import ProgressLines, progress_bar
 from w4a8.backend.words import interpreter
@@ -89,9 +90,9 @@ def test_structured_files_are_refused_by_name(tmp_path, suffix):
 
 
 def refusal(path) -> str:
-    with pytest.raises(click.UsageError) as refused:
+    with pytest.raises(OptionError) as refused:
         read_prompt_file(path)
-    return refused.value.format_message()
+    return refused.value.message
 
 
 def test_files_that_cannot_be_read_say_why(tmp_path):

@@ -82,6 +82,7 @@ def test_a_batch_gives_the_images_of_single_runs(emoji):
             np.testing.assert_allclose(np.array(many.x[row]), np.array(one.x[0]), atol=2e-5)
 
 
+@pytest.mark.slow
 def test_guidance_off_is_the_conditional_half(emoji):
     """With guidance 1 the unconditional half cancels, so guidance 0 must give the same latents."""
     off, one = (sample(emoji, ["rocket"], [1], 4, cfg_weight)[-1].x for cfg_weight in (0.0, 1.0))

@@ -145,6 +145,7 @@ def test_two_models_side_by_side(exports, tmp_path):
     assert again.exit_code == 0, again.output
 
 
+@pytest.mark.slow
 def test_a_model_is_equal_to_itself(tmp_path):
     done = draw(tmp_path / "out", "--compare", "sd3-emoji", "--num-steps", 1)
     assert done.exit_code == 0 and "inf dB  SSIM 1.0000  red heart" in done.stdout, done.output

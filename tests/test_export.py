@@ -326,10 +326,8 @@ def test_an_output_that_is_a_link_to_itself_is_one_line(run, tmp_path):
 def test_the_old_export_stays_until_the_new_one_is_complete(run, tmp_path):
     """Write an export over an old one where the system refuses a large file, and on a disk that is too small for both."""
     folder = shutil.copytree(run / "quantized_model", tmp_path / "disk/model")
-    before, command = (
-        folder_bytes(folder),
-        ("export_quantized_model", "--calib-dir", run, "--force", "--weights", "w4-rtn", "--output"),
-    )
+    before = folder_bytes(folder)
+    command = ("export_quantized_model", "--calib-dir", run, "--force", "--weights", "w4-rtn", "--output")
     refuse = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (10**6, 10**6))
     process = start(*command, folder, preexec_fn=refuse)
     _, stderr = process.communicate(timeout=60)

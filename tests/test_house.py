@@ -86,19 +86,19 @@ def test_a_stage_is_a_story():
     def fault(path):
         text = path.read_text()
         functions = [node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
-        return functions if functions != ["main", "run"] else not 50 <= len(text.splitlines()) <= 210
+        return functions if functions != ["main", "run"] else not 50 <= len(text.splitlines()) <= 225
 
     assert len(STAGES) == 10 and offenders(STAGES, fault) == {}
 
 
 def test_a_story_fits_on_a_screen():
-    """`run` takes its stage's options as one object, and has at most 60 lines beside its imports."""
+    """`run` takes its stage's options as one object, and has at most 65 lines beside its imports."""
 
     def fault(path):
         (run,) = [node for node in ast.parse(path.read_text()).body if getattr(node, "name", "") == "run"]
         imports = sum(node.end_lineno - node.lineno + 1 for node in run.body if is_import(node))
         names = [argument.arg for argument in run.args.args]
-        return names if names != ["options"] else run.end_lineno - run.lineno + 1 - imports > 60
+        return names if names != ["options"] else run.end_lineno - run.lineno + 1 - imports > 65
 
     assert offenders(STAGES, fault) == {}
 

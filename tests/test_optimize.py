@@ -287,6 +287,7 @@ def test_files(copy):
     assert not paths.checkpoint.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounding", ["ste", "sigmoid"])
 def test_methods(copy, rounding):
     done = optimize(copy, "--unit", "block", "--rounding", rounding, "--blocks", "mm3,mm7", "--group-size", 0)
@@ -324,17 +325,8 @@ def codes_of(folder):
 @pytest.mark.slow
 def test_killed_and_resumed_gives_the_codes_of_one_run(copy, tmp_path):
     arguments = (
-        "--iters",
-        12,
-        "--batch-size",
-        2,
-        "--unit",
-        "block",
-        "--blocks",
-        "mm0,mm1,mm2",
-        "--checkpoint-seconds",
-        0,
-    )
+        "--iters", 12, "--batch-size", 2, "--unit", "block", "--blocks", "mm0,mm1,mm2", "--checkpoint-seconds", 0,
+    )  # fmt: skip
     clean = tmp_path / "clean"
     shutil.copytree(copy, clean)
     assert invoke("optimize_adaround", "--calib-dir", clean, *arguments).exit_code == 0

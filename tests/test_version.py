@@ -15,7 +15,7 @@ from calibration_store.files import write_json
 from calibration_store.model_folder import folder_files, weights_fingerprint
 from calibration_store.version import content_digest, without_version
 from calibration_store.weights import training_run
-from w4a8.generation import continue_run
+from w4a8.generation_plan import continue_run
 from w4a8.model.catalog import package_versions
 
 OTHER = "0.0.1"  # a version that nobody runs
