@@ -9,7 +9,6 @@ from typing import Any
 import mlx.core as mx
 import orjson
 
-import w4a8
 from w4a8.model.catalog import package_versions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,14 +23,13 @@ def record(name: str, value: float, bound: float | None = None, unit: str = "×"
 
 
 def provenance() -> dict[str, Any]:
-    """Return the machine, the versions of Python and packages, and the toolkit's own version and commit."""
+    """Return the machine, the versions of Python, the toolkit and its packages, and the commit."""
     return {
         "system": platform.platform(),
         "device": mx.device_info()["device_name"],
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         **package_versions(),
-        "w4a8": getattr(w4a8, "__version__", "unknown"),
         "commit": commit(),
     }
 

@@ -19,7 +19,6 @@ import mlx.core as mx
 import numpy as np
 
 from calibration_store.block_cache import read_cache_metadata
-from calibration_store.layout import WeightPaths
 from calibration_store.manifest import read_manifest
 from w4a8.backend.parallel import run_cpu_streams_side_by_side
 from w4a8.cli import calib_dir_option, progress_bar, stage_command
@@ -29,12 +28,11 @@ from w4a8.evaluation.variants import Variant
 from w4a8.model.layers import model_blocks, model_layers
 from w4a8.model.parts import TRANSFORMER, Pipeline
 from w4a8.model.prompt_encoder import PromptEncoder
-from w4a8.model.runs import run_schedule, run_transformer
+from w4a8.model.runs import run_transformer
 from w4a8.options import EvaluationOptions
 from w4a8.quantized.arithmetic import searched_grid
 from w4a8.quantized.layer import QuantizedLayer
 from w4a8.rounding.methods import Arrays
-from w4a8.rounding.run import RoundingRun
 from w4a8.rounding.settings import STATIC_RULE, Settings
 from w4a8.rounding.training_samples import Samples, spread_over
 from w4a8.rounding.unit_training import UnitTraining
@@ -82,16 +80,13 @@ def main(
 
 def whole_model(calib_dir: Path, manifest: dict[str, Any], settings: Settings, blocks: list[str] | None) -> Unit:
     """Return the model as one unit, with its cached samples; only layers of `blocks` are quantized."""
-    opened, (schedule, _) = run_transformer(manifest), run_schedule(manifest)
-    mmdit, cache = opened(), read_cache_metadata(calib_dir)
+    mmdit = run_transformer(manifest)()
     names = list(model_blocks(mmdit))
-    run = RoundingRun(opened, mmdit, WeightPaths(calib_dir), cache, schedule, settings, MODEL, names)
-    layers = [name for name, layer in run.layers.items() if layer.block in (blocks or names)]
+    layers = [name for name, layer in model_layers(mmdit).items() if layer.block in (blocks or names)]
     if not layers:
         raise click.UsageError(f"--blocks {','.join(blocks or ())}: the model has {', '.join(names)}")
-    return ModelUnit.build(
-        mmdit, UnitSpec(MODEL, names, layers), Samples.of_cache(calib_dir, run.cache, mmdit, run.blocks), settings
-    )
+    samples = Samples.of_cache(calib_dir, read_cache_metadata(calib_dir), mmdit, names)
+    return ModelUnit.build(mmdit, UnitSpec(MODEL, names, layers), samples, settings)
 
 
 # --- the ways -------------------------------------------------------------------------------------------------
@@ -236,7 +231,7 @@ class DenseVariant(Variant):
             pipeline.drop(TRANSFORMER)
 
 
-def drawn(manifest: Mapping[str, Any], ways: Mapping[str, Dense], options: EvaluationOptions) -> dict[str, dict]:
+def drawn(manifest: dict[str, Any], ways: Mapping[str, Dense], options: EvaluationOptions) -> dict[str, dict]:
     """Draw with the weights of each way, and return the metrics against the original."""
     pipeline, info, fingerprint = load_evaluated(manifest)
     prompts, _ = choose_prompts(manifest, info.captions, None, options.num_images, options.seed)

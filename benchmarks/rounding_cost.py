@@ -20,7 +20,7 @@ from w4a8.backend.parallel import run_cpu_streams_side_by_side
 from w4a8.cli import format_bytes, format_seconds, stage_command
 from w4a8.model.layers import Block, model_blocks, model_layers
 from w4a8.rounding.quantized_forward import QuantizedForward
-from w4a8.rounding.settings import STATIC_RULE, TUNE_SHARE, Settings
+from w4a8.rounding.settings import STATIC_RULE, TUNE_SHARE, Indices, Settings
 from w4a8.rounding.training_samples import SampleBatch
 from w4a8.rounding.unit_training import UnitTraining
 from w4a8.rounding.units import BlockUnit
@@ -93,17 +93,17 @@ class RandomSamples:
         """Return the number of bytes of all samples."""
         return sum(array.nbytes for array in self.arrays)
 
-    def steps(self, indices: Sequence[int]) -> np.ndarray:
+    def steps(self, indices: Indices) -> np.ndarray:
         """Return the step of each sample: all are of the first one."""
         return np.zeros(len(indices), np.int64)
 
-    def batch(self, indices: Sequence[int]) -> SampleBatch:
+    def batch(self, indices: Indices) -> SampleBatch:
         """Return the rows of these samples in float32."""
         picked = (array[np.asarray(indices)] for array in self.arrays)
         found = [mx.array(array.reshape(-1, *array.shape[2:])).astype(mx.float32) for array in picked]
         return SampleBatch(found[:2], found[2], found[3:])
 
-    def keep(self, indices: Sequence[int]) -> None:
+    def keep(self, indices: Indices) -> None:
         """Do nothing, since all samples are in memory."""
 
 
@@ -120,7 +120,7 @@ def profile(training: UnitTraining) -> dict[str, float]:
         marks[name] = time.perf_counter() - start
         return found
 
-    batch = timed("reading the batch", lambda: unit.samples.batch(indices.tolist()))
+    batch = timed("reading the batch", lambda: unit.samples.batch(indices))
     quantized = unit.quantized(training.state, unit.codes(training.state, hard=False), with_ranges=False)
     weights = timed("quantizing weights", lambda: quantized.weights)
     timed("forward", lambda: unit.loss_parts(QuantizedForward(weights, quantized.biases), batch))

@@ -19,6 +19,7 @@ import click
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from benchmarks.figures import commit
 from calibration_store.files import atomic_file
 from w4a8.cli import progress_bar, stage_command
 
@@ -117,7 +118,7 @@ def main(platforms: tuple[str, ...], pythons: tuple[str, ...], output: Path | No
     today = datetime.date.today().isoformat()
     path = output or ROOT / f"benchmarks/results/{today}-install.json"
     requirement_files = {name: (ROOT / name).read_text(encoding="utf-8") for name in (*LISTED, WITHOUT_THEIRS)}
-    content = {"format": FORMAT, "date": today, "requirements": requirement_files, "files": table}
+    content = {"format": FORMAT, "commit": commit(), "date": today, "requirements": requirement_files, "files": table}
     with atomic_file(path) as file:
         file.write(json.dumps(content, indent=1).encode() + b"\n")
     for name, python in cells:

@@ -304,7 +304,7 @@ def bytes_below(folder: Path) -> int:
     found = 0
     for path in folder.rglob("*"):
         with suppress(FileNotFoundError):
-            found += path.stat().st_size
+            found += path.stat().st_size if path.is_file() else 0
     return found
 
 

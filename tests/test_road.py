@@ -1,0 +1,147 @@
+"""Test tools/road.py: its commands, the run of a whole road, and the shell recipes that call it."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import click
+import pytest
+from conftest import ROOT, folder_bytes, interruptible
+
+from tools.road import ROADS, again, commands
+
+TINY = [line.split()[0] for line in ROADS["tiny"]]
+
+
+def test_words_in_braces_take_values():
+    generate, cache, *_, draw, _ = commands("tiny", "a folder", steps=7)
+    assert generate == [
+        "generate_calibration_data.py", "--calib-dir", "a folder", "--model", "sd3-emoji", "--num-images", "2", "--num-steps", "7",
+    ]  # fmt: skip
+    assert cache[-2:] == ["--boundaries", "ends"]
+    assert draw == [
+        "draw_images.py", "red heart", "--model", "a folder/quantized_model", "--num-steps", "1", "--output", "a folder/drawn",
+    ]  # fmt: skip
+
+
+def test_an_option_without_a_value_is_left_out():
+    optimize = commands("tiny", "x")[5]
+    assert "--blocks" not in optimize and "--micro-batch" not in optimize and optimize[-2:] == ["--unit", "block"]
+    assert commands("tiny", "x", blocks="mm0,mm1")[5][-2:] == ["--blocks", "mm0,mm1"]
+    values = {"side": "", "model": "sd3-emoji", "t5": "", "blocks": "", "batch": 4, "micro": ""}
+    assert commands("memory", "x", **values)[0] == [
+        "generate_calibration_data.py", "--calib-dir", "x", "--model", "sd3-emoji", "--num-images", "2", "--num-steps", "2",
+        "--no-images", "--force",
+    ]  # fmt: skip
+
+
+def test_missing_and_unknown_values_are_named():
+    with pytest.raises(click.UsageError, match=r"the road sd3_medium needs cache=…, checkpoint=…"):
+        commands("sd3_medium", "x")
+    with pytest.raises(click.UsageError, match="the road demo knows no colour"):
+        commands("demo", "x", colour="red")
+
+
+def test_how_each_stage_goes_on():
+    assert again("optimize_adaround.py") == ["--resume"] and again("export_quantized_model.py") == ["--force"]
+    assert again("analyze_activations.py") == again("tools/contact_sheet.py") == []
+
+
+def recipe(name, **environment):
+    """Return the command line that a recipe runs, with `echo` in the place of Python."""
+    command = [ROOT / "runs" / name, "/tmp/folder"]
+    done = subprocess.run(command, env=os.environ | {"PYTHON": "echo"} | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("tools/road.py"))
+    return line
+
+
+def test_recipes_hand_their_values_on():
+    assert recipe("emoji.sh") == "tools/road.py demo /tmp/folder"
+    assert recipe("emoji_gpu.sh") == "tools/road.py emoji_gpu /tmp/folder"
+    assert recipe("emoji_gpu.sh", ITERS="7") == "tools/road.py emoji_gpu /tmp/folder iters=7"
+    line = recipe("sd3_medium.sh", MEMORY="32", LORA="style.safetensors:0.8", IMAGES="5")
+    _, road, folder, *values = line.split()
+    generate = commands(road, folder, **dict(value.split("=", 1) for value in values))[0]
+    assert generate[3:] == [
+        "--model", "argmaxinc/mlx-stable-diffusion-3-medium", "--lora", "style.safetensors:0.8", "--num-images", "5",
+        "--num-steps", "28", "--stride", "3", "--t5",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory):
+    """Rehearse the tiny road; return the folder that holds its run, and the dated file."""
+    base = tmp_path_factory.mktemp("road")
+    command = [
+        sys.executable,
+        "tools/prove.py",
+        "rehearsal",
+        "--size",
+        "tiny",
+        "--keep",
+        base,
+        "--output",
+        base / "found.json",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return base, json.loads((base / "found.json").read_bytes()), done.stdout
+
+
+@pytest.mark.slow
+def test_a_rehearsal_runs_every_stage(rehearsed):
+    base, found, output = rehearsed
+    assert [row["stage"].split()[0] for row in found["rows"]] == TINY
+    for row in found["rows"]:
+        assert re.search(rf"^{re.escape(row['stage'].split()[0])} +{row['seconds']:.1f} ", output, re.MULTILINE)
+        assert row["resident_peak"] > 10**7 and row["seconds"] > 0 and not row["resumed"]
+    written = sum(row["bytes"] for row in found["rows"])
+    assert written == sum(path.stat().st_size for path in (base / "run").rglob("*") if path.is_file())
+    assert 20 < found["psnr"]["w4-rtn"] < 60
+    assert found["machine"].keys() >= {"commit", "w4a8", "device"} and found["format"] == "rehearsal_v1"
+
+
+@pytest.mark.slow
+def test_a_finished_road_goes_on_without_changing_its_files(rehearsed):
+    base, *_ = rehearsed
+    before = folder_bytes(base / "run")
+    command = [sys.executable, "tools/road.py", "tiny", base / "run", "blocks=mm0"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"^\$ \S+ (\S+)", done.stdout, re.MULTILINE) == TINY
+    assert [line for line in done.stderr.splitlines() if line.startswith("step ")] == [
+        f"step {i} of 10" for i in range(1, 11)
+    ]
+    after = folder_bytes(base / "run")
+    assert before.keys() == after.keys()
+    data = [name for name in before if name.endswith((".npz", ".safetensors"))]
+    assert len(data) > 20 and [name for name in data if before[name] != after[name]] == []
+
+
+@pytest.mark.slow
+def test_ctrl_c_is_the_stages(tmp_path):
+    """The stage says what it keeps; the road ends with its exit code, and begins no other stage."""
+    command = [sys.executable, "tools/road.py", "tiny", tmp_path / "run", "images=60", "steps=20"]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, start_new_session=True, preexec_fn=interruptible
+    )
+    while not (tmp_path / "run/samples").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert errors.count("Error: interrupted: ") == 1 and output.count("\n$ ") == 1
+
+
+@pytest.mark.slow
+def test_a_stage_that_fails_ends_the_road(tmp_path):
+    command = [sys.executable, "tools/road.py", "tiny", tmp_path / "run", "model=/nowhere"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout.count("\n$ ") == 1 and done.stderr.count("Error: ") == 1, done.stderr
