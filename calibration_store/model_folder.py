@@ -336,6 +336,11 @@ def weight_sizes(path: Path) -> dict[str, tuple[str, int]]:
     return {name: (dtype, math.prod(shape)) for name, (dtype, shape) in _weight_header(path).items()}
 
 
+def weight_dtypes(path: Path) -> dict[str, str]:
+    """Return {name: dtype in safetensors' spelling} of a file, from its header. Raises StoreError."""
+    return {name: dtype for name, (dtype, _) in _weight_header(path).items()}
+
+
 def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Return {name: shape} of a safetensors file, from its header. Raises StoreError."""
     return {name: shape for name, (_, shape) in _weight_header(path).items()}

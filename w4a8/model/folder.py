@@ -119,5 +119,5 @@ def load_folder_transformer(folder: Path, dtype: mx.Dtype, loras: Sequence[Lora]
 
 def folder_modulation_weights(folder: Path, dtype: mx.Dtype) -> list[tuple[str, mx.array]]:
     """Read (name, adaLN weight) of a model folder's transformer."""
-    weights = load_arrays(weight_file(folder, "mmdit"))
+    weights = load_arrays(weight_file(folder, "mmdit"), packed=True)
     return [(key, cast(value, dtype)) for key, value in weights.items() if "adaLN" in key]

@@ -29,6 +29,7 @@ from w4a8.model.packed import AUTO
 from w4a8.model.parts import DECODER, TEXT, TRANSFORMER, Parts, Pipeline, check_finite, load_weights
 from w4a8.model.t5 import T5Encoder
 from w4a8.model.transformer import open_transformer
+from w4a8.model.weight_files import load_arrays
 
 
 @contextmanager
@@ -115,7 +116,13 @@ class HubPipeline(Pipeline):
 
     def load_decoder(self, half: bool) -> VAEDecoder:
         """Load the VAE decoder in the family's 16 bits, or in float32."""
-        return model_io.load_vae_decoder(float16=half, key=self.mmdit_ckpt)
+        whole = self.local_checkpoint if self.family.vae_inside else None
+        files = model_files(self.info, use_t5=False, local_checkpoint=self.local_checkpoint) or {}
+        weights = load_arrays(whole or files["vae"])
+        found = model_io.vae_decoder_state_dict_adjustments(weights, prefix=f"{self.family.vae_prefix}decoder.")
+        decoder, dtype = VAEDecoder(), self.float16_dtype if half else mx.float32
+        decoder.load_weights([(name, array.astype(dtype)) for name, array in found.items()])
+        return decoder
 
     def _load_text(self, half: bool) -> None:
         version, encoders = self.info.version, {}

@@ -5,14 +5,16 @@ from typing import Any
 
 import mlx.core as mx
 
-from calibration_store.model_folder import BUNDLED_MODEL, LAYOUT, check_weight_file, missing_files, weight_file
+from calibration_store.model_folder import BUNDLED_MODEL, LAYOUT, missing_files, weight_file
 from w4a8.model.catalog import ExportedHubModel, FolderModel, ModelError, ModelInfo, describe_model
 from w4a8.model.diffusionkit import DiffusionPipeline, VAEDecoder
 from w4a8.model.folder import FolderPipeline, folder_modulation_weights, load_folder_transformer
 from w4a8.model.hub import ExportedPipeline, HubPipeline
+from w4a8.model.original_checkpoint import holds_vae
 from w4a8.model.packed import AUTO
 from w4a8.model.parts import DECODER, TEXT, TRANSFORMER, Parts, Pipeline, load_weights, whole_model
 from w4a8.model.transformer import open_transformer
+from w4a8.model.weight_files import refuse_other_kinds
 
 __all__ = [
     "DECODER",
@@ -46,7 +48,7 @@ def load_pipeline(
     """
     check_folder(info, use_t5, local_checkpoint)
     if local_checkpoint is not None:
-        check_weight_file(local_checkpoint)
+        check_checkpoint(info, parts, local_checkpoint)
     pipeline: Pipeline
     if isinstance(info, FolderModel):
         pipeline = FolderPipeline(info, parts, native)
@@ -62,6 +64,17 @@ def load_pipeline(
     for part in () if lazy else parts:
         pipeline.load(part)
     return pipeline
+
+
+def check_checkpoint(info: ModelInfo, parts: Parts, path: Path) -> None:
+    """Raise UserError for a checkpoint of another model or kind, or without the VAE that is asked for."""
+    refuse_other_kinds(path)
+    if TRANSFORMER in parts:
+        open_transformer(info, path)  # reads headers alone
+    if DECODER in parts and info.family.vae_inside and not holds_vae(path, info.family):
+        raise ModelError(
+            f"{path}: holds no VAE ({info.family.vae_prefix}…); give --no-images, or a checkpoint with one"
+        )
 
 
 def check_folder(info: ModelInfo, use_t5: bool, local_checkpoint: Path | None) -> None:

@@ -1,13 +1,16 @@
 """Read the original checkpoints of hub models lazily, and locate DiffusionKit's parameters in them."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import mlx.core as mx
+import orjson
 
 from calibration_store.errors import UserError
-from calibration_store.model_folder import check_weight_file
+from calibration_store.model_folder import weight_dtypes
 from w4a8.model.diffusionkit import MMDiTConfig
 from w4a8.model.families import SD3, Family
 from w4a8.model.weight_files import load_arrays
@@ -79,22 +82,106 @@ def checkpoint_slice(family: Family, name: str, hidden: int) -> CheckpointSlice:
     return CheckpointSlice(key, row, column)
 
 
+TRANSFORMER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
+OTHER_PARTS = (  # how keys of a whole model's other parts begin
+    "text_encoders.", "first_stage_model.", "vae.", "model_ema.", "conditioner.", "cond_stage_model.",
+)  # fmt: skip
+SHARD = re.compile(r"-\d{5}-of-(\d{5})\.safetensors$")
+# A part of a key that only one model has -> the model, for checkpoints that are none of ours.
+STRANGERS = (
+    (".attn2.", "SD3.5-Medium"),
+    ("distilled_guidance_layer.", "Chroma"),
+    ("double_stream_modulation", "FLUX.2"),
+    ("noise_refiner.", "Z-Image"),
+    ("transformer_blocks.0.img_mod.", "Qwen-Image"),
+    ("input_blocks.", "a U-Net (SDXL or SD1.5)"),
+    ("caption_projection.", "PixArt or Sana"),
+)
+FLUX_INPUTS = {384: "FLUX.1-Fill", 128: "FLUX.1-Canny or -Depth"}  # channels of img_in's input: 64 in the plain model
+
+
 def read_original_checkpoint(path: Path, family: Family, config: MMDiTConfig) -> dict[str, mx.array]:
     """Open a checkpoint's transformer under DiffusionKit's names; each array is read when it is used.
 
-    Raises UserError for a file in another layout, or whose weights are packed.
+    Keys may have one of TRANSFORMER_PREFIXES; keys of other parts of a model are left out. An index of several files
+    reads all of them. Raises UserError for a file in another layout, of another model, or whose weights are packed.
     """
-    check_weight_file(path)
-    original = load_arrays(path)
-    if any(".scales" in key for key in original):
-        raise UserError(f"{path}: its weights are packed already; quantize the original model's")
-    bare = [key.removeprefix("transformer.") for key in original]
+    shard = SHARD.search(path.name)
+    if shard:
+        raise UserError(f"{path}: one of {int(shard[1])} files of a model; give its index, …safetensors.index.json")
+    original = transformer_arrays(path, family)
+    first = "joint_blocks.0." if family is SD3 else "double_blocks.0."
+    if not any(key.startswith(first) for key in original):
+        refuse_stranger(path, original, family)
+    for mark, name in STRANGERS:
+        if any(mark in key for key in original):
+            raise UserError(f"{path}: this is {name}, which this toolkit does not know; it knows {ours(family)}")
+    table = original.get("pos_embed")
+    if table is not None and table.shape[1] != config.max_latent_resolution**2:
+        side = round(table.shape[1] ** 0.5)
+        raise UserError(
+            f"{path}: its table of positions is {side} x {side}, and the model's {config.max_latent_resolution} x {config.max_latent_resolution}; --model names another model"
+        )
+    inputs = original.get("img_in.weight")
+    if inputs is not None and inputs.shape[-1] in FLUX_INPUTS:
+        raise UserError(f"{path}: this is {FLUX_INPUTS[inputs.shape[-1]]}, not FLUX.1-schnell or -dev")
+    return family.weights({family.prefix + key: array for key, array in original.items()}, config)
+
+
+def transformer_arrays(path: Path, family: Family) -> dict[str, mx.array]:
+    """Return a checkpoint's transformer by its original keys, without a prefix. Raises UserError."""
+    files = indexed_files(path) if path.name.endswith(".index.json") else [path]
+    arrays = {key: array for file in files for key, array in load_arrays(file).items()}
+    first = "joint_blocks.0." if family is SD3 else "double_blocks.0."
+    prefix = next(
+        (prefix for prefix in TRANSFORMER_PREFIXES if any(key.startswith(prefix + first) for key in arrays)), ""
+    )
+    return {
+        key.removeprefix(prefix): array
+        for key, array in arrays.items()
+        if key.startswith(prefix) and (prefix or not key.startswith(OTHER_PARTS))
+    }
+
+
+def indexed_files(path: Path) -> list[Path]:
+    """Return the files that an index names, which lie beside it. Raises UserError."""
+    try:
+        names = sorted(set(orjson.loads(path.read_bytes())["weight_map"].values()))
+        files = [path.parent / Path(name).name for name in names]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: not the index of a model in several files; give one, or the file itself") from None
+    missing = [file.name for file in files if not file.exists()]
+    if missing:
+        raise UserError(f"{path}: {missing[0]} is not beside it; download all {len(files)} files")
+    return files
+
+
+def holds_vae(path: Path, family: Family) -> bool:
+    """Return whether a checkpoint holds a VAE under the family's prefix, from its header."""
+    files = indexed_files(path) if path.name.endswith(".index.json") else [path]
+    return any(name.startswith(f"{family.vae_prefix}decoder.") for file in files for name in weight_dtypes(file))
+
+
+def ours(family: Family) -> str:
+    """Return the models of a family, for messages."""
+    return "SD3-Medium and SD3.5-large" if family is SD3 else "FLUX.1-schnell and -dev"
+
+
+def refuse_stranger(path: Path, keys: Iterable[str], family: Family) -> NoReturn:
+    """Raise UserError that says what a file is which holds no transformer of this family in the original layout."""
+    bare = [key.removeprefix("transformer.") for key in keys]
+    for mark, name in STRANGERS:
+        if any(mark in key for key in bare):
+            raise UserError(f"{path}: this is {name}, which this toolkit does not know; it knows {ours(family)}")
     if any(key.startswith(("transformer_blocks.", "single_transformer_blocks.")) for key in bare):
         raise UserError(
             f"{path}: in the layout of diffusers (transformer_blocks. …), which DiffusionKit does not read; "
             f"give the checkpoint in the original layout ({original_example(family)} …)"
         )
-    return family.weights(original, config)
+    other = "double_blocks." if family is SD3 else "joint_blocks."
+    if any(other in key for key in bare):
+        raise UserError(f"{path}: a transformer of {'FLUX' if family is SD3 else 'SD3'}; --model names another family")
+    raise UserError(f"{path}: holds no transformer ({original_example(family)} …)")
 
 
 def original_example(family: Family) -> str:

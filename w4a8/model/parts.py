@@ -153,7 +153,7 @@ def load_weights(
     """
     check_weight_file(path)
     try:
-        weights = load_arrays(path)
+        weights = load_arrays(path, packed=quantization is not None)
         if quantization is not None:
             scales = {key for key in weights if key.endswith(".scales")}
             nn.quantize(
