@@ -27,6 +27,7 @@ from w4a8.model.diffusionkit import (
     VAEDecoder,
 )
 from w4a8.model.location import Lora
+from w4a8.model.lora import fuse_text_encoder
 from w4a8.model.packed import AUTO, get_ready
 from w4a8.model.parts import TEXT, TRANSFORMER, Parts, Pipeline, cast, load_weights
 from w4a8.model.weight_files import load_arrays
@@ -54,7 +55,9 @@ class FolderPipeline(Pipeline):
         elif part == TEXT:
             for name in ("clip_l", "clip_g"):
                 encoder = CLIPTextModel(CLIPTextModelConfig(**self.model_config[name]))
-                setattr(self, name, load_weights(encoder, weight_file(self.folder, name), dtype))
+                load_weights(encoder, weight_file(self.folder, name), dtype)
+                fuse_text_encoder(encoder, name, self.family, self.info.loras)
+                setattr(self, name, encoder)
         else:
             vae = self.model_config["vae"]
             decoder = VAEDecoder(

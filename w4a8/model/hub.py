@@ -25,6 +25,7 @@ from w4a8.model.diffusionkit import (
 )
 from w4a8.model.families import Family
 from w4a8.model.folder import load_folder_transformer
+from w4a8.model.lora import fuse_text_encoder
 from w4a8.model.packed import AUTO
 from w4a8.model.parts import DECODER, TEXT, TRANSFORMER, Parts, Pipeline, check_finite, load_weights
 from w4a8.model.t5 import T5Encoder
@@ -129,6 +130,7 @@ class HubPipeline(Pipeline):
         for name in self.family.clip:
             encoders[name] = model_io.load_text_encoder(self.model, float16=half, model_key=name)
             check_finite(encoders[name], f"{version}, CLIP-{name[-1].upper()}")
+            fuse_text_encoder(encoders[name], name, self.family, self.info.loras)
         if self.use_t5:
             t5_encoder = model_io.load_t5_encoder(float16=half, low_memory_mode=False)
             check_finite(t5_encoder, f"{version}, T5")

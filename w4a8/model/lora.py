@@ -1,38 +1,27 @@
 """Fuse LoRAs (Hu et al. 2021), W + scale · alpha / rank · B·A, into the dense weights when a model is read.
 
 Files may be in the layout of PEFT and diffusers (transformer_blocks.0.attn.to_q.lora_A.weight), in that of kohya
-(lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight), and in either with the other's module names.
+(lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight), and in either with the other's module names;
+`lora_adapters` reads them.
 """
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
-import orjson
-from safetensors import safe_open
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
 
 from calibration_store.errors import UserError
-from calibration_store.model_folder import check_weight_file
 from w4a8.backend.words import shortened
 from w4a8.model.families import SD3, Family
 from w4a8.model.location import Lora
+from w4a8.model.lora_adapters import FLAT, PART, Adapter, read_adapters
 from w4a8.model.original_checkpoint import checkpoint_slice
-from w4a8.model.weight_files import load_arrays
 
-PREFIX = re.compile(
-    r"^(?:base_model\.model\.|model\.diffusion_model\.|diffusion_model\.|transformer\.|lora_(?:unet|transformer)_)*"
-)
-MOST_ALPHA = 1e6
 MOST_CHANGE = 65504.0  # largest change of a weight: the largest float16
-ADAPTER_NOTE = "lora_adapter_metadata"  # metadata key of a safetensors file that diffusers wrote
-FLAT = str.maketrans(".", "_")  # as kohya writes module names
 MULTIMODAL_BLOCK = re.compile(r"multimodal_transformer_blocks\.(\d+)\.")
-PART = re.compile(
-    r"(?P<module>.+)\.(?:(?P<A>lora_A(?:\.\w+)?|lora_down|lora\.down|lora_linear_layer\.down)\.weight|"
-    r"(?P<B>lora_B(?:\.\w+)?|lora_up|lora\.up|lora_linear_layer\.up)\.weight|(?P<alpha>alpha))"
-)
 # The parts of DiffusionKit's names -> those of diffusers.
 DIFFUSERS_PARTS = (
     ("multimodal_transformer_blocks", "transformer_blocks"),
@@ -73,109 +62,171 @@ class Target:
     swapped: bool = False  # diffusers stores (scale, shift) where the original has (shift, scale)
 
 
+# Which text encoder a key belongs to, by its beginning, in the order of the family's encoders.
+TEXT_ENCODERS = re.compile(
+    r"(?:lora_te(?P<kohya>\d?)_|text_encoder(?:_(?P<diffusers>\d))?\.|(?:text_encoders\.)?(?P<name>clip_l|clip_g|t5xxl)\.(?:transformer\.)?)"
+)
+# The parts of DiffusionKit's names of CLIP's modules -> those of transformers.
+CLIP_PARTS = (
+    ("attention.query_proj", "self_attn.q_proj"), ("attention.key_proj", "self_attn.k_proj"),
+    ("attention.value_proj", "self_attn.v_proj"), ("attention.", "self_attn."), ("linear1", "mlp.fc1"),
+    ("linear2", "mlp.fc2"), ("layers.", "encoder.layers."),
+)  # fmt: skip
+
+
 def with_loras(weights: Mapping[str, mx.array], family: Family, loras: Sequence[Lora]) -> dict[str, mx.array]:
     """Return the weights with these LoRAs fused, lazily; changed weights are float32. They have DiffusionKit's names.
 
-    Raises UserError for a file that is no LoRA of this model, with the keys that belong to none of its layers.
+    Modules of text encoders are left to `fuse_text_encoder`. Raises UserError for a file that is no LoRA of this model,
+    with the keys that belong to none of its layers.
     """
     found = dict(weights)
+    targets, biases = targets_of(weights, family), bias_targets_of(weights, family)
     for lora in loras:
-        modules = read_lora(lora)
-        targets = targets_of(weights, family)
-        unknown = sorted(key for module, parts in modules.items() if module not in targets for key in parts["keys"])
-        if unknown:
+        modules = read_adapters(lora)
+        own = {name: each for name, each in modules.items() if text_encoder_of(each[0].keys[0], family) is None}
+        unknown = sorted(
+            key
+            for module, adapters in own.items()
+            for adapter in adapters
+            if module not in targets and not (adapter.arrays and adapter.bias() is not None and module in biases)
+            for key in adapter.keys
+        )
+        if unknown or not own:
             raise UserError(
                 f"--lora {lora.file}: {len(unknown)} of its keys are no layer of this model's transformer "
-                f"({shortened(unknown)}); text encoders' LoRAs, LoHa, LoKr and DoRA are not supported"
+                f"({shortened(unknown or sorted(modules))}){probably(unknown)}"
             )
-        for module, parts in modules.items():
-            down, up = parts.get("A"), parts.get("B")
-            key = f"--lora {lora.file}: {parts['keys'][0]}"
-            if down is None or up is None or down.ndim != 2 or up.ndim != 2:
-                raise UserError(f"{key} has no A and B of two dimensions each")
-            if down.shape[0] == 0 or up.shape[1] == 0:
-                raise UserError(f"{key} has rank 0")
-            alpha = parts.get("alpha", down.shape[0])
-            if not abs(alpha) <= MOST_ALPHA:
-                raise UserError(f"{key} has an alpha of {alpha:g}; it must be a number of at most {MOST_ALPHA:g}")
-            expected = shape_of(targets[module], weights)
-            if (up.shape[0], down.shape[1]) != expected or up.shape[1] != down.shape[0]:
-                raise UserError(
-                    f"{key}: {up.shape} x {down.shape}, and the layer is {expected}; it was made for another model"
-                )
-            if lora.scale == 0:
-                continue
-            factor, up, down = lora.scale * alpha / down.shape[0], up.astype(mx.float32), down.astype(mx.float32)
-            change = factor * (up @ down)
-            bound = abs(factor) * down.shape[0] * _largest(up) * _largest(down)
-            if not bound <= MOST_CHANGE and not (most := _largest(change)) <= MOST_CHANGE:
-                raise UserError(f"{key} changes weights by up to {most:g}: it holds NaN, infinity, or is damaged")
-            for target in targets[module]:
-                array = found[target.name]
-                rows, columns = array.shape[0], array.size // array.shape[0]
-                part = change[target.row : target.row + rows, target.column : target.column + columns]
-                if target.swapped:
-                    part = mx.concatenate([part[rows // 2 :], part[: rows // 2]])
-                found[target.name] = array.astype(mx.float32) + part.reshape(array.shape)
+        for module, adapters in own.items():
+            for adapter in adapters:
+                if lora.scale != 0 or adapter.change() is not None:
+                    fuse(found, adapter, lora.scale, targets.get(module, []), biases.get(module, []))
     return found
+
+
+def text_encoder_of(key: str, family: Family) -> str | None:
+    """Return the text encoder that a key belongs to, clip_l, clip_g or t5; None for a key of the transformer."""
+    found = TEXT_ENCODERS.match(key)
+    if found is None:
+        return None
+    if found["name"]:
+        return "t5" if found["name"] == "t5xxl" else found["name"]
+    encoders = (*family.clip, "t5")
+    number = int(found["kohya"] or found["diffusers"] or 1)
+    return encoders[min(number, len(encoders)) - 1]
+
+
+def fuse_text_encoder(model: nn.Module, encoder: str, family: Family, loras: Sequence[Lora]) -> None:
+    """Fuse the parts of these LoRAs that belong to one CLIP encoder into its weights, in float32.
+
+    Raises UserError for keys that are no layer of the encoder, and for parts of T5, which are not supported.
+    """
+    weights = dict(tree_flatten(model.parameters()))
+    modules: dict[str, str] = {}
+    for name in weights:
+        theirs = name.removesuffix(".weight").removesuffix(".bias")
+        for ours, other in CLIP_PARTS:
+            theirs = theirs.replace(ours, other)
+        plain = theirs.translate(FLAT)
+        modules |= {plain: name.rpartition(".")[0], f"text_model_{plain}": name.rpartition(".")[0]}
+    changed = dict(weights)
+    for lora in loras:
+        for adapters in read_adapters(lora).values():
+            for adapter in adapters:
+                owner = text_encoder_of(adapter.keys[0], family)
+                if owner == "t5":
+                    raise UserError(f"{adapter.where} belongs to T5, whose LoRAs are not supported")
+                if owner != encoder:
+                    continue
+                matched = PART.fullmatch(TEXT_ENCODERS.sub("", adapter.keys[0], count=1))
+                module = modules.get(matched["module"].translate(FLAT)) if matched else None
+                if module is None:
+                    raise UserError(f"{adapter.where} is no layer of {encoder}; the file was made for another model")
+                rows = [Target(f"{module}.weight", 0, 0)]
+                bias = [Target(f"{module}.bias", 0, 0)] if f"{module}.bias" in changed else []
+                fuse(changed, adapter, lora.scale, rows, bias)
+    moved = [(name, array.astype(weights[name].dtype)) for name, array in changed.items() if array is not weights[name]]
+    model.update(tree_unflatten(moved))
+
+
+def probably(keys: Sequence[str]) -> str:
+    """Return a hint at the model or the part that keys without a layer here belong to."""
+    for mark, what in (
+        ("attn2", "SD3.5-Medium's second attention"),
+        ("guidance_in", "FLUX.1-dev's guidance embedding"),
+    ):
+        if any(mark in key for key in keys):
+            return f"; {what} is not in this model"
+    return "; the file was made for another model"
+
+
+def fuse(
+    found: dict[str, mx.array], adapter: Adapter, scale: float, targets: Sequence[Target], biases: Sequence[Target]
+) -> None:
+    """Change the weights and biases of one module in place. Raises UserError for shapes or sizes that cannot be."""
+    change, bias = adapter.change(), adapter.bias()
+    if change is not None:
+        expected = shape_of(targets, found)
+        if change.shape != expected:
+            raise UserError(
+                f"{adapter.where}: {change.shape}, and the layer is {expected}; it was made for another model"
+            )
+        if scale == 0:
+            return
+        if "magnitude" in adapter.arrays:
+            change = decomposed(adapter, change, module_weight(targets, found, expected))
+        add(found, adapter, scale * change, targets)
+    if bias is not None and scale != 0:
+        expected_rows = max(target.row + found[target.name].size for target in biases) if biases else 0
+        if bias.size != expected_rows:
+            raise UserError(f"{adapter.where}: a bias of {bias.size}, and the layer has {expected_rows or 'none'}")
+        add(found, adapter, scale * bias[:, None], biases)
+
+
+def add(found: dict[str, mx.array], adapter: Adapter, change: mx.array, targets: Sequence[Target]) -> None:
+    """Add a module's change (rows, columns) to the weights that it stands for."""
+    if not (most := _largest(change)) <= MOST_CHANGE:
+        raise UserError(f"{adapter.where} changes weights by up to {most:g}: it holds NaN, infinity, or is damaged")
+    for target in targets:
+        array = found[target.name]
+        rows, columns = array.shape[0], array.size // array.shape[0]
+        part = change[target.row : target.row + rows, target.column : target.column + columns]
+        if target.swapped:
+            part = mx.concatenate([part[rows // 2 :], part[: rows // 2]])
+        found[target.name] = array.astype(mx.float32) + part.reshape(array.shape)
+
+
+def module_weight(targets: Sequence[Target], found: Mapping[str, mx.array], shape: tuple[int, int]) -> mx.array:
+    """Return the weight (rows, columns) float32 of a module, put together from the weights that it stands for."""
+    whole = mx.zeros(shape)
+    for target in targets:
+        array = found[target.name].astype(mx.float32)
+        part = array.reshape(array.shape[0], -1)
+        if target.swapped:
+            half = part.shape[0] // 2
+            part = mx.concatenate([part[half:], part[:half]])
+        rows, columns = (
+            slice(target.row, target.row + part.shape[0]),
+            slice(target.column, target.column + part.shape[1]),
+        )
+        whole[rows, columns] = part
+    return whole
+
+
+def decomposed(adapter: Adapter, change: mx.array, weight: mx.array) -> mx.array:
+    """Return DoRA's change: m·(W + ΔW) / ‖W + ΔW‖ − W, norms by row, or by column where m has one value a column."""
+    magnitude, moved = adapter.arrays["magnitude"].astype(mx.float32), weight + change
+    by_row = magnitude.ndim == 1 or magnitude.shape[0] == weight.shape[0]
+    axis, count = (1, weight.shape[0]) if by_row else (0, weight.shape[1])
+    if magnitude.size != count:
+        raise UserError(f"{adapter.where}: {magnitude.size} magnitudes, and the layer has {count}")
+    norm = mx.linalg.norm(moved, axis=axis, keepdims=True)
+    return magnitude.reshape(norm.shape) * moved / mx.maximum(norm, 1e-12) - weight
 
 
 def _largest(array: mx.array) -> float:
     """Return the largest magnitude in an array; NaN where it holds NaN."""
     return mx.abs(array).max().item()  # type: ignore[return-value]  # MLX's stubs say that it may be complex
-
-
-def read_lora(lora: Lora) -> dict[str, dict]:
-    """Read a LoRA's modules: name (dots as underscores, no prefix) -> A (rank, in), B (out, rank), alpha, and keys.
-
-    Raises UserError for a file that cannot be read.
-    """
-    check_weight_file(lora.file)
-    modules: dict[str, dict] = {}
-    try:
-        arrays = load_arrays(lora.file)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"--lora {lora.file}: cannot be read ({' '.join(str(error).split())[:200]})") from None
-    for key, array in arrays.items():
-        matched = PART.fullmatch(PREFIX.sub("", key))
-        module = matched["module"].translate(FLAT) if matched else key
-        parts = modules.setdefault(module, {"keys": []})
-        parts["keys"].append(key)
-        if matched is None:
-            continue
-        kind = next(name for name in ("A", "B", "alpha") if matched[name])
-        if kind == "alpha":
-            if array.size != 1:
-                raise UserError(f"--lora {lora.file}: {key} has {array.size} values, not one")
-            parts[kind] = array.astype(mx.float32).item()
-        else:
-            parts[kind] = array.reshape(*array.shape[:2]) if math.prod(array.shape[2:]) == 1 else array
-    return modules | with_noted_alphas(lora, modules)
-
-
-def with_noted_alphas(lora: Lora, modules: Mapping[str, dict]) -> dict[str, dict]:
-    """Return the modules without an alpha of their own, with the alpha that the file's metadata notes for them.
-
-    PEFT and diffusers keep the adapter's config there: alpha for all, alpha_pattern by module, use_rslora for alpha /
-    √rank. Raises UserError for metadata that is no such config.
-    """
-    with safe_open(lora.file, "numpy") as file:
-        noted = (file.metadata() or {}).get(ADAPTER_NOTE)
-    try:
-        config = {key.removeprefix("transformer."): value for key, value in orjson.loads(noted or "{}").items()}
-        alphas = {
-            pattern.translate(FLAT): float(alpha) for pattern, alpha in (config.get("alpha_pattern") or {}).items()
-        }
-        usual, by_root = config.get("lora_alpha"), bool(config.get("use_rslora"))
-        found = {}
-        for module, parts in modules.items():
-            alpha = next((value for name, value in alphas.items() if module.endswith(name)), usual)
-            if alpha is not None and "alpha" not in parts and "A" in parts:
-                rank = parts["A"].shape[0]
-                found[module] = parts | {"alpha": float(alpha) * (rank**0.5 if by_root else 1)}
-    except (ValueError, TypeError, AttributeError):
-        raise UserError(f"--lora {lora.file}: its note {ADAPTER_NOTE} is not the config of an adapter") from None
-    return found
 
 
 def targets_of(weights: Mapping[str, mx.array], family: Family) -> dict[str, list[Target]]:
@@ -185,7 +236,8 @@ def targets_of(weights: Mapping[str, mx.array], family: Family) -> dict[str, lis
     found: dict[str, list[Target]] = {}
     for name, array in weights.items():
         path = name.removesuffix(".weight")
-        if path == name or array.size != array.shape[0] * array.shape[-1] or array.ndim == 1 or "pos_embed" in name:
+        matrix = array.ndim > 1 and (array.size == array.shape[0] * array.shape[-1] or path == "x_embedder.proj")
+        if path == name or not matrix or "pos_embed" in name:
             continue
         original = checkpoint_slice(family, name, hidden)
         module = original.key.removesuffix(".weight").translate(FLAT)
@@ -196,8 +248,25 @@ def targets_of(weights: Mapping[str, mx.array], family: Family) -> dict[str, lis
         text_of_last = family is SD3 and theirs == f"transformer_blocks.{last}.norm1_context.linear"
         column = original.column if theirs.endswith("proj_out") else 0
         target = Target(name, 0, column, theirs == "norm_out.linear" or text_of_last)
+        if family is SD3 and path == "x_embedder.proj":
+            theirs = "pos_embed.proj"
         if theirs.translate(FLAT) != module:
             found.setdefault(theirs.translate(FLAT), []).append(target)
+    return found
+
+
+def bias_targets_of(weights: Mapping[str, mx.array], family: Family) -> dict[str, list[Target]]:
+    """Return the biases and norms that each module name, dots as underscores, stands for in the original layout.
+
+    A norm's scale is a vector that files name in full (…query_norm.scale.diff), so that its module is the whole key.
+    """
+    hidden = weights["context_embedder.weight"].shape[0]
+    found: dict[str, list[Target]] = {}
+    for name, array in weights.items():
+        if array.ndim == 1:
+            original = checkpoint_slice(family, name, hidden)
+            module = original.key.removesuffix(".bias").translate(FLAT)
+            found.setdefault(module, []).append(Target(name, original.row, 0))
     return found
 
 
