@@ -7,7 +7,7 @@ import contextlib
 import io
 import struct
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import orjson
@@ -48,7 +48,12 @@ def opened_png(path: Path, remedy: str, most_pixels: int = MOST_PIXELS) -> Itera
 
 def picture_chunks(image: Mapping[str, Any]) -> dict[str, str]:
     """Return the text chunks of the PNG of an image, its entry in the manifest."""
-    return {OUR_CHUNK: str(image["image_id"]), "prompt": image["prompt"], "seed": str(image["seed"])}
+    return {OUR_CHUNK: str(image["image_id"]), "caption": image["prompt"], "seed": str(image["seed"])}
+
+
+def quoted(name: str) -> str:
+    """Return a name as readers of `parameters` take it: as a JSON text where it holds a comma, a colon or a quote."""
+    return orjson.dumps(name).decode() if set(name) & set(',:"\n') else name
 
 
 def drawing_chunks(
@@ -63,15 +68,18 @@ def drawing_chunks(
 ) -> dict[str, str]:
     """Return the text chunks of a PNG that draw_images.py writes.
 
-    `parameters` is what programs for generated images read, in their notation. size: (width, height).
+    `parameters` is what programs for generated images read, in their notation. No chunk is called `prompt`, because
+    node editors read a graph in JSON there. size: (width, height). model: a folder is named without its parents, which
+    would tell of the maker's machine.
     """
+    model = quoted(PurePath(model).name if PurePath(model).is_absolute() else model)
     settings = f"Steps: {steps}, Sampler: Euler, CFG scale: {cfg_weight:g}, Seed: {seed}, "
     settings += f"Size: {size[0]}x{size[1]}, Model: {model}"
     negative = f"Negative prompt: {negative_prompt}\n" if negative_prompt else ""
     return {
         DRAWN_CHUNK: str(index),
         "parameters": f"{prompt}\n{negative}{settings}",
-        "prompt": prompt,
+        "caption": prompt,
         "negative_prompt": negative_prompt,
         "seed": str(seed),
         "model": model,

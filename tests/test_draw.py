@@ -66,7 +66,7 @@ def test_pictures_say_what_they_are(tmp_path):
         with Image.open(tmp_path / f"out/{index:04d}.png") as picture:
             assert picture.size == (64, 64) and picture.mode == "RGB"
             text = picture.text
-        assert (text["prompt"], text["seed"], text["model"]) == (prompt, str(7 + index), "sd3-emoji")
+        assert (text["caption"], text["seed"], text["model"]) == (prompt, str(7 + index), "sd3-emoji")
         assert (text["num_steps"], text["cfg_weight"], text["negative_prompt"]) == ("2", "4", "green")
         first, negative, settings = text["parameters"].split("\n")
         assert (first, negative) == (prompt, "Negative prompt: green")
@@ -107,7 +107,7 @@ def test_prompts_of_a_file_come_after_the_command_lines(tmp_path):
     prompts = []
     for index in range(3):
         with Image.open(tmp_path / f"out/{index:04d}.png") as picture:
-            prompts.append(picture.text["prompt"])
+            prompts.append(picture.text["caption"])
     assert prompts == ["rocket", "red heart", "swan"]
 
 

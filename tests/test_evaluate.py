@@ -94,7 +94,7 @@ def test_metrics_and_files(run, results):
         for index, pixels in enumerate(np.load(path)["images"]):
             with Image.open(run / f"evaluation/images/{variant}/{index:04d}.png") as picture:
                 assert (
-                    np.array_equal(np.asarray(picture), pixels) and picture.text["prompt"] == metrics["prompts"][index]
+                    np.array_equal(np.asarray(picture), pixels) and picture.text["caption"] == metrics["prompts"][index]
                 )
     calibration = {image["prompt"] for image in read_manifest(run)["images"]}
     assert not calibration & set(metrics["prompts"])

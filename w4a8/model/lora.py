@@ -81,6 +81,8 @@ def with_loras(weights: Mapping[str, mx.array], family: Family, loras: Sequence[
     with the keys that belong to none of its layers.
     """
     found = dict(weights)
+    if not loras:
+        return found
     targets, biases = targets_of(weights, family), bias_targets_of(weights, family)
     for lora in loras:
         modules = read_adapters(lora)

@@ -83,7 +83,7 @@ def write_sheets(
         remove_folder(folder, ours)
     for variant, images in {"fp": original, **found}.items():
         for index, pixels in enumerate(images):
-            chunks = {"prompt": prompts[index], "seed": str(seed + index), VARIANT_CHUNK: variant}
+            chunks = {"caption": prompts[index], "seed": str(seed + index), VARIANT_CHUNK: variant}
             write_png(paths.image(variant, index), Image.fromarray(pixels), chunks)
 
 
