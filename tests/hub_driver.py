@@ -9,6 +9,7 @@ import w4a8  # noqa: F401  (before MLX)
 # isort: split
 import importlib
 import itertools
+import json
 import sys
 from pathlib import Path
 
@@ -26,14 +27,18 @@ from benchmarks.random_model import (
     write_t5,
     write_text_encoders,
 )
+from calibration_store.errors import UserError
 from calibration_store.layout import CalibrationPaths
 from calibration_store.manifest import read_manifest
 from calibration_store.samples import read_sample
+from w4a8.model.catalog import describe_model
 from w4a8.model.diffusionkit import FluxPipeline, MMDiT, model_io
 from w4a8.model.layers import model_layers
-from w4a8.model.loading import diffusionkit_pipeline
+from w4a8.model.loading import check_checkpoint, diffusionkit_pipeline
 from w4a8.model.packed import NativeLinear
+from w4a8.model.parts import TRANSFORMER, whole_model
 from w4a8.model.t5 import T5Encoder
+from w4a8.model.transformer import open_transformer
 
 LARGE = "argmaxinc/mlx-stable-diffusion-3.5-large"
 SCHNELL, DEV = "argmaxinc/mlx-FLUX.1-schnell", "argmaxinc/mlx-FLUX.1-dev"
@@ -108,7 +113,29 @@ def load_flux_file(path, output):
     mx.save_safetensors(output, dict(tree_flatten(mmdit.parameters())))
 
 
-SCRIPTS = {function.__name__: function for function in (denoise, load_hub_file, flux_latents, load_flux_file)}
+def open_checkpoints(folder, output):
+    """Open every checkpoint of a folder; write {file: the largest difference from the original, or the error} as JSON.
+
+    A file is named after its model, sd3 or flux; `images` in the name asks for the VAE, too.
+    """
+    found = {}
+    for path in sorted(Path(folder).iterdir()):
+        info = describe_model(SCHNELL if path.name.startswith("flux") else SD3_MEDIUM)
+        parts = whole_model("float32") if "images" in path.name else {TRANSFORMER: "float32"}
+        original = dict(tree_flatten(open_transformer(info, None).parameters()))
+        try:
+            check_checkpoint(info, parts, path)
+            given = dict(tree_flatten(open_transformer(info, path).parameters()))
+            pairs = [(given[name].astype(mx.float32), array.astype(mx.float32)) for name, array in original.items()]
+            found[path.name] = max(mx.abs(one - other).max().item() for one, other in pairs)
+        except UserError as error:
+            found[path.name] = error.message
+    Path(output).write_text(json.dumps(found))
+
+
+SCRIPTS = {
+    function.__name__: function for function in (denoise, load_hub_file, flux_latents, load_flux_file, open_checkpoints)
+}
 
 
 def run(script, *arguments):
