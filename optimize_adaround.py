@@ -167,8 +167,8 @@ def run(options: RoundingOptions) -> None:
     flags = cli.flags(
         main,
         block_names="blocks",
-        layer_bits="bits",
         **dict(zip(NAMED_LIKE_THEIR_OPTION, NAMED_LIKE_THEIR_OPTION, strict=True)),
+        layer_bits="bits",  # after average_bits, from which it follows: a difference is told of what the user gave
     )
     folder = StageFolder(
         paths,

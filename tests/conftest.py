@@ -13,6 +13,7 @@ import filelock
 import mlx.core as mx
 import processor_time
 import pytest
+import worker_cores
 from click.testing import CliRunner
 
 from w4a8.model.catalog import describe_model
@@ -20,6 +21,7 @@ from w4a8.model.loading import load_pipeline, whole_model
 
 ROOT = Path(__file__).resolve().parent.parent
 pytest_configure = processor_time.pytest_configure
+pytest_runtest_protocol = worker_cores.pytest_runtest_protocol
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,8 @@ from w4a8.model.prompt_encoder import check_prompts, encode_prompts
 from w4a8.model.sampling import decode_latents, euler_steps, initial_noise, sigma_schedule
 from w4a8.model.t5 import T5Config, T5Encoder
 
+pytestmark = pytest.mark.all_cores
+
 SIZE = (16, 16)
 
 

@@ -47,7 +47,7 @@ def kill_and_resume(script, arguments, folder, rng) -> int:
 def calibration(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kill") / "run"
     done = generate(
-        "--num-images", 4 + KILLS, "--num-steps", 12, "--no-images", "--batch-size", 4, "--calib-dir", folder
+        "--num-images", 4 + KILLS, "--num-steps", 8, "--no-images", "--batch-size", 4, "--calib-dir", folder
     )
     assert done.exit_code == 0, done.stderr
     return folder

@@ -33,6 +33,8 @@ from w4a8.rounding.training_samples import Samples, spread_over
 from w4a8.rounding.unit_training import UnitTraining
 from w4a8.rounding.units import BlockUnit, QuantizedUnit
 
+pytestmark = pytest.mark.all_cores
+
 QUICK = ("--iters", 10, "--batch-size", 2)
 
 
