@@ -174,7 +174,8 @@ def test_stride_and_batches(clean_run, tmp_path):
     steps = sorted({path.name[5:8] for path in (tmp_path / "run/samples").iterdir()})
     assert steps == ["000", "003", "004"]
     for path in (tmp_path / "run/samples").iterdir():
-        np.testing.assert_allclose(np.load(path)["x"], np.load(clean_run / "samples" / path.name)["x"], atol=2e-5)
+        expected = np.load(clean_run / "samples" / path.name)["x"]  # one by one: its sums are in another order
+        np.testing.assert_allclose(np.load(path)["x"], expected, rtol=1e-5, atol=2e-5)
     assert json.loads((tmp_path / "run/manifest.json").read_bytes())["batch_size"] == 2
     whole = folder_bytes(tmp_path / "run")
     (tmp_path / "run/samples/0001_003.npz").unlink()
