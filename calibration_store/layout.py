@@ -107,6 +107,7 @@ class ActivationPaths:
         return owned + (analysis_files(self) if owned else [])
 
 
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT's, beside a LoRA
 WRITTEN_BESIDE = {"layer_temporal_analysis.json", "layer_temporal_analysis_multitier.json"}
 WRITTEN_BESIDE |= {"scale_over_sigma.png", "scale_map.png", "shift_map.png", "bit_map.png"}
 

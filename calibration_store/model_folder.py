@@ -4,7 +4,6 @@ A folder that stage 5 exports from a hub model holds the transformer alone; `bas
 """
 
 import hashlib
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,12 +12,12 @@ from typing import Annotated, Any, Literal, TypedDict
 import msgspec
 import orjson
 from msgspec import Meta
-from safetensors import SafetensorError, safe_open
 
 from calibration_store.choices import PACKED_GROUPS, WEIGHT_BITS, GroupSize, Precision, WeightBits
 from calibration_store.errors import StoreError
-from calibration_store.files import open_regular, read_bytes, why_unreadable
+from calibration_store.files import open_regular, read_bytes
 from calibration_store.names import LayerName
+from calibration_store.safetensors_header import weight_shapes, weight_sizes
 from calibration_store.schema import Count, Digest, Guidance, Index, JsonFormat, Name, Positive, Side, distinct
 from calibration_store.version import without_version
 
@@ -329,37 +328,6 @@ def packed_fault(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]
 def check_weight_file(path: Path) -> None:
     """Raise StoreError unless a safetensors file is whole: its header, and the number of bytes that the header says."""
     weight_sizes(path)
-
-
-def weight_sizes(path: Path) -> dict[str, tuple[str, int]]:
-    """Return {name: (dtype in safetensors' spelling, elements)} of a safetensors file's header. Raises StoreError."""
-    return {name: (dtype, math.prod(shape)) for name, (dtype, shape) in _weight_header(path).items()}
-
-
-def weight_dtypes(path: Path) -> dict[str, str]:
-    """Return {name: dtype in safetensors' spelling} of a file, from its header. Raises StoreError."""
-    return {name: dtype for name, (dtype, _) in _weight_header(path).items()}
-
-
-def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Return {name: shape} of a safetensors file, from its header. Raises StoreError."""
-    return {name: shape for name, (_, shape) in _weight_header(path).items()}
-
-
-def _weight_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    with open_regular(path, LAYOUT, limit=None):
-        pass  # safe_open would wait for a pipe or a device
-    try:
-        with safe_open(path, "numpy") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (the file is no mapping)
-            header = {name: (each.get_dtype(), tuple(each.get_shape())) for name, each in slices.items()}
-    except OSError as error:
-        raise StoreError(f"{path}: {why_unreadable(path, error, LAYOUT)}") from None
-    except (SafetensorError, MemoryError) as error:  # MemoryError: a header that claims more bytes than can be mapped
-        raise StoreError(f"{path}: truncated or damaged ({error}); copy or download it again") from None
-    if not header:
-        raise StoreError(f"{path}: holds no weights; copy or download it again")
-    return header
 
 
 WHOLE_FILE = 64 * 2**20  # largest file, in bytes, that is hashed as a whole

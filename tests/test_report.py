@@ -13,7 +13,7 @@ from finished_run import finished_run, one_line
 from PIL import Image
 
 from calibration_store.layout import ReportPaths
-from calibration_store.model_folder import weight_sizes
+from calibration_store.safetensors_header import weight_sizes
 from calibration_store.sensitivity import write_sensitivity
 from calibration_store.sizes import format_bytes
 from tools.browser import find_browser

@@ -126,11 +126,11 @@ def fuse_text_encoder(model: nn.Module, encoder: str, family: Family, loras: Seq
     weights = dict(tree_flatten(model.parameters()))
     modules: dict[str, str] = {}
     for name in weights:
-        theirs = name.removesuffix(".weight").removesuffix(".bias")
+        module = theirs = name.removesuffix(".weight").removesuffix(".bias")
         for ours, other in CLIP_PARTS:
             theirs = theirs.replace(ours, other)
         plain = theirs.translate(FLAT)
-        modules |= {plain: name.rpartition(".")[0], f"text_model_{plain}": name.rpartition(".")[0]}
+        modules |= {plain: module, f"text_model_{plain}": module}
     changed = dict(weights)
     for lora in loras:
         for adapters in read_adapters(lora).values():
@@ -141,11 +141,11 @@ def fuse_text_encoder(model: nn.Module, encoder: str, family: Family, loras: Seq
                 if owner != encoder:
                     continue
                 matched = PART.fullmatch(TEXT_ENCODERS.sub("", adapter.keys[0], count=1))
-                module = modules.get(matched["module"].translate(FLAT)) if matched else None
-                if module is None:
+                layer = modules.get(matched["module"].translate(FLAT)) if matched else None
+                if layer is None:
                     raise UserError(f"{adapter.where} is no layer of {encoder}; the file was made for another model")
-                rows = [Target(f"{module}.weight", 0, 0)]
-                bias = [Target(f"{module}.bias", 0, 0)] if f"{module}.bias" in changed else []
+                rows = [Target(f"{layer}.weight", 0, 0)]
+                bias = [Target(f"{layer}.bias", 0, 0)] if f"{layer}.bias" in changed else []
                 fuse(changed, adapter, lora.scale, rows, bias)
     moved = [(name, array.astype(weights[name].dtype)) for name, array in changed.items() if array is not weights[name]]
     model.update(tree_unflatten(moved))

@@ -17,6 +17,7 @@ import orjson
 from safetensors import safe_open
 
 from calibration_store.errors import UserError
+from calibration_store.layout import ADAPTER_CONFIG
 from w4a8.model.location import Lora
 from w4a8.model.weight_files import load_arrays
 
@@ -24,10 +25,9 @@ PREFIX = re.compile(
     r"^(?:base_model\.model\.|model\.diffusion_model\.|diffusion_model\.|transformer\.|lora_(?:unet|transformer)_|lycoris_)*"
 )
 ADAPTER_NOTE = "lora_adapter_metadata"  # metadata key of a safetensors file that diffusers wrote
-CONFIG_FILE = "adapter_config.json"  # PEFT's, beside the file
 FLAT = str.maketrans(".", "_")  # as kohya writes module names
 MOST_ALPHA = 1e6
-KINDS = {  # kind of array -> how its key ends
+ARRAYS = {  # kind of array -> how its key ends
     "A": r"(?:lora_A(?:\.\w+)?|lora_down|lora\.down|lora_linear_layer\.down|down)\.weight",
     "B": r"(?:lora_B(?:\.\w+)?|lora_up|lora\.up|lora_linear_layer\.up|up)\.weight",
     "bias": r"lora_B(?:\.\w+)?\.bias",
@@ -38,7 +38,7 @@ KINDS = {  # kind of array -> how its key ends
     **{name: name for half in ("1", "2") for name in (f"lokr_w{half}", f"lokr_w{half}_a", f"lokr_w{half}_b")},
     **{name: name for half in ("1", "2") for name in (f"hada_w{half}_a", f"hada_w{half}_b")},
 }
-PART = re.compile(r"(?P<module>.+?)\.(?:" + "|".join(f"(?P<{kind}>{end})" for kind, end in KINDS.items()) + ")")
+PART = re.compile(r"(?P<module>.+?)\.(?:" + "|".join(f"(?P<{kind}>{end})" for kind, end in ARRAYS.items()) + ")")
 # x-flux (XLabs) names the image stream's projections 1 and the text stream's 2.
 XFLUX = re.compile(r"(?P<block>double_blocks\.\d+)\.processor\.(?P<what>qkv|proj)_lora(?P<stream>[12])")
 XFLUX_SINGLE = re.compile(r"(?P<block>single_blocks\.\d+)\.processor\.(?P<what>qkv|proj)_lora")
@@ -142,7 +142,7 @@ def read_adapters(lora: Lora) -> dict[str, list[Adapter]]:
         adapter.keys.append(key)
         if matched is None:
             continue
-        kind = next(name for name in KINDS if matched[name])
+        kind = next(name for name in ARRAYS if matched[name])
         if kind != "alpha":
             adapter.arrays[kind] = array
         elif array.size != 1:
@@ -173,8 +173,8 @@ def note_alphas(lora: Lora, spelled: Mapping[str, Adapter]) -> None:
     """
     with safe_open(lora.file, "numpy") as file:
         noted = (file.metadata() or {}).get(ADAPTER_NOTE)
-    beside = lora.file.parent / CONFIG_FILE
-    source = f"its note {ADAPTER_NOTE}" if noted is not None else CONFIG_FILE
+    beside = lora.file.parent / ADAPTER_CONFIG
+    source = f"its note {ADAPTER_NOTE}" if noted is not None else ADAPTER_CONFIG
     try:
         text = noted if noted is not None else beside.read_text() if beside.is_file() else "{}"
         config = {key.removeprefix("transformer."): value for key, value in orjson.loads(text).items()}

@@ -7,7 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from calibration_store.errors import OptionError
-from calibration_store.model_folder import weight_sizes
+from calibration_store.safetensors_header import weight_sizes
 from calibration_store.sizes import format_bytes
 from w4a8.backend.memory import device_memory
 from w4a8.model.catalog import model_files

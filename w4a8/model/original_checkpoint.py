@@ -10,7 +10,7 @@ import mlx.core as mx
 import orjson
 
 from calibration_store.errors import UserError
-from calibration_store.model_folder import weight_dtypes
+from calibration_store.safetensors_header import weight_dtypes
 from w4a8.model.diffusionkit import MMDiTConfig
 from w4a8.model.families import SD3, Family
 from w4a8.model.weight_files import load_arrays

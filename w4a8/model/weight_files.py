@@ -1,17 +1,18 @@
 """Open weight files: the one door through which every tensor of a model comes, as a number of the dtype in its file."""
 
 import json
+import re
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
 from calibration_store.errors import UserError
-from calibration_store.model_folder import weight_dtypes
+from calibration_store.safetensors_header import weight_dtypes
 
 NUMBERS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 INDICES = ("position_ids",)  # the ends of names whose integers are no weights
-SCALES = (".scale_weight", ".weight_scale")  # the ends of a float8 weight's factor, in the programs that write them
+SCALE = re.compile(r"\.(?:scale_weight|weight_scale)$")  # the name of a float8 weight's factor, in two programs' files
 MARKS = ("scaled_fp8",)  # names that only say how a file was written
 # Ends of names that show who packed the integers of a file.
 PACKERS = (
@@ -40,9 +41,8 @@ def load_arrays(path: Path, packed: bool = False) -> dict[str, mx.array]:
     for name, dtype in dtypes.items():
         if name in arrays and dtype == "F8_E4M3":
             arrays[name] = mx.from_fp8(arrays[name], mx.float16)
-    for name in [name for name in arrays if name.endswith(SCALES)]:
-        factor, layer = arrays.pop(name), name.rpartition(".")[0]
-        weight = f"{layer}.weight"
+    for name in [name for name in arrays if SCALE.search(name)]:
+        factor, weight = arrays.pop(name), SCALE.sub(".weight", name)
         if weight not in arrays:
             raise UserError(f"{path}: {name} belongs to no weight; copy or download the file again")
         rows = factor.astype(mx.float32).reshape(-1, *[1] * (arrays[weight].ndim - 1))

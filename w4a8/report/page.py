@@ -28,10 +28,11 @@ from calibration_store.layout import (
     WeightPaths,
 )
 from calibration_store.manifest import read_manifest, same_run
-from calibration_store.model_folder import check_exported, weight_file, weight_sizes
+from calibration_store.model_folder import check_exported, weight_file
 from calibration_store.names import block_of, layer_kind
 from calibration_store.pictures import MOST_PIXELS, is_of, opened_png
 from calibration_store.quantized_model import float16_bytes, read_export
+from calibration_store.safetensors_header import weight_sizes
 from calibration_store.sensitivity import SENSITIVITY
 from calibration_store.sizes import format_bytes
 from calibration_store.weights import WEIGHTS_METADATA
