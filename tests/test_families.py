@@ -292,7 +292,10 @@ def test_checkpoints_of_another_layout_are_named(hub, tmp_path):
     given = {
         "diffusers": ("transformer.single_transformer_blocks.0.attn.to_q.weight", "in the layout of diffusers"),
         "packed": ("double_blocks.0.img_attn.qkv.scales", "packed already"),
-        "foreign": ("double_blocks.0.img_attn.qkv.weight", "cannot load"),
+        "foreign": (
+            "double_blocks.0.img_attn.qkv.weight",
+            "not the transformer that --model names (lacks 79 arrays, double_blocks.0.",
+        ),
     }
     for name, (key, message) in given.items():
         path = tmp_path / f"{name}.safetensors"

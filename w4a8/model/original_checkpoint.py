@@ -1,17 +1,18 @@
 """Read the original checkpoints of hub models lazily, and locate DiffusionKit's parameters in them."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 import mlx.core as mx
 import orjson
+from mlx.utils import tree_flatten
 
 from calibration_store.errors import UserError
 from calibration_store.safetensors_header import weight_dtypes
-from w4a8.model.diffusionkit import MMDiTConfig
+from w4a8.model.diffusionkit import MMDiT
 from w4a8.model.families import SD3, Family
 from w4a8.model.weight_files import load_arrays
 
@@ -100,8 +101,8 @@ STRANGERS = (
 FLUX_INPUTS = {384: "FLUX.1-Fill", 128: "FLUX.1-Canny or -Depth"}  # channels of img_in's input: 64 in the plain model
 
 
-def read_original_checkpoint(path: Path, family: Family, config: MMDiTConfig) -> dict[str, mx.array]:
-    """Open a checkpoint's transformer under DiffusionKit's names; each array is read when it is used.
+def read_original_checkpoint(path: Path, family: Family, model: MMDiT) -> dict[str, mx.array]:
+    """Open a checkpoint's transformer under the names of DiffusionKit's `model`; each array is read when it is used.
 
     Keys may have one of TRANSFORMER_PREFIXES; keys of other parts of a model are left out. An index of several files
     reads all of them. Raises UserError for a file in another layout, of another model, or whose weights are packed.
@@ -109,7 +110,7 @@ def read_original_checkpoint(path: Path, family: Family, config: MMDiTConfig) ->
     shard = SHARD.search(path.name)
     if shard:
         raise UserError(f"{path}: one of {int(shard[1])} files of a model; give its index, …safetensors.index.json")
-    original = transformer_arrays(path, family)
+    original, config = transformer_arrays(path, family), model.config
     first = "joint_blocks.0." if family is SD3 else "double_blocks.0."
     if not any(key.startswith(first) for key in original):
         refuse_stranger(path, original, family)
@@ -125,7 +126,33 @@ def read_original_checkpoint(path: Path, family: Family, config: MMDiTConfig) ->
     inputs = original.get("img_in.weight")
     if inputs is not None and inputs.shape[-1] in FLUX_INPUTS:
         raise UserError(f"{path}: this is {FLUX_INPUTS[inputs.shape[-1]]}, not FLUX.1-schnell or -dev")
+    refuse_other_sizes(path, original, family, model)
     return family.weights({family.prefix + key: array for key, array in original.items()}, config)
+
+
+def refuse_other_sizes(path: Path, original: Mapping[str, mx.array], family: Family, model: MMDiT) -> None:
+    """Raise UserError where a checkpoint has other arrays than the model, or another width, before any is read."""
+    width = model.config.hidden_size
+    needed = {checkpoint_slice(family, name, width).key for name in dict(tree_flatten(model.parameters()))}
+    given = {key for key in original if not key.startswith(family.ignored)}
+    lacking, unknown = sorted(needed - given), sorted(given - needed)
+    if lacking or unknown:
+        faults = [f"{word} {some(keys)}" for word, keys in (("lacks", lacking), ("also has", unknown)) if keys]
+        raise UserError(
+            f"{path}: not the transformer that --model names ({', '.join(faults)}); name the model that it is of, "
+            "or download it again"
+        )
+    joined = next(key for key in needed if key.endswith("attn.qkv.weight"))
+    if original[joined].shape != (3 * width, width):
+        shape = " x ".join(map(str, original[joined].shape))
+        raise UserError(
+            f"{path}: {joined} is {shape}, and that of the model {3 * width} x {width}; --model names another model"
+        )
+
+
+def some(keys: Sequence[str]) -> str:
+    """Return the number of keys and the first of them, for messages."""
+    return f"{len(keys)} arrays, {keys[0]} …" if len(keys) > 1 else keys[0]
 
 
 def transformer_arrays(path: Path, family: Family) -> dict[str, mx.array]:

@@ -30,10 +30,7 @@ def open_transformer(info: ModelInfo, local_checkpoint: Path | None) -> MMDiT:
         path = local_checkpoint or _cached_file(info)
         model = MMDiT(dataclasses.replace(HUB_MMDIT_CONFIGS[info.version], low_memory_mode=False))
     try:
-        if info.folder is not None:
-            weights = load_arrays(path)
-        else:
-            weights = read_original_checkpoint(path, info.family, model.config)
+        weights = load_arrays(path) if info.folder is not None else read_original_checkpoint(path, info.family, model)
         model.load_weights(list(with_loras(weights, info.family, info.loras).items()))
     except (RuntimeError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load {path}: {' '.join(str(error).split())[:200]}") from None

@@ -70,13 +70,13 @@ def refuse_other_kinds(path: Path) -> None:
 
 def refuse_integers(path: Path, dtypes: dict[str, str], packed: bool) -> None:
     """Raise UserError where a tensor of integers stands in the place of a weight, and name the program that packed it."""
+    if not packed and any(name.endswith(".scales") for name in dtypes):
+        raise UserError(f"{path}: its weights are packed already; quantize the original model's")
     for name, dtype in dtypes.items():
         if dtype in NUMBERS or name.endswith(INDICES):
             continue
         if packed and dtype == "U32" and f"{name.removesuffix('.weight')}.scales" in dtypes:
             continue
-        if any(other.endswith(".scales") for other in dtypes):
-            raise UserError(f"{path}: its weights are packed already; quantize the original model's")
         packer = next((who for end, who in PACKERS if any(other.endswith(end) for other in dtypes)), None)
         how = f"packed in {packer}" if packer else f"integers ({dtype})"
         raise UserError(f"{path}: {name} is {how}; quantize the original model's weights, in 16 or 32 bits or float8")
