@@ -64,6 +64,7 @@ def run(options: DrawingOptions) -> None:
     from calibration_store.layout import DrawingPaths
     from w4a8.drawing import Drawing, compare_drawings, draw, load_model, plan_drawing, transformer_bytes
     from w4a8.model.catalog import describe_model
+    from w4a8.model.prompt_encoder import say_what_is_not_read
     from w4a8.model.prompts import read_prompt_file
     from w4a8.report.drawing_sheet import draw_pairs
     from w4a8.report.tables import print_comparison, print_drawing
@@ -86,6 +87,8 @@ def run(options: DrawingOptions) -> None:
         paths.clear_temporaries()
         for info in infos:
             pipeline, rule = load_model(info, plan, options.activations and info is infos[0])
+            for sentence in say_what_is_not_read(pipeline, wanted, plan.negative_prompt):
+                click.echo(sentence)
             with cli.progress_bar(len(wanted), info.version, "image") as bar:
                 drawings.append(draw(pipeline, info, plan, rule, paths, len(drawings) == 1, bar))
             del pipeline

@@ -94,7 +94,7 @@ def run(options: EvaluationOptions) -> None:
     from w4a8.evaluation.variants import default_variants, make_variant
     from w4a8.model.layers import model_layers
     from w4a8.model.memory_needs import needs_of, refuse_too_large
-    from w4a8.model.prompt_encoder import PromptEncoder, check_prompts
+    from w4a8.model.prompt_encoder import PromptEncoder, say_what_is_not_read
     from w4a8.model.prompts import read_prompt_file
     from w4a8.report.evaluation_figures import draw_grid, plot_errors, write_sheets
     from w4a8.report.tables import print_variants
@@ -120,10 +120,8 @@ def run(options: EvaluationOptions) -> None:
     sampling = plan_evaluation(options, manifest, info, fingerprint, pipeline.use_t5, prompts)
     paths = EvaluationPaths(options.output or options.calib_dir / "evaluation")
     click.echo(f"{info.version}: {sampling}; {overlap} of the prompts were used in calibration")
-    cut = check_prompts(pipeline, prompts, "prompt")
-    cut += check_prompts(pipeline, [sampling.negative_prompt], "negative prompt")
-    if cut:
-        click.echo(f"{cut} prompts are longer than the text encoder's positions: their ends are ignored.")
+    for sentence in say_what_is_not_read(pipeline, prompts, sampling.negative_prompt):
+        click.echo(sentence)
     for variant in chosen:
         variant.check(manifest, fingerprint, model_layers(pipeline.mmdit))
     needs = needs_of(

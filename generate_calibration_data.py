@@ -85,10 +85,10 @@ def run(options: GenerationOptions) -> None:
         plan_run,
         refuse_foreign_pictures,
         refuse_hub_options,
-        warn_of_long_prompts,
     )
     from w4a8.model.catalog import describe_model, model_fingerprint
     from w4a8.model.loading import load_pipeline, whole_model
+    from w4a8.model.prompt_encoder import say_what_is_not_read
     from w4a8.model.prompts import draw_builtin_prompts, read_prompt_file
     from w4a8.report.plans import print_plan, say_how_many_prompts, warn_of_old_results
 
@@ -133,8 +133,9 @@ def run(options: GenerationOptions) -> None:
         plan["weights_fingerprint"] = model_fingerprint(info, plan["use_t5"], options.local_checkpoint)
         if manifest is not None:
             check_same_model(plan, manifest)
-        for warning in warn_of_long_prompts(pipeline, plan):
-            click.echo(warning)
+        drawn = [image["prompt"] for image in plan["images"]]
+        for sentence in say_what_is_not_read(pipeline, drawn, plan["negative_prompt"]):
+            click.echo(sentence)
         some = batches_to_do(plan, complete, ranks) or batches_to_do(plan, complete)[:1]
         texts, together = prepare(pipeline, plan, some[: 1 if options.dry_run else None], options.text_group)
         if options.dry_run:

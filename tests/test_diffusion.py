@@ -17,7 +17,7 @@ from w4a8.model.catalog import BUNDLED_FOLDER, ModelError, describe_model
 from w4a8.model.diffusionkit import SD3T5Encoder
 from w4a8.model.loading import load_pipeline, whole_model
 from w4a8.model.modulation import modulation_cache
-from w4a8.model.prompt_encoder import check_prompts, encode_prompts
+from w4a8.model.prompt_encoder import encode_prompts, say_what_is_not_read
 from w4a8.model.sampling import decode_latents, euler_steps, initial_noise, sigma_schedule
 from w4a8.model.t5 import T5Config, T5Encoder
 
@@ -137,13 +137,17 @@ def test_noise_is_diffusionkits_and_leaves_numpys_global_state_alone(emoji):
     assert mx.array_equal(ours, emoji.get_noise(7, emoji.get_empty_latent(*SIZE)))
 
 
-def test_prompts_are_checked_against_the_vocabulary(emoji):
-    assert check_prompts(emoji, ["rocket", "swan"]) == 0
-    assert check_prompts(emoji, ["rocket", "a " * 40]) == 1
-    with pytest.raises(
-        ModelError, match="prompt 2 'smile 😀': the character '😀' is not in the tokenizer's vocabulary"
-    ):
-        check_prompts(emoji, ["rocket", "smile 😀"])
+def test_what_is_not_read_is_said(emoji):
+    assert say_what_is_not_read(emoji, ["rocket", "swan"]) == []
+    assert say_what_is_not_read(emoji, ["rocket", "a " * 40], "b " * 14) == [
+        "CLIP reads the first 16 tokens of 1 prompt."
+    ]
+    assert say_what_is_not_read(emoji, ["a " * 15, "b " * 15], "b " * 15) == [
+        "CLIP reads the first 16 tokens of 2 prompts.",
+        "CLIP reads the first 16 tokens of the negative prompt.",
+    ]
+    lacks = "The tokenizer's vocabulary lacks 2 words of 1 prompt, which become its unknown token: '😀', 'café'."
+    assert say_what_is_not_read(emoji, ["rocket", "smile 😀 cafe\u0301"]) == [lacks]
 
 
 def test_t5_runs_without_metals_memory_limits():

@@ -269,7 +269,6 @@ def test_builtin_prompts_are_many_distinct_diverse_and_drawn_by_seed():
         (["--prompts", "empty.txt"], "empty.txt: holds no prompt"),
         (["--prompts", "other.csv"], "other.csv: no column 'prompt' or 'caption' (columns: id, text)"),
         (["--prompts", "binary.txt"], "binary.txt: not UTF-8 text"),
-        (["--prompts", "smile.txt"], "prompt 2 'a 😀': the character '😀' is not in the tokenizer's vocabulary"),
         (["--latent-size", 15, 16], "--latent-size 15 16: both sides must be multiples of 2 from 2 to 16"),
         (["--latent-size", 32, 16], "both sides must be multiples of 2 from 2 to 16 for sd3-emoji"),
         (["--num-steps", 0], "'--num-steps': 0 is not in the range 1<=x<=100000"),
@@ -285,10 +284,6 @@ def test_builtin_prompts_are_many_distinct_diverse_and_drawn_by_seed():
         (["--cfg-weight", 1, "--negative-prompt", "red"], "--negative-prompt needs --cfg-weight above 1"),
         (["--cfg-weight", "nan"], "--cfg-weight nan: not a finite number"),
         (["--cfg-weight", "inf"], "inf is not in the range 0<=x<=100"),
-        (
-            ["--negative-prompt", "日本"],
-            "--negative-prompt '日本': the character '日' is not in the tokenizer's vocabulary",
-        ),
         (["--prompts", "broken.csv"], "broken.csv: not valid CSV (unexpected end of data)"),
     ],
 )
@@ -297,7 +292,6 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, argumen
     for name, content in (
         ("empty.txt", "\n \n"),
         ("other.csv", "id,text\n1,a\n"),
-        ("smile.txt", "rocket\na 😀\n"),
         ("one.txt", "swan\n"),
     ):
         (tmp_path / name).write_text(content)

@@ -1,5 +1,6 @@
 """Numbers that other programs computed, stored by the scripts in tests/references/: T5's ids, PyTorch's velocity and image."""
 
+import gzip
 import json
 import sys
 
@@ -9,10 +10,12 @@ import pytest
 from conftest import ROOT
 
 from w4a8.model import t5
+from w4a8.model.clip_tokenizer import BOS, EOS, STAND_INS, ClipTokenizer
 from w4a8.model.diffusionkit import T5Tokenizer
 from w4a8.model.modulation import modulation_cache
 
 REFERENCES = ROOT / "tests/references"
+STAND_INS_IN_ORDER = sorted(STAND_INS)  # printable bytes first, as CLIP numbers them
 
 
 def test_t5s_ids_are_those_of_transformers(monkeypatch):
@@ -24,6 +27,30 @@ def test_t5s_ids_are_those_of_transformers(monkeypatch):
     wrong = [text for text, ids, expected in zip(stored["texts"], found, stored["ids"], strict=True) if ids != expected]
     assert len(found) == 600 and not wrong
     assert "transformers" not in sys.modules or sys.modules["transformers"] is not t5
+
+
+def test_clips_ids_are_those_of_transformers(emoji):
+    """10,000 texts of every script, and 1,000 in a vocabulary that lacks most of their characters."""
+    stored = json.loads(
+        gzip.decompress((REFERENCES / "clip_tokens.json.gz").read_bytes()).decode("utf-8", "surrogatepass")
+    )
+    merges = [tuple(line.split()) for line in stored["merges"]]
+    tokens = [*STAND_INS_IN_ORDER, *(one + "</w>" for one in STAND_INS_IN_ORDER), *map("".join, merges), BOS, EOS]
+    own = emoji.tokenizer_l
+    small = ClipTokenizer(own.bpe_ranks, own.vocab)
+    large = ClipTokenizer(
+        {pair: rank for rank, pair in enumerate(merges)}, {token: id for id, token in enumerate(tokens)}
+    )
+    for tokenizer, ids in ((large, stored["ids"]), (small, stored["emoji_ids"])):
+        tokenizer.max_length = sys.maxsize
+        wrong = [text for text, row in zip(stored["texts"], ids, strict=False) if tokenizer.tokenize(text) != row]
+        assert len(ids) >= 1000 and not wrong
+    large.max_length = 77
+    assert len(large.tokenize("word " * 1000)) == 77 and large.tokenize(["a", "b"]) == [
+        large.tokenize("a"),
+        large.tokenize("b"),
+    ]
+    assert small.unknown_words("a 😀 café") == ["😀", "café"] and large.unknown_words("a 😀 café") == []
 
 
 def test_the_bundled_model_computes_what_pytorch_computes(emoji):

@@ -36,7 +36,7 @@ from w4a8.model.folder import FolderPipeline
 from w4a8.model.hooks import hooked_layers
 from w4a8.model.layers import model_layers
 from w4a8.model.loading import load_pipeline, whole_model
-from w4a8.model.prompt_encoder import check_prompts, encode_prompts
+from w4a8.model.prompt_encoder import encode_prompts
 from w4a8.model.prompts import draw_builtin_prompts
 from w4a8.model.sampling import decode_latents, euler_steps, initial_noise
 
@@ -88,7 +88,6 @@ def main(
     prompts = draw_builtin_prompts(info.captions, seed)[: num_images + calibration_images]
     if len(prompts) < num_images + calibration_images:
         raise click.UsageError(f"{num_images} + {calibration_images} images, and only {len(prompts)} prompts")
-    check_prompts(pipeline, prompts)
     calibration = (prompts[num_images:], seed, CALIBRATION_STEPS, info.cfg_weight)
     inputs, _ = observe(pipeline, *calibration, lambda x: x.astype(np.float16))
     ratios = real_ratios(list(inputs), len(pipeline.mmdit.multimodal_transformer_blocks), strength)

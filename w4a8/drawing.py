@@ -25,7 +25,7 @@ from w4a8.model.layers import model_layers
 from w4a8.model.loading import check_folder, load_pipeline
 from w4a8.model.memory_needs import needs_of, refuse_too_large
 from w4a8.model.parts import TRANSFORMER, Pipeline, whole_model
-from w4a8.model.prompt_encoder import PromptEncoder, check_prompts
+from w4a8.model.prompt_encoder import PromptEncoder
 from w4a8.model.sampling import check_seeds, decode_latents, euler_steps, initial_noise
 from w4a8.options import DrawingOptions
 from w4a8.quantized.activation_rules import ActivationRule
@@ -109,8 +109,6 @@ def load_model(info: ModelInfo, plan: Plan, activations: bool) -> tuple[Pipeline
     pipeline = load_pipeline(info, whole_model(choose_dtype(info, plan.dtype)), use_t5, lazy=True, native=plan.native)
     if rule is not None:
         rule.check("--activations", model_layers(pipeline.mmdit))
-    check_prompts(pipeline, plan.prompts)
-    check_prompts(pipeline, [plan.negative_prompt], "--negative-prompt")
     return pipeline, rule
 
 

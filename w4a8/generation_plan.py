@@ -11,8 +11,6 @@ from calibration_store.manifest import MANIFEST_FORMAT, prompts_digest, read_man
 from calibration_store.samples import is_complete, sample_bytes
 from w4a8.backend.processes import SINGLE_PROCESS, SingleProcess
 from w4a8.model.catalog import ModelInfo, choose_dtype, package_versions, without_own
-from w4a8.model.parts import Pipeline
-from w4a8.model.prompt_encoder import check_prompts
 from w4a8.model.runs import run_schedule
 from w4a8.model.sampling import check_seeds
 from w4a8.options import GenerationOptions
@@ -162,18 +160,6 @@ def place_of(run: Mapping[str, Any]) -> str:
     words = [f"--model {run['model_version']}"]
     words += [f"--local-checkpoint {run['local_checkpoint']}"] if run.get("local_checkpoint") else []
     return " ".join(words + [f"--lora {lora['file']}:{lora['scale']:g}" for lora in run.get("loras", ())])
-
-
-def warn_of_long_prompts(pipeline: Pipeline, plan: Mapping[str, Any]) -> list[str]:
-    """Return a sentence on prompts that the text encoders cut, and one on a negative prompt that they cut.
-
-    Raises ModelError for a character that a tokenizer does not know.
-    """
-    cut = check_prompts(pipeline, [image["prompt"] for image in plan["images"]])
-    negative = check_prompts(pipeline, [plan["negative_prompt"]], "--negative-prompt")
-    return [f"{cut} prompts are longer than the text encoder's positions: their ends are ignored."] * bool(cut) + [
-        "The negative prompt is longer than the text encoder's positions: its end is ignored."
-    ] * bool(negative)
 
 
 def complete_images(paths: CalibrationPaths, plan: dict[str, Any], info: ModelInfo) -> dict[int, dict]:

@@ -17,13 +17,13 @@ from calibration_store.model_folder import (
     weight_file,
 )
 from w4a8.model.catalog import FolderModel, ModelError
+from w4a8.model.clip_tokenizer import ClipTokenizer
 from w4a8.model.diffusionkit import (
     HUB_MMDIT_CONFIGS,
     CLIPTextModel,
     CLIPTextModelConfig,
     MMDiT,
     MMDiTConfig,
-    Tokenizer,
     VAEDecoder,
 )
 from w4a8.model.location import Lora
@@ -82,12 +82,12 @@ class FolderPipeline(Pipeline):
         self.mmdit = load_folder_transformer(self.folder, self.dtype, self.info.loras, self.native)
         return None
 
-    def _load_tokenizer(self, encoder: str, default: bool) -> Tokenizer:
+    def _load_tokenizer(self, encoder: str, default: bool) -> ClipTokenizer:
         """Load the tokenizer of text encoder l or g. default: whether DiffusionKit pads with the end token there."""
         text = self.model_config[f"clip_{encoder}"]
         vocabulary, ranks = read_tokenizer_files(self.folder, text["vocab_size"])
         padding = self.model_config.get(f"tokenizer_{encoder}", {"pad_with_eos": default})
-        tokenizer = Tokenizer(ranks, vocabulary, padding["pad_with_eos"])
+        tokenizer = ClipTokenizer(ranks, vocabulary, padding["pad_with_eos"])
         tokenizer.max_length = text["max_length"]
         return tokenizer
 

@@ -13,10 +13,12 @@ from mlx.utils import tree_map
 
 from calibration_store.model_folder import weight_file
 from w4a8.model.catalog import ExportedHubModel, HubModel, ModelError, model_files
+from w4a8.model.clip_tokenizer import ClipTokenizer
 from w4a8.model.diffusionkit import (
     HUB_MMDIT_CONFIGS,
     HUB_TEXT_ENCODERS,
     MMDIT_CKPT,
+    T5_MAX_LENGTH,
     HfHubHTTPError,
     LocalEntryNotFoundError,
     VAEDecoder,
@@ -75,7 +77,10 @@ class HubPipeline(Pipeline):
                         self.model, merges_key=f"tokenizer_{encoder}_merges", vocab_key=f"tokenizer_{encoder}_vocab",
                         pad_with_eos=encoder == "l",
                     )  # fmt: skip
-                    setattr(self, f"tokenizer_{encoder}", tokenizer)
+                    own = ClipTokenizer(tokenizer.bpe_ranks, tokenizer.vocab, tokenizer.pad_with_eos)
+                    setattr(self, f"tokenizer_{encoder}", own)
+                if use_t5:
+                    self.t5_tokenizer = model_io.load_t5_tokenizer(T5_MAX_LENGTH[info.hub_id])
 
     def read(self, part: str) -> None:
         """Set the part's attributes from its files in the hub's cache, or from the local checkpoint."""

@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten
 
 from calibration_store.model_folder import check_weight_file
 from w4a8.model.catalog import ModelError, ModelInfo
+from w4a8.model.clip_tokenizer import ClipTokenizer
 from w4a8.model.diffusionkit import (
     T5_MAX_LENGTH,
     CLIPTextModel,
@@ -23,7 +24,6 @@ from w4a8.model.diffusionkit import (
     MMDiTConfig,
     ModelSamplingDiscreteFlow,
     T5Tokenizer,
-    Tokenizer,
     VAEDecoder,
 )
 from w4a8.model.families import SD3
@@ -58,8 +58,8 @@ class Pipeline(DiffusionPipeline, ABC):
     sampler: ModelSamplingDiscreteFlow | FluxSampler
     latent_format: LatentFormat
     mmdit: MMDiT
-    tokenizer_l: Tokenizer
-    tokenizer_g: Tokenizer
+    tokenizer_l: ClipTokenizer
+    tokenizer_g: ClipTokenizer
     clip_l: CLIPTextModel
     clip_g: CLIPTextModel
     t5_encoder: T5Encoder
@@ -83,7 +83,7 @@ class Pipeline(DiffusionPipeline, ABC):
         return self.family.pipeline.encode_text(self, *arguments)
 
     @property
-    def tokenizers(self) -> list[Tokenizer]:
+    def tokenizers(self) -> list[ClipTokenizer]:
         """Return the tokenizers of the model's CLIP encoders."""
         return [getattr(self, name.replace("clip", "tokenizer")) for name in self.family.clip]
 

@@ -1,41 +1,67 @@
-"""Check prompts against the tokenizers, and encode them to the conditioning of forward passes."""
+"""Say what the text encoders do not read of prompts, and encode prompts to the conditioning of forward passes."""
 
 import copy
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 
 from w4a8.backend.memory import device_memory
 from w4a8.backend.progress import progress_bar
-from w4a8.model.catalog import ModelError
+from w4a8.model.clip_tokenizer import ClipTokenizer
 from w4a8.model.parts import TEXT, TRANSFORMER, Pipeline
 
+MOST_WORDS = 8  # unknown words that a sentence lists
 
-def check_prompts(pipeline: Pipeline, prompts: Sequence[str], what: str = "prompt") -> int:
-    """Tokenize every prompt with the CLIP tokenizers before any work is done.
 
-    Returns the number of prompts that are longer than the tokenizer's positions and will be cut. Raises ModelError
-    that names the prompt and the character when a character is outside the vocabulary.
+def say_what_is_not_read(pipeline: Pipeline, prompts: Sequence[str], negative_prompt: str = "") -> list[str]:
+    """Return a sentence for everything that the text encoders do not read of the prompts; none where they read all.
+
+    CLIP reads as many tokens as it has positions (77, both ends included), T5 256 or 512. Words that a vocabulary lacks
+    become its unknown token.
     """
-    cut = set()
-    for tokenizer in pipeline.tokenizers:
-        unlimited = copy.copy(tokenizer)
-        unlimited.max_length = sys.maxsize
-        for index, prompt in enumerate(prompts):
-            try:
-                length = len(unlimited.tokenize(prompt))
-            except KeyError as error:
-                character = error.args[0].replace("</w>", "")
-                number = f" {index + 1}" if len(prompts) > 1 else ""
-                raise ModelError(
-                    f"{what}{number} {prompt!r}: the character {character!r} is not in the tokenizer's vocabulary; "
-                    "replace it"
-                ) from None
-            if length > tokenizer.max_length:
-                cut.add(index)
-    return len(cut)
+    texts = list(dict.fromkeys(prompts))
+    return [
+        *_cut_texts(pipeline, texts, lambda count: f"{count} prompt{'s' * (count > 1)}"),
+        *_cut_texts(pipeline, [negative_prompt], lambda count: "the negative prompt"),
+        *_unknown_words(pipeline.tokenizers, [*texts, negative_prompt]),
+    ]
+
+
+def _cut_texts(pipeline: Pipeline, texts: Sequence[str], named: Callable[[int], str]) -> list[str]:
+    """Return a sentence on the texts that an encoder cuts, if one does. named: their name, by their number."""
+    clip = pipeline.tokenizers[0]
+    counts = {"CLIP": (clip.max_length, sum(len(clip.ids(text)) + 2 > clip.max_length for text in texts))}
+    if pipeline.use_t5:
+        t5 = copy.copy(pipeline.t5_tokenizer)
+        t5.max_length = sys.maxsize
+        limit = pipeline.t5_tokenizer.max_length
+        counts["T5"] = limit, sum(len(t5.tokenize(text)) > limit for text in texts)
+    if not any(count for _, count in counts.values()):
+        return []
+    all_of_them = "all of them" if max(count for _, count in counts.values()) > 1 else "all of it"
+    parts = [
+        f"{name} reads the first {limit} tokens of {named(count)}" if count else f"{name} reads {all_of_them}"
+        for name, (limit, count) in counts.items()
+    ]
+    return ["; ".join(parts) + "."]
+
+
+def _unknown_words(tokenizers: Sequence[ClipTokenizer], texts: Sequence[str]) -> list[str]:
+    """Return a sentence with the words that a vocabulary of CLIP lacks, if it lacks one."""
+    found = [list(dict.fromkeys(word for each in tokenizers for word in each.unknown_words(text))) for text in texts]
+    words = list(dict.fromkeys(word for some in found for word in some))
+    if not words:
+        return []
+    listed = ", ".join(map(repr, words[:MOST_WORDS])) + (
+        f" and {len(words) - MOST_WORDS} more" if words[MOST_WORDS:] else ""
+    )
+    where = sum(map(bool, found))
+    return [
+        f"The tokenizer's vocabulary lacks {len(words)} word{'s' * (len(words) > 1)} of {where} "
+        f"prompt{'s' * (where > 1)}, which become its unknown token: {listed}."
+    ]
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ from w4a8.model.families import FAMILIES, SD3
 from w4a8.model.layers import note_latent_size
 from w4a8.model.loading import check_folder, load_pipeline
 from w4a8.model.location import UNCHANGED_LOCATION, Lora, ModelLocation
-from w4a8.model.parts import TEXT, TRANSFORMER, Parts, Pipeline
-from w4a8.model.prompt_encoder import check_prompts
+from w4a8.model.parts import TRANSFORMER, Parts, Pipeline
 from w4a8.model.transformer import open_transformer
 
 
@@ -73,9 +72,6 @@ def load_run_pipeline(manifest: dict[str, Any], parts: Parts, location: ModelLoc
     )
     if info.hub_id is not None:
         check_fingerprint(manifest, info, checkpoint)  # load_pipeline has brought the files into the cache
-    if TEXT in parts:
-        check_prompts(pipeline, [image["prompt"] for image in manifest["images"]], "manifest.json: prompt")
-        check_prompts(pipeline, [manifest["negative_prompt"]], "manifest.json: negative prompt")
     return pipeline
 
 
