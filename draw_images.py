@@ -9,7 +9,6 @@ An exported folder computes from its packed weights. Image i is drawn with --see
 """
 
 import secrets
-from pathlib import Path
 
 from w4a8 import cli  # isort: skip  (first: it says what to do where packages are missing)
 
@@ -22,12 +21,7 @@ from w4a8.options import DrawingOptions
 
 @cli.stage(DrawingOptions)
 @click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
-@click.option(
-    "--prompts",
-    "prompt_file",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="Text file, one prompt a line, or CSV or TSV with a column 'prompt' or 'caption'; after those of the command line.",
-)
+@cli.prompts_option("; after those of the command line.")
 @click.option(
     "--model",
     help="sd3-emoji, a folder (an exported one, too), or a hub id that DiffusionKit knows.",
@@ -35,14 +29,19 @@ from w4a8.options import DrawingOptions
 @click.option("--compare", help="Another model to draw the same prompts and seeds with; PSNR and SSIM under each pair.")
 @cli.lora_option
 @click.option(
-    "--seed", type=click.IntRange(-1, MOST_SEED), help="Image i is drawn with seed + i; -1 draws one and prints it."
+    "--seed",
+    type=click.IntRange(-1, MOST_SEED),
+    help="Image i is drawn with seed + i; -1 draws one and prints it.  [default: 0]",
 )
+@click.option("--seeds", type=cli.Seeds(), help="Draw every prompt with each of these, such as 1,2,3.")
 @click.option("--num-steps", type=cli.STEPS, help="Euler steps per image.  [default: 50; FLUX.1-schnell 4]")
-@click.option("--cfg-weight", type=cli.GUIDANCE, help="Guidance; 0 turns it off.  [default: the model's]")
+@click.option("--cfg-weight", type=cli.GUIDANCE, help="Guidance; 0 or 1 turns it off.  [default: the model's]")
 @click.option("--negative-prompt", help="What guidance steers away from.")
 @click.option(
     "--latent-size", type=cli.SIDE, nargs=2, metavar="H W", help="Latent height and width.  [default: the model's]"
 )
+@click.option("--width", type=cli.COUNT, help="Width of the images in pixels, in place of --latent-size.")
+@click.option("--height", type=cli.COUNT, help="Height of the images in pixels, in place of --latent-size.")
 @click.option("--batch-size", type=cli.COUNT, help="Images in one forward pass.")
 @click.option("--t5/--no-t5", "use_t5", help="Use the T5 text encoder.  [default: the model's]")
 @click.option(
@@ -52,7 +51,7 @@ from w4a8.options import DrawingOptions
 )
 @click.option("--activations", is_flag=True, help="Simulate the quantized activations that the export has ranges for.")
 @cli.native_option
-@click.option("--output", type=cli.FOLDER, help="Folder of the PNG files.")
+@click.option("--output", type=cli.OUTPUT, help="Folder of the PNG files, or the name of one picture: heart.png.")
 def main(options: DrawingOptions) -> None:
     """Draw prompts to PNG files, from any model."""
     run(options)
@@ -65,14 +64,17 @@ def run(options: DrawingOptions) -> None:
     from w4a8.drawing import Drawing, compare_drawings, draw, load_model, plan_drawing, transformer_bytes
     from w4a8.model.catalog import describe_model
     from w4a8.model.prompt_encoder import say_what_is_not_read
-    from w4a8.model.prompts import read_prompt_file
+    from w4a8.model.prompt_files import read_prompt_file
     from w4a8.report.drawing_sheet import draw_pairs
     from w4a8.report.tables import print_comparison, print_drawing
 
-    wanted = [*options.prompts, *(read_prompt_file(options.prompt_file) if options.prompt_file else [])]
+    wanted = [
+        *options.prompts,
+        *(read_prompt_file(options.prompt_file, note=click.echo) if options.prompt_file else []),
+    ]
     if not wanted:
         raise click.UsageError("no prompt: give some, or --prompts FILE")
-    seed = secrets.randbelow(2**32) if options.seed == -1 else options.seed
+    seed = secrets.randbelow(2**32) if options.seed == -1 else options.seed or 0
     if options.seed == -1:
         click.echo(f"seed {seed}")
     infos = [
@@ -81,7 +83,7 @@ def run(options: DrawingOptions) -> None:
     ]
     plan = plan_drawing(options, infos, wanted, seed)
     paths = DrawingPaths(options.output)
-    paths.refuse_foreign_files(len(wanted), options.compare is not None)
+    paths.refuse_foreign_files(len(plan.prompts), options.compare is not None)
     drawings: list[Drawing] = []
     with locked_folder(paths.root), cli.interruptible(lambda: f"finished images are kept in {paths.root}", None):
         paths.clear_temporaries()
@@ -89,7 +91,7 @@ def run(options: DrawingOptions) -> None:
             pipeline, rule = load_model(info, plan, options.activations and info is infos[0])
             for sentence in say_what_is_not_read(pipeline, wanted, plan.negative_prompt):
                 click.echo(sentence)
-            with cli.progress_bar(len(wanted), info.version, "image") as bar:
+            with cli.progress_bar(len(plan.prompts), info.version, "image") as bar:
                 drawings.append(draw(pipeline, info, plan, rule, paths, len(drawings) == 1, bar))
             del pipeline
             print_drawing(drawings[-1], transformer_bytes(info))
@@ -97,7 +99,8 @@ def run(options: DrawingOptions) -> None:
             found = compare_drawings(*drawings)
             draw_pairs(paths.comparison, plan.prompts, drawings, found)
             print_comparison(plan.prompts, found)
-    click.echo(f"wrote {len(wanted)} images to {paths.root}" + (f", and {paths.comparison}" if options.compare else ""))
+    wrote = str(paths.only) if paths.only else f"{len(plan.prompts)} images to {paths.root}"
+    click.echo(f"wrote {wrote}" + (f", and {paths.comparison}" if options.compare else ""))
 
 
 if __name__ == "__main__":

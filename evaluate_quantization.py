@@ -12,7 +12,6 @@ the figures are about quality, never about speed.
 
 import contextlib
 import functools
-from pathlib import Path
 
 from w4a8 import cli  # isort: skip  (first: it says what to do where packages are missing)
 
@@ -27,12 +26,7 @@ from w4a8.options import EvaluationOptions
 @cli.calib_dir_option
 @functools.partial(cli.model_location_options, another=True)
 @cli.scale_is_option
-@click.option(
-    "--prompts",
-    "prompt_file",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Text file, one prompt a line, or CSV or TSV with a column 'prompt' or 'caption'.  [default: ones that the calibration did not use]",
-)
+@cli.prompts_option(".  [default: ones that the calibration did not use]")
 @click.option("--num-images", type=cli.IMAGES, help="Images per variant.")
 @click.option("--num-steps", type=cli.STEPS, help="Euler steps.  [default: the calibration's]")
 @click.option("--cfg-weight", type=cli.GUIDANCE, help="Guidance.  [default: the calibration's]")
@@ -95,7 +89,7 @@ def run(options: EvaluationOptions) -> None:
     from w4a8.model.layers import model_layers
     from w4a8.model.memory_needs import needs_of, refuse_too_large
     from w4a8.model.prompt_encoder import PromptEncoder, say_what_is_not_read
-    from w4a8.model.prompts import read_prompt_file
+    from w4a8.model.prompt_files import read_prompt_file
     from w4a8.report.evaluation_figures import draw_grid, plot_errors, write_sheets
     from w4a8.report.tables import print_variants
 
@@ -110,7 +104,7 @@ def run(options: EvaluationOptions) -> None:
         make_variant(name, options.calib_dir, options.scale_is, options.native)
         for name in dict.fromkeys(["fp", *names])
     ]
-    given_prompts = read_prompt_file(options.prompt_file) if options.prompt_file else None
+    given_prompts = read_prompt_file(options.prompt_file, note=click.echo) if options.prompt_file else None
     pipeline, info, fingerprint = load_evaluated(manifest, options.location, options.native)
     prompts, overlap = choose_prompts(manifest, info.captions, given_prompts, options.num_images, options.seed)
     if given_prompts is not None and len(given_prompts) < options.num_images:

@@ -29,15 +29,10 @@ DEFAULT_MODEL = "argmaxinc/mlx-stable-diffusion-3-medium"
     help="Safetensors file with a hub model's transformer, in the original keys (SD3: and its VAE).",
 )
 @cli.lora_option
-@click.option(
-    "--prompts",
-    "prompt_file",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="Text file, one prompt a line, or CSV or TSV with a column 'prompt' or 'caption'.  [default: built-in list, drawn by --seed]",
-)
+@cli.prompts_option(".  [default: built-in list, drawn by --seed]")
 @click.option("--num-images", type=cli.IMAGES, help="Images to sample.")
 @click.option("--num-steps", type=cli.STEPS, help="Euler steps per image.  [default: 50; FLUX.1-schnell 4]")
-@click.option("--cfg-weight", type=cli.GUIDANCE, help="Guidance; 0 turns it off.  [default: the model's]")
+@click.option("--cfg-weight", type=cli.GUIDANCE, help="Guidance; 0 or 1 turns it off.  [default: the model's]")
 @click.option("--negative-prompt", help="What guidance steers away from.")
 @click.option(
     "--seed",
@@ -89,11 +84,12 @@ def run(options: GenerationOptions) -> None:
     from w4a8.model.catalog import describe_model, model_fingerprint
     from w4a8.model.loading import load_pipeline, whole_model
     from w4a8.model.prompt_encoder import say_what_is_not_read
-    from w4a8.model.prompts import draw_builtin_prompts, read_prompt_file
+    from w4a8.model.prompt_files import read_prompt_file
+    from w4a8.model.prompts import draw_builtin_prompts
     from w4a8.report.plans import print_plan, say_how_many_prompts, warn_of_old_results
 
     ranks = join(options.calib_dir)
-    given_prompts = read_prompt_file(options.prompt_file) if options.prompt_file else None
+    given_prompts = read_prompt_file(options.prompt_file, note=click.echo) if options.prompt_file else None
     noted = model_of_run(options.calib_dir) if options.resume else None
     info = describe_model(noted or DEFAULT_MODEL if options.model is None else options.model, options.loras)
     prompts = given_prompts or draw_builtin_prompts(info.captions, options.seed)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import orjson
 
-from calibration_store.errors import StoreError
+from calibration_store.errors import OptionError, StoreError
 from calibration_store.files import clear_temporaries, files_matching, read_bytes
 from calibration_store.names import BLOCK_PATTERN
 from calibration_store.pictures import DRAWN_CHUNK, VARIANT_CHUNK, is_our_picture, listed_pictures
@@ -295,25 +295,31 @@ class QuantizedModelPaths:
 
 
 class DrawingPaths:
-    """Paths of draw_images.py; `root` is its --output."""
+    """Paths of draw_images.py below its --output, a folder, or the name of the only picture (heart.png)."""
 
-    def __init__(self, root: Path):
-        self.root = root
-        self.comparison = root / "compare.png"
+    def __init__(self, output: Path):
+        self.only = output if output.suffix.lower() == ".png" and not output.is_dir() else None
+        self.root = output.parent if self.only else output
+        self.comparison = self.root / "compare.png"
 
     def image(self, index: int, compared: bool = False) -> Path:
         """Return the picture of prompt `index`. compared: by the second model, which the first is compared with."""
-        return self.root / f"{index:04d}{'_compared' if compared else ''}.png"
+        return self.only or self.root / f"{index:04d}{'_compared' if compared else ''}.png"
 
     def clear_temporaries(self) -> None:
         """Remove the half-written files that a kill left."""
-        clear_temporaries(self.root, r"\d{4,}(_compared)?\.png|compare\.png")
+        names = re.escape(self.only.name) if self.only else r"\d{4,}(_compared)?\.png|compare\.png"
+        clear_temporaries(self.root, names)
 
     def refuse_foreign_files(self, count: int, compared: bool) -> None:
         """Raise StoreError where one of `count` images would replace a file that draw_images.py did not write.
 
-        compared: a second model draws, too, and a comparison is written.
+        compared: a second model draws, too, and a comparison is written; then, and for several images, --output must
+        be a folder.
         """
+        if self.only and (count > 1 or compared):
+            several = "two models draw" if compared else f"{count} images are drawn"
+            raise OptionError(f"--output {self.only}: one picture, and {several}; give the name of a folder")
         wanted = [
             self.image(index, other) for index in range(count) for other in ((False, True) if compared else (False,))
         ]

@@ -70,10 +70,10 @@ def drawing_chunks(
 
     `parameters` is what programs for generated images read, in their notation. No chunk is called `prompt`, because
     node editors read a graph in JSON there. size: (width, height). model: a folder is named without its parents, which
-    would tell of the maker's machine.
+    would tell of the maker's machine. Without guidance `parameters` has 1, which turns it off in other programs.
     """
     model = quoted(PurePath(model).name if PurePath(model).is_absolute() else model)
-    settings = f"Steps: {steps}, Sampler: Euler, CFG scale: {cfg_weight:g}, Seed: {seed}, "
+    settings = f"Steps: {steps}, Sampler: Euler, CFG scale: {cfg_weight or 1:g}, Seed: {seed}, "
     settings += f"Size: {size[0]}x{size[1]}, Model: {model}"
     negative = f"Negative prompt: {negative_prompt}\n" if negative_prompt else ""
     return {

@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import importlib
-import json
 import os
 import pty
 import re
@@ -13,18 +12,15 @@ import subprocess
 import sys
 import termios
 import time
-from pathlib import Path
 
 import click
 import pytest
 from conftest import ROOT, generate, interruptible, invoke, start
 
-from calibration_store.errors import OptionError
 from calibration_store.stage_folder import shown
 from w4a8.backend.progress import ProgressLines, progress_bar
 from w4a8.backend.words import interpreter
 from w4a8.cli.command import resume_command
-from w4a8.model.prompts import read_prompt_file
 
 SCRIPTS = (
     "generate_calibration_data", "cache_adaround_data", "collect_layer_activations", "analyze_activations",
@@ -58,65 +54,6 @@ def wait_for(found, process):
     while not found():
         assert process.poll() is None
         time.sleep(0.01)
-
-
-# --- prompt files -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("a.csv", "id, Caption \n1,rocket\n2,swan\n"),
-        ("a.tsv", "id\tprompt\n1\trocket\n2\t swan \n"),
-        ("a.TSV", '"PROMPT"\tid\n"rocket"\t1\n\n""\t2\nswan\n'),
-        ("a.csv", "caption,prompt\nno,rocket\nno,swan\nno\n"),
-        ("a.csv", "\ufeffprompt\nrocket\nswan\n"),
-        ("a.csv", "\n\nprompt\nrocket\nswan\n"),
-        ("a.txt", "\ufeffrocket\r\n\r\n  swan\n"),
-    ],
-)
-def test_prompt_files(tmp_path, name, content):
-    (tmp_path / name).write_text(content, encoding="utf-8")
-    assert read_prompt_file(tmp_path / name) == ["rocket", "swan"]
-
-
-@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".yaml", ".yml", ".JSON"])
-def test_structured_files_are_refused_by_name(tmp_path, suffix):
-    path = tmp_path / f"prompts{suffix}"
-    path.write_text(json.dumps(["rocket"]))
-    done = generate("--prompts", path, "--calib-dir", tmp_path / "run")
-    assert done.exit_code == 2 and done.stderr.count("\n") == 1
-    assert f"--prompts {path}: {suffix.lower()} files are not read; give text (one prompt a line), .csv" in done.stderr
-
-
-def refusal(path) -> str:
-    with pytest.raises(OptionError) as refused:
-        read_prompt_file(path)
-    return refused.value.message
-
-
-def test_files_that_cannot_be_read_say_why(tmp_path):
-    assert refusal(tmp_path) == f"--prompts {tmp_path}: cannot be read (Is a directory)"
-    assert refusal(tmp_path / "none.txt") == f"--prompts {tmp_path}/none.txt: not found; give a file"
-    assert refusal(Path("/proc/self/mem")) == "--prompts /proc/self/mem: cannot be read (Input/output error)"
-    (tmp_path / "a.tsv").write_text("id\ttext\n")
-    assert (
-        refusal(tmp_path / "a.tsv")
-        == f"--prompts {tmp_path}/a.tsv: no column 'prompt' or 'caption' (columns: id, text)"
-    )
-    (tmp_path / "b.tsv").write_text('prompt\n"open\n')
-    assert refusal(tmp_path / "b.tsv") == f"--prompts {tmp_path}/b.tsv: not valid TSV (unexpected end of data)"
-
-
-def test_files_without_permission_say_so(tmp_path):
-    (tmp_path / "a.txt").touch(mode=0)
-    user = os.geteuid()
-    if user == 0:
-        os.seteuid(65534)  # root may read everything
-    try:
-        assert refusal(tmp_path / "a.txt") == f"--prompts {tmp_path}/a.txt: cannot be read (Permission denied)"
-    finally:
-        os.seteuid(user)
 
 
 # --- numbers ------------------------------------------------------------------------------------------------

@@ -54,6 +54,48 @@ def pixels(path):
         return np.asarray(picture.convert("RGB"))
 
 
+# --- sizes, seeds, one file ---------------------------------------------------------------------------------
+
+
+def test_every_prompt_with_each_of_the_seeds(tmp_path):
+    several = drawn(tmp_path / "several", "--seeds", "7, 3", "--batch-size", 3)
+    assert len(several) == 4
+    for index, (prompt, seed) in enumerate((prompt, seed) for prompt in PROMPTS for seed in (7, 3)):
+        drawn(tmp_path / f"{index}", "--seed", seed, prompts=(prompt,))
+        with Image.open(tmp_path / f"several/{index:04d}.png") as picture:
+            assert picture.text["seed"] == str(seed) and picture.text["caption"] == prompt
+        found, alone = (pixels(tmp_path / folder) for folder in (f"several/{index:04d}.png", f"{index}/0000.png"))
+        assert np.abs(found.astype(int) - alone).max() <= 1  # a batch sums in another order
+
+
+def test_the_size_in_pixels(tmp_path):
+    drawn(tmp_path / "a", "--width", 48, prompts=("rocket",))
+    drawn(tmp_path / "b", "--height", 32, "--width", 48, prompts=("rocket",))
+    assert pixels(tmp_path / "a/0000.png").shape == (64, 48, 3) and pixels(tmp_path / "b/0000.png").shape == (32, 48, 3)
+
+
+def test_one_picture_in_a_file(tmp_path):
+    path = tmp_path / "new/heart.png"
+    done = draw(path, prompts=("rocket",))
+    assert done.exit_code == 0 and f"wrote {path}" in done.stdout and list(path.parent.iterdir()) == [path]
+    drawn(tmp_path / "folder", prompts=("rocket",))
+    assert path.read_bytes() == (tmp_path / "folder/0000.png").read_bytes()
+    assert draw(path, prompts=("rocket",)).exit_code == 0  # our own picture is drawn anew
+    one_line(draw(path), f"--output {path}: one picture, and 2 images are drawn; give the name of a folder")
+    one_line(draw(path, "--compare", "sd3-emoji", prompts=("rocket",)), "one picture, and two models draw")
+    Image.new("RGB", (8, 8)).save(path)
+    before = path.read_bytes()
+    one_line(draw(path, prompts=("rocket",)), f"{path}: not drawn by draw_images.py")
+    assert path.read_bytes() == before
+
+
+def test_guidance_1_is_no_guidance(tmp_path):
+    one, none = (drawn(tmp_path / value, "--cfg-weight", value) for value in ("1", "0"))
+    assert one == none
+    with Image.open(tmp_path / "1/0000.png") as picture:
+        assert "CFG scale: 1," in picture.text["parameters"] and picture.text["cfg_weight"] == "0"
+
+
 # --- one model ----------------------------------------------------------------------------------------------
 
 
@@ -219,6 +261,13 @@ def test_foreign_pictures_are_left_alone(tmp_path):
         (("--activations",), PROMPTS, "--activations: sd3-emoji has no activations.json"),
         (("--latent-size", 7, 8), PROMPTS, "latent"),
         (("--negative-prompt", "red", "--cfg-weight", 1), PROMPTS, "--negative-prompt needs --cfg-weight above 1"),
+        (("--width", 60), PROMPTS, "--width 60: sd3-emoji draws multiples of 8 pixels up to 64"),
+        (("--height", 72), PROMPTS, "--height 72: sd3-emoji draws multiples of 8 pixels up to 64"),
+        (("--height", 64, "--latent-size", 8, 8), PROMPTS, "--latent-size and --width or --height exclude each other"),
+        (("--seeds", "1,x"), PROMPTS, "'1,x' is not a list of seeds"),
+        (("--seeds", "1,,2"), PROMPTS, "'1,,2' is not a list of seeds"),
+        (("--seeds", 2**64), PROMPTS, "is not a list of seeds from 0 to 2^64 - 1"),
+        (("--seeds", 1, "--seed", 2), PROMPTS, "--seeds and --seed exclude each other"),
         (("--t5",), PROMPTS, "has no T5 text encoder"),
         (("--prompts", "/no/such/file"), PROMPTS, "does not exist"),
     ],

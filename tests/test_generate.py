@@ -19,7 +19,8 @@ from PIL import Image
 from calibration_store.manifest import run_identity
 from w4a8.model.catalog import default_dtype, describe_model
 from w4a8.model.prompt_encoder import encode_prompts
-from w4a8.model.prompts import BUILTIN_PROMPTS, draw_builtin_prompts, read_prompt_file
+from w4a8.model.prompt_files import read_prompt_file
+from w4a8.model.prompts import BUILTIN_PROMPTS, draw_builtin_prompts
 from w4a8.model.sampling import decode_latents, euler_steps, initial_noise
 
 SMALL = ["--num-images", 3, "--num-steps", 4]
@@ -265,9 +266,12 @@ def test_builtin_prompts_are_many_distinct_diverse_and_drawn_by_seed():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--prompts", "none.txt"], "File 'none.txt' does not exist"),
+        (["--prompts", "none.txt"], "Path 'none.txt' does not exist"),
         (["--prompts", "empty.txt"], "empty.txt: holds no prompt"),
-        (["--prompts", "other.csv"], "other.csv: no column 'prompt' or 'caption' (columns: id, text)"),
+        (
+            ["--prompts", "other.csv"],
+            "other.csv: no column 'prompt', 'caption', 'text' or 'prompts' (columns: id, note)",
+        ),
         (["--prompts", "binary.txt"], "binary.txt: not UTF-8 text"),
         (["--latent-size", 15, 16], "--latent-size 15 16: both sides must be multiples of 2 from 2 to 16"),
         (["--latent-size", 32, 16], "both sides must be multiples of 2 from 2 to 16 for sd3-emoji"),
@@ -291,7 +295,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, argumen
     monkeypatch.chdir(tmp_path)
     for name, content in (
         ("empty.txt", "\n \n"),
-        ("other.csv", "id,text\n1,a\n"),
+        ("other.csv", "id,note\n1,a\n"),
         ("one.txt", "swan\n"),
     ):
         (tmp_path / name).write_text(content)

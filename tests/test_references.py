@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+from calibration_store.model_folder import BOS, EOS
 from w4a8.model import t5
-from w4a8.model.clip_tokenizer import BOS, EOS, STAND_INS, ClipTokenizer
+from w4a8.model.clip_tokenizer import STAND_INS, ClipTokenizer
 from w4a8.model.diffusionkit import T5Tokenizer
 from w4a8.model.modulation import modulation_cache
 

@@ -19,14 +19,14 @@ from w4a8.backend.progress import ProgressBar
 from w4a8.evaluation.drawn_images import quantized_steps
 from w4a8.evaluation.metrics import image_metrics
 from w4a8.generation import decoding
-from w4a8.generation_plan import check_guidance, check_latent_size
+from w4a8.generation_plan import check_latent_size
 from w4a8.model.catalog import ModelInfo, choose_dtype, model_files
 from w4a8.model.layers import model_layers
 from w4a8.model.loading import check_folder, load_pipeline
 from w4a8.model.memory_needs import needs_of, refuse_too_large
 from w4a8.model.parts import TRANSFORMER, Pipeline, whole_model
 from w4a8.model.prompt_encoder import PromptEncoder
-from w4a8.model.sampling import check_seeds, decode_latents, euler_steps, initial_noise
+from w4a8.model.sampling import check_seeds, choose_guidance, decode_latents, euler_steps, initial_noise
 from w4a8.options import DrawingOptions
 from w4a8.quantized.activation_rules import ActivationRule
 from w4a8.quantized.exported import rule_of_export
@@ -36,8 +36,8 @@ from w4a8.quantized.exported import rule_of_export
 class Plan:
     """Prompts, seeds and sampling, which every model shares."""
 
-    prompts: list[str]
-    seed: int
+    prompts: list[str]  # of every image
+    seeds: list[int]  # of every image
     num_steps: int
     cfg_weight: float
     negative_prompt: str
@@ -62,32 +62,53 @@ class Drawing:
 def plan_drawing(options: DrawingOptions, infos: Sequence[ModelInfo], prompts: list[str], seed: int) -> Plan:
     """Return the plan that the models share; defaults come from the first model.
 
+    Each prompt is drawn with each of --seeds, or once: image i with seed + i.
+
     Raises OptionError for options that contradict each other or one of the models.
     """
     first = infos[0]
-    cfg_weight = first.cfg_weight if options.cfg_weight is None else options.cfg_weight
-    latent_size = options.latent_size or first.latent_size
+    cfg_weight = choose_guidance(first, options.cfg_weight)
+    latent_size = options.latent_size or latent_size_of_pixels(first, options.width, options.height)
     for info in infos:
         check_latent_size(info, latent_size)
-        check_guidance(info, cfg_weight)
+        choose_guidance(info, cfg_weight)
         check_folder(info, bool(options.use_t5), None)
         if info.vae_downscale != first.vae_downscale:
             raise OptionError(f"--compare {info.version}: its images have another size")
     if options.negative_prompt and cfg_weight <= 1:
         raise OptionError("--negative-prompt needs --cfg-weight above 1: DiffusionKit ignores it otherwise")
-    check_seeds(seed, len(prompts))
+    if options.seeds:
+        drawn = [(prompt, each) for prompt in prompts for each in options.seeds]
+    else:
+        check_seeds(seed, len(prompts))
+        drawn = [(prompt, seed + index) for index, prompt in enumerate(prompts)]
     return Plan(
-        prompts=prompts,
-        seed=seed,
+        prompts=[prompt for prompt, _ in drawn],
+        seeds=[each for _, each in drawn],
         num_steps=options.num_steps or first.num_steps,
         cfg_weight=cfg_weight,
         negative_prompt=options.negative_prompt,
         latent_size=latent_size,
-        batch_size=min(options.batch_size, len(prompts)),
+        batch_size=min(options.batch_size, len(drawn)),
         use_t5=options.use_t5,
         dtype=choose_dtype(first, options.dtype),
         native=options.native,
     )
+
+
+def latent_size_of_pixels(info: ModelInfo, width: int | None, height: int | None) -> tuple[int, int]:
+    """Return the latent size (height, width) of an image in pixels; a side that is not given is the model's own.
+
+    Raises OptionError for a side that the model cannot draw.
+    """
+    sides, unit = list(info.latent_size), info.vae_downscale * info.patch_size
+    for index, (name, pixels) in enumerate((("--height", height), ("--width", width))):
+        most = info.max_latent_size * info.vae_downscale
+        if pixels is not None:
+            if pixels % unit or not unit <= pixels <= most:
+                raise OptionError(f"{name} {pixels}: {info.version} draws multiples of {unit} pixels up to {most}")
+            sides[index] = pixels // info.vae_downscale
+    return sides[0], sides[1]
 
 
 def load_model(info: ModelInfo, plan: Plan, activations: bool) -> tuple[Pipeline, ActivationRule | None]:
@@ -130,7 +151,8 @@ def draw(
     for start in range(0, len(plan.prompts), plan.batch_size):
         prompts = plan.prompts[start : start + plan.batch_size]
         filled = prompts + prompts[-1:] * (plan.batch_size - len(prompts))
-        seeds = [plan.seed + start + min(row, len(prompts) - 1) for row in range(plan.batch_size)]
+        seeds = plan.seeds[start : start + plan.batch_size]
+        seeds += seeds[-1:] * (plan.batch_size - len(seeds))
         text = texts.encode(filled)
         noise = mx.concatenate([initial_noise(seed, plan.latent_size) for seed in seeds])
         with contextlib.closing(euler_steps(pipeline, text, noise, plan.num_steps, plan.cfg_weight)) as states:
@@ -152,7 +174,7 @@ def draw(
 def chunks_of(plan: Plan, index: int, picture: Image.Image, model: str) -> dict[str, str]:
     """Return the text chunks of an image's PNG. model: the name of the model that drew it."""
     return drawing_chunks(
-        index, plan.prompts[index], plan.negative_prompt, plan.seed + index, plan.num_steps, plan.cfg_weight,
+        index, plan.prompts[index], plan.negative_prompt, plan.seeds[index], plan.num_steps, plan.cfg_weight,
         picture.size, model,
     )  # fmt: skip
 

@@ -12,7 +12,7 @@ from calibration_store.samples import is_complete, sample_bytes
 from w4a8.backend.processes import SINGLE_PROCESS, SingleProcess
 from w4a8.model.catalog import ModelInfo, choose_dtype, package_versions, without_own
 from w4a8.model.runs import run_schedule
-from w4a8.model.sampling import check_seeds
+from w4a8.model.sampling import check_seeds, choose_guidance
 from w4a8.options import GenerationOptions
 
 PNG_BYTES_PER_PIXEL = 3  # an upper bound for a compressed RGB image
@@ -32,10 +32,9 @@ def plan_run(options: GenerationOptions, info: ModelInfo, prompts: Sequence[str]
     """
     num_images, seed, negative_prompt = options.num_images, options.seed, options.negative_prompt
     num_steps = options.num_steps or info.num_steps
-    cfg_weight = info.cfg_weight if options.cfg_weight is None else options.cfg_weight
+    cfg_weight = choose_guidance(info, options.cfg_weight)
     latent_size = options.latent_size or info.latent_size
     check_latent_size(info, latent_size)
-    check_guidance(info, cfg_weight)
     if negative_prompt and cfg_weight <= 1:
         raise OptionError("--negative-prompt needs --cfg-weight above 1: DiffusionKit ignores it otherwise")
     check_seeds(seed, num_images)
@@ -97,14 +96,6 @@ def check_latent_size(info: ModelInfo, latent_size: tuple[int, int]) -> None:
                 f"--latent-size {latent_size[0]} {latent_size[1]}: both sides must be multiples of {info.patch_size} "
                 f"from {info.patch_size} to {info.max_latent_size} for {info.version}"
             )
-
-
-def check_guidance(info: ModelInfo, cfg_weight: float) -> None:
-    """Raise OptionError for guidance where DiffusionKit runs no rows of a negative prompt."""
-    if cfg_weight > 0 and not info.family.guided:
-        raise OptionError(
-            f"--cfg-weight {cfg_weight:g}: {info.version} is run without guidance; leave it out, or give 0"
-        )
 
 
 def refuse_hub_options(info: ModelInfo, plan: dict[str, Any]) -> None:

@@ -191,10 +191,20 @@ class DrawingOptions(SamplingOptions):
     prompts: tuple[str, ...] = ()
     model: str = "sd3-emoji"
     compare: str | None = None
-    seed: int = 0
+    seed: int | None = None
+    seeds: tuple[int, ...] = ()
+    width: int | None = None
+    height: int | None = None
     activations: bool = False
     native: str = "auto"
     output: Path = Path("drawn")
+
+    def __post_init__(self) -> None:
+        """Raise OptionError for options that exclude each other."""
+        if self.seeds and self.seed is not None:
+            raise OptionError("--seeds and --seed exclude each other: give one of them")
+        if self.latent_size and (self.width or self.height):
+            raise OptionError("--latent-size and --width or --height exclude each other: the first counts latents")
 
 
 @dataclass(frozen=True, kw_only=True)

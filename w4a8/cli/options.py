@@ -42,9 +42,9 @@ class NamedPath(click.Path):
     An empty name would be the current folder.
     """
 
-    def __init__(self, kind: Literal["folder", "file"]):
-        """Choose whether a folder or a file is named."""
-        super().__init__(path_type=Path, file_okay=kind == "file", dir_okay=kind == "folder")
+    def __init__(self, kind: Literal["folder", "file", "folder or file"]):
+        """Choose whether a folder or a file is named, or either."""
+        super().__init__(path_type=Path, file_okay="file" in kind, dir_okay="folder" in kind)
         self.name = kind
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
@@ -56,7 +56,22 @@ class NamedPath(click.Path):
         return path
 
 
-FOLDER, FILE = NamedPath("folder"), NamedPath("file")
+FOLDER, FILE, OUTPUT = NamedPath("folder"), NamedPath("file"), NamedPath("folder or file")
+
+
+class Seeds(click.ParamType):
+    """Seeds with commas between them: 1,2,3."""
+
+    name = "seeds"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """Return the seeds, or fail."""
+        if isinstance(value, tuple):
+            return value
+        words = [word.strip() for word in value.split(",")]
+        if not all(word.isascii() and word.isdigit() and int(word) <= MOST_SEED for word in words):
+            self.fail(f"{value!r} is not a list of seeds from 0 to 2^64 - 1, such as 1,2,3", param, ctx)
+        return tuple(map(int, words))
 
 
 def calib_dir_option(function: Callable) -> Callable:
@@ -95,6 +110,12 @@ def lora_option(function: Callable, now: bool = False) -> Callable:
     where = "Where the run's LoRA files are now, all of them.  [default: where they were]"
     what = "LoRA to fuse into the transformer's weights, in the keys of diffusers, PEFT or kohya. Repeatable."
     return click.option("--lora", "loras", type=LoraFile(), multiple=True, help=where if now else what)(function)
+
+
+def prompts_option(more: str) -> Callable[[Callable], Callable]:
+    """Add `--prompts`, the field `prompt_file`. more: the end of its help."""
+    what = "File of prompts: text (one a line), CSV, TSV, JSON, JSONL or Parquet, or a folder of captions beside images"
+    return click.option("--prompts", "prompt_file", type=click.Path(path_type=Path, exists=True), help=f"{what}{more}")
 
 
 def model_location_options(function: Callable, another: bool = False) -> Callable:

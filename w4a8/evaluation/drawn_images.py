@@ -34,7 +34,7 @@ from w4a8.model.parts import DECODER, TRANSFORMER, Pipeline, whole_model
 from w4a8.model.prompt_encoder import PromptEncoder
 from w4a8.model.prompts import draw_builtin_prompts
 from w4a8.model.runs import check_fingerprint, describe_run_model
-from w4a8.model.sampling import EulerStep, check_seeds, decode_latents, euler_steps, initial_noise
+from w4a8.model.sampling import EulerStep, check_seeds, choose_guidance, decode_latents, euler_steps, initial_noise
 from w4a8.options import EvaluationOptions
 from w4a8.quantized.activation_rules import ActivationRule, inputs_quantized
 
@@ -160,7 +160,7 @@ def plan_evaluation(
     latent_size, default_cfg, negative = (manifest[key] for key in ("latent_size", "cfg_scale", "negative_prompt"))
     if fingerprint != manifest["weights_fingerprint"]:  # the manifest describes another model
         latent_size, default_cfg, negative = info.latent_size, info.cfg_weight, ""
-    cfg_weight = default_cfg if options.cfg_weight is None else options.cfg_weight
+    cfg_weight = choose_guidance(info, default_cfg if options.cfg_weight is None else options.cfg_weight)
     check_seeds(options.seed, len(prompts))
     return EvaluationPlan(
         weights_fingerprint=fingerprint,

@@ -12,9 +12,9 @@ from itertools import pairwise
 
 import regex
 
+from calibration_store.model_folder import BOS, EOS
 from w4a8.model.diffusionkit import Tokenizer
 
-BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 SPECIAL = regex.compile(r"(<\|startoftext\|>|<\|endoftext\|>)")
 WORDS = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\p{White_Space}\p{L}\p{N}]+")
 SPACES = regex.compile(r"\p{White_Space}+")

@@ -10,7 +10,7 @@ from PIL import Image
 from calibration_store.errors import OptionError
 from calibration_store.limits import MOST_SEED
 from w4a8.backend.parallel import row_groups, side_by_side
-from w4a8.model.catalog import ModelError
+from w4a8.model.catalog import ModelError, ModelInfo
 from w4a8.model.diffusionkit import CFGDenoiser, append_dims
 from w4a8.model.modulation import modulation_cache
 from w4a8.model.parts import Pipeline
@@ -23,6 +23,22 @@ def sigma_schedule(pipeline: Pipeline, num_steps: int) -> tuple[mx.array, mx.arr
     timesteps = pipeline.sampler.timestep(sigmas).astype(pipeline.activation_dtype)
     mx.eval(sigmas, timesteps)
     return sigmas, timesteps
+
+
+def choose_guidance(info: ModelInfo, given: float | None) -> float:
+    """Return the guidance for a value of `--cfg-weight`, or the model's own for None.
+
+    1 becomes 0: negative + 1 · (positive - negative) is the positive velocity, which needs no rows of a negative
+    prompt. Raises OptionError for guidance where DiffusionKit runs no such rows.
+    """
+    cfg_weight = info.cfg_weight if given is None else given
+    if cfg_weight == 1:
+        return 0.0
+    if cfg_weight > 0 and not info.family.guided:
+        raise OptionError(
+            f"--cfg-weight {cfg_weight:g}: {info.version} is run without guidance; leave it out, or give 0"
+        )
+    return cfg_weight
 
 
 def check_seeds(seed: int, images: int) -> None:
