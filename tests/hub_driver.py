@@ -118,16 +118,18 @@ def open_checkpoints(folder, output):
 
     A file is named after its model, sd3 or flux; `images` in the name asks for the VAE, too.
     """
-    found = {}
+    found, originals = {}, {}
     for path in sorted(Path(folder).iterdir()):
-        info = describe_model(SCHNELL if path.name.startswith("flux") else SD3_MEDIUM)
+        repository = SCHNELL if path.name.startswith("flux") else SD3_MEDIUM
+        info = describe_model(repository)
+        if repository not in originals:
+            originals[repository] = dict(tree_flatten(open_transformer(info, None).parameters()))
         parts = whole_model("float32") if "images" in path.name else {TRANSFORMER: "float32"}
-        original = dict(tree_flatten(open_transformer(info, None).parameters()))
         try:
             check_checkpoint(info, parts, path)
             given = dict(tree_flatten(open_transformer(info, path).parameters()))
-            pairs = [(given[name].astype(mx.float32), array.astype(mx.float32)) for name, array in original.items()]
-            found[path.name] = max(mx.abs(one - other).max().item() for one, other in pairs)
+            pairs = [(given[name].astype(mx.float32), array) for name, array in originals[repository].items()]
+            found[path.name] = max(mx.abs(one - other.astype(mx.float32)).max().item() for one, other in pairs)
         except UserError as error:
             found[path.name] = error.message
     Path(output).write_text(json.dumps(found))

@@ -19,7 +19,7 @@ NAMES = {"float16": "F16", "float32": "F32", "uint8": "U8", "int8": "I8", "uint1
 
 def write(path, tensors):
     """Write a safetensors file by hand, for float8 too: {name: (dtype in safetensors' spelling, array of its bits)}."""
-    header, data = {}, b""
+    header, data = {}, bytearray()
     for name, (dtype, array) in tensors.items():
         content = np.ascontiguousarray(array).tobytes()
         header[name] = {

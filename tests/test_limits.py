@@ -90,7 +90,7 @@ NOTED = {  # script -> option -> (the format, content with a value) of the file 
 NOWHERE = {  # options that no file keeps: they say how the work is done, or are in a picture's text
     "text_group", "checkpoint_seconds", "min_psnr", "max_step_error",
     ("evaluate_quantization", "num_images"), ("evaluate_quantization", "batch_size"),
-    *(("draw_images", name) for name in ("seed", "num_steps", "cfg_weight", "latent_size", "batch_size")),
+    *(("draw_images", name) for name in ("seed", "num_steps", "cfg_weight", "latent_size", "width", "height", "batch_size")),
 }  # fmt: skip
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem != "hooks")
 
