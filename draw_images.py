@@ -24,7 +24,7 @@ from w4a8.options import DrawingOptions
 @cli.prompts_option("; after those of the command line.")
 @click.option(
     "--model",
-    help="sd3-emoji, a folder (an exported one, too), or a hub id that DiffusionKit knows.",
+    help="sd3-emoji, a folder (an exported one, too), a hub id that DiffusionKit knows, or a checkpoint.",
 )
 @click.option("--compare", help="Another model to draw the same prompts and seeds with; PSNR and SSIM under each pair.")
 @cli.lora_option
@@ -63,6 +63,7 @@ def run(options: DrawingOptions) -> None:
     from calibration_store.layout import DrawingPaths
     from w4a8.drawing import Drawing, compare_drawings, draw, load_model, plan_drawing, transformer_bytes
     from w4a8.model.catalog import describe_model
+    from w4a8.model.hub_parts import describe_checkpoint
     from w4a8.model.prompt_encoder import say_what_is_not_read
     from w4a8.model.prompt_files import read_prompt_file
     from w4a8.report.drawing_sheet import draw_pairs
@@ -88,10 +89,12 @@ def run(options: DrawingOptions) -> None:
     with locked_folder(paths.root), cli.interruptible(lambda: f"finished images are kept in {paths.root}", None):
         paths.clear_temporaries()
         for info in infos:
+            for sentence in describe_checkpoint(info, info.use_t5 if plan.use_t5 is None else plan.use_t5):
+                click.echo(sentence)
             pipeline, rule = load_model(info, plan, options.activations and info is infos[0])
             for sentence in say_what_is_not_read(pipeline, wanted, plan.negative_prompt):
                 click.echo(sentence)
-            with cli.progress_bar(len(plan.prompts), info.version, "image") as bar:
+            with cli.progress_bar(len(plan.prompts), info.title, "image") as bar:
                 drawings.append(draw(pipeline, info, plan, rule, paths, len(drawings) == 1, bar))
             del pipeline
             print_drawing(drawings[-1], transformer_bytes(info))

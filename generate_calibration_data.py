@@ -15,18 +15,17 @@ import click
 from calibration_store.choices import PRECISIONS
 from w4a8.options import GenerationOptions
 
-DEFAULT_MODEL = "argmaxinc/mlx-stable-diffusion-3-medium"
-
 
 @cli.stage(GenerationOptions)
 @click.option(
     "--model",
-    help=f"sd3-emoji, a folder in its layout, or a hub id that DiffusionKit knows.  [default: {DEFAULT_MODEL}; under --resume the run's]",
+    help="sd3-emoji, a folder in its layout, a hub id that DiffusionKit knows, or a checkpoint: a file, or a folder with one.  "
+    "[default: argmaxinc/mlx-stable-diffusion-3-medium; under --resume the run's]",
 )
 @click.option(
     "--local-checkpoint",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="Safetensors file with a hub model's transformer, in the original keys (SD3: and its VAE).",
+    type=click.Path(path_type=Path, exists=True),
+    help="Checkpoint of the hub model's transformer, in the original keys or those of diffusers; also as --model FILE.",
 )
 @cli.lora_option
 @cli.prompts_option(".  [default: built-in list, drawn by --seed]")
@@ -82,6 +81,7 @@ def run(options: GenerationOptions) -> None:
         refuse_hub_options,
     )
     from w4a8.model.catalog import describe_model, model_fingerprint
+    from w4a8.model.hub_parts import describe_checkpoint
     from w4a8.model.loading import load_pipeline, whole_model
     from w4a8.model.prompt_encoder import say_what_is_not_read
     from w4a8.model.prompt_files import read_prompt_file
@@ -90,12 +90,12 @@ def run(options: GenerationOptions) -> None:
 
     ranks = join(options.calib_dir)
     given_prompts = read_prompt_file(options.prompt_file, note=click.echo) if options.prompt_file else None
-    noted = model_of_run(options.calib_dir) if options.resume else None
-    info = describe_model(noted or DEFAULT_MODEL if options.model is None else options.model, options.loras)
+    model, checkpoint = model_of_run(options)
+    info = describe_model(model, options.loras, checkpoint)
     prompts = given_prompts or draw_builtin_prompts(info.captions, options.seed)
     plan = plan_run(options, info, prompts)
     refuse_hub_options(info, plan)
-    plan["weights_fingerprint"] = model_fingerprint(info, plan["use_t5"], options.local_checkpoint)
+    plan["weights_fingerprint"] = model_fingerprint(info, plan["use_t5"])
     say_how_many_prompts(prompts, options.num_images, options.prompt_file)
     paths, complete = CalibrationPaths(options.calib_dir), {}
     flags = cli.flags(
@@ -123,10 +123,10 @@ def run(options: GenerationOptions) -> None:
                 )
             return
         refuse_foreign_pictures(paths, plan, complete)
-        pipeline = load_pipeline(
-            info, whole_model(plan["activation_dtype"]), plan["use_t5"], options.local_checkpoint, lazy=True
-        )
-        plan["weights_fingerprint"] = model_fingerprint(info, plan["use_t5"], options.local_checkpoint)
+        for sentence in describe_checkpoint(info, plan["use_t5"]):
+            click.echo(f"  {sentence}")
+        pipeline = load_pipeline(info, whole_model(plan["activation_dtype"]), plan["use_t5"], lazy=True)
+        plan["weights_fingerprint"] = model_fingerprint(info, plan["use_t5"])
         if manifest is not None:
             check_same_model(plan, manifest)
         drawn = [image["prompt"] for image in plan["images"]]

@@ -114,22 +114,30 @@ def load_flux_file(path, output):
 
 
 def open_checkpoints(folder, output):
-    """Open every checkpoint of a folder; write {file: the largest difference from the original, or the error} as JSON.
+    """Open every checkpoint of a folder; write {name: the largest difference from its reference, or the error} as JSON.
 
-    A file is named after its model, sd3 or flux; `images` in the name asks for the VAE, too.
+    A name begins with its model, sd3, large, flux or dev, and the transformer and `images` in the name asks for the
+    VAE, too. The reference is the file of that name in expected/ beside the folder, in the original keys, or else the
+    hub's model; one that is called `drawn` has none.
     """
     found, originals = {}, {}
     for path in sorted(Path(folder).iterdir()):
-        repository = SCHNELL if path.name.startswith("flux") else SD3_MEDIUM
-        info = describe_model(repository)
-        if repository not in originals:
-            originals[repository] = dict(tree_flatten(open_transformer(info, None).parameters()))
-        parts = whole_model("float32") if "images" in path.name else {TRANSFORMER: "float32"}
         try:
-            check_checkpoint(info, parts, path)
-            given = dict(tree_flatten(open_transformer(info, path).parameters()))
-            pairs = [(given[name].astype(mx.float32), array) for name, array in originals[repository].items()]
-            found[path.name] = max(mx.abs(one - other.astype(mx.float32)).max().item() for one, other in pairs)
+            info = describe_model(str(path))
+            parts = whole_model("float32") if "images" in path.name else {TRANSFORMER: "float32"}
+            check_checkpoint(info, parts)
+            given = dict(tree_flatten(open_transformer(info).parameters()))
+            expected = Path(folder).parent / "expected" / path.name
+            key = str(expected) if expected.exists() else info.hub_id
+            if key not in originals:
+                reference = describe_model(key)
+                originals[key] = dict(tree_flatten(open_transformer(reference).parameters()))
+            differences = [
+                mx.abs(given[name].astype(mx.float32) - array.astype(mx.float32)).max().item()
+                for name, array in originals[key].items()
+                if "drawn" not in path.name
+            ]
+            found[path.name] = max(differences, default=0)
         except UserError as error:
             found[path.name] = error.message
     Path(output).write_text(json.dumps(found))

@@ -50,7 +50,7 @@ class RecordingMMDiT:
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_every_step_equals_diffusionkits_own_loop_bit_for_bit(dtype):
     ours, theirs = (load_pipeline(describe_model("sd3-emoji"), whole_model(dtype)) for _ in range(2))
-    steps = 8 if dtype == "float32" else 2
+    steps = 4 if dtype == "float32" else 2
     for image, prompt in enumerate(["rocket", "clown face", "hamster"]):  # the third runs in a used process
         states = sample(ours, [prompt], [42 + image], steps, 4.0)
         text, pooled = (a.astype(theirs.activation_dtype) for a in theirs.encode_text(prompt, 4.0, ""))
@@ -66,9 +66,9 @@ def test_every_step_equals_diffusionkits_own_loop_bit_for_bit(dtype):
 
 
 @pytest.mark.slow
-def test_fifty_steps_equal_diffusionkits_denoise_latents(emoji):
-    states = sample(emoji, ["rocket"], [42], 50, 4.0)
-    final, _ = emoji.denoise_latents(*emoji.encode_text("rocket", 4.0, ""), 50, 4.0, SIZE, seed=42)
+def test_twelve_steps_equal_diffusionkits_denoise_latents(emoji):
+    states = sample(emoji, ["rocket"], [42], 12, 4.0)
+    final, _ = emoji.denoise_latents(*emoji.encode_text("rocket", 4.0, ""), 12, 4.0, SIZE, seed=42)
     emoji.mmdit.clear_modulation_params_cache()
     emoji.mmdit.pop("to_offload")
     assert mx.array_equal(emoji.latent_format.process_out(states[-1].x), final)
@@ -92,6 +92,7 @@ def test_guidance_off_is_the_conditional_half(emoji):
     assert encode_prompts(emoji, ["rocket"], 0.0).tokens.shape[0] == 1
 
 
+@pytest.mark.slow
 def test_one_step_and_other_sizes(emoji):
     assert len(sample(emoji, ["rocket"], [1], 1, 4.0)) == 2
     text = encode_prompts(emoji, ["rocket"], 4.0)

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,9 +15,6 @@ from test_hooks import tiny_flux
 from calibration_store.errors import OptionError, StoreError
 from calibration_store.names import block_of, input_owner, is_post_gelu, layer_key, layer_kind, split_key
 from w4a8.model.catalog import BUNDLED_FOLDER, FolderModel, HubModel, describe_model
-from w4a8.model.diffusionkit import model_io
-from w4a8.model.families import FLUX, SD3
-from w4a8.model.hub import loader_globals
 from w4a8.model.layers import MultimodalBlock, UnifiedBlock, model_blocks, model_layers, note_latent_size
 from w4a8.model.loading import DECODER, TEXT, TRANSFORMER, load_pipeline, whole_model
 from w4a8.quantized.model import NearestWeights, put_in_place
@@ -68,16 +64,6 @@ def test_a_models_class_says_where_its_parts_are():
     assert type(hub) is HubModel
     assert hub.folder is None
     assert hub.hub_id == hub.version
-
-
-def test_diffusionkits_globals_are_set_back_even_after_an_error():
-    before = model_io.LOCAl_SD3_CKPT, model_io._FLOAT16
-    with pytest.raises(ValueError), loader_globals(Path("checkpoint.safetensors"), SD3):
-        assert (model_io.LOCAl_SD3_CKPT, model_io._FLOAT16) == ("checkpoint.safetensors", mx.float16)
-        raise ValueError
-    with loader_globals(Path("checkpoint.safetensors"), FLUX):  # holds no VAE
-        assert (model_io.LOCAl_SD3_CKPT, model_io._FLOAT16) == (None, mx.bfloat16)
-    assert (model_io.LOCAl_SD3_CKPT, model_io._FLOAT16) == before
 
 
 @pytest.mark.parametrize("part, has", [(TRANSFORMER, "mmdit"), (TEXT, "clip_g"), (DECODER, "decoder")])

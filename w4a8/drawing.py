@@ -21,12 +21,13 @@ from w4a8.evaluation.metrics import image_metrics
 from w4a8.generation import decoding
 from w4a8.generation_plan import check_latent_size
 from w4a8.model.catalog import ModelInfo, choose_dtype, model_files
+from w4a8.model.checkpoint_contents import checkpoint_files
 from w4a8.model.layers import model_layers
 from w4a8.model.loading import check_folder, load_pipeline
 from w4a8.model.memory_needs import needs_of, refuse_too_large
 from w4a8.model.parts import TRANSFORMER, Pipeline, whole_model
 from w4a8.model.prompt_encoder import PromptEncoder
-from w4a8.model.sampling import check_seeds, choose_guidance, decode_latents, euler_steps, initial_noise
+from w4a8.model.sampling import check_seeds, choose_guidance, choose_steps, decode_latents, euler_steps, initial_noise
 from w4a8.options import DrawingOptions
 from w4a8.quantized.activation_rules import ActivationRule
 from w4a8.quantized.exported import rule_of_export
@@ -72,7 +73,7 @@ def plan_drawing(options: DrawingOptions, infos: Sequence[ModelInfo], prompts: l
     for info in infos:
         check_latent_size(info, latent_size)
         choose_guidance(info, cfg_weight)
-        check_folder(info, bool(options.use_t5), None)
+        check_folder(info, bool(options.use_t5))
         if info.vae_downscale != first.vae_downscale:
             raise OptionError(f"--compare {info.version}: its images have another size")
     if options.negative_prompt and cfg_weight <= 1:
@@ -85,7 +86,7 @@ def plan_drawing(options: DrawingOptions, infos: Sequence[ModelInfo], prompts: l
     return Plan(
         prompts=[prompt for prompt, _ in drawn],
         seeds=[each for _, each in drawn],
-        num_steps=options.num_steps or first.num_steps,
+        num_steps=choose_steps(first, options.num_steps),
         cfg_weight=cfg_weight,
         negative_prompt=options.negative_prompt,
         latent_size=latent_size,
@@ -161,7 +162,7 @@ def draw(
         with decoding(pipeline, together):
             pictures = decode_latents(pipeline, last.x[: len(prompts)], range(start, start + len(prompts)))
         for index, picture in enumerate(pictures, start):
-            write_png(paths.image(index, compared), picture, chunks_of(plan, index, picture, info.version))
+            write_png(paths.image(index, compared), picture, chunks_of(plan, index, picture, info.title))
             images.append(np.asarray(picture))
             bar.update()
         marks.append(time.perf_counter())
@@ -186,5 +187,7 @@ def compare_drawings(first: Drawing, second: Drawing) -> dict[str, np.ndarray]:
 
 def transformer_bytes(info: ModelInfo) -> int | None:
     """Return the size of the file that holds the transformer, in bytes; None where the file is not here."""
+    if info.checkpoint is not None:
+        return sum(file.stat().st_size for file in checkpoint_files(info.checkpoint))
     files = model_files(info, use_t5=False)
     return None if files is None else files["mmdit"].stat().st_size

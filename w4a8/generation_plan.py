@@ -12,16 +12,27 @@ from calibration_store.samples import is_complete, sample_bytes
 from w4a8.backend.processes import SINGLE_PROCESS, SingleProcess
 from w4a8.model.catalog import ModelInfo, choose_dtype, package_versions, without_own
 from w4a8.model.runs import run_schedule
-from w4a8.model.sampling import check_seeds, choose_guidance
+from w4a8.model.sampling import check_seeds, choose_guidance, choose_steps
 from w4a8.options import GenerationOptions
 
+DEFAULT_MODEL = "argmaxinc/mlx-stable-diffusion-3-medium"
 PNG_BYTES_PER_PIXEL = 3  # an upper bound for a compressed RGB image
 MANIFEST_BYTES_PER_IMAGE = 400
 
 
-def model_of_run(calib_dir: Path) -> str | None:
-    """Return the `--model` that the run in a folder was begun with; None where the folder holds no run."""
-    return read_manifest(calib_dir)["model_version"] if CalibrationPaths(calib_dir).manifest.exists() else None
+def model_of_run(options: GenerationOptions) -> tuple[str, Path | None]:
+    """Return the values of `--model` and `--local-checkpoint`: those that are given, or under --resume the run's.
+
+    A checkpoint alone says itself which model it is.
+    """
+    model, checkpoint = options.model, options.local_checkpoint
+    if model is None and checkpoint is not None:
+        return str(checkpoint), None
+    if model is None and options.resume and CalibrationPaths(options.calib_dir).manifest.exists():
+        manifest = read_manifest(options.calib_dir)
+        noted = manifest.get("local_checkpoint")
+        return manifest["model_version"], Path(noted) if noted else None
+    return DEFAULT_MODEL if model is None else model, checkpoint
 
 
 def plan_run(options: GenerationOptions, info: ModelInfo, prompts: Sequence[str]) -> dict[str, Any]:
@@ -31,7 +42,7 @@ def plan_run(options: GenerationOptions, info: ModelInfo, prompts: Sequence[str]
     contradict each other or the model.
     """
     num_images, seed, negative_prompt = options.num_images, options.seed, options.negative_prompt
-    num_steps = options.num_steps or info.num_steps
+    num_steps = choose_steps(info, options.num_steps)
     cfg_weight = choose_guidance(info, options.cfg_weight)
     latent_size = options.latent_size or info.latent_size
     check_latent_size(info, latent_size)
@@ -43,7 +54,7 @@ def plan_run(options: GenerationOptions, info: ModelInfo, prompts: Sequence[str]
         "format": MANIFEST_FORMAT,
         "model_version": info.version,
         "architecture": info.family.name,
-        "local_checkpoint": str(options.local_checkpoint.resolve()) if options.local_checkpoint else None,
+        "local_checkpoint": str(info.checkpoint) if info.checkpoint else None,
         **({"loras": [{"file": str(lora.file), "scale": lora.scale} for lora in info.loras]} if info.loras else {}),
         "num_steps": num_steps,
         "cfg_scale": cfg_weight,
@@ -99,9 +110,7 @@ def check_latent_size(info: ModelInfo, latent_size: tuple[int, int]) -> None:
 
 
 def refuse_hub_options(info: ModelInfo, plan: dict[str, Any]) -> None:
-    """Raise OptionError for --local-checkpoint, --t5 or --no-t5 with a model that the option does not fit."""
-    if info.folder is not None and plan["local_checkpoint"]:
-        raise OptionError("--local-checkpoint goes with a hub model; a model folder brings its own weights")
+    """Raise OptionError for --t5 or --no-t5 with a model that the option does not fit."""
     if info.hub_id is None and plan["use_t5"]:
         raise OptionError(f"--t5: {info.version} has no T5 text encoder; use --no-t5")
     if info.family.needs_t5 and not plan["use_t5"]:

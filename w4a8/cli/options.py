@@ -82,7 +82,7 @@ def calib_dir_option(function: Callable) -> Callable:
 
 
 class LoraFile(click.ParamType):
-    """A LoRA file, FILE or FILE:scale."""
+    """A LoRA, NAME or NAME:scale: a file, a folder, or a hub id, which `lora_of` looks for."""
 
     name = "FILE[:scale]"
 
@@ -100,15 +100,15 @@ class LoraFile(click.ParamType):
             if not (math.isfinite(scale) and abs(scale) <= MOST_LORA_SCALE):
                 limit = f"{MOST_LORA_SCALE:g}"
                 self.fail(f"{value!r}: the scale must be a number from -{limit} to {limit}", param, ctx)
-        if not file.is_file():
+        if not file.exists() and (file.is_absolute() or len(file.parts) < 2):  # else it may be a hub id
             self.fail(f"{str(file)!r}: no such file", param, ctx)
-        return Lora(Path(os.path.realpath(file)), scale)
+        return Lora(file, scale)
 
 
 def lora_option(function: Callable, now: bool = False) -> Callable:
     """Add `--lora`, repeatable; now: the LoRAs are a calibration run's, whose files may have moved."""
     where = "Where the run's LoRA files are now, all of them.  [default: where they were]"
-    what = "LoRA to fuse into the transformer's weights, in the keys of diffusers, PEFT or kohya. Repeatable."
+    what = "LoRA to fuse into the weights: a file of any trainer, a folder with one, or a hub id. Repeatable."
     return click.option("--lora", "loras", type=LoraFile(), multiple=True, help=where if now else what)(function)
 
 
@@ -129,8 +129,8 @@ def model_location_options(function: Callable, another: bool = False) -> Callabl
     for decorator in (
         click.option(
             "--local-checkpoint",
-            type=click.Path(path_type=Path, exists=True, dir_okay=False),
-            help="Where the run's checkpoint file is now.  [default: where it was]",
+            type=click.Path(path_type=Path, exists=True),
+            help="Where the run's checkpoint is now.  [default: where it was]",
         ),
         click.option("--model", help=other if another else same),
     ):

@@ -129,23 +129,21 @@ def load_evaluated(
     to compute with packed weights. Raises ModelError for a model that is not there, and for a calibration's model whose
     weights have changed.
     """
-    info, checkpoint = describe_run_model(manifest, location)
-    checkpoint = checkpoint if info.folder is None else None
-    model = location.model
-    use_t5 = manifest["use_t5"] if model in (None, manifest["model_version"]) else info.use_t5 and manifest["use_t5"]
+    info, model = describe_run_model(manifest, location), location.model
+    same = info.version == manifest["model_version"]
+    use_t5 = manifest["use_t5"] if same else info.use_t5 and manifest["use_t5"]
     if model is None and info.hub_id is None:
-        check_fingerprint(manifest, info, checkpoint)
+        check_fingerprint(manifest, info)
     pipeline = load_pipeline(
         info,
         whole_model(choose_dtype(info, manifest["activation_dtype"])),
         use_t5,
-        checkpoint,
         lazy=True,
         native=native,
     )
     if model is None and info.hub_id is not None:
-        check_fingerprint(manifest, info, checkpoint)  # now that its files are in the cache
-    return pipeline, info, model_fingerprint(info, use_t5, checkpoint)
+        check_fingerprint(manifest, info)  # now that its files are in the cache
+    return pipeline, info, model_fingerprint(info, use_t5)
 
 
 def plan_evaluation(

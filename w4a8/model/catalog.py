@@ -21,6 +21,7 @@ from calibration_store.model_folder import (
     weights_fingerprint,
 )
 from w4a8 import __version__
+from w4a8.model.checkpoint_contents import read_contents
 from w4a8.model.diffusionkit import (
     HEIGHT,
     HUB_MMDIT_CONFIGS,
@@ -30,15 +31,19 @@ from w4a8.model.diffusionkit import (
     MMDIT_CKPT,
     SHIFT,
     WIDTH,
-    LocalEntryNotFoundError,
-    hf_hub_download,
 )
 from w4a8.model.families import Family, family_of
+from w4a8.model.hub_files import HubFileError, hub_file
 from w4a8.model.location import Lora
+from w4a8.model.model_source import lora_of, resolve_source, sampling_of
 
 BUNDLED_FOLDER = Path(__file__).resolve().parents[2] / "models" / BUNDLED_MODEL
 HUB_MODELS = tuple(key for key in MMDIT_CKPT if "4bit" not in key)
 HUB_VAE_DOWNSCALE = 8
+FLUX_VAE = (
+    "argmaxinc/mlx-FLUX.1-schnell",
+    "ae.safetensors",
+)  # the same autoencoder as FLUX.1-dev's, without its licence
 DEFAULT_STEPS = 50  # Euler steps
 DISTILLED_STEPS = 4  # Euler steps that FLUX.1-schnell was distilled for
 
@@ -62,14 +67,22 @@ class _Model:
     use_t5: bool
     sampler_shift: float
     captions: Path | None = None  # prompts that the model was made for, if it brings any
+    checkpoint: Path | None = None  # the file, or the index, that the transformer comes from in place of the hub
     loras: tuple[Lora, ...] = ()  # fused into the transformer's weights when they are read
-    num_steps: int = DEFAULT_STEPS
+    num_steps: int = DEFAULT_STEPS  # 0: the checkpoint takes few steps, and does not say how many
     left_out: str | None = None  # the part of the model that DiffusionKit does not compute
 
     @property
     def family(self) -> Family:
         """Return the model's architecture."""
         return family_of(self.hub_id)
+
+    @property
+    def title(self) -> str:
+        """Return the model's name for people: without the folders that it lies in."""
+        if self.checkpoint is not None:
+            return self.checkpoint.name
+        return self.version if self.folder is None else self.folder.name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,13 +109,23 @@ class ExportedHubModel(HubModel):
 ModelInfo = FolderModel | HubModel
 
 
-def describe_model(name: str, loras: Sequence[Lora] = ()) -> ModelInfo:
-    """Look a `--model` value up: `sd3-emoji`, a folder in its layout, or a hub id that DiffusionKit knows.
+def describe_model(name: str, loras: Sequence[Lora] = (), checkpoint: Path | None = None) -> ModelInfo:
+    """Look a `--model` value up: `sd3-emoji`, a folder in its layout, a hub id that DiffusionKit knows, or a checkpoint.
 
-    Raises ModelError for anything else. Reads no weights and needs no network.
+    checkpoint: the value of --local-checkpoint, a file or a folder that the transformer of a hub's model comes from.
+    Raises UserError for anything else. Reads headers of weights alone, and needs no network.
     """
-    if loras:
-        return dataclasses.replace(describe_model(name), loras=tuple(loras))
+    name, checkpoint = resolve_source(name, checkpoint)
+    info = _describe_name(name)
+    if checkpoint is not None:
+        if info.folder is not None:
+            raise ModelError("--local-checkpoint goes with a hub model; a model folder brings its own weights")
+        asked = {k: v for k, v in vars(sampling_of(read_contents(checkpoint), name)).items() if v is not None}
+        info = dataclasses.replace(info, checkpoint=checkpoint, **asked)
+    return dataclasses.replace(info, loras=tuple(map(lora_of, loras)))
+
+
+def _describe_name(name: str) -> ModelInfo:
     if name in HUB_MODELS:
         return _describe_hub_model(name)
     if name in MMDIT_CKPT:
@@ -164,13 +187,11 @@ def _find_folder(name: str) -> Path:
     raise ModelError(f"--model {name or repr(name)}: no such folder, and not one of {known}{hint}")
 
 
-def model_files(
-    info: ModelInfo, use_t5: bool, local_checkpoint: Path | None = None, download: bool = False
-) -> dict[str, Path] | None:
+def model_files(info: ModelInfo, use_t5: bool, download: bool = False) -> dict[str, Path] | None:
     """Return the file of each role (mmdit, clip_l, vae …) that a model's numbers come from.
 
-    Returns None for a hub model that is not in the local cache. With `download` missing files are fetched; then the
-    errors of the hub's client are raised, and None is never returned.
+    Parts that a checkpoint holds have no role of their own. Returns None for a hub model that is not in the local
+    cache. With `download` missing files are fetched; then HubFileError is raised, and None is never returned.
     """
     own = folder_files(info.folder, info.hub_id is not None) if info.folder is not None else {}
     if info.hub_id is None:
@@ -178,28 +199,60 @@ def model_files(
     repository = MMDIT_CKPT[info.hub_id]
     transformer, text = HUB_MMDIT_FILES[repository], HUB_TEXT_FILES[HUB_TEXT_ENCODERS]
     wanted = {part: (HUB_TEXT_ENCODERS, text[part]) for part in (*info.family.clip, *(["t5"] if use_t5 else []))}
-    if local_checkpoint is None:
-        wanted["mmdit"] = (repository, transformer[info.hub_id])
-    if local_checkpoint is None or not info.family.vae_inside:
-        wanted["vae"] = (repository, transformer["vae"])
+    wanted["vae"] = (repository, transformer["vae"])
     in_folder = {"vae" if part == "decoder" else part for part in own}
+    brought: dict[str, Path] = {}
+    if info.checkpoint is None:
+        wanted["mmdit"] = (repository, transformer[info.hub_id])
+    else:
+        contents = read_contents(info.checkpoint)
+        in_folder |= {part for part in info.family.clip if contents.clip(part)}
+        brought = checkpoint_roles(contents.files)
+        del wanted["vae"]  # SD3's is in the checkpoint, or decodes alone (cached_vae): the latents do not depend on it
+        if not contents.vae and not info.family.vae_inside:
+            beside = info.checkpoint.parent / transformer["vae"]
+            if beside.is_file():
+                brought["vae"] = beside
+            else:
+                wanted["vae"] = FLUX_VAE
     wanted = {role: where for role, where in wanted.items() if role not in in_folder}
     try:
-        files = {role: Path(hf_hub_download(*where, local_files_only=not download)) for role, where in wanted.items()}
-    except LocalEntryNotFoundError:
+        files = {role: hub_file(*where, download) for role, where in wanted.items()}
+    except HubFileError:
         if download:
             raise
         return None
-    return files | own | ({"checkpoint": local_checkpoint} if local_checkpoint else {})
+    return files | own | brought
 
 
-def model_fingerprint(info: ModelInfo, use_t5: bool, local_checkpoint: Path | None = None) -> str | None:
+def cached_vae(info: ModelInfo) -> Path | None:
+    """Return the file of a hub model's VAE in the local cache, for a checkpoint of SD3 without one; else None.
+
+    The file holds the hub's whole model, so that it is not fetched for its VAE alone.
+    """
+    if info.checkpoint is None or not info.family.vae_inside or info.hub_id is None:
+        return None
+    for name in (info.hub_id, *(other for other in HUB_MODELS if family_of(other) is info.family)):
+        repository = MMDIT_CKPT[name]
+        with suppress(HubFileError):
+            return hub_file(repository, HUB_MMDIT_FILES[repository]["vae"])
+    return None
+
+
+def checkpoint_roles(files: Sequence[Path]) -> dict[str, Path]:
+    """Return {role: file} of a checkpoint's files, for its fingerprint: one file, or the parts of an index in order."""
+    if len(files) == 1:
+        return {"checkpoint": files[0]}
+    return {f"checkpoint {number}": file for number, file in enumerate(files, 1)}
+
+
+def model_fingerprint(info: ModelInfo, use_t5: bool) -> str | None:
     """Return the SHA-256 over a model's files; None for a hub model that is not in the local cache.
 
     Files are named by their roles, so that a folder or a checkpoint may lie anywhere. Raises StoreError when a file
     cannot be read.
     """
-    files = model_files(info, use_t5, local_checkpoint)
+    files = model_files(info, use_t5)
     if files is None:
         return None
     fused = {f"lora {number} x {lora.scale!r}": lora.file for number, lora in enumerate(info.loras)}

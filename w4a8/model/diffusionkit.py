@@ -1,4 +1,4 @@
-"""Import everything that the toolkit takes from DiffusionKit, and from the hub's client; no other module imports them.
+"""Import everything that the toolkit takes from DiffusionKit; no other module imports it.
 
 DiffusionKit and argmaxtools import torch and coremltools for Core ML and for conversions, which nothing here uses, so
 these packages need not be installed. w4a8/model/t5.py replaces T5's config and tokenizer, which DiffusionKit takes from
@@ -24,7 +24,13 @@ with deferred("coremltools", "torch", transformers=t5):
         model_io,
     )
     from diffusionkit.mlx.clip import CLIPTextModel
-    from diffusionkit.mlx.config import CLIPTextModelConfig, MMDiTConfig, PositionalEncoding, VAEDecoderConfig
+    from diffusionkit.mlx.config import (
+        CLIPTextModelConfig,
+        MMDiTConfig,
+        PositionalEncoding,
+        VAEDecoderConfig,
+        VAEEncoderConfig,
+    )
     from diffusionkit.mlx.mmdit import MMDiT
     from diffusionkit.mlx.model_io import _CONFIG as HUB_MMDIT_CONFIGS
     from diffusionkit.mlx.model_io import _DEFAULT_MODEL as HUB_TEXT_ENCODERS
@@ -35,9 +41,6 @@ with deferred("coremltools", "torch", transformers=t5):
     from diffusionkit.mlx.t5 import SD3T5Encoder
     from diffusionkit.mlx.tokenizer import T5Tokenizer, Tokenizer
     from diffusionkit.mlx.vae import VAEDecoder, VAEEncoder
-    from huggingface_hub import constants as hub_constants
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 for _name in logging.root.manager.loggerDict:
     if _name.startswith(("diffusionkit", "argmaxtools")):
@@ -48,6 +51,4 @@ __all__ = [  # noqa: RUF022
     "SHIFT", "T5_MAX_LENGTH", "DiffusionPipeline", "FluxPipeline", "CFGDenoiser", "ModelSamplingDiscreteFlow",
     "FluxSampler", "LatentFormat", "SD3LatentFormat", "FluxLatentFormat", "append_dims", "model_io",
     "MMDiT", "MMDiTConfig", "PositionalEncoding", "CLIPTextModel", "CLIPTextModelConfig", "SD3T5Encoder", "Tokenizer",
-    "T5Tokenizer", "VAEDecoder", "VAEDecoderConfig", "VAEEncoder", "hub_constants", "hf_hub_download",
-    "HfHubHTTPError", "LocalEntryNotFoundError",
-]  # fmt: skip
+    "T5Tokenizer", "VAEDecoder", "VAEDecoderConfig", "VAEEncoder", "VAEEncoderConfig",]  # fmt: skip

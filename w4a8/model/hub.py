@@ -6,139 +6,106 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import mlx.core as mx
+from huggingface_hub import constants as hub_constants
 from mlx.utils import tree_map
 
 from calibration_store.model_folder import weight_file
 from w4a8.model.catalog import ExportedHubModel, HubModel, ModelError, model_files
-from w4a8.model.clip_tokenizer import ClipTokenizer
 from w4a8.model.diffusionkit import (
     HUB_MMDIT_CONFIGS,
     HUB_TEXT_ENCODERS,
     MMDIT_CKPT,
     T5_MAX_LENGTH,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
     VAEDecoder,
-    hub_constants,
     model_io,
 )
-from w4a8.model.families import Family
 from w4a8.model.folder import load_folder_transformer
+from w4a8.model.hub_files import HubFileError
+from w4a8.model.hub_parts import load_clip, load_t5, load_tokenizer, vae_arrays
 from w4a8.model.lora import fuse_text_encoder
 from w4a8.model.packed import AUTO
 from w4a8.model.parts import DECODER, TEXT, TRANSFORMER, Parts, Pipeline, check_finite, load_weights
 from w4a8.model.t5 import T5Encoder
 from w4a8.model.transformer import open_transformer
-from w4a8.model.weight_files import load_arrays
-
-
-@contextmanager
-def loader_globals(local_checkpoint: Path | None, family: Family) -> Iterator[None]:
-    """Let DiffusionKit's loaders read this checkpoint, in the family's 16 bits, until the block ends.
-
-    DiffusionKit keeps both as globals of its module `model_io`. Its loader of the VAE reads the same file, so a
-    checkpoint without a VAE (FLUX's) is not named to DiffusionKit.
-    """
-    before = model_io.LOCAl_SD3_CKPT, model_io._FLOAT16
-    whole = local_checkpoint is not None and family.vae_inside
-    model_io.LOCAl_SD3_CKPT = str(local_checkpoint) if whole else None
-    model_io._FLOAT16 = getattr(mx, family.half)
-    try:
-        yield
-    finally:
-        model_io.LOCAl_SD3_CKPT, model_io._FLOAT16 = before
 
 
 class HubPipeline(Pipeline):
     """DiffusionKit's pipeline over a model of the Hugging Face hub, or of its local cache."""
 
-    def __init__(
-        self, info: HubModel, parts: Parts, use_t5: bool, local_checkpoint: Path | None, instead: str,
-        native: str = AUTO,
-    ):  # fmt: skip
+    def __init__(self, info: HubModel, parts: Parts, use_t5: bool, instead: str, native: str = AUTO):
         """Fetch the files that the local cache lacks, and load the tokenizers where text encoders are asked for.
 
-        local_checkpoint: the file to read the transformer from, and with SD3 the VAE. instead: the end of the message
-        when the hub cannot be reached. Raises ModelError.
+        instead: the end of the message when the hub cannot be reached. Raises ModelError.
         """
         super().__init__(info, parts, use_t5, native)
-        self.local_checkpoint, self.instead, self.unreachable = local_checkpoint, instead, _reach_hub()
+        self.instead, self.unreachable = instead, _reach_hub()
         self.mmdit_config = HUB_MMDIT_CONFIGS[info.hub_id]
         self.mmdit_ckpt, self.model = MMDIT_CKPT[info.hub_id], HUB_TEXT_ENCODERS
         self.model_version = info.hub_id  # DiffusionKit looks its files up by this name
         with self.explained():
-            model_files(info, use_t5, local_checkpoint, download=True)
+            model_files(info, use_t5, download=True)
             if TEXT in parts:
-                for encoder in (name[-1] for name in self.family.clip):
-                    tokenizer = model_io.load_tokenizer(
-                        self.model, merges_key=f"tokenizer_{encoder}_merges", vocab_key=f"tokenizer_{encoder}_vocab",
-                        pad_with_eos=encoder == "l",
-                    )  # fmt: skip
-                    own = ClipTokenizer(tokenizer.bpe_ranks, tokenizer.vocab, tokenizer.pad_with_eos)
-                    setattr(self, f"tokenizer_{encoder}", own)
+                for name in self.family.clip:
+                    setattr(self, name.replace("clip", "tokenizer"), load_tokenizer(name))
                 if use_t5:
                     self.t5_tokenizer = model_io.load_t5_tokenizer(T5_MAX_LENGTH[info.hub_id])
 
     def read(self, part: str) -> None:
-        """Set the part's attributes from its files in the hub's cache, or from the local checkpoint."""
-        half, source = self.parts[part] != "float32", self.local_checkpoint
-        with loader_globals(source, self.family):
-            if part == TRANSFORMER:
-                self.load_mmdit()
-                check_finite(self.mmdit, source or f"{self.info.version}, transformer")
-            elif part == DECODER:
-                self.decoder = self.load_decoder(half)
-                inside = source if self.family.vae_inside else None
-                check_finite(self.decoder, inside or f"{self.info.version}, VAE decoder")
-            else:
-                self._load_text(half)
+        """Set the part's attributes from its files in the hub's cache, or from the checkpoint."""
+        half = self.parts[part] != "float32"
+        if part == TRANSFORMER:
+            self.load_mmdit()
+            check_finite(self.mmdit, self.info.checkpoint or f"{self.info.version}, transformer")
+        elif part == DECODER:
+            self.decoder = self.load_decoder(half)
+            check_finite(self.decoder, f"{self.info.checkpoint or self.info.version}, VAE decoder")
+        else:
+            self._load_text(half)
 
     @contextmanager
     def explained(self) -> Iterator[None]:
-        """Turn an error of the block into a ModelError that names the model, the reason and the way out."""
+        """Turn an error of the block into a ModelError that names the file and its repository, the reason and the way out."""
         try:
             yield
-        except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-            reason = self.unreachable or str(error).strip().split("\n")[0][:160]
+        except HubFileError as error:
+            reason = f"{self.unreachable}; {error.reason}" if self.unreachable else error.reason
             way = (
-                "bring the cache of a machine that has it (HF_HOME; Issue 14)"
+                f"bring the cache of a machine that has it (HF_HOME; Issue 14; hf download {error.repository})"
                 if self.unreachable
-                else f"accept the licence on https://huggingface.co/{self.info.hub_id} and log in with `hf auth login`"
+                else f"accept the licence on https://huggingface.co/{error.repository} and log in with `hf auth login`"
             )
             raise ModelError(
-                f"cannot get {self.info.hub_id} from the Hugging Face hub ({reason}): {way}{self.instead}"
+                f"cannot get {error.name} of {error.repository} from the Hugging Face hub ({reason}): {way}{self.instead}"
             ) from None
-        except (RuntimeError, ValueError, KeyError) as error:
-            source = self.local_checkpoint or self.info.version
+        except (RuntimeError, ValueError, KeyError, OSError) as error:
+            source = self.info.checkpoint or self.info.version
             raise ModelError(f"cannot load {source}: {' '.join(str(error).split())[:200]}") from None
 
     def load_mmdit(self) -> None:
         """Load the transformer as DiffusionKit's loader does, with LoRAs fused."""
-        self.mmdit = open_transformer(self.info, self.local_checkpoint)
+        self.mmdit = open_transformer(self.info)
         self.mmdit.update(tree_map(lambda array: array.astype(self.dtype), self.mmdit.parameters()))
 
     def load_decoder(self, half: bool) -> VAEDecoder:
         """Load the VAE decoder in the family's 16 bits, or in float32."""
-        whole = self.local_checkpoint if self.family.vae_inside else None
-        files = model_files(self.info, use_t5=False, local_checkpoint=self.local_checkpoint) or {}
-        weights = load_arrays(whole or files["vae"])
-        found = model_io.vae_decoder_state_dict_adjustments(weights, prefix=f"{self.family.vae_prefix}decoder.")
+        found = model_io.vae_decoder_state_dict_adjustments(vae_arrays(self.info, "decoder"), prefix="decoder.")
         decoder, dtype = VAEDecoder(), self.float16_dtype if half else mx.float32
         decoder.load_weights([(name, array.astype(dtype)) for name, array in found.items()])
         return decoder
 
     def _load_text(self, half: bool) -> None:
         version, encoders = self.info.version, {}
+        dtype = self.float16_dtype if half else mx.float32
         for name in self.family.clip:
-            encoders[name] = model_io.load_text_encoder(self.model, float16=half, model_key=name)
+            encoders[name] = load_clip(self.info, name, dtype)
             check_finite(encoders[name], f"{version}, CLIP-{name[-1].upper()}")
             fuse_text_encoder(encoders[name], name, self.family, self.info.loras)
         if self.use_t5:
-            t5_encoder = model_io.load_t5_encoder(float16=half, low_memory_mode=False)
+            t5_encoder = load_t5(dtype)
             check_finite(t5_encoder, f"{version}, T5")
+            fuse_text_encoder(t5_encoder, "t5", self.family, self.info.loras)
             encoders["t5_encoder"] = T5Encoder(t5_encoder)
         self.__dict__.update(encoders)
         if self.use_t5:
@@ -149,7 +116,7 @@ class ExportedPipeline(HubPipeline):
     """A hub model whose transformer comes from an exported folder, and its decoder where the folder has one."""
 
     def __init__(self, info: ExportedHubModel, parts: Parts, use_t5: bool, instead: str, native: str = AUTO):
-        super().__init__(info, parts, use_t5, None, instead, native)
+        super().__init__(info, parts, use_t5, instead, native)
         self.folder = info.folder
 
     def load_mmdit(self) -> None:

@@ -12,36 +12,41 @@ from mlx.utils import tree_flatten
 from w4a8.model.catalog import ModelError, ModelInfo
 from w4a8.model.diffusionkit import (
     HUB_MMDIT_CONFIGS,
-    HUB_TEXT_ENCODERS,
-    HUB_TEXT_FILES,
-    MMDIT_CKPT,
-    LocalEntryNotFoundError,
     MMDiTConfig,
     VAEDecoderConfig,
-    hf_hub_download,
+    VAEEncoder,
+    VAEEncoderConfig,
     model_io,
 )
-from w4a8.model.hub import loader_globals
+from w4a8.model.hub_parts import text_file, vae_arrays
 from w4a8.model.loading import load_pipeline
 from w4a8.model.parts import DECODER, TEXT
 
 
-def hub_decoder(info: ModelInfo, local_checkpoint: Path | None) -> dict[str, mx.array]:
+def hub_decoder(info: ModelInfo) -> dict[str, mx.array]:
     """Return the parameters of a hub model's VAE decoder, in the family's 16 bits."""
-    pipeline = load_pipeline(info, {DECODER: info.family.half}, local_checkpoint=local_checkpoint)
+    pipeline = load_pipeline(info, {DECODER: info.family.half})
     return dict(tree_flatten(pipeline.decoder.parameters()))
 
 
-def hub_encoder(info: ModelInfo, local_checkpoint: Path | None) -> dict[str, mx.array]:
+def hub_encoder(info: ModelInfo) -> dict[str, mx.array]:
     """Return the parameters of a hub model's VAE encoder, in the family's 16 bits.
 
     Raises ModelError where the checkpoint holds none that can be read.
     """
+    config, half = VAEEncoderConfig(), getattr(mx, info.family.half)
+    encoder = VAEEncoder(
+        in_channels=config.in_channels,
+        out_channels=config.out_channels,
+        block_out_channels=config.block_out_channels,
+        layers_per_block=config.layers_per_block,
+        resnet_groups=config.resnet_groups,
+    )
     try:
-        with loader_globals(local_checkpoint, info.family):
-            encoder = model_io.load_vae_encoder(float16=True, key=MMDIT_CKPT[info.version])
+        found = model_io.vae_encoder_state_dict_adjustments(vae_arrays(info, "encoder"), prefix="encoder.")
+        encoder.load_weights([(name, array.astype(half)) for name, array in found.items()])
     except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise ModelError(f"{local_checkpoint or info.version}: has no VAE encoder that can be read ({error})") from None
+        raise ModelError(f"{info.checkpoint or info.version}: has no VAE encoder that can be read ({error})") from None
     return dict(tree_flatten(encoder.parameters()))
 
 
@@ -51,20 +56,11 @@ def hub_text_encoders(info: ModelInfo) -> dict[str, nn.Module]:
     return {"clip_l": pipeline.clip_l, "clip_g": pipeline.clip_g}
 
 
-def _text_file(name: str) -> Path:
-    """Return a file of the text encoders' repository in the local cache. Raises ModelError where it is not there."""
-    file = HUB_TEXT_FILES[HUB_TEXT_ENCODERS][name]
-    try:
-        return Path(hf_hub_download(HUB_TEXT_ENCODERS, file, local_files_only=True))
-    except LocalEntryNotFoundError:
-        raise ModelError(f"{file} of {HUB_TEXT_ENCODERS} is not in the local cache of the hub") from None
-
-
 def hub_tokenizer() -> list[Path]:
     """Return the files of vocabulary and merges that both tokenizers share. Raises ModelError when they differ."""
-    files = [_text_file(f"tokenizer_l_{kind}") for kind in ("vocab", "merges")]
+    files = [text_file(f"tokenizer_l_{kind}") for kind in ("vocab", "merges")]
     for kind, path in zip(("vocab", "merges"), files, strict=True):
-        if _text_file(f"tokenizer_g_{kind}").read_bytes() != path.read_bytes():
+        if text_file(f"tokenizer_g_{kind}").read_bytes() != path.read_bytes():
             raise ModelError("the two tokenizers differ, and a model folder has room for one; leave --complete out")
     return files
 
@@ -74,7 +70,7 @@ def complete_hub_config(info: ModelInfo) -> dict[str, Any]:
     config: dict[str, Any] = {"name": info.version.rpartition("/")[2]}
     config["mmdit"] = transformer_section(HUB_MMDIT_CONFIGS[info.version])
     for part, padded in (("clip_l", True), ("clip_g", False)):
-        found = orjson.loads(_text_file(f"{part}_config").read_bytes())
+        found = orjson.loads(text_file(f"{part}_config").read_bytes())
         config[part] = {
             "num_layers": found["num_hidden_layers"],
             "model_dims": found["hidden_size"],

@@ -15,41 +15,13 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from calibration_store.errors import UserError
 from w4a8.backend.words import shortened
-from w4a8.model.families import SD3, Family
+from w4a8.model.diffusers_layout import diffusers_name, is_swapped, last_block
+from w4a8.model.families import Family
 from w4a8.model.location import Lora
 from w4a8.model.lora_adapters import FLAT, PART, Adapter, read_adapters
 from w4a8.model.original_checkpoint import checkpoint_slice
 
 MOST_CHANGE = 65504.0  # largest change of a weight: the largest float16
-MULTIMODAL_BLOCK = re.compile(r"multimodal_transformer_blocks\.(\d+)\.")
-# The parts of DiffusionKit's names -> those of diffusers.
-DIFFUSERS_PARTS = (
-    ("multimodal_transformer_blocks", "transformer_blocks"),
-    ("unified_transformer_blocks", "single_transformer_blocks"),
-    (".transformer_block.attn.o_proj", ".proj_out"),
-    (".transformer_block.mlp.fc1", ".proj_mlp"),
-    (".transformer_block.mlp.fc2", ".proj_out"),
-    (".transformer_block.adaLN_modulation.layers.1", ".norm.linear"),
-    (".transformer_block.attn.", ".attn.to_"),
-    (".image_transformer_block.attn.o_proj", ".attn.to_out.0"),
-    (".text_transformer_block.attn.o_proj", ".attn.to_add_out"),
-    (".image_transformer_block.attn.", ".attn.to_"),
-    (".text_transformer_block.attn.", ".attn.add_"),
-    ("to_q_proj", "to_q"), ("to_k_proj", "to_k"), ("to_v_proj", "to_v"),
-    (".image_transformer_block.mlp.", ".ff."),
-    (".text_transformer_block.mlp.", ".ff_context."),
-    (".image_transformer_block.adaLN_modulation.layers.1", ".norm1.linear"),
-    (".text_transformer_block.adaLN_modulation.layers.1", ".norm1_context.linear"),
-    ("ff.fc1", "ff.net.0.proj"), ("ff.fc2", "ff.net.2"),
-    ("ff_context.fc1", "ff_context.net.0.proj"), ("ff_context.fc2", "ff_context.net.2"),
-    ("final_layer.linear", "proj_out"),
-    ("final_layer.adaLN_modulation.layers.1", "norm_out.linear"),
-    ("t_embedder.mlp.layers.0", "time_text_embed.timestep_embedder.linear_1"),
-    ("t_embedder.mlp.layers.2", "time_text_embed.timestep_embedder.linear_2"),
-    ("y_embedder.mlp.layers.0", "time_text_embed.text_embedder.linear_1"),
-    ("y_embedder.mlp.layers.2", "time_text_embed.text_embedder.linear_2"),
-    ("x_embedder.proj", "x_embedder"),
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,6 +43,14 @@ CLIP_PARTS = (
     ("attention.query_proj", "self_attn.q_proj"), ("attention.key_proj", "self_attn.k_proj"),
     ("attention.value_proj", "self_attn.v_proj"), ("attention.", "self_attn."), ("linear1", "mlp.fc1"),
     ("linear2", "mlp.fc2"), ("layers.", "encoder.layers."),
+)  # fmt: skip
+
+
+T5_PARTS = (
+    ("attention.query_proj", "layer.0.SelfAttention.q"), ("attention.key_proj", "layer.0.SelfAttention.k"),
+    ("attention.value_proj", "layer.0.SelfAttention.v"), ("attention.out_proj", "layer.0.SelfAttention.o"),
+    ("dense.", "layer.1.DenseReluDense."), ("ln1", "layer.0.layer_norm"), ("ln2", "layer.1.layer_norm"),
+    ("encoder.layers.", "encoder.block."),
 )  # fmt: skip
 
 
@@ -119,15 +99,15 @@ def text_encoder_of(key: str, family: Family) -> str | None:
 
 
 def fuse_text_encoder(model: nn.Module, encoder: str, family: Family, loras: Sequence[Lora]) -> None:
-    """Fuse the parts of these LoRAs that belong to one CLIP encoder into its weights, in float32.
+    """Fuse the parts of these LoRAs that belong to one text encoder (clip_l, clip_g, t5) into its weights, in float32.
 
-    Raises UserError for keys that are no layer of the encoder, and for parts of T5, which are not supported.
+    Raises UserError for keys that are no layer of the encoder.
     """
     weights = dict(tree_flatten(model.parameters()))
     modules: dict[str, str] = {}
     for name in weights:
         module = theirs = name.removesuffix(".weight").removesuffix(".bias")
-        for ours, other in CLIP_PARTS:
+        for ours, other in T5_PARTS if encoder == "t5" else CLIP_PARTS:
             theirs = theirs.replace(ours, other)
         plain = theirs.translate(FLAT)
         modules |= {plain: module, f"text_model_{plain}": module}
@@ -135,10 +115,7 @@ def fuse_text_encoder(model: nn.Module, encoder: str, family: Family, loras: Seq
     for lora in loras:
         for adapters in read_adapters(lora).values():
             for adapter in adapters:
-                owner = text_encoder_of(adapter.keys[0], family)
-                if owner == "t5":
-                    raise UserError(f"{adapter.where} belongs to T5, whose LoRAs are not supported")
-                if owner != encoder:
+                if text_encoder_of(adapter.keys[0], family) != encoder:
                     continue
                 matched = PART.fullmatch(TEXT_ENCODERS.sub("", adapter.keys[0], count=1))
                 layer = modules.get(matched["module"].translate(FLAT)) if matched else None
@@ -234,7 +211,7 @@ def _largest(array: mx.array) -> float:
 def targets_of(weights: Mapping[str, mx.array], family: Family) -> dict[str, list[Target]]:
     """Return the weights that each module name, dots as underscores, stands for in every layout."""
     hidden = weights["context_embedder.weight"].shape[0]
-    last = max(int(found[1]) for found in map(MULTIMODAL_BLOCK.match, weights) if found)
+    last = last_block(weights)
     found: dict[str, list[Target]] = {}
     for name, array in weights.items():
         path = name.removesuffix(".weight")
@@ -244,14 +221,9 @@ def targets_of(weights: Mapping[str, mx.array], family: Family) -> dict[str, lis
         original = checkpoint_slice(family, name, hidden)
         module = original.key.removesuffix(".weight").translate(FLAT)
         found.setdefault(module, []).append(Target(name, original.row, original.column))
-        theirs = path
-        for ours, other in DIFFUSERS_PARTS:
-            theirs = theirs.replace(ours, other)
-        text_of_last = family is SD3 and theirs == f"transformer_blocks.{last}.norm1_context.linear"
+        theirs = diffusers_name(family, path)
         column = original.column if theirs.endswith("proj_out") else 0
-        target = Target(name, 0, column, theirs == "norm_out.linear" or text_of_last)
-        if family is SD3 and path == "x_embedder.proj":
-            theirs = "pos_embed.proj"
+        target = Target(name, 0, column, is_swapped(family, theirs, last))
         if theirs.translate(FLAT) != module:
             found.setdefault(theirs.translate(FLAT), []).append(target)
     return found

@@ -1,5 +1,6 @@
 """Estimate the memory that a pass of a model needs from file headers and shapes, before anything is loaded."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from calibration_store.safetensors_header import weight_sizes
 from calibration_store.sizes import format_bytes
 from w4a8.backend.memory import device_memory
 from w4a8.model.catalog import model_files
+from w4a8.model.checkpoint_contents import read_contents
 from w4a8.model.diffusionkit import MMDiTConfig, VAEDecoderConfig
 from w4a8.model.parts import DECODER, TEXT, TRANSFORMER, Pipeline
 
@@ -47,19 +49,27 @@ def needs_of(pipeline: Pipeline, latent_size: tuple[int, int], images: int, guid
     timesteps: the number of them in the modulation cache. Only headers of the files are read.
     """
     info, parts = pipeline.info, pipeline.parts
-    files = model_files(info, pipeline.use_t5, getattr(pipeline, "local_checkpoint", None)) or {}
-    whole = files.get("checkpoint")
-    from_hub = info.folder is None
+    files = model_files(info, pipeline.use_t5) or {}
     weights = dict.fromkeys((TEXT, TRANSFORMER, DECODER), 0)
     for part, roles, prefix in (
         (TEXT, ("clip_l", "clip_g", "t5"), ""),
-        (TRANSFORMER, ("mmdit",), info.family.prefix if from_hub else ""),
+        (TRANSFORMER, ("mmdit",), info.family.prefix if info.folder is None else ""),
         (DECODER, ("vae", "decoder"), f"{info.family.vae_prefix}decoder." if "decoder" not in files else ""),
     ):
-        paths = [files[role] for role in roles if role in files] or ([whole] if whole and part != TEXT else [])
         if part in parts:
             size = getattr(mx, parts[part]).size
-            weights[part] = sum(bytes_of(path, prefix, size) for path in paths)
+            weights[part] = sum(bytes_of(files[role], prefix, size) for role in roles if role in files)
+    if info.checkpoint is not None:
+        contents = read_contents(info.checkpoint)
+        clip = [prefix for prefix in map(contents.clip, info.family.clip) if prefix]
+        inside = {
+            TRANSFORMER: contents.transformer.values(),
+            TEXT: [shape for prefix in clip for shape in contents.shapes_of(prefix).values()],
+            DECODER: contents.shapes_of(f"{contents.vae or ''}decoder.").values(),
+        }
+        for part, shapes in inside.items():
+            if part in parts:
+                weights[part] += sum(map(math.prod, shapes)) * getattr(mx, parts[part]).size
     rows, itemsize = images * (2 if guidance else 1), pipeline.activation_dtype.size
     return Needs(
         weights[TEXT], weights[TRANSFORMER], weights[DECODER],

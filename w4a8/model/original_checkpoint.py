@@ -1,19 +1,19 @@
 """Read the original checkpoints of hub models lazily, and locate DiffusionKit's parameters in them."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import mlx.core as mx
-import orjson
 from mlx.utils import tree_flatten
 
 from calibration_store.errors import UserError
-from calibration_store.safetensors_header import weight_dtypes
+from w4a8.model.checkpoint_contents import DIFFUSERS, Contents, read_contents, refuse_relatives, refuse_stranger
+from w4a8.model.diffusers_layout import original_arrays
 from w4a8.model.diffusionkit import MMDiT
 from w4a8.model.families import SD3, Family
+from w4a8.model.gguf_weights import is_gguf
 from w4a8.model.weight_files import load_arrays
 
 # The parts of DiffusionKit's names -> those of the original checkpoints.
@@ -83,51 +83,57 @@ def checkpoint_slice(family: Family, name: str, hidden: int) -> CheckpointSlice:
     return CheckpointSlice(key, row, column)
 
 
-TRANSFORMER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
-OTHER_PARTS = (  # how keys of a whole model's other parts begin
-    "text_encoders.", "first_stage_model.", "vae.", "model_ema.", "conditioner.", "cond_stage_model.",
-)  # fmt: skip
-SHARD = re.compile(r"-\d{5}-of-(\d{5})\.safetensors$")
-# A part of a key that only one model has -> the model, for checkpoints that are none of ours.
-STRANGERS = (
-    (".attn2.", "SD3.5-Medium"),
-    ("distilled_guidance_layer.", "Chroma"),
-    ("double_stream_modulation", "FLUX.2"),
-    ("noise_refiner.", "Z-Image"),
-    ("transformer_blocks.0.img_mod.", "Qwen-Image"),
-    ("input_blocks.", "a U-Net (SDXL or SD1.5)"),
-    ("caption_projection.", "PixArt or Sana"),
-)
-FLUX_INPUTS = {384: "FLUX.1-Fill", 128: "FLUX.1-Canny or -Depth"}  # channels of img_in's input: 64 in the plain model
-
-
-def read_original_checkpoint(path: Path, family: Family, model: MMDiT) -> dict[str, mx.array]:
+def read_original_checkpoint(
+    path: Path, family: Family, model: MMDiT, headers_only: bool = False
+) -> dict[str, mx.array]:
     """Open a checkpoint's transformer under the names of DiffusionKit's `model`; each array is read when it is used.
 
-    Keys may have one of TRANSFORMER_PREFIXES; keys of other parts of a model are left out. An index of several files
-    reads all of them. Raises UserError for a file in another layout, of another model, or whose weights are packed.
+    Keys may have one of PREFIXES, and be the original ones or those of diffusers; keys of other parts of a model are
+    left out. An index of several files reads all of them. A GGUF file is unpacked at once; headers_only: its arrays
+    hold zeros. Raises UserError for a file of another model, or whose weights are packed otherwise.
     """
-    shard = SHARD.search(path.name)
-    if shard:
-        raise UserError(f"{path}: one of {int(shard[1])} files of a model; give its index, …safetensors.index.json")
-    original, config = transformer_arrays(path, family), model.config
-    first = "joint_blocks.0." if family is SD3 else "double_blocks.0."
-    if not any(key.startswith(first) for key in original):
-        refuse_stranger(path, original, family)
-    for mark, name in STRANGERS:
-        if any(mark in key for key in original):
-            raise UserError(f"{path}: this is {name}, which this toolkit does not know; it knows {ours(family)}")
+    contents, config = read_contents(path), model.config
+    if contents.family is None:
+        refuse_stranger(path, contents.shapes)
+    if contents.family is not family:
+        raise UserError(f"{path}: a transformer of {contents.family.name.upper()}; --model names another family")
+    refuse_relatives(path, contents.transformer, contents.title)
+    original = transformer_arrays(contents, headers_only)
+    if contents.layout == DIFFUSERS:
+        original = original_arrays(original, family, originals_of(family, model))
     table = original.get("pos_embed")
     if table is not None and table.shape[1] != config.max_latent_resolution**2:
         side = round(table.shape[1] ** 0.5)
         raise UserError(
             f"{path}: its table of positions is {side} x {side}, and the model's {config.max_latent_resolution} x {config.max_latent_resolution}; --model names another model"
         )
-    inputs = original.get("img_in.weight")
-    if inputs is not None and inputs.shape[-1] in FLUX_INPUTS:
-        raise UserError(f"{path}: this is {FLUX_INPUTS[inputs.shape[-1]]}, not FLUX.1-schnell or -dev")
     refuse_other_sizes(path, original, family, model)
     return family.weights({family.prefix + key: array for key, array in original.items()}, config)
+
+
+def transformer_arrays(contents: Contents, headers_only: bool) -> dict[str, mx.array]:
+    """Return a checkpoint's transformer by its keys without a prefix. headers_only: zeros for the arrays of GGUF."""
+    found: dict[str, mx.array] = {}
+    for file in contents.files:
+        if is_gguf(file) and headers_only:
+            found |= {key: mx.zeros(shape, mx.float16) for key, shape in contents.shapes.items()}
+        else:
+            found |= load_arrays(file)
+    return {key: found[contents.prefix + key] for key in contents.transformer if contents.prefix + key in found}
+
+
+def originals_of(family: Family, model: MMDiT) -> dict[str, list[str]]:
+    """Return {original key: DiffusionKit's names of its parts, in their order}, with the bias of k that it lacks."""
+    width, places = model.config.hidden_size, []
+    names = dict(tree_flatten(model.parameters()))
+    names |= {name.replace("q_proj", "k_proj"): names[name] for name in names if name.endswith("q_proj.bias")}
+    for name in names:
+        place = checkpoint_slice(family, name, width)
+        places.append((place.key, place.row, place.column, name))
+    found: dict[str, list[str]] = {}
+    for key, _, _, name in sorted(places):
+        found.setdefault(key, []).append(name)
+    return found
 
 
 def refuse_other_sizes(path: Path, original: Mapping[str, mx.array], family: Family, model: MMDiT) -> None:
@@ -153,64 +159,3 @@ def refuse_other_sizes(path: Path, original: Mapping[str, mx.array], family: Fam
 def some(keys: Sequence[str]) -> str:
     """Return the number of keys and the first of them, for messages."""
     return f"{len(keys)} arrays, {keys[0]} …" if len(keys) > 1 else keys[0]
-
-
-def transformer_arrays(path: Path, family: Family) -> dict[str, mx.array]:
-    """Return a checkpoint's transformer by its original keys, without a prefix. Raises UserError."""
-    files = indexed_files(path) if path.name.endswith(".index.json") else [path]
-    arrays = {key: array for file in files for key, array in load_arrays(file).items()}
-    first = "joint_blocks.0." if family is SD3 else "double_blocks.0."
-    prefix = next(
-        (prefix for prefix in TRANSFORMER_PREFIXES if any(key.startswith(prefix + first) for key in arrays)), ""
-    )
-    return {
-        key.removeprefix(prefix): array
-        for key, array in arrays.items()
-        if key.startswith(prefix) and (prefix or not key.startswith(OTHER_PARTS))
-    }
-
-
-def indexed_files(path: Path) -> list[Path]:
-    """Return the files that an index names, which lie beside it. Raises UserError."""
-    try:
-        names = sorted(set(orjson.loads(path.read_bytes())["weight_map"].values()))
-        files = [path.parent / Path(name).name for name in names]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path}: not the index of a model in several files; give one, or the file itself") from None
-    missing = [file.name for file in files if not file.exists()]
-    if missing:
-        raise UserError(f"{path}: {missing[0]} is not beside it; download all {len(files)} files")
-    return files
-
-
-def holds_vae(path: Path, family: Family) -> bool:
-    """Return whether a checkpoint holds a VAE under the family's prefix, from its header."""
-    files = indexed_files(path) if path.name.endswith(".index.json") else [path]
-    return any(name.startswith(f"{family.vae_prefix}decoder.") for file in files for name in weight_dtypes(file))
-
-
-def ours(family: Family) -> str:
-    """Return the models of a family, for messages."""
-    return "SD3-Medium and SD3.5-large" if family is SD3 else "FLUX.1-schnell and -dev"
-
-
-def refuse_stranger(path: Path, keys: Iterable[str], family: Family) -> NoReturn:
-    """Raise UserError that says what a file is which holds no transformer of this family in the original layout."""
-    bare = [key.removeprefix("transformer.") for key in keys]
-    for mark, name in STRANGERS:
-        if any(mark in key for key in bare):
-            raise UserError(f"{path}: this is {name}, which this toolkit does not know; it knows {ours(family)}")
-    if any(key.startswith(("transformer_blocks.", "single_transformer_blocks.")) for key in bare):
-        raise UserError(
-            f"{path}: in the layout of diffusers (transformer_blocks. …), which DiffusionKit does not read; "
-            f"give the checkpoint in the original layout ({original_example(family)} …)"
-        )
-    other = "double_blocks." if family is SD3 else "joint_blocks."
-    if any(other in key for key in bare):
-        raise UserError(f"{path}: a transformer of {'FLUX' if family is SD3 else 'SD3'}; --model names another family")
-    raise UserError(f"{path}: holds no transformer ({original_example(family)} …)")
-
-
-def original_example(family: Family) -> str:
-    """Return how keys of the original layout begin, for messages."""
-    return f"{family.prefix}joint_blocks." if family is SD3 else "double_blocks."

@@ -14,29 +14,30 @@ from w4a8.model.families import FAMILIES, SD3
 from w4a8.model.layers import note_latent_size
 from w4a8.model.loading import check_folder, load_pipeline
 from w4a8.model.location import UNCHANGED_LOCATION, Lora, ModelLocation
+from w4a8.model.model_source import resolve_source
 from w4a8.model.parts import TRANSFORMER, Parts, Pipeline
 from w4a8.model.transformer import open_transformer
 
 
-def describe_run_model(
-    manifest: dict[str, Any], location: ModelLocation = UNCHANGED_LOCATION
-) -> tuple[ModelInfo, Path | None]:
-    """Describe a calibration run's model, and find its local checkpoint if it has one.
+def describe_run_model(manifest: dict[str, Any], location: ModelLocation = UNCHANGED_LOCATION) -> ModelInfo:
+    """Describe a calibration run's model.
 
     The options say where they are now; else they are where the manifest says. Raises ModelError where they are not.
     """
     model, local_checkpoint = location.model, location.local_checkpoint
+    if model is not None:
+        model, local_checkpoint = resolve_source(model, local_checkpoint)
     same = model in (None, manifest["model_version"])
     loras = location.loras or (noted_loras(manifest) if same else ())
     noted = manifest.get("local_checkpoint") if same else None
     checkpoint = local_checkpoint or (Path(noted) if noted else None)
-    if checkpoint is not None and not os.path.isfile(checkpoint):
+    if checkpoint is not None and not os.path.exists(checkpoint):
         raise ModelError(
             f"{checkpoint}: the calibration run's local checkpoint is not there; "
             "--local-checkpoint FILE says where it is now"
         )
     try:
-        return describe_model(model or manifest["model_version"], loras), checkpoint
+        return describe_model(model or manifest["model_version"], loras, checkpoint)
     except ModelError as error:
         if model is not None:
             raise
@@ -63,15 +64,15 @@ def load_run_pipeline(manifest: dict[str, Any], parts: Parts, location: ModelLoc
     Each part is read when it is used. Raises ModelError when the model is not there, when its weights are not those
     that the run was made with, or when the manifest holds a prompt that the model cannot read.
     """
-    info, checkpoint = describe_run_model(manifest, location)
+    info = describe_run_model(manifest, location)
     check_shift(manifest, info)
     if info.hub_id is None:
-        check_fingerprint(manifest, info, checkpoint)
+        check_fingerprint(manifest, info)
     pipeline = load_pipeline(
-        info, parts, manifest["use_t5"], checkpoint, instead="; --model says where else the model is", lazy=True
+        info, parts, manifest["use_t5"], instead="; --model says where else the model is", lazy=True
     )
     if info.hub_id is not None:
-        check_fingerprint(manifest, info, checkpoint)  # load_pipeline has brought the files into the cache
+        check_fingerprint(manifest, info)  # load_pipeline has brought the files into the cache
     return pipeline
 
 
@@ -80,17 +81,15 @@ def run_transformer(manifest: dict[str, Any], location: ModelLocation = UNCHANGE
 
     Raises ModelError as `load_run_pipeline` does, and for weights that are packed.
     """
-    info, checkpoint = describe_run_model(manifest, location)
+    info = describe_run_model(manifest, location)
     check_shift(manifest, info)
-    check_folder(info, manifest["use_t5"], checkpoint)
+    check_folder(info, manifest["use_t5"])
     if info.hub_id is not None:
-        load_pipeline(
-            info, {TRANSFORMER: "float32"}, manifest["use_t5"], checkpoint, lazy=True
-        )  # fetches missing files
-    check_fingerprint(manifest, info, checkpoint)
+        load_pipeline(info, {TRANSFORMER: "float32"}, manifest["use_t5"], lazy=True)  # fetches missing files
+    check_fingerprint(manifest, info)
 
     def open_float32() -> MMDiT:
-        mmdit = open_transformer(info, checkpoint)
+        mmdit = open_transformer(info)
         mmdit.update(tree_map(lambda array: array.astype(mx.float32), mmdit.parameters()))
         note_latent_size(mmdit, manifest["latent_size"])
         return mmdit
@@ -107,9 +106,9 @@ def check_shift(manifest: dict[str, Any], info: ModelInfo) -> None:
         )
 
 
-def check_fingerprint(manifest: dict[str, Any], info: ModelInfo, checkpoint: Path | None) -> None:
+def check_fingerprint(manifest: dict[str, Any], info: ModelInfo) -> None:
     """Raise ModelError when the model's weights are not those that the calibration run was made with."""
-    found = model_fingerprint(info, manifest["use_t5"], checkpoint)
+    found = model_fingerprint(info, manifest["use_t5"])
     if found is None:
         raise ModelError(
             f"{info.hub_id}: not in the local cache of the Hugging Face hub; "
@@ -117,7 +116,7 @@ def check_fingerprint(manifest: dict[str, Any], info: ModelInfo, checkpoint: Pat
         )
     if found != manifest["weights_fingerprint"]:
         raise ModelError(
-            f"{checkpoint or info.version}: its weights are not those that the calibration run was made with "
+            f"{info.checkpoint or info.version}: its weights are not those that the calibration run was made with "
             f"({manifest['model_version']}); --model names the right ones, "
             "or run generate_calibration_data.py with --force"
         )

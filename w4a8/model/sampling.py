@@ -41,6 +41,20 @@ def choose_guidance(info: ModelInfo, given: float | None) -> float:
     return cfg_weight
 
 
+def choose_steps(info: ModelInfo, given: int | None) -> int:
+    """Return the number of Euler steps for a value of `--num-steps`, or the model's own for None.
+
+    Raises OptionError for a checkpoint whose name says that it takes few steps, and not how many.
+    """
+    steps = given or info.num_steps
+    if not steps:
+        raise OptionError(
+            f"{info.title}: its name says that it was made for few steps, and not for how many; give --num-steps "
+            "(its page says how many), and --cfg-weight where it wants guidance"
+        )
+    return steps
+
+
 def check_seeds(seed: int, images: int) -> None:
     """Raise OptionError where the seed of the last image, seed + images − 1, has more than 64 bits."""
     if seed + images - 1 > MOST_SEED:

@@ -13,13 +13,16 @@ from types import SimpleNamespace
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from huggingface_hub import hf_hub_download
 
 from calibration_store.model_folder import CONFIG_FILE
 from w4a8.backend.lazy_imports import deferred
+from w4a8.model.hub_files import hub_file
 
 with deferred("sentencepiece"):
     from sentencepiece import SentencePieceProcessor
+
+
+REPOSITORY = "google/t5-v1_1-xxl"  # of T5's config and its tokenizer
 
 
 class T5Config(SimpleNamespace):
@@ -36,8 +39,8 @@ class T5Config(SimpleNamespace):
 
     @classmethod
     def from_pretrained(cls, repository: str) -> "T5Config":
-        """Read the config of a repository of the hub. Raises what the hub's client raises."""
-        return cls(**json.loads(Path(hf_hub_download(repository, CONFIG_FILE)).read_text(encoding="utf-8")))
+        """Read the config of a repository of the hub. Raises HubFileError."""
+        return cls(**json.loads(Path(hub_file(repository, CONFIG_FILE, download=True)).read_text(encoding="utf-8")))
 
 
 class AutoTokenizer:
@@ -51,8 +54,8 @@ class AutoTokenizer:
 
     @classmethod
     def from_pretrained(cls, repository: str, **options: object) -> "AutoTokenizer":
-        """Read the tokenizer of a repository of the hub. Raises what the hub's client raises."""
-        return cls(Path(hf_hub_download(repository, "spiece.model")).read_bytes())
+        """Read the tokenizer of a repository of the hub. Raises HubFileError."""
+        return cls(Path(hub_file(repository, "spiece.model", download=True)).read_bytes())
 
     def __call__(self, text: str, max_length: int, **options: object) -> dict[str, np.ndarray]:
         """Tokenize a prompt.

@@ -14,10 +14,10 @@ from w4a8.model.original_checkpoint import read_original_checkpoint
 from w4a8.model.weight_files import load_arrays
 
 
-def open_transformer(info: ModelInfo, local_checkpoint: Path | None) -> MMDiT:
+def open_transformer(info: ModelInfo, headers_only: bool = False) -> MMDiT:
     """Open a transformer whose weights are read when they are used, in the precision of their file.
 
-    LoRAs are fused in float32. Raises ModelError when the file is not there, is not of this model, or is packed.
+    LoRAs are fused in float32. headers_only: for checks alone, weights that would be read at once are zeros. Raises ModelError when the file is not there, is not of this model, or is packed.
     """
     if info.folder is not None:
         config = read_model_config(info.folder)
@@ -27,10 +27,13 @@ def open_transformer(info: ModelInfo, local_checkpoint: Path | None) -> MMDiT:
         model = MMDiT(transformer_config(info.folder, config, mx.float16))
         check_weight_file(path)
     else:
-        path = local_checkpoint or _cached_file(info)
-        model = MMDiT(dataclasses.replace(HUB_MMDIT_CONFIGS[info.version], low_memory_mode=False))
+        path = info.checkpoint or _cached_file(info)
+        model = MMDiT(dataclasses.replace(HUB_MMDIT_CONFIGS[info.hub_id], low_memory_mode=False))
     try:
-        weights = load_arrays(path) if info.folder is not None else read_original_checkpoint(path, info.family, model)
+        if info.folder is not None:
+            weights = load_arrays(path)
+        else:
+            weights = read_original_checkpoint(path, info.family, model, headers_only)
         model.load_weights(list(with_loras(weights, info.family, info.loras).items()))
     except (RuntimeError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load {path}: {' '.join(str(error).split())[:200]}") from None

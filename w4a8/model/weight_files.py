@@ -9,6 +9,7 @@ import numpy as np
 
 from calibration_store.errors import UserError
 from calibration_store.safetensors_header import weight_dtypes
+from w4a8.model.gguf_weights import gguf_arrays, is_gguf
 
 NUMBERS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 INDICES = ("position_ids",)  # the ends of names whose integers are no weights
@@ -25,14 +26,16 @@ PACKERS = (
 
 
 def load_arrays(path: Path, packed: bool = False) -> dict[str, mx.array]:
-    """Open a safetensors file: name -> array of floating-point numbers, each read when it is used.
+    """Open a safetensors or GGUF file: name -> array of floating-point numbers, each read when it is used.
 
     float8 becomes float16, which holds each of its values; where the file has a factor beside a weight (scaled fp8),
-    the product is float32. packed: the file has MLX's packed layers, whose codes are uint32 beside `.scales`. Raises
+    the product is float32. A GGUF file is unpacked at once. packed: the file has MLX's packed layers, whose codes are uint32 beside `.scales`. Raises
     UserError for a file of another kind and for integers in the place of a weight, and what `mx.load` raises,
     RuntimeError or ValueError, for a file that is none.
     """
     refuse_other_kinds(path)
+    if is_gguf(path):
+        return gguf_arrays(path)
     dtypes = weight_dtypes(path)
     refuse_integers(path, dtypes, packed)
     arrays = _open(path, dtypes)
@@ -58,11 +61,9 @@ def refuse_other_kinds(path: Path) -> None:
     except OSError:
         return  # the header's reader says what is wrong
     kind = None
-    if head.startswith(b"GGUF"):
-        kind = "a GGUF file, whose weights are packed already"
-    elif head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
+    if head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
         kind = "a pickle, which may run code when it is read; convert it to safetensors"
-    elif head.lstrip().startswith(b"{") and not path.name.endswith(".index.json"):
+    elif b"\0" not in head[:8] and head.lstrip().startswith(b"{") and not path.name.endswith(".index.json"):
         kind = "JSON"
     if kind is not None:
         raise UserError(f"{path}: {kind}; give a safetensors file of the original model")
@@ -84,7 +85,7 @@ def refuse_integers(path: Path, dtypes: dict[str, str], packed: bool) -> None:
 
 def _open(path: Path, dtypes: dict[str, str]) -> dict[str, mx.array]:
     if "F8_E5M2" not in dtypes.values():
-        arrays = mx.load(str(path))
+        arrays = mx.load(str(path), format="safetensors")
         assert isinstance(arrays, dict)  # MLX's stubs also name the results for .npy, and with metadata
         return arrays
     return _open_with_e5m2(path)

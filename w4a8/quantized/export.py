@@ -64,7 +64,6 @@ class ExportSource:
     """A model to export, its quantized weights and the rule for its inputs; names as in stage 4's variants."""
 
     info: ModelInfo
-    local_checkpoint: Path | None
     manifest: Mapping[str, Any]
     weights_name: str
     weights: Codes
@@ -201,9 +200,9 @@ def rest_of_model(export: ExportSource, complete: bool) -> RestOfModel:
         files = [p for role, p in folder_files(info.folder).items() if role != "mmdit" and p != config_path]
         return {}, files + ([captions] if captions else []), read_model_config(info.folder)
     config: dict[str, Any] = {"name": info.version.rpartition("/")[2], "base_model": info.version}
-    if not complete and (export.local_checkpoint is None or not info.family.vae_inside):
+    if not complete and info.checkpoint is None:
         return {}, [], config
-    parts = {"decoder": hub_decoder(info, export.local_checkpoint)}  # the one in a local checkpoint is not the hub's
+    parts = {"decoder": hub_decoder(info)}  # the one in a local checkpoint is not the hub's
     if not complete:
         return parts, [], config
     encoders = {part: dict(tree_flatten(module.parameters())) for part, module in hub_text_encoders(info).items()}
@@ -261,10 +260,10 @@ def write_folder(
 
 def hub_arrays(export: ExportSource, mmdit: MMDiT) -> NamedArrays:
     """Return the transformer, and for SD3 its VAE, in the layout of DiffusionKit's 4-bit file."""
-    info, checkpoint = export.info, export.local_checkpoint
+    info = export.info
     arrays = {info.family.prefix + name: array for name, array in dict(tree_flatten(mmdit.parameters())).items()}
     if info.family.vae_inside:
-        vae = {"decoder": hub_decoder(info, checkpoint), "encoder": hub_encoder(info, checkpoint)}
+        vae = {"decoder": hub_decoder(info), "encoder": hub_encoder(info)}
         for part, weights in vae.items():
             arrays |= {f"{info.family.vae_prefix}{part}.{name}": array for name, array in weights.items()}
     return arrays
@@ -333,8 +332,6 @@ def refuse_options(export: ExportSource, layout: str, complete: bool) -> None:
         raise OptionError(f"--format gguf: {NO_GGUF[export.info.version]}")
     if complete and (layout == "gguf" or export.info.folder is not None):
         raise OptionError("--complete goes with a hub model and --format mlx; the export of a model folder is complete")
-    if export.info.folder is not None and export.local_checkpoint is not None:
-        raise OptionError("--local-checkpoint goes with a hub model; a model folder brings its own weights")
     if (
         others is not None
         and others.all_linears
