@@ -35,6 +35,7 @@ from w4a8.model.catalog import describe_model
 from w4a8.model.diffusionkit import FluxPipeline, MMDiT, model_io
 from w4a8.model.layers import model_layers
 from w4a8.model.loading import check_checkpoint, diffusionkit_pipeline
+from w4a8.model.location import Lora
 from w4a8.model.packed import NativeLinear
 from w4a8.model.parts import TRANSFORMER, whole_model
 from w4a8.model.t5 import T5Encoder
@@ -143,8 +144,38 @@ def open_checkpoints(folder, output):
     Path(output).write_text(json.dumps(found))
 
 
+def open_loras(folder, output):
+    """Fuse every LoRA of a folder; write {name: [largest relative error, changed parameters] or the error} as JSON.
+
+    A name begins with its model, sd3 or flux. The reference is the checkpoint expected/NAME.safetensors beside the
+    folder, or the hub's model, where nothing else may have changed.
+    """
+    found = {}
+    for path in sorted(Path(folder).iterdir()):
+        model = SCHNELL if path.name.startswith("flux") else SD3_MEDIUM
+        expected = Path(folder).parent / "expected" / f"{path.stem}.safetensors"
+        try:
+            given = dict(tree_flatten(open_transformer(describe_model(model, [Lora(path, 0.5)])).parameters()))
+        except UserError as error:
+            found[path.name] = error.message
+            continue
+        base = dict(tree_flatten(open_transformer(describe_model(model)).parameters()))
+        reference = describe_model(str(expected) if expected.exists() else model)
+        wanted = dict(tree_flatten(open_transformer(reference).parameters()))
+        worst, changed = 0.0, 0
+        for name, array in wanted.items():
+            one, other, before = (
+                np.array(each.astype(mx.float32), np.float64) for each in (given[name], array, base[name])
+            )
+            worst = max(worst, np.abs(one - other).max() / np.abs(other).max())
+            changed += not np.array_equal(one, before)
+        found[path.name] = [worst, changed]
+    Path(output).write_text(json.dumps(found))
+
+
 SCRIPTS = {
-    function.__name__: function for function in (denoise, load_hub_file, flux_latents, load_flux_file, open_checkpoints)
+    function.__name__: function
+    for function in (denoise, load_hub_file, flux_latents, load_flux_file, open_checkpoints, open_loras)
 }
 
 

@@ -8,20 +8,41 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import ROOT
+from safetensors.numpy import save_file
 
 from calibration_store.model_folder import BOS, EOS
 from w4a8.model import t5
 from w4a8.model.clip_tokenizer import STAND_INS, ClipTokenizer
 from w4a8.model.diffusionkit import T5Tokenizer
+from w4a8.model.families import SD3
+from w4a8.model.location import Lora
+from w4a8.model.lora import with_loras
 from w4a8.model.modulation import modulation_cache
 
 REFERENCES = ROOT / "tests/references"
 STAND_INS_IN_ORDER = sorted(STAND_INS)  # printable bytes first, as CLIP numbers them
 
 
+PEFT = np.load(REFERENCES / "peft_adapters.npz")
+
+
+@pytest.mark.parametrize("kind", json.loads(str(PEFT["notes"])))
+def test_adapters_merge_as_in_peft_and_lycoris(tmp_path, kind):
+    """LoRA, rsLoRA, alpha_pattern, DoRA, LoHa and LoKr, in the files that these libraries write."""
+    start, layer = f"{kind}/file/", "multimodal_transformer_blocks.0.image_transformer_block.attn.q_proj.weight"
+    arrays = {key.removeprefix(start): np.ascontiguousarray(PEFT[key]) for key in PEFT.files if key.startswith(start)}
+    save_file({key: array.astype(np.float32) for key, array in arrays.items()}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(json.loads(str(PEFT["notes"]))[kind]))
+    base, merged = PEFT[f"{kind}/base"], PEFT[f"{kind}/merged"]
+    weights = {layer: mx.array(base.astype(np.float32)), "context_embedder.weight": mx.zeros((len(base), 4))}
+    found = np.array(with_loras(weights, SD3, [Lora(tmp_path / "adapter_model.safetensors")])[layer], np.float64)
+    assert np.abs(merged - base).max() > 0.1
+    np.testing.assert_allclose(found, merged, rtol=0, atol=1e-5 * np.abs(merged).max())
+
+
 def test_t5s_ids_are_those_of_transformers(monkeypatch):
     """Through DiffusionKit's own T5Tokenizer, which takes our class for the one of transformers."""
-    monkeypatch.setattr(t5, "hf_hub_download", lambda repository, name: REFERENCES / name)
+    monkeypatch.setattr(t5, "hub_file", lambda repository, name, download: REFERENCES / name)
     stored = json.loads((REFERENCES / "t5_tokens.json").read_text())
     tokenizer = T5Tokenizer(t5.T5Config(), stored["max_length"])
     found = [tokenizer.tokenize(text) for text in stored["texts"]]

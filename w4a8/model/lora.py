@@ -128,14 +128,23 @@ def fuse_text_encoder(model: nn.Module, encoder: str, family: Family, loras: Seq
     model.update(tree_unflatten(moved))
 
 
+# A part of a key that has no layer here -> what it probably belongs to.
+PROBABLY = (
+    ("attn2", "SD3.5-Medium's second attention is not in this model"),
+    ("guidance_in", "FLUX.1-dev's guidance embedding is not in this model"),
+    ("oft_", "OFT, which is not read"), ("ia3_", "IA3, which is not read"), ("glora", "GLoRA, which is not read"),
+    ("down_blocks", "SDXL's or SD1.5's LoRA"), ("input_blocks", "SDXL's or SD1.5's LoRA"),
+    ("lora_te", "another text encoder's"), ("text_encoder", "another text encoder's"),
+    ("distilled_guidance", "Chroma's LoRA"), ("double_stream", "FLUX.2's LoRA"), ("img_mod", "Qwen-Image's LoRA"),
+    ("single_", "FLUX's LoRA"), ("double_blocks", "FLUX's LoRA"), ("joint_blocks", "SD3's LoRA"),
+)  # fmt: skip
+
+
 def probably(keys: Sequence[str]) -> str:
     """Return a hint at the model or the part that keys without a layer here belong to."""
-    for mark, what in (
-        ("attn2", "SD3.5-Medium's second attention"),
-        ("guidance_in", "FLUX.1-dev's guidance embedding"),
-    ):
+    for mark, what in PROBABLY:
         if any(mark in key for key in keys):
-            return f"; {what} is not in this model"
+            return f"; probably {what}" if what.endswith(("LoRA", "'s")) else f"; {what}"
     return "; the file was made for another model"
 
 

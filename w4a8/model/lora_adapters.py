@@ -38,6 +38,7 @@ ARRAYS = {  # kind of array -> how its key ends
     **{name: name for half in ("1", "2") for name in (f"lokr_w{half}", f"lokr_w{half}_a", f"lokr_w{half}_b")},
     **{name: name for half in ("1", "2") for name in (f"hada_w{half}_a", f"hada_w{half}_b")},
 }
+WHOLE = {"diff", "diff_b", "bias"}  # arrays that no alpha scales
 PART = re.compile(r"(?P<module>.+?)\.(?:" + "|".join(f"(?P<{kind}>{end})" for kind, end in ARRAYS.items()) + ")")
 # x-flux (XLabs) names the image stream's projections 1 and the text stream's 2.
 XFLUX = re.compile(r"(?P<block>double_blocks\.\d+)\.processor\.(?P<what>qkv|proj)_lora(?P<stream>[12])")
@@ -53,6 +54,7 @@ class Adapter:
     arrays: dict[str, mx.array] = field(default_factory=dict)
     alpha: float | None = None
     by_root: bool = False  # use_rslora: alpha / √rank
+    rank: int | None = None  # that PEFT's config notes
 
     @property
     def where(self) -> str:
@@ -96,8 +98,11 @@ class Adapter:
         return alpha / (rank**0.5 if self.by_root else rank)
 
     def _kronecker(self, given: Mapping[str, mx.array]) -> mx.array:
-        """Return W1 ⊗ W2; a factor may itself be a product. alpha counts only where one is, as in LyCORIS."""
-        share, factors = 1.0, []
+        """Return W1 ⊗ W2; a factor may itself be a product.
+
+        alpha counts where one is, as in LyCORIS, and where PEFT's config notes the rank that it belongs to.
+        """
+        share, factors = self._share(self.rank) if self.rank else 1.0, []
         for half in ("1", "2"):
             whole, a, b = (given.get(f"lokr_w{half}{end}") for end in ("", "_a", "_b"))
             if whole is None and a is not None and b is not None:
@@ -179,12 +184,14 @@ def note_alphas(lora: Lora, spelled: Mapping[str, Adapter]) -> None:
         text = noted if noted is not None else beside.read_text() if beside.is_file() else "{}"
         config = {key.removeprefix("transformer."): value for key, value in orjson.loads(text).items()}
         patterns = {name.translate(FLAT): float(alpha) for name, alpha in (config.get("alpha_pattern") or {}).items()}
-        usual, by_root = config.get("lora_alpha"), bool(config.get("use_rslora"))
+        ranks = {name.translate(FLAT): int(rank) for name, rank in (config.get("rank_pattern") or {}).items()}
+        usual, by_root = config.get("lora_alpha", config.get("alpha")), bool(config.get("use_rslora"))
         for module, adapter in spelled.items():
             flat = module.translate(FLAT)
             alpha = next((value for name, value in patterns.items() if flat.endswith(name)), usual)
-            if alpha is not None and adapter.alpha is None and "A" in adapter.arrays:
+            if alpha is not None and adapter.alpha is None and not adapter.arrays.keys() <= WHOLE:
                 adapter.alpha, adapter.by_root = float(alpha), by_root
+                adapter.rank = next((rank for name, rank in ranks.items() if flat.endswith(name)), config.get("r"))
     except (OSError, ValueError, TypeError, AttributeError):
         raise UserError(f"--lora {lora.file}: {source} is not the config of an adapter") from None
     if any(not math.isfinite(adapter.alpha) for adapter in spelled.values() if adapter.alpha is not None and noted):
