@@ -58,6 +58,7 @@ def run(options: ExportOptions) -> None:
     from calibration_store.layout import HUB_4BIT_FILES, QuantizedModelPaths
     from calibration_store.manifest import read_manifest
     from w4a8.evaluation.variants import export_variant
+    from w4a8.model.hub_export import own_parts
     from w4a8.model.layers import model_layers
     from w4a8.model.runs import check_fingerprint, describe_run_model
     from w4a8.model.transformer import open_transformer
@@ -86,7 +87,7 @@ def run(options: ExportOptions) -> None:
     mmdit = open_transformer(info)
     variant.check(manifest, manifest["weights_fingerprint"], model_layers(mmdit))
     size = packed_size(mmdit, weights)
-    print_export(export, size, options.layout)
+    print_export(export, size, options.layout, own_parts(info))
     if options.dry_run:
         click.echo(estimate_export(mmdit, weights, size, paths.root))
         return

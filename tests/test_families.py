@@ -290,7 +290,7 @@ def test_what_diffusionkit_leaves_out_is_said(hub, tmp_path):
 
 def test_checkpoints_of_another_layout_are_named(hub, tmp_path):
     given = {
-        "diffusers": ("transformer.single_transformer_blocks.0.attn.to_q.weight", "in the layout of diffusers"),
+        "diffusers": ("transformer.single_transformer_blocks.0.attn.to_q.weight", "holds no transformer"),
         "packed": ("double_blocks.0.img_attn.qkv.scales", "packed already"),
         "foreign": (
             "double_blocks.0.img_attn.qkv.weight",

@@ -6,12 +6,13 @@ import shutil
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import invoke
+from conftest import generate, invoke
 from finished_run import one_line
 from safetensors.numpy import load_file, save_file
 from tiny_hub import DEV, LARGE, MEDIUM, SCHNELL, run, tiny_hub
 
 from calibration_store.errors import UserError
+from calibration_store.layout import EvaluationPaths
 from w4a8.cli.options import Lora
 from w4a8.model.catalog import BUNDLED_FOLDER, describe_model, model_fingerprint
 from w4a8.model.families import FLUX, SD3
@@ -314,3 +315,33 @@ def test_every_family_takes_one(tmp_path, tmp_path_factory, model, module):
     assert done.returncode == 0, done.stderr
     before, after = (np.load(tmp_path / name / "samples/0000_001.npz")["x"] for name in "ab")
     assert np.isfinite(after).all() and not np.array_equal(before, after)
+
+
+@pytest.mark.slow
+def test_a_loras_effect_before_and_after_rounding(emoji_lora, tmp_path):
+    """The cosine in metrics.json is that of the stored latents; a small LoRA drowns at 4 bits, and this is said."""
+    where = ("--calib-dir", tmp_path / "run")
+    lora = ("--lora", f"{emoji_lora}:0.02")
+    done = generate("--num-images", 1, "--num-steps", 2, "--no-images", *lora, *where)
+    assert done.exit_code == 0, done.output
+    quick = ("--num-images", 2, "--num-steps", 2, "--variants", "w4-rtn,w8-rtn,no-lora", *where)
+    done = invoke("evaluate_quantization", *quick)
+    assert done.exit_code == 0, done.output
+    metrics = json.loads((tmp_path / "run/evaluation/metrics.json").read_bytes())["variants"]
+    latents = {}
+    for name in ("fp", "no-lora", "w4-rtn", "w8-rtn"):
+        with np.load(next(iter(EvaluationPaths(tmp_path / "run/evaluation").runs_of(name)))) as file:
+            latents[name] = file["latents"][:, -1].astype(np.float64).reshape(2, -1)
+    before = latents["fp"] - latents["no-lora"]
+    for name in ("w4-rtn", "w8-rtn"):
+        after = latents[name] - latents["no-lora"]
+        cosines = (before * after).sum(1) / np.linalg.norm(before, axis=1) / np.linalg.norm(after, axis=1)
+        assert metrics[name]["lora_effect"] == pytest.approx(cosines.mean(), abs=1e-6)
+    assert "lora_effect" not in metrics["no-lora"]
+    assert (
+        metrics["w4-rtn"]["lora_effect"] < 0.9 and "w4-rtn: below 0.9, rounding drowns the LoRA's effect" in done.stdout
+    )
+    plain = ("--num-images", 1, "--num-steps", 1, "--no-images", "--calib-dir", tmp_path / "plain")
+    assert generate(*plain).exit_code == 0
+    done = invoke("evaluate_quantization", "--variants", "no-lora", "--calib-dir", tmp_path / "plain")
+    assert done.exit_code == 2 and "the model has no LoRA" in done.stderr

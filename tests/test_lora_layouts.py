@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 from safetensors.numpy import save_file
 from test_checkpoints import PREFIX, numbers_of
 from test_checkpoints import bits as bits_of
-from tiny_hub import SCHNELL, run, tiny_hub
+from tiny_hub import MEDIUM, SCHNELL, run, tiny_hub
 
 from calibration_store.errors import UserError
 from w4a8.model.catalog import describe_model
@@ -336,3 +336,31 @@ def test_a_folder_of_several_and_a_name_of_the_hub(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds none"):
         describe_model(SCHNELL, [Lora(tmp_path / "empty")])
+
+
+def test_an_export_has_the_text_encoder_that_a_lora_changed(tmp_path, tmp_path_factory):
+    """clip_l is in the folder, fused; clip_g, which the LoRA leaves, is the hub's; draw_images.py reads the folder's."""
+    home = tiny_hub(tmp_path_factory.getbasetemp())
+    module = "lora_te1_text_model_encoder_layers_0_self_attn_q_proj"
+    random = np.random.default_rng(0)
+    down, up = (random.standard_normal(shape).astype(np.float16) for shape in ((R, 768), (768, R)))
+    save_file({f"{module}.lora_down.weight": down, f"{module}.lora_up.weight": up}, tmp_path / "te.safetensors")
+    where, size = ("--calib-dir", tmp_path / "run"), ("--latent-size", 8, 8, "--no-t5")
+    lora = ("--lora", f"{tmp_path / 'te.safetensors'}:0.01")
+    export = ("export_quantized_model", *where, "--weights", "w4-rtn", "--activations", "none")
+    done = run(
+        home, "generate_calibration_data", "--model", MEDIUM, *lora, "--num-images", 1, "--num-steps", 1, *size, "--no-images",
+        *where, "then", *export, "then", *export, "--format", "gguf", "--dry-run", "then", "draw_images", "a", "--model",
+        tmp_path / "run/quantized_model", "--num-steps", 1, *size, "--output", tmp_path / "one.png",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "not in the export: clip_l, which the checkpoint or a LoRA changes" in done.stdout
+    folder = tmp_path / "run/quantized_model"
+    assert not (folder / "clip_g.safetensors").exists()
+    found = mx.load(str(folder / "clip_l.safetensors"))["layers.0.attention.query_proj.weight"]
+    base = mx.load(str(next(home.rglob("clip_l/model.fp16.safetensors"))))[
+        "text_model.encoder.layers.0.self_attn.q_proj.weight"
+    ]
+    expected = np.array(base, np.float64) + 0.01 * up.astype(np.float64) @ down.astype(np.float64)
+    np.testing.assert_allclose(np.array(found, np.float64), expected, atol=2e-3)
+    assert np.abs(np.array(found, np.float64) - np.array(base, np.float64)).max() > 0.02

@@ -24,8 +24,8 @@ from w4a8 import __version__
 from w4a8.backend.estimates import Estimate
 from w4a8.backend.processes import SINGLE_PROCESS, SingleProcess
 from w4a8.backend.progress import ProgressBar, progress_bar
-from w4a8.evaluation.metrics import describe_variant
-from w4a8.evaluation.variants import Variant
+from w4a8.evaluation.metrics import describe_variant, effect_cosine
+from w4a8.evaluation.variants import NO_LORA_VARIANT, Variant
 from w4a8.model.catalog import ModelInfo, choose_dtype, model_fingerprint, package_versions, without_own
 from w4a8.model.loading import load_pipeline
 from w4a8.model.location import UNCHANGED_LOCATION, ModelLocation
@@ -160,6 +160,8 @@ def plan_evaluation(
         latent_size, default_cfg, negative = info.latent_size, info.cfg_weight, ""
     cfg_weight = choose_guidance(info, default_cfg if options.cfg_weight is None else options.cfg_weight)
     check_seeds(options.seed, len(prompts))
+    if NO_LORA_VARIANT in (options.variants or "").split(",") and not info.loras:
+        raise OptionError(f"--variants {NO_LORA_VARIANT}: the model has no LoRA; leave it out")
     return EvaluationPlan(
         weights_fingerprint=fingerprint,
         dtype=manifest["activation_dtype"],
@@ -185,7 +187,8 @@ def evaluate(
     The original, and with `resume` the others, are taken from an earlier run's file where there is one. Latents are in
     memory for two variants at a time.
     """
-    images, results, original = {}, {}, None
+    images, results, original, without = {}, {}, None, None
+    variants = sorted(variants, key=lambda variant: (variant.name != "fp", variant.name != NO_LORA_VARIANT))
     total = len(variants) * plan.num_steps * len(plan.batches)
     with progress_bar(total, "sampling", "step") as bar:
         for variant in variants:
@@ -196,6 +199,11 @@ def evaluate(
             original = found if original is None else original
             images[variant.name] = found["images"]
             results[variant.name] = describe_variant(plan.prompts, plan.seed, original, found)
+            if variant.name == NO_LORA_VARIANT:
+                without = found["latents"][:, -1].copy()
+            elif without is not None:
+                kept = effect_cosine(original["latents"][:, -1], without, found["latents"][:, -1])
+                results[variant.name]["lora_effect"] = kept
             bar.n = total * len(results) // len(variants)
     return None if original is None else (original["images"], images, results)
 

@@ -12,6 +12,7 @@ class GateFailure(UserError):
     exit_code = 1
 
 
+KEPT_EFFECT = 0.9  # cosine of a LoRA's effect before and after rounding, below which stage 4 says that it is drowned
 ONLY_IMAGES_ARE_EQUAL = "every image equals the original's, but the latents do not"
 
 

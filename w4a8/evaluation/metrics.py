@@ -62,6 +62,19 @@ def step_errors(reference: np.ndarray, latents: np.ndarray) -> np.ndarray:
     return difference / np.sqrt(np.square(reference.astype(np.float64)).sum(axis=axes))
 
 
+def effect_cosine(reference: np.ndarray, without: np.ndarray, latents: np.ndarray) -> float:
+    """Return how much of a LoRA's effect a variant keeps: the mean cosine of x_fp − x_without and x − x_without.
+
+    reference: x_fp, the original's finished latents; without: those of the original without its LoRAs; latents: x, the
+    variant's; (N, h, w, 16) each. An image that the LoRAs do not change counts as 1 where the variant leaves it, else 0.
+    """
+    before, after = ((each.astype(np.float64) - without).reshape(len(without), -1) for each in (reference, latents))
+    lengths = np.linalg.norm(before, axis=1) * np.linalg.norm(after, axis=1)
+    same = (before == after).all(axis=1)
+    cosines = np.where(lengths > 0, (before * after).sum(axis=1) / np.where(lengths > 0, lengths, 1), same)
+    return float(cosines.mean())
+
+
 def bootstrap_interval(values: np.ndarray, seed: int = 0) -> list[float]:
     """Return the 95 % interval of the mean of values (n,), by drawing n of them with replacement BOOTSTRAP times."""
     picks = np.random.default_rng(seed).integers(values.size, size=(BOOTSTRAP, values.size))

@@ -2,8 +2,8 @@
 
 import difflib
 import re
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from calibration_store.manifest import same_run
 from calibration_store.weights import WEIGHTS_METADATA
 from w4a8.model.layers import Layer
 from w4a8.model.packed import AUTO
-from w4a8.model.parts import Pipeline
+from w4a8.model.parts import TRANSFORMER, Pipeline
 from w4a8.options import ExportOptions
 from w4a8.quantized.activation_rules import RULES, ActivationRule, rule_of
 from w4a8.quantized.exported import ExportedWeights
@@ -25,6 +25,7 @@ WEIGHT_PART = re.compile(
 )
 REST = {None: None, "r8": OtherLayers(8), "all": OtherLayers(4, all_linears=True)}
 NATIVE_VARIANT = "native"
+NO_LORA_VARIANT = "no-lora"  # the original weights, without the LoRAs that are fused into the transformer
 DEFAULT_GROUP_SIZE = 64
 WEIGHT_VOCABULARY = (
     "w4-adaround, w4-rtn, w4-rtn-g0 (2, 3, 4, 5, 6 or 8 bits, groups of 32, 64, 128 or 0: what MLX runs natively), "
@@ -32,6 +33,7 @@ WEIGHT_VOCABULARY = (
 )
 VARIANT_WORDS = (
     f"fp, {WEIGHT_VOCABULARY}, {NATIVE_VARIANT} (the folder that export_quantized_model.py wrote), "
+    f"{NO_LORA_VARIANT} (the original without its LoRAs, and what rounding leaves of their effect), "
     f"{', '.join(rule.spelled for rule in RULES)}, and products such as w4-adaround+a8"
 )
 
@@ -47,6 +49,8 @@ class Variant:
 
     def in_place(self, pipeline: Pipeline) -> AbstractContextManager[None]:
         """Put the variant's weights into the pipeline's transformer, until the block ends."""
+        if self.name == NO_LORA_VARIANT:
+            return without_loras(pipeline)
         return nullcontext() if self.weights is None else self.weights.in_place(pipeline)
 
     @property
@@ -77,6 +81,19 @@ class Variant:
             part.check(self.name, layers)
 
 
+@contextmanager
+def without_loras(pipeline: Pipeline) -> Iterator[None]:
+    """Give the pipeline the transformer without its LoRAs until the block ends; its text encoders keep their part."""
+    info = pipeline.info
+    pipeline.info = replace(info, loras=())
+    pipeline.drop(TRANSFORMER)
+    try:
+        yield
+    finally:
+        pipeline.info = info
+        pipeline.drop(TRANSFORMER)
+
+
 def make_variant(name: str, calib_dir: Path, scale_is: str | None = None, native: str = AUTO) -> Variant:
     """Return the variant of a name: `fp`, a weight part, an activation part, or both with a plus.
 
@@ -84,7 +101,7 @@ def make_variant(name: str, calib_dir: Path, scale_is: str | None = None, native
     weights. Raises OptionError for a name outside the vocabulary, and a UserError when a file that the variant needs is
     missing or damaged.
     """
-    if name == "fp":
+    if name in ("fp", NO_LORA_VARIANT):
         return Variant(name)
     weight_part = rule_part = None
     for part in name.split("+"):

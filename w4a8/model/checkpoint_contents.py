@@ -19,7 +19,7 @@ from w4a8.model.weight_files import refuse_other_kinds
 ORIGINAL, DIFFUSERS = "original", "diffusers"
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "")
 FIRST_BLOCKS = (("joint_blocks.0.", ORIGINAL), ("double_blocks.0.", ORIGINAL), ("transformer_blocks.0.", DIFFUSERS))
-BLOCK = re.compile(r"(?:joint_blocks|double_blocks|(?<!single_)transformer_blocks)\.(\d+)\.")
+BLOCK_KEY = re.compile(r"(?:joint_blocks|double_blocks|(?<!single_)transformer_blocks)\.(\d+)\.")
 VAE_PREFIXES = ("first_stage_model.", "vae.", "")
 CLIP = "text_encoders.{}.transformer."
 OTHER_PARTS = {  # how keys of parts that are not read begin -> the part
@@ -113,7 +113,7 @@ class Contents:
         if self.family is FLUX:
             guided = any("guidance_in." in key or "guidance_embedder." in key for key in keys)
             return next(name for name in _models_of(FLUX) if ("dev" in name) == guided)
-        depth = 1 + max(int(found[1]) for found in map(BLOCK.match, keys) if found)
+        depth = 1 + max(int(found[1]) for found in map(BLOCK_KEY.match, keys) if found)
         width = keys.get("context_embedder.weight", (0,))[0]
         normed = any(".ln_q." in key or ".norm_q." in key for key in keys)
         for name in _models_of(SD3):

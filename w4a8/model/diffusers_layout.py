@@ -48,7 +48,11 @@ DIFFUSERS_PARTS = (
     ("x_pos_embedder.pos_embed.weight", "pos_embed.pos_embed"),
     ("x_embedder.proj", "x_embedder"),
 )  # fmt: skip
-GUIDANCE = (("time_text_embed.guidance_embedder.linear_", "guidance_in."), ("1.", "in_layer."), ("2.", "out_layer."))
+GUIDANCE_KEYS = (
+    ("time_text_embed.guidance_embedder.linear_", "guidance_in."),
+    ("1.", "in_layer."),
+    ("2.", "out_layer."),
+)
 
 
 def diffusers_name(family: Family, name: str) -> str:
@@ -91,13 +95,13 @@ def original_arrays(
             whole = parts[0] if len(parts) == 1 else mx.concatenate(parts)
         except ValueError:
             raise UserError(f"{', '.join(wanted)}: their shapes do not fit beside each other") from None
-        if is_swapped(family, wanted[0].rpartition(".")[0], last):
+        if is_swapped(family, wanted[0].removesuffix(".weight").removesuffix(".bias"), last):
             half = whole.shape[0] // 2
             whole = mx.concatenate([whole[half:], whole[:half]])
         found[key] = whole
     for key in [key for key in left if "guidance_embedder." in key]:
         array = left.pop(key)
-        for theirs, ours in GUIDANCE:
+        for theirs, ours in GUIDANCE_KEYS:
             key = key.replace(theirs, ours)
         found[key] = array
     return found | left

@@ -18,12 +18,13 @@ from w4a8.model.diffusionkit import (
     HUB_TEXT_ENCODERS,
     MMDIT_CKPT,
     T5_MAX_LENGTH,
+    CLIPTextModel,
     VAEDecoder,
     model_io,
 )
 from w4a8.model.folder import load_folder_transformer
 from w4a8.model.hub_files import HubFileError
-from w4a8.model.hub_parts import load_clip, load_t5, load_tokenizer, vae_arrays
+from w4a8.model.hub_parts import empty_clip, load_clip, load_t5, load_tokenizer, vae_arrays
 from w4a8.model.lora import fuse_text_encoder
 from w4a8.model.packed import AUTO
 from w4a8.model.parts import DECODER, TEXT, TRANSFORMER, Parts, Pipeline, check_finite, load_weights
@@ -95,11 +96,15 @@ class HubPipeline(Pipeline):
         decoder.load_weights([(name, array.astype(dtype)) for name, array in found.items()])
         return decoder
 
+    def load_encoder(self, name: str, dtype: mx.Dtype) -> CLIPTextModel:
+        """Load clip_l or clip_g, from the checkpoint or from the hub."""
+        return load_clip(self.info, name, dtype)
+
     def _load_text(self, half: bool) -> None:
         version, encoders = self.info.version, {}
         dtype = self.float16_dtype if half else mx.float32
         for name in self.family.clip:
-            encoders[name] = load_clip(self.info, name, dtype)
+            encoders[name] = self.load_encoder(name, dtype)
             check_finite(encoders[name], f"{version}, CLIP-{name[-1].upper()}")
             fuse_text_encoder(encoders[name], name, self.family, self.info.loras)
         if self.use_t5:
@@ -122,6 +127,11 @@ class ExportedPipeline(HubPipeline):
     def load_mmdit(self) -> None:
         """Load the transformer from the folder; packed layers stay packed."""
         self.mmdit = load_folder_transformer(self.folder, self.dtype, self.info.loras, self.native)
+
+    def load_encoder(self, name: str, dtype: mx.Dtype) -> CLIPTextModel:
+        """Load clip_l or clip_g from the folder, or from the hub where the folder has none."""
+        path = weight_file(self.folder, name)
+        return load_weights(empty_clip(name), path, dtype) if path.exists() else super().load_encoder(name, dtype)
 
     def load_decoder(self, half: bool) -> VAEDecoder:
         """Load the VAE decoder from the folder, or from the hub where the folder has none."""

@@ -10,6 +10,7 @@ import orjson
 from mlx.utils import tree_flatten
 
 from w4a8.model.catalog import ModelError, ModelInfo
+from w4a8.model.checkpoint_contents import read_contents
 from w4a8.model.diffusionkit import (
     HUB_MMDIT_CONFIGS,
     MMDiTConfig,
@@ -20,6 +21,7 @@ from w4a8.model.diffusionkit import (
 )
 from w4a8.model.hub_parts import text_file, vae_arrays
 from w4a8.model.loading import load_pipeline
+from w4a8.model.lora import text_encoders_of
 from w4a8.model.parts import DECODER, TEXT
 
 
@@ -50,10 +52,10 @@ def hub_encoder(info: ModelInfo) -> dict[str, mx.array]:
     return dict(tree_flatten(encoder.parameters()))
 
 
-def hub_text_encoders(info: ModelInfo) -> dict[str, nn.Module]:
-    """Return both CLIP encoders of a hub model in the family's 16 bits, by their names in a model folder."""
+def text_encoders(info: ModelInfo) -> dict[str, nn.Module]:
+    """Return the CLIP encoders of a model in the family's 16 bits, by their names in a model folder."""
     pipeline = load_pipeline(info, {TEXT: info.family.half}, use_t5=False)
-    return {"clip_l": pipeline.clip_l, "clip_g": pipeline.clip_g}
+    return {name: getattr(pipeline, name) for name in info.family.clip}
 
 
 def hub_tokenizer() -> list[Path]:
@@ -117,3 +119,13 @@ def transformer_section(config: MMDiTConfig) -> dict[str, Any]:
             section[field.name] = value
     section["timestep_dtype"] = "bfloat16" if config.dtype == mx.bfloat16 else "float16"
     return section
+
+
+def own_parts(info: ModelInfo) -> set[str]:
+    """Return the parts beside the transformer that are not the hub's: a checkpoint's, and those that LoRAs change."""
+    found = text_encoders_of(info.loras, info.family)
+    if info.checkpoint is not None:
+        contents = read_contents(info.checkpoint)
+        found |= {name for name in info.family.clip if contents.clip(name)}
+        found |= {"decoder"} if contents.vae else set()
+    return found

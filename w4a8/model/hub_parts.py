@@ -31,7 +31,7 @@ from w4a8.model.weight_files import load_arrays
 MOST_MERGES = 49152 - 256 - 2  # of CLIP's published merges; the file lists more
 
 
-PART_WORDS = {"clip_l": "CLIP-L", "clip_g": "CLIP-G"}
+ENCODER_WORDS = {"clip_l": "CLIP-L", "clip_g": "CLIP-G"}
 
 
 def describe_checkpoint(info: ModelInfo, use_t5: bool) -> list[str]:
@@ -40,12 +40,12 @@ def describe_checkpoint(info: ModelInfo, use_t5: bool) -> list[str]:
         return []
     contents, title, family = read_contents(info.checkpoint), info.title, info.family
     inside = ["transformer", *(["VAE"] if contents.vae else [])]
-    inside += [PART_WORDS[name] for name in family.clip if contents.clip(name)]
+    inside += [ENCODER_WORDS[name] for name in family.clip if contents.clip(name)]
     left = contents.left_out()
     sentences = [
         f"{title}: read as {info.hub_id} ({', '.join(inside)})" + (f"; not read: {', '.join(left)}" if left else "")
     ]
-    hub = [PART_WORDS[name] for name in family.clip if not contents.clip(name)] + (["T5"] if use_t5 else [])
+    hub = [ENCODER_WORDS[name] for name in family.clip if not contents.clip(name)] + (["T5"] if use_t5 else [])
     others = [f"{', '.join([*hub, 'tokenizers'])} of {HUB_TEXT_ENCODERS}"] + (
         [f"T5's config of {REPOSITORY}"] if use_t5 else []
     )
@@ -84,10 +84,10 @@ def load_tokenizer(encoder: str) -> ClipTokenizer:
     return ClipTokenizer(ranks, vocabulary, encoder == "clip_l")
 
 
-def load_clip(info: ModelInfo, encoder: str, dtype: mx.Dtype) -> CLIPTextModel:
-    """Load clip_l or clip_g. Raises HubFileError, or ModelError for arrays that are not the encoder's."""
+def empty_clip(encoder: str) -> CLIPTextModel:
+    """Make clip_l or clip_g without weights, from its config on the hub. Raises HubFileError."""
     config = orjson.loads(text_file(f"{encoder}_config").read_bytes())
-    model = CLIPTextModel(
+    return CLIPTextModel(
         CLIPTextModelConfig(
             num_layers=config["num_hidden_layers"],
             model_dims=config["hidden_size"],
@@ -98,14 +98,18 @@ def load_clip(info: ModelInfo, encoder: str, dtype: mx.Dtype) -> CLIPTextModel:
             hidden_act=config.get("hidden_act", "quick_gelu"),
         )
     )
-    path, prefix = text_file(encoder) if info.checkpoint is None else info.checkpoint, ""
-    given = None
-    if info.checkpoint is not None:
-        contents = read_contents(info.checkpoint)
-        prefix = contents.clip(encoder) or ""
-        given = [array for file in contents.files for array in load_arrays(file).items()] if prefix else None
-        path = path if prefix else text_file(encoder)
-    arrays = dict(given) if given is not None else load_arrays(path)
+
+
+def load_clip(info: ModelInfo, encoder: str, dtype: mx.Dtype) -> CLIPTextModel:
+    """Load clip_l or clip_g, from the checkpoint where it holds the encoder whole, else from the hub.
+
+    Raises HubFileError, or ModelError for arrays that are not the encoder's.
+    """
+    model = empty_clip(encoder)
+    contents = read_contents(info.checkpoint) if info.checkpoint is not None else None
+    prefix = (contents.clip(encoder) if contents is not None else None) or ""
+    files = contents.files if contents is not None and prefix else (text_file(encoder),)
+    path, arrays = files[0], {key: array for file in files for key, array in load_arrays(file).items()}
     named = [(key.removeprefix(prefix), array.astype(dtype)) for key, array in arrays.items() if key.startswith(prefix)]
     load_exactly(model, [pair for item in named for pair in model_io.map_clip_text_encoder_weights(*item)], path)
     return model

@@ -74,7 +74,7 @@ def with_loras(weights: Mapping[str, mx.array], family: Family, loras: Sequence[
             if module not in targets and not (adapter.arrays and adapter.bias() is not None and module in biases)
             for key in adapter.keys
         )
-        if unknown or not own:
+        if unknown or not modules:
             raise UserError(
                 f"--lora {lora.file}: {len(unknown)} of its keys are no layer of this model's transformer "
                 f"({shortened(unknown or sorted(modules))}){probably(unknown)}"
@@ -96,6 +96,12 @@ def text_encoder_of(key: str, family: Family) -> str | None:
     encoders = (*family.clip, "t5")
     number = int(found["kohya"] or found["diffusers"] or 1)
     return encoders[min(number, len(encoders)) - 1]
+
+
+def text_encoders_of(loras: Sequence[Lora], family: Family) -> set[str]:
+    """Return the text encoders that these LoRAs change: clip_l, clip_g, t5."""
+    adapters = [each for lora in loras if lora.scale for group in read_adapters(lora).values() for each in group]
+    return {found for each in adapters if (found := text_encoder_of(each.keys[0], family)) is not None}
 
 
 def fuse_text_encoder(model: nn.Module, encoder: str, family: Family, loras: Sequence[Lora]) -> None:

@@ -12,13 +12,12 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from calibration_store.errors import OptionError, UserError
 from calibration_store.layout import ADAPTER_CONFIG
 from calibration_store.model_folder import CONFIG_FILE
-from w4a8.model.checkpoint_contents import Contents, read_contents
+from w4a8.model.checkpoint_contents import SHARD, Contents, read_contents
 from w4a8.model.diffusionkit import HUB_MMDIT_FILES, MMDIT_CKPT
 from w4a8.model.location import Lora
 
 WEIGHT_ENDS = (".safetensors", ".sft", ".safetensors.index.json", ".gguf")
 DIFFUSERS_FILES = ("diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.safetensors")
-SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 KNOWN_NAMES = frozenset(name for files in HUB_MMDIT_FILES.values() for name in files.values()) | {
     "flux1-schnell.safetensors", "flux1-dev.safetensors",
 }  # fmt: skip

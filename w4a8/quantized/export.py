@@ -4,6 +4,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,9 @@ from w4a8.model.hub_export import (
     complete_hub_config,
     hub_decoder,
     hub_encoder,
-    hub_text_encoders,
     hub_tokenizer,
+    own_parts,
+    text_encoders,
 )
 from w4a8.model.layers import model_layers
 from w4a8.model.packed import native_module
@@ -197,16 +199,22 @@ def rest_of_model(export: ExportSource, complete: bool) -> RestOfModel:
     info = export.info
     if info.folder is not None:
         captions, config_path = captions_file(info.folder), config_file(info.folder)
-        files = [p for role, p in folder_files(info.folder).items() if role != "mmdit" and p != config_path]
-        return {}, files + ([captions] if captions else []), read_model_config(info.folder)
+        parts = encoder_parts(info, own_parts(info))
+        changed = ("mmdit", *parts)
+        files = [p for role, p in folder_files(info.folder).items() if role not in changed and p != config_path]
+        return parts, files + ([captions] if captions else []), read_model_config(info.folder)
     config: dict[str, Any] = {"name": info.version.rpartition("/")[2], "base_model": info.version}
-    if not complete and info.checkpoint is None:
-        return {}, [], config
-    parts = {"decoder": hub_decoder(info)}  # the one in a local checkpoint is not the hub's
-    if not complete:
-        return parts, [], config
-    encoders = {part: dict(tree_flatten(module.parameters())) for part, module in hub_text_encoders(info).items()}
-    return parts | encoders, hub_tokenizer(), complete_hub_config(info)
+    own = own_parts(info)
+    parts = {"decoder": hub_decoder(info)} if complete or "decoder" in own else {}
+    parts |= encoder_parts(info, set(info.family.clip) if complete else own)
+    return (parts, hub_tokenizer(), complete_hub_config(info)) if complete else (parts, [], config)
+
+
+def encoder_parts(info: ModelInfo, wanted: AbstractSet[str]) -> dict[str, NamedArrays]:
+    """Return the parameters of those CLIP encoders of a model that are wanted, with LoRAs fused, in 16 bits."""
+    names = [name for name in info.family.clip if name in wanted]
+    encoders = text_encoders(info) if names else {}
+    return {name: dict(tree_flatten(encoders[name].parameters())) for name in names}
 
 
 def bytes_needed(export: ExportSource, size: Size, rest: RestOfModel, hub_file: bool) -> int:

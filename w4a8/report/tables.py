@@ -3,7 +3,7 @@
 Stages 3A and 3A' print their summaries without MLX, so types that come with MLX are imported for annotations alone.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,7 +12,7 @@ import numpy as np
 from calibration_store.choices import TIER_BITS
 from calibration_store.sizes import format_bytes
 from w4a8.analysis.w4a8_config import DEAD_SCALE
-from w4a8.evaluation.gate import ONLY_IMAGES_ARE_EQUAL, only_images_are_equal
+from w4a8.evaluation.gate import KEPT_EFFECT, ONLY_IMAGES_ARE_EQUAL, only_images_are_equal
 
 if TYPE_CHECKING:
     from w4a8.drawing import Drawing
@@ -99,6 +99,15 @@ def print_variants(results: dict[str, dict], simulated: bool) -> None:
     if simulated:
         click.echo("Quantized activations are simulated: these rows say nothing about speed.")
     for name, row in results.items():
+        kept = row.get("lora_effect")
+        if kept is not None:
+            click.echo(f"{name}: the LoRA's effect before and after has cosine {kept:.2f}")
+            if kept < KEPT_EFFECT:
+                click.echo(
+                    f"{name}: below {KEPT_EFFECT:g}, rounding drowns the LoRA's effect; learn the rounding, take more bits, "
+                    "or a larger scale (--lora FILE:1.5)"
+                )
+    for name, row in results.items():
         worst = row["worst_prompts"][0]
         if only_images_are_equal(row):
             click.echo(f"{name}: {ONLY_IMAGES_ARE_EQUAL}")
@@ -135,8 +144,8 @@ def print_losses(rows: list[tuple[str, dict]]) -> None:
         click.echo(f"{name:27} {figures} {row['end_training']:11.3f}{kept}")
 
 
-def print_export(export: "ExportSource", size: "Size", layout: str) -> None:
-    """Print what stage 5 writes, and its size relative to float16."""
+def print_export(export: "ExportSource", size: "Size", layout: str, own: Collection[str]) -> None:
+    """Print what stage 5 writes, and its size relative to float16. own: the parts that are not the hub's, by name."""
     weights = export.weights
     rest = (
         ""
@@ -155,6 +164,12 @@ def print_export(export: "ExportSource", size: "Size", layout: str) -> None:
         f"{size.quantized / size.quantized_float16:.3f} x their float16; "
         f"transformer {format_bytes(size.transformer)}, {size.transformer / size.transformer_float16:.3f} x"
     )
+    left_out = sorted(own) if layout == "gguf" else [name for name in own if name == "t5"]
+    if left_out:
+        click.echo(
+            f"not in the export: {', '.join(left_out)}, which the checkpoint or a LoRA changes; "
+            "other programs need them beside it"
+        )
 
 
 def print_drawing(drawing: "Drawing", size: int | None) -> None:
