@@ -347,10 +347,10 @@ def test_an_export_has_the_text_encoder_that_a_lora_changed(tmp_path, tmp_path_f
     save_file({f"{module}.lora_down.weight": down, f"{module}.lora_up.weight": up}, tmp_path / "te.safetensors")
     where, size = ("--calib-dir", tmp_path / "run"), ("--latent-size", 8, 8, "--no-t5")
     lora = ("--lora", f"{tmp_path / 'te.safetensors'}:0.01")
-    export = ("export_quantized_model", *where, "--weights", "w4-rtn", "--activations", "none")
+    export = ("export_quantized_model", *where, "--activations", "none", "--weights")
     done = run(
         home, "generate_calibration_data", "--model", MEDIUM, *lora, "--num-images", 1, "--num-steps", 1, *size, "--no-images",
-        *where, "then", *export, "then", *export, "--format", "gguf", "--dry-run", "then", "draw_images", "a", "--model",
+        *where, "then", *export, "w4-rtn", "then", *export, "w4-rtn-g32", "--format", "gguf", "--dry-run", "then", "draw_images", "a", "--model",
         tmp_path / "run/quantized_model", "--num-steps", 1, *size, "--output", tmp_path / "one.png",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
