@@ -253,6 +253,17 @@ def test_a_fine_tune_of_flux_in_the_original_keys(hub, tmp_path):
     assert np.array_equal(one, other) and not (tmp_path / "b/quantized_model/decoder.safetensors").exists()
 
 
+@pytest.mark.parametrize("model, limit, cut", [(SCHNELL, 256, 2), (DEV, 512, 1)])
+def test_each_encoders_cut_is_told(hub, tmp_path, model, limit, cut):
+    """CLIP cuts all three prompts at 77 tokens; T5 reads 256 tokens with FLUX.1-schnell and 512 with -dev."""
+    (tmp_path / "prompts.txt").write_text("\n".join("a " * count for count in (80, 250, 600)))
+    where = ("--prompts", tmp_path / "prompts.txt", "--calib-dir", tmp_path / "run", "--dry-run")
+    done = run(hub, "generate_calibration_data", "--model", model, "--num-images", 3, "--num-steps", 1, *SIZE, *where)
+    assert done.returncode == 0, done.stderr
+    one = f"T5 reads the first {limit} tokens of {cut} prompt{'s' * (cut > 1)}."
+    assert f"CLIP reads the first 77 tokens of 3 prompts; {one}" in done.stdout, done.stdout
+
+
 def test_tokens_that_exceed_float16(hub, tmp_path):
     """The walk of stage 3W keeps FLUX's tokens in float32; a cache of all boundaries cannot, and says so."""
     weights = mx.load(str(next(hub.rglob("flux-schnell.safetensors"))))

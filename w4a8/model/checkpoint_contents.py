@@ -50,6 +50,7 @@ STRANGERS = (
 LONE_PARTS = (
     ("lora_", "a LoRA; give it with --lora"),
     (".lora", "a LoRA; give it with --lora"),
+    ("transformer_blocks.", "a part of a transformer in the layout of diffusers"),
     ("encoder.block.0.", "T5, a text encoder"),
     ("text_model.", "CLIP, a text encoder"),
     ("decoder.conv_in.", "a VAE"),

@@ -31,7 +31,7 @@ def hub_file(repository: str, name: str, download: bool = False) -> Path:
             return only / name
         reason = str(error).strip().split("\n")[0][:160]
         if isinstance(error, LocalEntryNotFoundError):
-            reason = "the cache holds other files of it" if _holds_some(repository) else "the cache holds none of it"
+            reason = what_is_cached(repository)
         raise HubFileError(repository, name, reason) from None
 
 
@@ -42,8 +42,14 @@ def only_snapshot(repository: str) -> Path | None:
     return snapshots[0] if len(snapshots) == 1 else None
 
 
-def _holds_some(repository: str) -> bool:
-    return any((_cache_folder(repository) / "snapshots").glob("*/*"))
+def what_is_cached(repository: str) -> str:
+    """Say what the local cache holds of a repository, for messages about a file that it lacks."""
+    folder = _cache_folder(repository)
+    if not any((folder / "snapshots").glob("*/*")):
+        return "the cache holds none of it"
+    if not (folder / "refs" / "main").exists():
+        return "the cache holds several snapshots of it, and no refs/main that names one"
+    return "the cache holds other files of it"
 
 
 def _cache_folder(repository: str) -> Path:

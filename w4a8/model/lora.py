@@ -77,7 +77,7 @@ def with_loras(weights: Mapping[str, mx.array], family: Family, loras: Sequence[
         if unknown or not modules:
             raise UserError(
                 f"--lora {lora.file}: {len(unknown)} of its keys are no layer of this model's transformer "
-                f"({shortened(unknown or sorted(modules))}){probably(unknown)}"
+                f"({shortened(unknown or sorted(modules))}){probably(unknown, family)}"
             )
         for module, adapters in own.items():
             for adapter in adapters:
@@ -142,14 +142,15 @@ PROBABLY = (
     ("down_blocks", "SDXL's or SD1.5's LoRA"), ("input_blocks", "SDXL's or SD1.5's LoRA"),
     ("lora_te", "another text encoder's"), ("text_encoder", "another text encoder's"),
     ("distilled_guidance", "Chroma's LoRA"), ("double_stream", "FLUX.2's LoRA"), ("img_mod", "Qwen-Image's LoRA"),
+    (".scale", "whole values, which Canny's and Depth's LoRAs bring, are not read"),
     ("single_", "FLUX's LoRA"), ("double_blocks", "FLUX's LoRA"), ("joint_blocks", "SD3's LoRA"),
 )  # fmt: skip
 
 
-def probably(keys: Sequence[str]) -> str:
+def probably(keys: Sequence[str], family: Family) -> str:
     """Return a hint at the model or the part that keys without a layer here belong to."""
     for mark, what in PROBABLY:
-        if any(mark in key for key in keys):
+        if any(mark in key for key in keys) and not what.lower().startswith(f"{family.name}'s"):
             return f"; probably {what}" if what.endswith(("LoRA", "'s")) else f"; {what}"
     return "; the file was made for another model"
 

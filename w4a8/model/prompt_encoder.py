@@ -10,6 +10,7 @@ import mlx.core as mx
 from w4a8.backend.memory import device_memory
 from w4a8.backend.progress import progress_bar
 from w4a8.model.clip_tokenizer import ClipTokenizer
+from w4a8.model.lora import text_encoders_of
 from w4a8.model.parts import TEXT, TRANSFORMER, Pipeline
 
 MOST_WORDS = 8  # unknown words that a sentence lists
@@ -26,7 +27,13 @@ def say_what_is_not_read(pipeline: Pipeline, prompts: Sequence[str], negative_pr
         *_cut_texts(pipeline, texts, lambda count: f"{count} prompt{'s' * (count > 1)}"),
         *_cut_texts(pipeline, [negative_prompt], lambda count: "the negative prompt"),
         *_unknown_words(pipeline.tokenizers, [*texts, negative_prompt]),
+        *(["T5 is off, so that the LoRA's part of T5 changes nothing."] if _unused_t5(pipeline) else []),
     ]
+
+
+def _unused_t5(pipeline: Pipeline) -> bool:
+    """Return whether a LoRA has a part of T5 that is not in use."""
+    return not pipeline.use_t5 and "t5" in text_encoders_of(pipeline.info.loras, pipeline.family)
 
 
 def _cut_texts(pipeline: Pipeline, texts: Sequence[str], named: Callable[[int], str]) -> list[str]:
