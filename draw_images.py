@@ -36,6 +36,9 @@ from w4a8.options import DrawingOptions
 @click.option("--seeds", type=cli.Seeds(), help="Draw every prompt with each of these, such as 1,2,3.")
 @click.option("--num-steps", type=cli.STEPS, help="Euler steps per image.  [default: 50; FLUX.1-schnell 4]")
 @click.option("--cfg-weight", type=cli.GUIDANCE, help="Guidance; 0 or 1 turns it off.  [default: the model's]")
+@click.option(
+    "--guidance", type=cli.GUIDANCE, help="Guidance that FLUX.1-dev embeds; other models have none.  [default: 3.5]"
+)
 @click.option("--negative-prompt", help="What guidance steers away from.")
 @click.option(
     "--latent-size", type=cli.SIDE, nargs=2, metavar="H W", help="Latent height and width.  [default: the model's]"
@@ -62,7 +65,7 @@ def run(options: DrawingOptions) -> None:
     from calibration_store.files import locked_folder
     from calibration_store.layout import DrawingPaths
     from w4a8.drawing import Drawing, compare_drawings, draw, load_model, plan_drawing, transformer_bytes
-    from w4a8.model.catalog import describe_model
+    from w4a8.model.catalog import describe_model, with_guidance
     from w4a8.model.hub_parts import describe_checkpoint
     from w4a8.model.prompt_encoder import say_what_is_not_read
     from w4a8.model.prompt_files import read_prompt_file
@@ -79,7 +82,7 @@ def run(options: DrawingOptions) -> None:
     if options.seed == -1:
         click.echo(f"seed {seed}")
     infos = [
-        describe_model(options.model, options.loras),
+        with_guidance(describe_model(options.model, options.loras), options.guidance),
         *([describe_model(options.compare)] if options.compare is not None else []),
     ]
     plan = plan_drawing(options, infos, wanted, seed)

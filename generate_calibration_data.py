@@ -32,6 +32,9 @@ from w4a8.options import GenerationOptions
 @click.option("--num-images", type=cli.IMAGES, help="Images to sample.")
 @click.option("--num-steps", type=cli.STEPS, help="Euler steps per image.  [default: 50; FLUX.1-schnell 4]")
 @click.option("--cfg-weight", type=cli.GUIDANCE, help="Guidance; 0 or 1 turns it off.  [default: the model's]")
+@click.option(
+    "--guidance", type=cli.GUIDANCE, help="Guidance that FLUX.1-dev embeds; other models have none.  [default: 3.5]"
+)
 @click.option("--negative-prompt", help="What guidance steers away from.")
 @click.option(
     "--seed",
@@ -80,7 +83,7 @@ def run(options: GenerationOptions) -> None:
         refuse_foreign_pictures,
         refuse_hub_options,
     )
-    from w4a8.model.catalog import describe_model, model_fingerprint
+    from w4a8.model.catalog import describe_model, model_fingerprint, with_guidance
     from w4a8.model.hub_parts import describe_checkpoint
     from w4a8.model.loading import load_pipeline, whole_model
     from w4a8.model.prompt_encoder import say_what_is_not_read
@@ -91,7 +94,7 @@ def run(options: GenerationOptions) -> None:
     ranks = join(options.calib_dir)
     given_prompts = read_prompt_file(options.prompt_file, note=click.echo) if options.prompt_file else None
     model, checkpoint = model_of_run(options)
-    info = describe_model(model, options.loras, checkpoint)
+    info = with_guidance(describe_model(model, options.loras, checkpoint), options.guidance)
     prompts = given_prompts or draw_builtin_prompts(info.captions, options.seed)
     plan = plan_run(options, info, prompts)
     refuse_hub_options(info, plan)
@@ -100,7 +103,7 @@ def run(options: GenerationOptions) -> None:
     paths, complete = CalibrationPaths(options.calib_dir), {}
     flags = cli.flags(
         main, activation_dtype="dtype", use_t5="use_t5", num_steps="num_steps", cfg_scale="cfg_weight", negative_prompt="negative_prompt",
-        latent_size="latent_size", sampler_shift="model", seed_base="seed", stride="stride", save_images="save_images",
+        latent_size="latent_size", guidance="guidance", sampler_shift="model", seed_base="seed", stride="stride", save_images="save_images",
     )  # fmt: skip
     folder = StageFolder(
         paths, paths.manifest, MANIFEST, lambda path: read_manifest(path.parent), flags, options.resume, options.force, ranks, "samples"

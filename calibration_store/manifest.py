@@ -83,6 +83,7 @@ class Manifest(_Manifest, total=False):
     prompts_sha256: Digest
     local_checkpoint: Name | None
     architecture: Literal["sd3", "flux"]  # absent: sd3
+    guidance: Guidance  # that FLUX.1-dev embeds; absent: the model embeds none
     loras: list[LoraEntry]  # fused into the transformer's weights; absent: no LoRA
     weights_fingerprint: Digest
     batch_option: Count  # as --batch-size was given; a run of fewer images has fewer rows in a pass
@@ -196,7 +197,8 @@ def image_identity(manifest: Mapping[str, Any], image_id: int) -> str | None:
 
 def _identity(manifest: Mapping[str, Any], prompts: Sequence[Sequence[int | str]]) -> str:
     keys = [list(v) if isinstance(v := manifest.get(key), tuple) else v for key in IDENTITY_KEYS]
-    return hashlib.sha256(orjson.dumps([keys, prompts])).hexdigest()
+    embedded = [manifest["guidance"]] if "guidance" in manifest else []
+    return hashlib.sha256(orjson.dumps([keys, prompts, *embedded])).hexdigest()
 
 
 def same_run(manifest: Mapping[str, Any], made_from: Mapping[str, Any]) -> bool:

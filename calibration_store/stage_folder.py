@@ -102,9 +102,9 @@ class StageFolder:
         before = self.read(self.record)
         for key, flag in self.options.items():
             earlier = _plain(before.get(key))
-            if key not in may_change and earlier != _plain(plan[key]):
+            if key not in may_change and earlier != _plain(plan.get(key)):
                 raise StoreError(
-                    f"--resume: the run in {self.paths.root} has {flag} {shown(earlier)}, not {shown(plan[key])}; "
+                    f"--resume: the run in {self.paths.root} has {flag} {shown(earlier)}, not {shown(plan.get(key))}; "
                     "give the same value, use --force to start over, or another --calib-dir"
                 )
         if before.get("calibration_run") != plan.get("calibration_run"):

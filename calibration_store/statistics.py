@@ -43,7 +43,7 @@ from calibration_store.schema import (
     of_run,
     run_fault,
 )
-from calibration_store.version import noted_version
+from calibration_store.version import W4A8_VERSION, noted_version
 
 STATISTICS_FORMAT = "per_timestep_npz_v2"
 
@@ -263,6 +263,9 @@ class StatisticsMetadata(TypedDict, total=False):
     w4a8_version: Name  # of the toolkit that collected, or analyzed; absent before 0.9.0
 
 
+HUB_OWNER = "argmaxinc/"  # of the hub models that DiffusionKit knows
+
+
 def metadata_fault(metadata: Mapping[str, Any]) -> str | None:
     """Return what is wrong with the metadata of statistics, or of a config made from them; None for sound ones."""
     try:
@@ -271,6 +274,8 @@ def metadata_fault(metadata: Mapping[str, Any]) -> str | None:
         return f"metadata: {error}"
     if "calibration_run" not in metadata:
         return None
+    if metadata.get("model_version", "").startswith(HUB_OWNER) and W4A8_VERSION not in metadata:
+        return "metadata: measured by 0.8.0, which computed hub models without the bias of k"
     ids, steps = metadata.get("selected_image_ids", []), metadata.get("key_timesteps", [])
     counts = (metadata.get("num_images"), metadata.get("num_timesteps"), metadata.get("total_processed"))
     if counts != (len(ids), len(steps), len(ids) * len(steps)):

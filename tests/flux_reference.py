@@ -1,7 +1,7 @@
 """Compute FLUX's blocks in NumPy and float64, from the original checkpoint's keys.
 
 Nothing of DiffusionKit, MLX or the toolkit is used. The blocks are those of Black Forest Labs' model.py, with
-DiffusionKit's two liberties: an exact GELU, and k without its bias.
+DiffusionKit's liberty of an exact GELU.
 """
 
 import math
@@ -65,13 +65,6 @@ class Flux:
         heads = x.reshape(len(x), self.heads, -1)
         return (heads / np.sqrt((heads**2).mean(-1, keepdims=True) + 1e-6) * self.weights[key]).reshape(x.shape)
 
-    def without_k_bias(self, key, x):
-        """Return the output of a linear layer that begins with q, k and v, without the bias of k."""
-        hidden = x.shape[-1]
-        given = self.linear(key, x)
-        given[:, hidden : 2 * hidden] -= self.weights[f"{key}.bias"][hidden : 2 * hidden]
-        return given
-
     def double(self, i, img, txt, vec, angles):
         """Compute double block i on one row; return image and text tokens.
 
@@ -83,7 +76,7 @@ class Flux:
         for s, x in streams.items():
             seen = modulated(x, *mods[s][:2])
             self.inputs[f"mm{i}.{s}.attn.q_proj"] = seen
-            parts.append(self.qkv(self.without_k_bias(f"{key}.{s}_attn.qkv", seen), f"{key}.{s}_attn.norm"))
+            parts.append(self.qkv(self.linear(f"{key}.{s}_attn.qkv", seen), f"{key}.{s}_attn.norm"))
         mixed = self.attention(*(np.concatenate(pair) for pair in zip(*parts, strict=True)), angles)
         given = {}
         for s, part in (("txt", mixed[: len(txt)]), ("img", mixed[len(txt) :])):
@@ -100,7 +93,7 @@ class Flux:
         key, size = f"single_blocks.{i}", x.shape[-1]
         shift, scale, gate = self.modulation(f"{key}.modulation.lin", vec, 3)
         seen = modulated(x, shift, scale)
-        given = self.without_k_bias(f"{key}.linear1", seen)
+        given = self.linear(f"{key}.linear1", seen)
         part = self.attention(*self.qkv(given[:, : 3 * size], f"{key}.norm"), angles)
         hidden = gelu(given[:, 3 * size :])
         self.inputs |= {f"uni{i}.attn.q_proj": seen, f"uni{i}.attn.o_proj": part}

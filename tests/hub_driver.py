@@ -30,12 +30,14 @@ from benchmarks.random_model import (
 from calibration_store.errors import UserError
 from calibration_store.layout import CalibrationPaths
 from calibration_store.manifest import read_manifest
+from calibration_store.model_folder import weights_fingerprint
 from calibration_store.samples import read_sample
-from w4a8.model.catalog import describe_model
-from w4a8.model.diffusionkit import FluxPipeline, MMDiT, model_io
+from w4a8.model.catalog import describe_model, model_files
+from w4a8.model.diffusionkit import HUB_MMDIT_CONFIGS, FluxPipeline, MMDiT, model_io
 from w4a8.model.layers import model_layers
 from w4a8.model.loading import check_checkpoint, diffusionkit_pipeline
 from w4a8.model.location import Lora
+from w4a8.model.original_model import OriginalTimestepAdapter
 from w4a8.model.packed import NativeLinear
 from w4a8.model.parts import TRANSFORMER, whole_model
 from w4a8.model.t5 import T5Encoder
@@ -86,8 +88,10 @@ def load_hub_file(path, output):
 def flux_latents(folder, half):
     """Draw every image of a run of FLUX again by DiffusionKit's own pipeline; the finished latents must be equal.
 
-    folder: of the run; half: the run's precision, float32 or bfloat16.
+    folder: of the run; half: the run's precision, float32 or bfloat16. The checkpoint's k has biases of 0, since
+    DiffusionKit leaves them out; timesteps are embedded as the original does.
     """
+    HUB_MMDIT_CONFIGS[SCHNELL].dtype = mx.float32
     update = nn.Module.update
     MMDiT.update = lambda self, parameters: update(
         self, parameters, strict=False
@@ -95,6 +99,7 @@ def flux_latents(folder, half):
     options = {"w16": half == "bfloat16", "a16": half == "bfloat16", "low_memory_mode": False}
     pipeline = FluxPipeline(model_version=SCHNELL, **options)
     del MMDiT.update
+    pipeline.mmdit.t_embedder.__class__ = OriginalTimestepAdapter
     pipeline.t5_encoder = T5Encoder(pipeline.t5_encoder)
     pipeline.latent_format.process_out = lambda latent: latent
     manifest = read_manifest(Path(folder))
@@ -144,6 +149,14 @@ def open_checkpoints(folder, output):
     Path(output).write_text(json.dumps(found))
 
 
+def note_fingerprint_of_080(folder):
+    """Give a run's manifest the fingerprint that version 0.8.0 would have noted."""
+    path = CalibrationPaths(Path(folder)).manifest
+    manifest = json.loads(path.read_bytes())
+    files = model_files(describe_model(manifest["model_version"]), manifest["use_t5"])
+    path.write_text(json.dumps(manifest | {"weights_fingerprint": weights_fingerprint(files)}))
+
+
 def open_loras(folder, output):
     """Fuse every LoRA of a folder; write {name: [largest relative error, changed parameters] or the error} as JSON.
 
@@ -175,7 +188,15 @@ def open_loras(folder, output):
 
 SCRIPTS = {
     function.__name__: function
-    for function in (denoise, load_hub_file, flux_latents, load_flux_file, open_checkpoints, open_loras)
+    for function in (
+        denoise,
+        load_hub_file,
+        flux_latents,
+        load_flux_file,
+        open_checkpoints,
+        note_fingerprint_of_080,
+        open_loras,
+    )
 }
 
 

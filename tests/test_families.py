@@ -1,6 +1,8 @@
 """SD3-Medium, SD3.5-large, FLUX.1-schnell and -dev at a tiny size, from their original keys through every stage."""
 
 import json
+import os
+import shutil
 
 import mlx.core as mx
 import numpy as np
@@ -78,8 +80,16 @@ def test_every_stage(roads, name):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_flux_samples_as_diffusionkits_own_pipeline(hub, tmp_path, dtype):
+    """DiffusionKit has no bias of k: the checkpoint's is 0 here."""
+    home = shutil.copytree(hub, tmp_path / "hub", copy_function=os.link)
+    path = next(home.rglob("flux-schnell.safetensors"))
+    weights = mx.load(str(path))
+    for key in [key for key in weights if key.endswith(("qkv.bias", "linear1.bias"))]:
+        weights[key] = mx.concatenate([weights[key][:128], mx.zeros(128, mx.bfloat16), weights[key][256:]])
+    path.unlink()
+    mx.save_safetensors(str(path), weights)
     done = run(
-        hub,
+        home,
         *("generate_calibration_data", "--model", SCHNELL, "--num-images", 2, "--num-steps", 4, *SIZE, "--no-images"),
         *("--dtype", dtype, "--calib-dir", tmp_path / "run", "then", "flux_latents", tmp_path / "run", dtype),
     )
@@ -186,7 +196,12 @@ def test_flux_in_the_layout_of_diffusionkits_4_bit_file(hub, roads, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     loaded, exported = mx.load(str(tmp_path / "loaded.safetensors")), mx.load(str(out / "mmdit.safetensors"))
-    assert loaded.keys() == exported.keys() and sum(array.dtype == mx.uint32 for array in loaded.values()) == 36 + 13
+    biases = {key for key in exported if key.endswith("attn.k_proj.bias")}  # DiffusionKit's module has none
+    assert (
+        loaded.keys() == exported.keys() - biases
+        and len(biases) == 6
+        and sum(array.dtype == mx.uint32 for array in loaded.values()) == 36 + 13
+    )
     for key, array in loaded.items():
         assert mx.array_equal(array, exported[key].astype(array.dtype)), key
 
@@ -293,10 +308,36 @@ def test_tokens_that_exceed_float16(hub, tmp_path):
     one_line_of(run(hub, *cache), "does not fit float16")
 
 
-def test_what_diffusionkit_leaves_out_is_said(hub, tmp_path):
-    where = ("--num-images", 1, "--num-steps", 1, *SIZE, "--no-images", "--dry-run", "--calib-dir", tmp_path / "run")
-    done = run(hub, "generate_calibration_data", "--model", DEV, *where)
-    assert done.returncode == 0 and "without its guidance embedding, which DiffusionKit does not know" in done.stdout
+def test_guidance_is_embedded_noted_and_moves_the_latents(hub, tmp_path):
+    """3.5 is FLUX.1-dev's own; other models embed none."""
+    where = ("--model", DEV, "--num-images", 1, "--num-steps", 1, *SIZE, "--no-images", "--calib-dir")
+    stage = "generate_calibration_data"
+    done = run(hub, stage, *where, tmp_path / "a", "then", stage, *where, tmp_path / "b", "--guidance", 1.5)
+    assert done.returncode == 0 and "embedded guidance 3.5" in done.stdout and "embedded guidance 1.5" in done.stdout
+    manifests = [json.loads((tmp_path / name / "manifest.json").read_bytes()) for name in "ab"]
+    assert [manifest["guidance"] for manifest in manifests] == [3.5, 1.5]
+    one, other = (np.load(tmp_path / name / "samples/0000_001.npz")["x"] for name in "ab")
+    assert not np.array_equal(one, other)
+    resumed = run(hub, stage, *where, tmp_path / "b", "--resume")
+    one_line_of(resumed, "has --guidance 1.5, not 3.5")
+    one_line_of(run(hub, stage, *where, tmp_path / "c", "--model", SCHNELL, "--guidance", 2), "embeds no guidance")
+
+
+def test_a_run_of_080_is_refused(hub, tmp_path):
+    """Its manifest has the fingerprint of the files alone; then k had no bias, and timesteps were embedded in 16 bits."""
+    where = ("--calib-dir", tmp_path / "run")
+    stage = ("generate_calibration_data", "--model", MEDIUM, "--num-images", 1, "--num-steps", 1, *SIZE, "--no-images")
+    done = run(hub, *stage, "--no-t5", *where, "then", "note_fingerprint_of_080", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    one = ("--num-images", 1, "--stride", 1)
+    for script, *options in (
+        ("collect_layer_activations", *one),
+        ("cache_adaround_data", *one),
+        ("export_quantized_model", "--weights", "w4-rtn"),
+        ("evaluate_quantization", "--variants", "w4-rtn", "--num-images", 1),
+    ):
+        one_line_of(run(hub, script, *where, *options), "0.8.0")
+    one_line_of(run(hub, *stage, "--no-t5", *where, "--resume"), "0.8.0")
 
 
 def test_checkpoints_of_another_layout_are_named(hub, tmp_path):

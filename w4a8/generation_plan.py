@@ -10,7 +10,7 @@ from calibration_store.layout import CalibrationPaths
 from calibration_store.manifest import MANIFEST_FORMAT, prompts_digest, read_manifest
 from calibration_store.samples import is_complete, sample_bytes
 from w4a8.backend.processes import SINGLE_PROCESS, SingleProcess
-from w4a8.model.catalog import ModelInfo, choose_dtype, package_versions, without_own
+from w4a8.model.catalog import ModelInfo, choose_dtype, package_versions, refuse_080, without_own
 from w4a8.model.runs import run_schedule
 from w4a8.model.sampling import check_seeds, choose_guidance, choose_steps
 from w4a8.options import GenerationOptions
@@ -56,6 +56,7 @@ def plan_run(options: GenerationOptions, info: ModelInfo, prompts: Sequence[str]
         "architecture": info.family.name,
         "local_checkpoint": str(info.checkpoint) if info.checkpoint else None,
         **({"loras": [{"file": str(lora.file), "scale": lora.scale} for lora in info.loras]} if info.loras else {}),
+        **({"guidance": info.guidance} if info.guidance is not None else {}),
         "num_steps": num_steps,
         "cfg_scale": cfg_weight,
         "negative_prompt": negative_prompt,
@@ -149,6 +150,7 @@ def check_same_model(plan: dict[str, Any], manifest: dict[str, Any]) -> None:
     """Raise OptionError where a run would go on with other weights; the same weights may lie elsewhere."""
     if plan["weights_fingerprint"] == manifest["weights_fingerprint"]:
         return
+    refuse_080(manifest["weights_fingerprint"], plan["weights_fingerprint"])
     raise OptionError(
         f"--resume: the run in this folder has {place_of(manifest)}, and the weights of {place_of(plan)} are not its; "
         "give the same, use --force to start over, or another --calib-dir"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import glob
+import hashlib
 import importlib.metadata
 import os
 from collections.abc import Mapping, Sequence
@@ -45,6 +46,8 @@ FLUX_VAE = (
     "ae.safetensors",
 )  # the same autoencoder as FLUX.1-dev's, without its licence
 DEFAULT_STEPS = 50  # Euler steps
+COMPUTED = "with k's bias and float32 timesteps"  # how hub models are computed since 0.9.0, for their fingerprints
+DEFAULT_GUIDANCE = 3.5  # FLUX.1-dev's, in its own pipeline
 DISTILLED_STEPS = 4  # Euler steps that FLUX.1-schnell was distilled for
 
 
@@ -70,7 +73,7 @@ class _Model:
     checkpoint: Path | None = None  # the file, or the index, that the transformer comes from in place of the hub
     loras: tuple[Lora, ...] = ()  # fused into the transformer's weights when they are read
     num_steps: int = DEFAULT_STEPS  # 0: the checkpoint takes few steps, and does not say how many
-    left_out: str | None = None  # the part of the model that DiffusionKit does not compute
+    guidance: float | None = None  # the guidance that the transformer is given; None: it has no embedding of one
 
     @property
     def family(self) -> Family:
@@ -125,6 +128,17 @@ def describe_model(name: str, loras: Sequence[Lora] = (), checkpoint: Path | Non
     return dataclasses.replace(info, loras=tuple(map(lora_of, loras)))
 
 
+def with_guidance(info: ModelInfo, guidance: float | None) -> ModelInfo:
+    """Return a model with a value of `--guidance`; None leaves the model's own. Raises ModelError for other models."""
+    if guidance is None:
+        return info
+    if info.guidance is None:
+        raise ModelError(
+            f"--guidance {guidance:g}: {info.version} embeds no guidance; --cfg-weight is the guidance of others"
+        )
+    return dataclasses.replace(info, guidance=guidance)
+
+
 def _describe_name(name: str) -> ModelInfo:
     if name in HUB_MODELS:
         return _describe_hub_model(name)
@@ -167,7 +181,7 @@ def _describe_hub_model(name: str) -> HubModel:
         use_t5=True,
         sampler_shift=SHIFT[name],
         num_steps=DISTILLED_STEPS if "schnell" in name else DEFAULT_STEPS,
-        left_out="its guidance embedding, which DiffusionKit does not know" if "dev" in name else None,
+        guidance=DEFAULT_GUIDANCE if "dev" in name else None,
     )
 
 
@@ -256,7 +270,22 @@ def model_fingerprint(info: ModelInfo, use_t5: bool) -> str | None:
     if files is None:
         return None
     fused = {f"lora {number} x {lora.scale!r}": lora.file for number, lora in enumerate(info.loras)}
-    return weights_fingerprint(files | fused)
+    found = weights_fingerprint(files | fused)
+    return found if info.hub_id is None else as_computed_now(found)
+
+
+def as_computed_now(fingerprint_of_080: str) -> str:
+    """Return the fingerprint of a hub model since 0.9.0, from the one that 0.8.0 noted of the same files."""
+    return hashlib.sha256(f"{fingerprint_of_080} {COMPUTED}".encode()).hexdigest()
+
+
+def refuse_080(noted: str, found: str | None) -> None:
+    """Raise ModelError where a run's fingerprint is that of 0.8.0, which computed a hub model otherwise."""
+    if found == as_computed_now(noted):
+        raise ModelError(
+            "manifest.json: the run was made by 0.8.0, which computed hub models without the bias of k and with timesteps "
+            "of 16 bits; run generate_calibration_data.py with --force, and the later stages again"
+        )
 
 
 def default_dtype(half: str = "float16") -> str:

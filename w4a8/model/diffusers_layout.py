@@ -43,16 +43,13 @@ DIFFUSERS_PARTS = (
     ("final_layer.adaLN_modulation.layers.1", "norm_out.linear"),
     ("t_embedder.mlp.layers.0", "time_text_embed.timestep_embedder.linear_1"),
     ("t_embedder.mlp.layers.2", "time_text_embed.timestep_embedder.linear_2"),
+    ("y_embedder.guidance_in.mlp.layers.0", "time_text_embed.guidance_embedder.linear_1"),
+    ("y_embedder.guidance_in.mlp.layers.2", "time_text_embed.guidance_embedder.linear_2"),
     ("y_embedder.mlp.layers.0", "time_text_embed.text_embedder.linear_1"),
     ("y_embedder.mlp.layers.2", "time_text_embed.text_embedder.linear_2"),
     ("x_pos_embedder.pos_embed.weight", "pos_embed.pos_embed"),
     ("x_embedder.proj", "x_embedder"),
 )  # fmt: skip
-GUIDANCE_KEYS = (
-    ("time_text_embed.guidance_embedder.linear_", "guidance_in."),
-    ("1.", "in_layer."),
-    ("2.", "out_layer."),
-)
 
 
 def diffusers_name(family: Family, name: str) -> str:
@@ -99,9 +96,4 @@ def original_arrays(
             half = whole.shape[0] // 2
             whole = mx.concatenate([whole[half:], whole[:half]])
         found[key] = whole
-    for key in [key for key in left if "guidance_embedder." in key]:
-        array = left.pop(key)
-        for theirs, ours in GUIDANCE_KEYS:
-            key = key.replace(theirs, ours)
-        found[key] = array
-    return found | left
+    return found | {key: array for key, array in left.items() if "guidance_embedder." not in key}

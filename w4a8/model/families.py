@@ -33,7 +33,7 @@ class Family:
     vae_prefix: str  # of the VAE's keys in that checkpoint
     vae_inside: bool  # whether the original checkpoint holds the VAE, too
     max_latent_size: int | None = None  # where positions are rotations; None: the size of the table of positions
-    ignored: tuple[str, ...] = ()  # prefixes of a checkpoint's keys that DiffusionKit does not use
+    ignored: tuple[str, ...] = ()  # prefixes of a checkpoint's keys that not every model of the family has
 
     @property
     def needs_t5(self) -> bool:
@@ -50,17 +50,15 @@ class Family:
         if self is SD3:
             return model_io.mmdit_state_dict_adjustments(dict(original), prefix=self.prefix)
         used = {key: array for key, array in original.items() if not key.startswith(self.ignored)}
-        found = model_io.flux_state_dict_adjustments(
+        return model_io.flux_state_dict_adjustments(
             used, prefix=self.prefix, hidden_size=config.hidden_size, mlp_ratio=config.mlp_ratio
         )
-        return {name: array for name, array in found.items() if not name.endswith("attn.k_proj.bias")}
 
 
 SD3 = Family(
     "sd3", DiffusionPipeline, ModelSamplingDiscreteFlow, SD3LatentFormat, "float16", ("clip_l", "clip_g"), 5.0,
     "model.diffusion_model.", "first_stage_model.", True,
 )  # fmt: skip
-# DiffusionKit knows no guidance embedding of FLUX.1-dev, and no bias of k in any model, so both are left out.
 FLUX = Family(
     "flux", FluxPipeline, FluxSampler, FluxLatentFormat, "bfloat16", ("clip_l",), 0.0, "", "", False, 256,
     ("guidance_in.",),

@@ -16,6 +16,7 @@ from calibration_store.model_folder import (
     read_tokenizer_files,
     weight_file,
 )
+from calibration_store.safetensors_header import weight_shapes
 from w4a8.model.catalog import FolderModel, ModelError
 from w4a8.model.clip_tokenizer import ClipTokenizer
 from w4a8.model.diffusionkit import (
@@ -28,6 +29,7 @@ from w4a8.model.diffusionkit import (
 )
 from w4a8.model.location import Lora
 from w4a8.model.lora import fuse_text_encoder
+from w4a8.model.original_model import K_BIAS, original_transformer
 from w4a8.model.packed import AUTO, get_ready
 from w4a8.model.parts import TEXT, TRANSFORMER, Parts, Pipeline, cast, load_weights
 from w4a8.model.weight_files import load_arrays
@@ -79,7 +81,7 @@ class FolderPipeline(Pipeline):
         """Load the transformer. With `only_modulation_dict` return its adaLN weights instead, as DiffusionKit does."""
         if only_modulation_dict:
             return folder_modulation_weights(self.folder, self.dtype)
-        self.mmdit = load_folder_transformer(self.folder, self.dtype, self.info.loras, self.native)
+        self.mmdit = load_folder_transformer(self.folder, self.dtype, self.info.loras, self.native, self.info.guidance)
         return None
 
     def _load_tokenizer(self, encoder: str, default: bool) -> ClipTokenizer:
@@ -105,14 +107,19 @@ def transformer_config(folder: Path, config: Mapping[str, Any], dtype: mx.Dtype)
     return MMDiTConfig(**own, low_memory_mode=False, dtype=getattr(mx, embedded) if embedded else dtype)
 
 
-def load_folder_transformer(folder: Path, dtype: mx.Dtype, loras: Sequence[Lora] = (), native: str = AUTO) -> MMDiT:
+def load_folder_transformer(
+    folder: Path, dtype: mx.Dtype, loras: Sequence[Lora] = (), native: str = AUTO, guidance: float | None = None
+) -> MMDiT:
     """Load the transformer of a model folder; packed layers stay packed and compute natively.
 
     Raises a UserError for files that are missing, damaged or not those of the export, and for LoRAs on packed weights.
     """
     config = read_model_config(folder)
     check_exported(folder, config)
-    model = MMDiT(transformer_config(folder, config, dtype))
+    names = weight_shapes(weight_file(folder, "mmdit"))
+    if "base_model" in config and not any(name.endswith(K_BIAS) for name in names):
+        raise ModelError(f"{folder}: exported by 0.8.0, which left k's bias out; export the model again")
+    model = original_transformer(transformer_config(folder, config, dtype), names, guidance)
     if loras and "quantization" in config:
         raise ModelError(f"--lora: the weights of {folder} are packed already; fuse it before they are quantized")
     load_weights(model, weight_file(folder, "mmdit"), dtype, config.get("quantization"), loras, native)

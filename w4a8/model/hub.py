@@ -126,7 +126,7 @@ class ExportedPipeline(HubPipeline):
 
     def load_mmdit(self) -> None:
         """Load the transformer from the folder; packed layers stay packed."""
-        self.mmdit = load_folder_transformer(self.folder, self.dtype, self.info.loras, self.native)
+        self.mmdit = load_folder_transformer(self.folder, self.dtype, self.info.loras, self.native, self.info.guidance)
 
     def load_encoder(self, name: str, dtype: mx.Dtype) -> CLIPTextModel:
         """Load clip_l or clip_g from the folder, or from the hub where the folder has none."""

@@ -117,7 +117,7 @@ def transformer_section(config: MMDiTConfig) -> dict[str, Any]:
         )
         if field.name in required or (plain and value != field.default):
             section[field.name] = value
-    section["timestep_dtype"] = "bfloat16" if config.dtype == mx.bfloat16 else "float16"
+    section["timestep_dtype"] = "float32"
     return section
 
 

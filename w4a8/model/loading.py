@@ -100,7 +100,7 @@ def diffusionkit_pipeline(folder: str | Path, **options: Any) -> DiffusionPipeli
         def load_mmdit(self, only_modulation_dict: bool = False) -> list[tuple[str, mx.array]] | None:
             if only_modulation_dict:
                 return folder_modulation_weights(exported, self.dtype)
-            self.mmdit = load_folder_transformer(exported, self.dtype)
+            self.mmdit = load_folder_transformer(exported, self.dtype, guidance=info.guidance)
             return None
 
     pipeline = Exported(model_version=info.hub_id, **options)

@@ -14,6 +14,7 @@ from w4a8.model.diffusers_layout import original_arrays
 from w4a8.model.diffusionkit import MMDiT
 from w4a8.model.families import SD3, Family
 from w4a8.model.gguf_weights import is_gguf
+from w4a8.model.original_model import GUIDANCE_PREFIX, K_BIAS
 from w4a8.model.weight_files import load_arrays
 
 # The parts of DiffusionKit's names -> those of the original checkpoints.
@@ -49,6 +50,7 @@ FLUX_PARTS = (
     ("x_embedder.proj", "img_in"),
     ("context_embedder", "txt_in"),
     ("t_embedder", "time_in"),
+    ("y_embedder.guidance_in", "guidance_in"),
     ("y_embedder", "vector_in"),
     ("mlp.layers.0", "in_layer"),
     ("mlp.layers.2", "out_layer"),
@@ -108,7 +110,14 @@ def read_original_checkpoint(
             f"{path}: its table of positions is {side} x {side}, and the model's {config.max_latent_resolution} x {config.max_latent_resolution}; --model names another model"
         )
     refuse_other_sizes(path, original, family, model)
-    return family.weights({family.prefix + key: array for key, array in original.items()}, config)
+    weights = family.weights({family.prefix + key: array for key, array in original.items()}, config)
+    for name in dict(tree_flatten(model.parameters())):
+        if name.endswith(K_BIAS) or name.startswith(GUIDANCE_PREFIX):  # DiffusionKit's functions leave them out
+            place, rows = checkpoint_slice(family, name, config.hidden_size), slice(None)
+            if name.endswith(K_BIAS):
+                rows = slice(place.row, place.row + config.hidden_size)
+            weights[name] = original[place.key][rows]
+    return weights
 
 
 def transformer_arrays(contents: Contents, headers_only: bool) -> dict[str, mx.array]:
@@ -123,11 +132,9 @@ def transformer_arrays(contents: Contents, headers_only: bool) -> dict[str, mx.a
 
 
 def originals_of(family: Family, model: MMDiT) -> dict[str, list[str]]:
-    """Return {original key: DiffusionKit's names of its parts, in their order}, with the bias of k that it lacks."""
+    """Return {original key: the model's names of its parts, in their order}."""
     width, places = model.config.hidden_size, []
-    names = dict(tree_flatten(model.parameters()))
-    names |= {name.replace("q_proj", "k_proj"): names[name] for name in names if name.endswith("q_proj.bias")}
-    for name in names:
+    for name in dict(tree_flatten(model.parameters())):
         place = checkpoint_slice(family, name, width)
         places.append((place.key, place.row, place.column, name))
     found: dict[str, list[str]] = {}
@@ -140,7 +147,7 @@ def refuse_other_sizes(path: Path, original: Mapping[str, mx.array], family: Fam
     """Raise UserError where a checkpoint has other arrays than the model, or another width, before any is read."""
     width = model.config.hidden_size
     needed = {checkpoint_slice(family, name, width).key for name in dict(tree_flatten(model.parameters()))}
-    given = {key for key in original if not key.startswith(family.ignored)}
+    given = {key for key in original if key in needed or not key.startswith(family.ignored)}
     lacking, unknown = sorted(needed - given), sorted(given - needed)
     if lacking or unknown:
         faults = [f"{word} {some(keys)}" for word, keys in (("lacks", lacking), ("also has", unknown)) if keys]

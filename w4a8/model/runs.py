@@ -8,7 +8,14 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_map
 
-from w4a8.model.catalog import ModelError, ModelInfo, describe_model, model_fingerprint
+from w4a8.model.catalog import (
+    ModelError,
+    ModelInfo,
+    describe_model,
+    model_fingerprint,
+    refuse_080,
+    with_guidance,
+)
 from w4a8.model.diffusionkit import DiffusionPipeline, MMDiT
 from w4a8.model.families import FAMILIES, SD3
 from w4a8.model.layers import note_latent_size
@@ -37,7 +44,8 @@ def describe_run_model(manifest: dict[str, Any], location: ModelLocation = UNCHA
             "--local-checkpoint FILE says where it is now"
         )
     try:
-        return describe_model(model or manifest["model_version"], loras, checkpoint)
+        info = describe_model(model or manifest["model_version"], loras, checkpoint)
+        return with_guidance(info, manifest.get("guidance") if same else None)
     except ModelError as error:
         if model is not None:
             raise
@@ -114,6 +122,7 @@ def check_fingerprint(manifest: dict[str, Any], info: ModelInfo) -> None:
             f"{info.hub_id}: not in the local cache of the Hugging Face hub; "
             "run generate_calibration_data.py --dry-run to fetch it"
         )
+    refuse_080(manifest["weights_fingerprint"], found)
     if found != manifest["weights_fingerprint"]:
         raise ModelError(
             f"{info.checkpoint or info.version}: its weights are not those that the calibration run was made with "

@@ -6,11 +6,13 @@ from pathlib import Path
 import mlx.core as mx
 
 from calibration_store.model_folder import check_weight_file, read_model_config, weight_file
+from calibration_store.safetensors_header import weight_shapes
 from w4a8.model.catalog import ModelError, ModelInfo, model_files
 from w4a8.model.diffusionkit import HUB_MMDIT_CONFIGS, MMDiT
 from w4a8.model.folder import transformer_config
 from w4a8.model.lora import with_loras
 from w4a8.model.original_checkpoint import read_original_checkpoint
+from w4a8.model.original_model import original_names, original_transformer
 from w4a8.model.weight_files import load_arrays
 
 
@@ -24,11 +26,13 @@ def open_transformer(info: ModelInfo, headers_only: bool = False) -> MMDiT:
         if "quantization" in config:
             raise ModelError(f"{info.version}: its weights are packed already; quantize the original model's")
         path = weight_file(info.folder, "mmdit")
-        model = MMDiT(transformer_config(info.folder, config, mx.float16))
         check_weight_file(path)
+        names = weight_shapes(path)
+        model = original_transformer(transformer_config(info.folder, config, mx.float16), names, info.guidance)
     else:
         path = info.checkpoint or _cached_file(info)
-        model = MMDiT(dataclasses.replace(HUB_MMDIT_CONFIGS[info.hub_id], low_memory_mode=False))
+        size = dataclasses.replace(HUB_MMDIT_CONFIGS[info.hub_id], low_memory_mode=False)
+        model = original_transformer(size, original_names(size, info.guidance is not None), info.guidance)
     try:
         if info.folder is not None:
             weights = load_arrays(path)

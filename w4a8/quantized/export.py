@@ -49,14 +49,12 @@ from w4a8.model.hub_export import (
     text_encoders,
 )
 from w4a8.model.layers import model_layers
+from w4a8.model.original_model import K_BIAS
 from w4a8.model.packed import native_module
 from w4a8.quantized.activation_rules import ActivationRule
 from w4a8.quantized.layer import packed_group
 from w4a8.quantized.model import GROUPS_OF_THE_REST, Codes, StoredWeights, quantized_modules
 
-NO_GGUF = {
-    "argmaxinc/mlx-FLUX.1-dev": "DiffusionKit leaves FLUX.1-dev's guidance embedding out, which other programs need"
-}
 GGUF_BITS = 5  # codes of more bits have no exact form in GGUF: their layers are written as float16
 NamedArrays = dict[str, mx.array]
 
@@ -269,7 +267,11 @@ def write_folder(
 def hub_arrays(export: ExportSource, mmdit: MMDiT) -> NamedArrays:
     """Return the transformer, and for SD3 its VAE, in the layout of DiffusionKit's 4-bit file."""
     info = export.info
-    arrays = {info.family.prefix + name: array for name, array in dict(tree_flatten(mmdit.parameters())).items()}
+    arrays = {
+        info.family.prefix + name: array
+        for name, array in dict(tree_flatten(mmdit.parameters())).items()
+        if not name.endswith(K_BIAS)  # DiffusionKit's module has none, and its loader refuses one
+    }
     if info.family.vae_inside:
         vae = {"decoder": hub_decoder(info), "encoder": hub_encoder(info)}
         for part, weights in vae.items():
@@ -336,8 +338,6 @@ def refuse_options(export: ExportSource, layout: str, complete: bool) -> None:
         raise OptionError("--format gguf: holds no ranges of activations; leave --activations out")
     if complete and export.info.family.needs_t5:
         raise OptionError("--complete: a folder with everything is in SD3's layout, without T5; leave it out")
-    if layout == "gguf" and export.info.version in NO_GGUF:
-        raise OptionError(f"--format gguf: {NO_GGUF[export.info.version]}")
     if complete and (layout == "gguf" or export.info.folder is not None):
         raise OptionError("--complete goes with a hub model and --format mlx; the export of a model folder is complete")
     if (

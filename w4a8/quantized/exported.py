@@ -63,7 +63,9 @@ class ExportedWeights(Weights):
         """
         names = model_layers(pipeline.mmdit).keys()
         pipeline.drop(TRANSFORMER)
-        exported = load_folder_transformer(self.folder, pipeline.activation_dtype, native=self.way)
+        exported = load_folder_transformer(
+            self.folder, pipeline.activation_dtype, native=self.way, guidance=pipeline.info.guidance
+        )
         if model_layers(exported).keys() != names:
             raise StoreError(f"{self.folder}: another model's layers; {self.remedy}")
         pipeline.mmdit = exported

@@ -20,6 +20,7 @@ from w4a8.backend.progress import ProgressBar
 from w4a8.model.families import SD3, Family
 from w4a8.model.layers import UnifiedBlock, model_layers
 from w4a8.model.original_checkpoint import CheckpointSlice, checkpoint_slice
+from w4a8.model.original_model import K_BIAS
 from w4a8.quantized.export import GGUF_BITS, ExportSource, refuse_overflow
 from w4a8.quantized.layer import QuantizedLayer, deployed
 from w4a8.quantized.model import Codes, quantized_modules
@@ -69,6 +70,7 @@ def write_gguf(paths: QuantizedModelPaths, export: ExportSource, mmdit: nn.Modul
             each.module["bias"] = mx.array(each.quantized.bias)
         bar.update()
     parameters = dict(tree_flatten(mmdit.parameters()))
+    biases = {name for name in parameters if name.endswith(K_BIAS)}
     mmdit.clear()
     for name in list(parameters):
         array, part = parameters.pop(name), checkpoint_slice(family, name, hidden)
@@ -80,7 +82,9 @@ def write_gguf(paths: QuantizedModelPaths, export: ExportSource, mmdit: nn.Modul
         if name.startswith(UNIFIED_BLOCKS) and name.endswith("mlp.fc2.bias"):
             continue  # the file has one bias for o_proj and fc2, and DiffusionKit uses that of o_proj
         tensors.setdefault(part.key, {})[part] = values
-        if name.endswith("q_proj.bias"):  # DiffusionKit's k has no bias, and the file's qkv has one
+        if (
+            name.endswith("q_proj.bias") and name.replace("q_proj", "k_proj") not in biases
+        ):  # the file's qkv has one bias
             k_part = checkpoint_slice(family, name.replace("q_proj", "k_proj"), hidden)
             tensors[part.key][k_part] = np.zeros_like(values)
     with atomic_path(path) as temporary:

@@ -34,8 +34,8 @@ def print_plan(plan: dict[str, Any], info: ModelInfo, paths: CalibrationPaths, c
     )
     for lora in info.loras:
         click.echo(f"with {lora.file} x {lora.scale:g}")
-    if info.left_out:
-        click.echo(f"without {info.left_out}")
+    if info.guidance is not None:
+        click.echo(f"embedded guidance {info.guidance:g} (--guidance)")
     batches, missing = batches_to_do(plan, complete), plan["num_images"] - len(complete)
     if complete:
         click.echo(f"complete in {paths.root}: {len(complete)} of {plan['num_images']} images")
