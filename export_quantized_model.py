@@ -23,7 +23,7 @@ from w4a8.options import ExportOptions
 @click.option("--weights", help="As in stage 4: w4-adaround, w4-rtn, w3-rtn-g32, …  [default: what stage 3W left]")
 @click.option(
     "--activations",
-    help="Ranges to write along, as in stage 4: a8, a8-learned, a8-token, or none.  [default: a8 where 3A left a config, else none]",
+    help="Ranges to write along, as in stage 4: a8, a8-learned, a8-token, a8-block, or none.  [default: a8 where 3A left a config, else none]",
 )
 @cli.scale_is_option
 @click.option("--format", "layout", type=click.Choice(EXPORT_FORMATS), help="A model folder, or one file of Q4_1.")

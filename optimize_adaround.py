@@ -59,6 +59,7 @@ WITHOUT_AN_OPTION = {
     "--activation-rule",
     type=click.Choice(INPUT_RULES),
     help="How inputs are quantized while weights are trained: token: a range of its own for each token (a8-token); "
+    "block: for each 32 inputs of a token, as ggml multiplies (a8-block); "
     "static: learned ranges for each cached noise level (a8-learned).",
 )
 @click.option(

@@ -23,7 +23,9 @@ UNIT_NAMES: tuple[str, ...] = get_args(UnitName)
 KnownUnit = Literal["model", "block", "sublayer", "layer"]  # files of 0.8.0 also have the last two
 RoundingMethodName = Literal["ste", "sigmoid"]
 ROUNDING_METHODS: tuple[str, ...] = get_args(RoundingMethodName)
-InputRule = Literal["token", "static"]  # an input's range in training: of each token, or learned for each noise level
+InputRule = Literal[
+    "token", "block", "static"
+]  # an input's range in training: of a token, of 32 of its inputs, or learned
 INPUT_RULES: tuple[str, ...] = get_args(InputRule)
 
 Boundaries = Literal["all", "ends"]  # tokens that stage 2W stores: between all blocks, or at the ends of the stack

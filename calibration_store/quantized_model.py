@@ -34,7 +34,7 @@ class LayerRange(_Range, total=False):
 
 class _Activations(TypedDict):
     format: str
-    rule: Literal["static by step", "static", "dynamic per token, asymmetric"]
+    rule: Literal["static by step", "static", "dynamic per token, asymmetric", "dynamic per block of 32, symmetric"]
     bits: Annotated[int, Meta(ge=2, le=8)]
 
 

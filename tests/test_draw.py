@@ -31,7 +31,7 @@ def run(tmp_path_factory):
 def exports(run, tmp_path_factory):
     """Activation part -> an exported folder that has its ranges."""
     folders = {}
-    for part in ("a8", "a4", "a8-learned", "a8-token", "none"):
+    for part in ("a8", "a4", "a8-learned", "a8-token", "a8-block", "none"):
         folders[part] = tmp_path_factory.mktemp("draw") / part
         done = invoke("export_quantized_model", "--calib-dir", run, "--activations", part, "--output", folders[part])
         assert done.exit_code == 0, done.output
@@ -204,7 +204,7 @@ def plain(exports, tmp_path_factory):
     return pixels(folder / "0000.png")
 
 
-@pytest.mark.parametrize("part", ["a8", "a4", "a8-learned", "a8-token"])
+@pytest.mark.parametrize("part", ["a8", "a4", "a8-learned", "a8-token", "a8-block"])
 def test_simulated_activations_change_the_image(exports, plain, tmp_path, part):
     arguments = ("--model", exports[part], "--activations")
     done = draw(tmp_path, *arguments, prompts=PROMPTS[:1])
@@ -220,7 +220,7 @@ def test_without_the_option_ranges_change_nothing(exports, plain, tmp_path):
     assert np.array_equal(pixels(tmp_path / "0000.png"), plain)
 
 
-@pytest.mark.parametrize("part", ["a8", "a4", "a8-learned", "a8-token"])
+@pytest.mark.parametrize("part", ["a8", "a4", "a8-learned", "a8-token", "a8-block"])
 def test_an_exported_rule_quantizes_as_the_original_does(run, exports, emoji, part):
     original = make_variant(f"w4-adaround+{part}", run).rule
     paths = QuantizedModelPaths(exports[part])

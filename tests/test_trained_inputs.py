@@ -2,6 +2,7 @@
 
 import json
 
+import gguf
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from conftest import generate, invoke
 
 from calibration_store.layout import WeightPaths
 from calibration_store.weights import read_quantized_block
-from w4a8.quantized.activation_rules import DynamicPerToken, Learned
+from w4a8.quantized.activation_rules import DYNAMIC_PER_BLOCK, DynamicPerBlock, DynamicPerToken, Learned, block_codes
 from w4a8.quantized.differentiable import fake_quantize
 from w4a8.rounding.settings import Settings
 from w4a8.rounding.training_samples import spread_over
@@ -60,6 +61,26 @@ def test_tokens_are_quantized_as_deployed_and_gradients_pass():
     assert np.array_equal(np.array(slope), np.array(weights))
 
 
+def test_blocks_are_quantized_as_ggml_does_and_gradients_pass():
+    """The codes are those of gguf's own quantizer (Q8_0 has the codes and the step of Q8_1); x̂ against float64."""
+    x = np.random.default_rng(5).normal(0, 2, (3, 40, 1, 192)).astype(np.float32)
+    x[0, 0, 0, :32], x[1, 2, 0, 64:96] = 0, x[1, 2, 0, 64:96] * 1000
+    rebuilt, codes, step = (np.array(array) for array in block_codes(mx.array(x)))
+    packed = gguf.quants.quantize(x.reshape(-1, 192), gguf.GGMLQuantizationType.Q8_0).reshape(-1, 34)
+    assert np.array_equal(codes.reshape(-1, 32), packed[:, 2:].view(np.int8))
+    assert np.array_equal(step.reshape(-1), packed[:, :2].copy().view(np.float16)[:, 0].astype(np.float32))
+    exact = np.abs(x.reshape(-1, 32).astype(np.float64)).max(1, keepdims=True) / 127
+    expected = np.rint(x.reshape(-1, 32) / np.where(exact > 0, exact, 1)) * exact
+    near_half = np.abs(x.reshape(-1, 32) / np.where(exact > 0, exact, 1) % 1 - 0.5) < 1e-4
+    np.testing.assert_allclose(rebuilt.reshape(-1, 32)[~near_half], expected[~near_half], rtol=6e-4, atol=1e-12)
+    rule = DynamicPerBlock(8)
+    trained = rule.of_rows(mx.zeros(3, mx.int32))
+    assert np.array_equal(np.array(trained("a", mx.array(x))), rebuilt) and rule.exported()["rule"] == DYNAMIC_PER_BLOCK
+    weights = mx.random.normal(x.shape, key=mx.random.key(1))
+    slope = mx.grad(lambda values: (trained("a", values) * weights).sum())(mx.array(x))
+    assert np.array_equal(np.array(slope), np.array(weights))
+
+
 QUICK = ("--iters", 10, "--batch-size", 2, "--unit", "block", "--end-to-end", 0, "--bits", "mm[0134567].*=16")
 
 
@@ -67,7 +88,12 @@ def test_inputs_are_quantized_late_and_as_asked(tmp_path):
     copy = tmp_path / "run"
     assert generate("--num-images", 3, "--num-steps", 4, "--no-images", "--calib-dir", copy).exit_code == 0
     assert invoke("cache_adaround_data", "--calib-dir", copy, "--num-images", 3, "--stride", 2).exit_code == 0
-    for arguments, scales in (((), False), (("--activation-rule", "static"), True), (("--activation-bits", 0), False)):
+    for arguments, scales in (
+        ((), False),
+        (("--activation-rule", "static"), True),
+        (("--activation-rule", "block"), False),
+        (("--activation-bits", 0), False),
+    ):
         done = invoke("optimize_adaround", "--calib-dir", copy, *QUICK, "--force", *arguments)
         assert done.exit_code == 0, done.output
         metadata = json.loads((copy / "adaround_weights/metadata.json").read_bytes())

@@ -144,6 +144,14 @@ class RoundingOptions(WritingOptions):
     checkpoint_seconds: float = 30.0
     alpha: bool = True
 
+    def __post_init__(self) -> None:
+        """Raise OptionError for options that exclude each other."""
+        super().__post_init__()
+        if self.activation_rule == "block" and self.activation_bits not in (0, 8):
+            raise OptionError(
+                f"--activation-rule block has 8 bits, as ggml has them; leave --activation-bits {self.activation_bits} out"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationOptions(FolderOptions):

@@ -181,7 +181,7 @@ def export_variant(options: ExportOptions) -> tuple[Variant, Codes, str | None]:
     found = rule_of(activations)
     if found is None or "exported" not in vars(found[0]):
         raise OptionError(
-            f"--activations {activations}: not known; there are a8, a8-learned, a8-token (other bits, too) and none"
+            f"--activations {activations}: not known; there are a8, a8-learned, a8-token (other bits, too), a8-block and none"
         )
     both = make_variant(f"{name}+{activations}", calib_dir, options.scale_is)
     return replace(both, name=name), _codes_of(both), activations

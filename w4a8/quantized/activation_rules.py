@@ -28,6 +28,8 @@ from w4a8.quantized.model import StoredWeights, check_coverage
 
 # The values of `rule` in activations.json.
 STATIC_BY_STEP, STATIC, DYNAMIC_PER_TOKEN = "static by step", "static", "dynamic per token, asymmetric"
+DYNAMIC_PER_BLOCK = "dynamic per block of 32, symmetric"
+BLOCK_WIDTH = 32  # inputs of a token that share a step, in ggml's block_q8_1
 SMALLEST_STEP = 1e-10  # the step of a token that holds only zeros
 Quantize = Callable[[str, mx.array], mx.array]  # (layer, x (R, tokens, 1, channels) float32) -> x̂
 
@@ -310,6 +312,11 @@ class Dynamic(ActivationRule):
         assert bits is not None  # the grammar of every dynamic rule has a group `bits`
         return cls(bits)
 
+    def of_rows(self, steps: mx.array) -> Quantize:
+        """Return the function with gradients that pass through it unchanged."""
+        quantize = self.at(0.0, 1)
+        return lambda name, x: x + mx.stop_gradient(quantize(name, x) - x)
+
 
 class DynamicPerTensor(Dynamic):
     """A range for the tensor of each image, all of its rows together.
@@ -352,20 +359,51 @@ class DynamicPerToken(Dynamic):
 
         return quantize
 
-    def of_rows(self, steps: mx.array) -> Quantize:
-        """Return the function with gradients that pass through it unchanged."""
-        quantize = self.at(0.0, 1)
-        return lambda name, x: x + mx.stop_gradient(quantize(name, x) - x)
-
     def exported(self) -> dict[str, Any]:
         """Return the content of activations.json: the name of the rule, and its bits."""
         return {"rule": DYNAMIC_PER_TOKEN, "bits": self.bits}
 
 
+class DynamicPerBlock(Dynamic):
+    """The inputs of a token in blocks of 32, as ggml's Q8_1 has them: what programs on ggml multiply Q4_1 weights with.
+
+    The codes are round(x / d), half away from 0, with d = max|x| / 127 of a block in float32; x̂ is codes · d with d in
+    float16 (quantize_row_q8_1_ref in ggml-quants.c).
+    """
+
+    grammar, spelled = r"a(?P<bits>8)-block", "a8-block"
+
+    def check(self, variant: str, layers: Mapping[str, Layer]) -> None:
+        """Raise OptionError for a layer whose inputs are no whole number of blocks."""
+        odd = next((name for name, layer in layers.items() if layer.shape[1] % BLOCK_WIDTH), None)
+        if odd is not None:
+            raise OptionError(f"{variant}: {odd} has {layers[odd].shape[1]} inputs, no multiple of {BLOCK_WIDTH}")
+
+    def at(self, sigma: float, rows_per_image: int) -> Quantize:
+        """Return the function that quantizes by the step of each block, at every noise level alike."""
+        return lambda name, x: block_codes(x)[0]
+
+    def exported(self) -> dict[str, Any]:
+        """Return the content of activations.json: the name of the rule, and its bits."""
+        return {"rule": DYNAMIC_PER_BLOCK, "bits": self.bits}
+
+
+def block_codes(x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """Return x̂ (…, channels), codes (…, blocks, 32) and steps (…, blocks, 1) of x (…, channels), all float32."""
+    blocks = x.reshape(*x.shape[:-1], -1, BLOCK_WIDTH)
+    exact = mx.abs(blocks).max(axis=-1, keepdims=True) / 127
+    scaled = blocks * mx.where(exact > 0, 1 / mx.where(exact > 0, exact, 1.0), 0.0)
+    codes = mx.sign(scaled) * mx.floor(mx.abs(scaled) + 0.5)
+    step = exact.astype(mx.float16).astype(mx.float32)
+    return (codes * step).reshape(x.shape), codes, step
+
+
 # --- by name, and from an export ----------------------------------------------------------------------------
 
 
-RULES: tuple[type[ActivationRule], ...] = (StaticByStep, Learned, DynamicPerTensor, DynamicPerToken, Multitier)
+RULES: tuple[type[ActivationRule], ...] = (
+    StaticByStep, Learned, DynamicPerTensor, DynamicPerToken, DynamicPerBlock, Multitier,
+)  # fmt: skip
 
 
 def rule_of(part: str) -> tuple[type[ActivationRule], int | None] | None:

@@ -18,9 +18,11 @@ from w4a8.model.layers import Layer, model_layers
 from w4a8.model.packed import AUTO
 from w4a8.model.parts import TRANSFORMER, Pipeline
 from w4a8.quantized.activation_rules import (
+    DYNAMIC_PER_BLOCK,
     DYNAMIC_PER_TOKEN,
     STATIC,
     ActivationRule,
+    DynamicPerBlock,
     DynamicPerToken,
     Learned,
     StaticByStep,
@@ -78,8 +80,8 @@ class ExportedWeights(Weights):
 def rule_of_export(content: Mapping[str, Any], path: Path) -> ActivationRule:
     """Make the rule that an exported model's activations.json holds. path: that file, for messages."""
     bits = content["bits"]
-    if content["rule"] == DYNAMIC_PER_TOKEN:
-        return DynamicPerToken(bits)
+    if content["rule"] in (DYNAMIC_PER_TOKEN, DYNAMIC_PER_BLOCK):
+        return DynamicPerToken(bits) if content["rule"] == DYNAMIC_PER_TOKEN else DynamicPerBlock(bits)
 
     def shift_of(entry: Mapping[str, Any]) -> dict[str, np.ndarray]:
         return {"shift": np.array(entry["shift"], np.float32)} if "shift" in entry else {}

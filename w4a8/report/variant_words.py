@@ -13,6 +13,7 @@ LOOKS = (  # the least PSNR in dB -> what a person sees
 PART_WORDS = (  # the beginning of a part of a variant's name, without its bits -> words
     ("native", "the model on the disk"), ("w-rtn", "weights rounded to the nearest {bits}-bit code"),
     ("w-adaround", "learned {bits}-bit rounding"), ("a-token", "inputs at {bits} bits, a range for each token"),
+    ("a-block", "inputs at {bits} bits in blocks of 32, as ggml multiplies"),
     ("a-learned", "inputs at {bits} bits, 3W's ranges"), ("a-dynamic", "inputs at {bits} bits, a range for each input"),
     ("multitier", "inputs at 4, 6 or 8 bits (experimental)"), ("a", "inputs at {bits} bits, the config's ranges"),
 )  # fmt: skip

@@ -14,7 +14,7 @@ LR_SCALES = 1e-3
 DEFAULT_LR_ALPHA = {"ste": 4e-3, "sigmoid": 1e-2}  # by rounding method
 EVALUATED = 64  # samples that a loss is measured on
 # Rules for the inputs: dynamic per token, or a learned range for each noise level.
-TOKEN_RULE, STATIC_RULE = "token", "static"
+TOKEN_RULE, BLOCK_RULE, STATIC_RULE = "token", "block", "static"
 
 Indices = Sequence[int] | np.ndarray  # indices of cached samples
 

@@ -15,12 +15,12 @@ from w4a8.backend.processes import SINGLE_PROCESS, SingleProcess
 from w4a8.backend.sums import summed
 from w4a8.model.hooks import substituted_layers
 from w4a8.model.layers import Layer, model_blocks, model_layers, run_final_layer
-from w4a8.quantized.activation_rules import DynamicPerToken, Learned
+from w4a8.quantized.activation_rules import Dynamic, DynamicPerBlock, DynamicPerToken, Learned
 from w4a8.quantized.arithmetic import grid_position, searched_grid
 from w4a8.quantized.layer import QuantizedLayer, deployed_grid
 from w4a8.rounding.methods import METHODS, Arrays
 from w4a8.rounding.quantized_forward import QuantizedForward
-from w4a8.rounding.settings import EVALUATED, STATIC_RULE, Indices, Settings
+from w4a8.rounding.settings import BLOCK_RULE, EVALUATED, STATIC_RULE, Indices, Settings
 from w4a8.rounding.training_samples import SampleBatch, TrainingSamples, spread_over
 
 STATE_KEYS = ("alpha", "scale", "zero_point", "bias", "range")
@@ -46,7 +46,7 @@ class QuantizedUnit:
     """
 
     layers: Mapping[str, QuantizedLayer]
-    rule: Learned | DynamicPerToken | None = None
+    rule: Learned | Dynamic | None = None
 
     @property
     def weights(self) -> Arrays:
@@ -280,7 +280,7 @@ class Unit:
         """Return the range of every layer's input: (), or (steps,) where ranges are learned for each noise level."""
         return {name: mx.exp(state["range"][self.input_of[name]]) for name in self.layers}
 
-    def rule(self, ranges: Arrays) -> Learned | DynamicPerToken:
+    def rule(self, ranges: Arrays) -> Learned | Dynamic:
         """Return the rule by which inputs are quantized."""
         return input_rule(self.settings, ranges, self.shifts)
 
@@ -371,7 +371,9 @@ def step_rows(samples: TrainingSamples, indices: Indices, rows: mx.array) -> mx.
     return mx.array(np.repeat(samples.steps(indices), len(rows) // len(indices)))
 
 
-def input_rule(settings: Settings, ranges: Arrays, shifts: Arrays) -> Learned | DynamicPerToken:
+def input_rule(settings: Settings, ranges: Arrays, shifts: Arrays) -> Learned | Dynamic:
     """Return the rule by which inputs are quantized while a model is trained."""
     bits = settings.activation_bits
-    return Learned(ranges, shifts, bits) if settings.activation_rule == STATIC_RULE else DynamicPerToken(bits)
+    if settings.activation_rule == STATIC_RULE:
+        return Learned(ranges, shifts, bits)
+    return DynamicPerBlock(bits) if settings.activation_rule == BLOCK_RULE else DynamicPerToken(bits)
