@@ -24,8 +24,8 @@ from w4a8.model.parts import TRANSFORMER, whole_model
 from w4a8.model.prompt_encoder import PromptEncoder
 from w4a8.model.runs import load_run_pipeline
 from w4a8.options import EvaluationOptions
-from w4a8.quantized.activation_rules import DynamicPerTensor
 from w4a8.quantized.arithmetic import min_max_grid, nearest_codes
+from w4a8.quantized.dynamic_rules import DynamicPerTensor
 from w4a8.quantized.layer import deployed_grid
 
 pytestmark = pytest.mark.slow

@@ -10,8 +10,9 @@ from conftest import generate, invoke
 
 from calibration_store.layout import WeightPaths
 from calibration_store.weights import read_quantized_block
-from w4a8.quantized.activation_rules import DYNAMIC_PER_BLOCK, DynamicPerBlock, DynamicPerToken, Learned, block_codes
+from w4a8.quantized.activation_rules import Learned
 from w4a8.quantized.differentiable import fake_quantize
+from w4a8.quantized.dynamic_rules import DYNAMIC_PER_BLOCK, DynamicPerBlock, DynamicPerToken, block_codes
 from w4a8.rounding.settings import Settings
 from w4a8.rounding.training_samples import spread_over
 

@@ -16,9 +16,10 @@ from w4a8.model.layers import Layer
 from w4a8.model.packed import AUTO
 from w4a8.model.parts import TRANSFORMER, Pipeline
 from w4a8.options import ExportOptions
-from w4a8.quantized.activation_rules import RULES, ActivationRule, rule_of
+from w4a8.quantized.activation_rules import ActivationRule
 from w4a8.quantized.exported import ExportedWeights
 from w4a8.quantized.model import Codes, NearestWeights, OtherLayers, StoredWeights, Weights
+from w4a8.quantized.rule_names import RULES, rule_of
 
 WEIGHT_PART = re.compile(
     r"w(?P<bits>[2-68])-(?:(?P<method>adaround)|(?P<nearest>rtn)(?:-g(?P<group>0|32|64|128))?)(?:-(?P<rest>r8|all))?"

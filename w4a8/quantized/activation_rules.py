@@ -1,11 +1,10 @@
 """Rules by which the input of every layer is quantized, a class each. They simulate: x̂ is dequantized to float32.
 
-A new rule is a subclass here: it says its name in `--variants` (grammar, spelled), the files that it follows from, and
-x̂.
+A new rule is a subclass of ActivationRule: it says its name in `--variants` (grammar, spelled), the files that it follows
+from, and x̂; `rule_names` lists them. Here are those with stored ranges.
 """
 
 import os
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,6 @@ import numpy as np
 from calibration_store.configs import read_config
 from calibration_store.errors import OptionError, StoreError
 from calibration_store.layout import ActivationPaths
-from calibration_store.names import is_post_gelu
 from w4a8.analysis.clipping_ranges import levels
 from w4a8.model.hooks import hooked_layers
 from w4a8.model.layers import Layer
@@ -27,10 +25,7 @@ from w4a8.quantized.differentiable import fake_quantize
 from w4a8.quantized.model import StoredWeights, check_coverage
 
 # The values of `rule` in activations.json.
-STATIC_BY_STEP, STATIC, DYNAMIC_PER_TOKEN = "static by step", "static", "dynamic per token, asymmetric"
-DYNAMIC_PER_BLOCK = "dynamic per block of 32, symmetric"
-BLOCK_WIDTH = 32  # inputs of a token that share a step, in ggml's block_q8_1
-SMALLEST_STEP = 1e-10  # the step of a token that holds only zeros
+STATIC_BY_STEP, STATIC = "static by step", "static"
 Quantize = Callable[[str, mx.array], mx.array]  # (layer, x (R, tokens, 1, channels) float32) -> x̂
 
 
@@ -295,125 +290,6 @@ class Learned(ActivationRule):
         levels_of = {str(index): sigma for index, sigma in enumerate(self.schedule or self.sigmas)}
         per_timestep = {key: layers(sigma) for key, sigma in levels_of.items()}
         return {"rule": STATIC_BY_STEP, "bits": self.bits, "sigma_map": levels_of, "per_timestep": per_timestep}
-
-
-# --- dynamic ------------------------------------------------------------------------------------------------
-
-
-class Dynamic(ActivationRule):
-    """A rule that needs no file, because each range is that of the values that are quantized."""
-
-    def __init__(self, bits: int):
-        self.bits, self.sources, self.made_from = bits, [], []
-
-    @classmethod
-    def named(cls, variant: str, bits: int | None, calib_dir: Path, rounded: bool, scale_is: str | None) -> "Dynamic":
-        """Make the rule of these bits."""
-        assert bits is not None  # the grammar of every dynamic rule has a group `bits`
-        return cls(bits)
-
-    def of_rows(self, steps: mx.array) -> Quantize:
-        """Return the function with gradients that pass through it unchanged."""
-        quantize = self.at(0.0, 1)
-        return lambda name, x: x + mx.stop_gradient(quantize(name, x) - x)
-
-
-class DynamicPerTensor(Dynamic):
-    """A range for the tensor of each image, all of its rows together.
-
-    Post-GELU inputs are shifted by (min + max) / 2 of each channel first.
-    """
-
-    grammar, spelled = r"a(?P<bits>[2-8])-dynamic", "a8-dynamic"
-
-    def at(self, sigma: float, rows_per_image: int) -> Quantize:
-        """Return the function that quantizes by the range of each image's tensor, at every noise level alike."""
-
-        def quantize(name: str, x: mx.array) -> mx.array:
-            grouped = x.reshape(rows_per_image, -1, *x.shape[1:])
-            rows, shift, centred = (0, 2, 3), None, grouped
-            if is_post_gelu(name):
-                shift = (grouped.min(axis=rows, keepdims=True) + grouped.max(axis=rows, keepdims=True)) / 2
-                centred = grouped - shift
-            reach = mx.abs(centred).max(axis=(*rows, 4), keepdims=True)
-            return fake_quantize(grouped, mx.maximum(reach, 1e-8), self.bits, shift).reshape(x.shape)
-
-        return quantize
-
-
-class DynamicPerToken(Dynamic):
-    """An asymmetric grid for each token: 2^bits levels from its minimum to its maximum, 0 among them."""
-
-    grammar, spelled = r"a(?P<bits>[2-8])-token", "a8-token"
-
-    def at(self, sigma: float, rows_per_image: int) -> Quantize:
-        """Return the function that quantizes by the grid of each token, at every noise level alike."""
-        top = 2**self.bits - 1
-
-        def quantize(name: str, x: mx.array) -> mx.array:
-            low = mx.minimum(x.min(axis=-1, keepdims=True), 0.0)
-            high = mx.maximum(x.max(axis=-1, keepdims=True), 0.0)
-            step = mx.maximum((high - low) / top, SMALLEST_STEP)
-            zero_point = mx.round(-low / step)
-            return (mx.clip(mx.round(x / step) + zero_point, 0, top) - zero_point) * step
-
-        return quantize
-
-    def exported(self) -> dict[str, Any]:
-        """Return the content of activations.json: the name of the rule, and its bits."""
-        return {"rule": DYNAMIC_PER_TOKEN, "bits": self.bits}
-
-
-class DynamicPerBlock(Dynamic):
-    """The inputs of a token in blocks of 32, as ggml's Q8_1 has them: what programs on ggml multiply Q4_1 weights with.
-
-    The codes are round(x / d), half away from 0, with d = max|x| / 127 of a block in float32; x̂ is codes · d with d in
-    float16 (quantize_row_q8_1_ref in ggml-quants.c).
-    """
-
-    grammar, spelled = r"a(?P<bits>8)-block", "a8-block"
-
-    def check(self, variant: str, layers: Mapping[str, Layer]) -> None:
-        """Raise OptionError for a layer whose inputs are no whole number of blocks."""
-        odd = next((name for name, layer in layers.items() if layer.shape[1] % BLOCK_WIDTH), None)
-        if odd is not None:
-            raise OptionError(f"{variant}: {odd} has {layers[odd].shape[1]} inputs, no multiple of {BLOCK_WIDTH}")
-
-    def at(self, sigma: float, rows_per_image: int) -> Quantize:
-        """Return the function that quantizes by the step of each block, at every noise level alike."""
-        return lambda name, x: block_codes(x)[0]
-
-    def exported(self) -> dict[str, Any]:
-        """Return the content of activations.json: the name of the rule, and its bits."""
-        return {"rule": DYNAMIC_PER_BLOCK, "bits": self.bits}
-
-
-def block_codes(x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """Return x̂ (…, channels), codes (…, blocks, 32) and steps (…, blocks, 1) of x (…, channels), all float32."""
-    blocks = x.reshape(*x.shape[:-1], -1, BLOCK_WIDTH)
-    exact = mx.abs(blocks).max(axis=-1, keepdims=True) / 127
-    scaled = blocks * mx.where(exact > 0, 1 / mx.where(exact > 0, exact, 1.0), 0.0)
-    codes = mx.sign(scaled) * mx.floor(mx.abs(scaled) + 0.5)
-    step = exact.astype(mx.float16).astype(mx.float32)
-    return (codes * step).reshape(x.shape), codes, step
-
-
-# --- by name, and from an export ----------------------------------------------------------------------------
-
-
-RULES: tuple[type[ActivationRule], ...] = (
-    StaticByStep, Learned, DynamicPerTensor, DynamicPerToken, DynamicPerBlock, Multitier,
-)  # fmt: skip
-
-
-def rule_of(part: str) -> tuple[type[ActivationRule], int | None] | None:
-    """Return the rule that a part of a variant's name stands for, and its bits; None for another name."""
-    for rule in RULES:
-        match = re.fullmatch(rule.grammar, part)
-        if match:
-            bits = match.groupdict().get("bits")
-            return rule, int(bits) if bits else None
-    return None
 
 
 def exported_range(clipping_range: float, shift: np.ndarray | None) -> dict[str, Any]:

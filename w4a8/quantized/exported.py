@@ -17,16 +17,8 @@ from w4a8.model.folder import load_folder_transformer
 from w4a8.model.layers import Layer, model_layers
 from w4a8.model.packed import AUTO
 from w4a8.model.parts import TRANSFORMER, Pipeline
-from w4a8.quantized.activation_rules import (
-    DYNAMIC_PER_BLOCK,
-    DYNAMIC_PER_TOKEN,
-    STATIC,
-    ActivationRule,
-    DynamicPerBlock,
-    DynamicPerToken,
-    Learned,
-    StaticByStep,
-)
+from w4a8.quantized.activation_rules import STATIC, ActivationRule, Learned, StaticByStep
+from w4a8.quantized.dynamic_rules import DYNAMIC_PER_BLOCK, DYNAMIC_PER_TOKEN, DynamicPerBlock, DynamicPerToken
 from w4a8.quantized.model import Weights
 
 

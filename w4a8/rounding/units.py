@@ -15,8 +15,9 @@ from w4a8.backend.processes import SINGLE_PROCESS, SingleProcess
 from w4a8.backend.sums import summed
 from w4a8.model.hooks import substituted_layers
 from w4a8.model.layers import Layer, model_blocks, model_layers, run_final_layer
-from w4a8.quantized.activation_rules import Dynamic, DynamicPerBlock, DynamicPerToken, Learned
+from w4a8.quantized.activation_rules import Learned
 from w4a8.quantized.arithmetic import grid_position, searched_grid
+from w4a8.quantized.dynamic_rules import Dynamic, DynamicPerBlock, DynamicPerToken
 from w4a8.quantized.layer import QuantizedLayer, deployed_grid
 from w4a8.rounding.methods import METHODS, Arrays
 from w4a8.rounding.quantized_forward import QuantizedForward
