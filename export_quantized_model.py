@@ -1,7 +1,7 @@
 """Stage 5: the quantized model as a folder that MLX runs, small on the disk and in memory; or as a GGUF file.
 
 Reads   the model, adaround_weights/ (3W), activations/quant_config.json (3A)
-Writes  quantized_model/: config.json, mmdit.safetensors (packed), activations.json, …; or {name}-q4_1.gguf
+Writes  quantized_model/: config.json, mmdit.safetensors (packed), activations.json, …; or {name}-q4_1.gguf or -q5_1.gguf
 
     python export_quantized_model.py --calib-dir calibration_data/demo
 
@@ -26,7 +26,9 @@ from w4a8.options import ExportOptions
     help="Ranges to write along, as in stage 4: a8, a8-learned, a8-token, a8-block, or none.  [default: a8 where 3A left a config, else none]",
 )
 @cli.scale_is_option
-@click.option("--format", "layout", type=click.Choice(EXPORT_FORMATS), help="A model folder, or one file of Q4_1.")
+@click.option(
+    "--format", "layout", type=click.Choice(EXPORT_FORMATS), help="A model folder, or one file of Q4_1 or Q5_1."
+)
 @click.option(
     "--rest-bits",
     type=click.Choice(REST_BITS),
@@ -73,7 +75,8 @@ def run(options: ExportOptions) -> None:
         rest_of_model,
         write_folder,
     )
-    from w4a8.quantized.gguf_file import write_gguf
+    from w4a8.quantized.gguf_file import misread_elsewhere, write_gguf
+    from w4a8.report.model_card import write_model_card
     from w4a8.report.tables import print_export
 
     manifest = read_manifest(options.calib_dir)
@@ -91,6 +94,7 @@ def run(options: ExportOptions) -> None:
     if options.dry_run:
         click.echo(estimate_export(mmdit, weights, size, paths.root))
         return
+    misread = misread_elsewhere(mmdit, info.family)
     rest = rest_of_model(export, options.complete) if options.layout == "mlx" else ({}, [], {})
     remedy = "give another --output"
     if paths.config.exists():
@@ -112,7 +116,11 @@ def run(options: ExportOptions) -> None:
             quantization = pack_transformer(mmdit, weights, bar)
             with cli.finishing("writing"):
                 written = write_folder(paths, export, mmdit, quantization, rest, hub_file)
-    click.echo(f"wrote {written}")
+        gguf = written if options.layout == "gguf" else None
+        card = write_model_card(paths, export, size, options.calib_dir, gguf)
+    click.echo(f"wrote {written}, {card.name}")
+    if gguf is not None and misread:
+        click.echo(misread)
     if options.layout == "mlx":
         click.echo(f"draw with it: {cli.interpreter()} draw_images.py --model {paths.root} PROMPT")
 

@@ -260,7 +260,8 @@ EXPORTED = (
     r"config\.json|activations\.json|(mmdit|clip_l|clip_g|decoder)\.safetensors|vocab\.json|merges\.txt|captions\.txt|"
 )
 EXPORTED += "|".join(map(re.escape, HUB_4BIT_FILES.values()))
-EXPORTED_GGUF = r".+-q4_1\.gguf"
+EXPORTED_GGUF = r".+-q[45]_1\.gguf"
+CARD_MARKER = "written by export_quantized_model.py; it may be edited, and is written anew with --force"
 
 
 class QuantizedModelPaths:
@@ -269,14 +270,17 @@ class QuantizedModelPaths:
     def __init__(self, root: Path):
         self.root = root
         self.config = root / "config.json"
+        self.card = root / "README.md"
+        self.comparison = root / "comparison.png"
         self.activations = root / "activations.json"
 
     @classmethod
     def below(cls, calib_dir: Path) -> "QuantizedModelPaths":
         return cls(calib_dir / "quantized_model")
 
-    def gguf(self, name: str) -> Path:
-        return self.root / f"{name}-q4_1.gguf"
+    def gguf(self, name: str, kind: str) -> Path:
+        """Return the file of a model whose packed tensors are q4_1 or q5_1."""
+        return self.root / f"{name}-{kind}.gguf"
 
     def hub_file(self, model: str) -> Path:
         """Return the file that has the layout of DiffusionKit's 4-bit hub file, with every linear layer packed."""
@@ -285,6 +289,14 @@ class QuantizedModelPaths:
     def owned_files(self) -> list[Path]:
         """Return the files of an export. Another model's folder may have such names, too: `is_export` tells."""
         return files_matching(self.root, EXPORTED)
+
+    def card_files(self) -> list[Path]:
+        """Return the README.md that stage 5 wrote, and its picture; none where somebody else wrote it."""
+        try:
+            ours = CARD_MARKER in self.card.read_text(encoding="utf-8")
+        except (OSError, ValueError):
+            return []
+        return [path for path in (self.card, self.comparison) if ours and path.exists()]
 
     def gguf_files(self) -> list[Path]:
         return files_matching(self.root, EXPORTED_GGUF)

@@ -25,6 +25,13 @@ BUNDLED_MODEL = "sd3-emoji"
 LAYOUT = f"models/{BUNDLED_MODEL} shows the layout of a model folder"
 CONFIG_FILE = "config.json"
 LOCAL_FILES = ("mmdit", "clip_l", "clip_g", "decoder")
+# What each file of a model folder is, in words.
+FILE_WORDS = {
+    "config.json": "sizes, quantization by layer, digests", "mmdit.safetensors": "the transformer",
+    "activations.json": "ranges of the inputs", "clip_l.safetensors": "CLIP-L", "clip_g.safetensors": "CLIP-G",
+    "decoder.safetensors": "the VAE's decoder", "encoder.safetensors": "the VAE's encoder", "vocab.json": "the tokenizer's vocabulary",
+    "merges.txt": "the tokenizer's merges", "captions.txt": "captions that the model was made for",
+}  # fmt: skip
 HEAD_WIDTH = 64  # channels of a head in SD3's transformers and in CLIP, at every size
 TEXT_WIDTH = 4096  # channels to which DiffusionKit pads the features of both text encoders
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"

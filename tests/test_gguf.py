@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten
 from test_export import export, latent_of, quantized_paths
 
 from calibration_store.model_folder import read_model_config
+from w4a8 import __version__
 from w4a8.evaluation.variants import make_variant
 from w4a8.model.catalog import BUNDLED_FOLDER
 from w4a8.model.diffusionkit import MMDiT, model_io
@@ -37,8 +38,8 @@ def gguf_file(run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("gguf")
     done = export(run, "--weights", "w4-rtn-g32", "--format", "gguf", "--output", folder)
     assert done.exit_code == 0, done.output
-    (path,) = folder.iterdir()
-    assert path.name == "sd3-emoji-q4_1.gguf"
+    (path,) = folder.glob("*.gguf")
+    assert path.name == "sd3-emoji-q4_1.gguf" and "misread this file" in done.stdout
     return gguf.GGUFReader(path)
 
 
@@ -51,6 +52,8 @@ def test_gguf_says_what_it_is(gguf_file):
     assert fields["general.architecture"] == "sd3"
     assert fields["general.file_type"] == gguf.LlamaFileType.MOSTLY_Q4_1
     assert fields["general.quantization_version"] == gguf.GGML_QUANT_VERSION
+    assert fields["general.name"] == "sd3-emoji w4-rtn-g32" and fields["general.license"] == "apache-2.0"
+    assert fields["general.quantized_by"] == f"w4a8 {__version__}" and fields["w4a8.weights"] == "w4-rtn-g32"
     names = {tensor.name for tensor in gguf_file.tensors}
     assert {"pos_embed", "x_embedder.proj.weight", "t_embedder.mlp.0.weight", "final_layer.linear.bias"} <= names
     assert {"joint_blocks.0.x_block.attn.qkv.weight", "joint_blocks.0.context_block.adaLN_modulation.1.bias"} <= names
@@ -94,6 +97,22 @@ def test_diffusionkit_reads_the_gguf(gguf_file, emoji):
         assert mx.array_equal(found[name], original).item() == (name not in quantized), name
     with make_variant("w4-rtn-g32", None).in_place(emoji):
         assert np.array_equal(latent_of(emoji, mmdit), latent_of(emoji))
+
+
+def test_files_of_other_bits_lie_side_by_side(run, tmp_path):
+    for bits, force in ((4, ()), (5, ("--force",))):
+        done = export(run, "--weights", f"w{bits}-rtn-g32", "--format", "gguf", "--output", tmp_path, *force)
+        assert done.exit_code == 0, done.output
+    reader = gguf.GGUFReader(tmp_path / "sd3-emoji-q5_1.gguf")
+    assert reader.fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_Q5_1
+    assert {t.tensor_type.name for t in reader.tensors} == {"F16", "F32", "Q5_1"}
+    assert (tmp_path / "sd3-emoji-q4_1.gguf").exists()
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\nlicense: apache-2.0\n") and "`sd3-emoji-q5_1.gguf`" in card and "5-bit weights" in card
+    (tmp_path / "README.md").write_text("my own notes")
+    one_line(
+        export(run, "--weights", "w4-rtn-g32", "--format", "gguf", "--output", tmp_path, "--force"), "holds README.md"
+    )
 
 
 def test_what_gguf_cannot_hold_is_one_line(run, tmp_path):

@@ -94,7 +94,7 @@ def exported(hub, tmp_path_factory):
 
 
 def files_of(folder):
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir() if path.name != "README.md")
 
 
 def test_an_export_names_the_hub_model_or_holds_all_of_it(exported):

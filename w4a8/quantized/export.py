@@ -295,7 +295,9 @@ def check_output(paths: QuantizedModelPaths, info: ModelInfo, layout: str, force
         raise StoreError(f"{paths.root}: is the original model; give another --output")
     owned, gguf_files = paths.owned_files(), paths.gguf_files()  # raises StoreError for a folder that cannot be read
     present = set(paths.root.iterdir()) if paths.root.is_dir() else set()
-    foreign = sorted(path.name for path in present - {*owned, *gguf_files} if path.name != ".DS_Store")
+    foreign = sorted(
+        path.name for path in present - {*owned, *gguf_files, *paths.card_files()} if path.name != ".DS_Store"
+    )
     if paths.config in owned and not is_export(paths.config):
         foreign.append(paths.config.name)
     if foreign:
@@ -328,7 +330,7 @@ def refuse_options(export: ExportSource, layout: str, complete: bool) -> None:
         groups = f"groups of {weights.group_size}" if weights.group_size else "a scale per channel"
         raise OptionError(
             f"--format gguf: Q4_1 and Q5_1 have 4 and 5 bits and groups of 32, and {export.weights_name} has "
-            f"{weights.bits} bits, {groups}; train with optimize_adaround.py --group-size 32"
+            f"{weights.bits} bits, {groups}; train with optimize_adaround.py --group-size 32, or give --weights w4-rtn-g32"
         )
     if layout == "gguf" and others is not None:
         raise OptionError(

@@ -14,11 +14,14 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from calibration_store.files import atomic_path, remove_file
+from calibration_store.files import atomic_path
 from calibration_store.layout import QuantizedModelPaths
+from calibration_store.model_folder import HEAD_WIDTH
+from w4a8 import __version__
 from w4a8.backend.progress import ProgressBar
 from w4a8.model.families import SD3, Family
 from w4a8.model.layers import UnifiedBlock, model_layers
+from w4a8.model.licences import BASES, licence_of
 from w4a8.model.original_checkpoint import CheckpointSlice, checkpoint_slice
 from w4a8.model.original_model import K_BIAS
 from w4a8.quantized.export import GGUF_BITS, ExportSource, refuse_overflow
@@ -53,7 +56,7 @@ def write_gguf(paths: QuantizedModelPaths, export: ExportSource, mmdit: nn.Modul
     StoreError for an array that is not finite.
     """
     info, family, hidden = export.info, export.info.family, mmdit.config.hidden_size
-    path = paths.gguf(info.folder.name if info.folder is not None else info.version.rpartition("/")[2])
+    title = info.folder.name if info.folder is not None else info.version.rpartition("/")[2]
     tensors: dict[str, dict[CheckpointSlice, np.ndarray]] = {}  # by key: the parts that are joined to one tensor
     kinds: dict[str, gguf.GGMLQuantizationType] = {}  # by key, of the packed tensors
     width_of = joined_widths(mmdit, export.weights, family)
@@ -87,20 +90,54 @@ def write_gguf(paths: QuantizedModelPaths, export: ExportSource, mmdit: nn.Modul
         ):  # the file's qkv has one bias
             k_part = checkpoint_slice(family, name.replace("q_proj", "k_proj"), hidden)
             tensors[part.key][k_part] = np.zeros_like(values)
+    five = sum(kind == KINDS[5] for kind in kinds.values()) > len(kinds) / 2
+    path = paths.gguf(title, "q5_1" if five else "q4_1")
     with atomic_path(path) as temporary:
         writer = gguf.GGUFWriter(temporary, family.name)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_1)
+        writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q5_1 if five else gguf.LlamaFileType.MOSTLY_Q4_1)
+        describe_file(writer, export, title)
         for key in sorted(tensors):
             writer.add_tensor(key, joined_slices(tensors.pop(key)), raw_dtype=kinds.get(key))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-    for old in paths.gguf_files():
-        if old != path:
-            remove_file(old)
     return path
+
+
+def describe_file(writer: gguf.GGUFWriter, export: ExportSource, name: str) -> None:
+    """Add the fields about the file's origin: name, base model, licence, and how it was quantized."""
+    writer.add_name(f"{name} {export.weights_name}")
+    writer.add_quantized_by(f"w4a8 {__version__}")
+    licence, base = licence_of(export.info), BASES.get(export.info.hub_id or "")
+    writer.add_license(licence.id)
+    if licence.name is not None:
+        writer.add_license_name(licence.name)
+    if licence.link is not None:
+        writer.add_license_link(licence.link)
+    if base is not None:
+        writer.add_base_model_count(1)
+        writer.add_base_model_name(0, base.rpartition("/")[2])
+        writer.add_base_model_organization(0, base.partition("/")[0])
+        writer.add_base_model_repo_url(0, f"https://huggingface.co/{base}")
+    writer.add_string("w4a8.weights", export.weights_name)
+    writer.add_string("w4a8.weights_fingerprint", export.manifest["weights_fingerprint"])
+    writer.add_string(
+        "w4a8.activations", "a8-block: ggml multiplies packed weights with inputs of 8 bits in blocks of 32"
+    )
+
+
+def misread_elsewhere(mmdit: nn.Module, family: Family) -> str | None:
+    """Return a sentence where programs that take SD3's depth from width / 64 would misread a file, else None."""
+    config = mmdit.config
+    if family is not SD3 or config.hidden_size == HEAD_WIDTH * config.depth_multimodal:
+        return None
+    return (
+        f"{config.depth_multimodal} blocks of {config.hidden_size} channels: ComfyUI-GGUF and stable-diffusion.cpp take the "
+        f"depth of SD3 from the width ({HEAD_WIDTH} channels a block) and misread this file; gguf's reader, diffusers and this "
+        "toolkit read it"
+    )
 
 
 def joined_widths(mmdit: nn.Module, weights: Codes, family: Family) -> dict[str, int | None]:

@@ -1,0 +1,109 @@
+"""Write the README.md of an export, which a hub shows: base model, licence, method, measured figures, how to load it."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from calibration_store.api import read_metrics
+from calibration_store.errors import StoreError
+from calibration_store.files import atomic_path
+from calibration_store.layout import CARD_MARKER, EvaluationPaths, QuantizedModelPaths
+from calibration_store.model_folder import BUNDLED_MODEL, FILE_WORDS
+from calibration_store.sizes import format_bytes
+from w4a8 import __version__
+from w4a8.model.catalog import ModelInfo
+from w4a8.model.families import SD3
+from w4a8.model.licences import BASES, licence_of
+from w4a8.quantized.export import ExportSource, Size
+from w4a8.quantized.model import StoredWeights
+from w4a8.report.page import TEMPLATES
+
+
+def write_model_card(
+    paths: QuantizedModelPaths, export: ExportSource, size: Size, calib_dir: Path, gguf: Path | None
+) -> Path:
+    """Write README.md beside an export, and the picture of stage 4 where there is one; return its path.
+
+    gguf: the file of an export in that format. Figures come from metrics.json in the calibration folder, where stage 4
+    has measured this run. Raises WriteError.
+    """
+    info, note = export.info, export.note({})
+    metrics = measured(calib_dir)
+    grid = EvaluationPaths.below(calib_dir).grid
+    picture = paths.comparison if metrics is not None and grid.exists() else None
+    if picture is not None:
+        with atomic_path(picture) as temporary:
+            shutil.copyfile(grid, temporary)
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), keep_trailing_newline=True)
+    written = [gguf] if gguf is not None else sorted(paths.owned_files())
+    groups = f"groups of {note['group_size']}" if note["group_size"] else "one scale per output channel"
+    content = environment.get_template(
+        "model_card.md.jinja"
+    ).render(
+        marker=CARD_MARKER,
+        title=f"{base_name(info)}, {note['weights']}",
+        base=BASES.get(info.hub_id or ""),
+        original=BUNDLED_MODEL if info.version == BUNDLED_MODEL else "A model folder",
+        licence=licence_of(info),
+        bits=note["weight_bits"],
+        learned=isinstance(export.weights, StoredWeights),
+        groups=groups + (", single layers at other bits" if note["layer_bits"] else ""),
+        activations=export.rule.exported()["rule"] if export.rule is not None else None,  # type: ignore[index]
+        files=[file_row(path) for path in written],
+        transformer=format_bytes(size.transformer),
+        share=f"{size.transformer / size.transformer_float16:.2f}",
+        rows=[] if metrics is None else [variant_row(name, row) for name, row in metrics["variants"].items()],
+        images=0 if metrics is None else len(metrics["prompts"]),
+        steps=0 if metrics is None else metrics["num_steps"],
+        picture=None if picture is None else picture.name,
+        gguf=None if gguf is None else gguf.name,
+        sd3=info.family is SD3,
+        diffusers="SD3Transformer2DModel" if info.family is SD3 else "FluxTransformer2DModel",
+        default_steps=info.num_steps,
+        default_cfg=f"{info.cfg_weight or 1:g}",
+        shift=info.sampler_shift,
+        t5=info.use_t5,
+        version=__version__,
+        model_version=base_name(info) if info.folder is not None else info.version,
+        weights=note["weights_fingerprint"][:16],
+        calibration_run=note["calibration_run"],
+    )
+    with atomic_path(paths.card) as temporary:
+        temporary.write_text(content, encoding="utf-8")
+    return paths.card
+
+
+def base_name(info: ModelInfo) -> str:
+    """Return the name of the original model: of its folder, or of its repository without the owner."""
+    return info.folder.name if info.folder is not None else info.version.rpartition("/")[2]
+
+
+def measured(calib_dir: Path) -> dict[str, Any] | None:
+    """Return what stage 4 measured of the run in a calibration folder, or None where there is nothing of this run."""
+    try:
+        return read_metrics(calib_dir)
+    except StoreError:  # there is none, or it is of another run
+        return None
+
+
+def file_row(path: Path) -> dict[str, str]:
+    """Return the row of a file in the card's table."""
+    what = "the transformer, under the original names" if path.suffix == ".gguf" else FILE_WORDS.get(path.name, "")
+    return {"name": path.name, "size": format_bytes(path.stat().st_size), "what": what or "DiffusionKit's 4-bit layout"}
+
+
+def variant_row(name: str, metrics: Mapping[str, Any]) -> dict[str, str]:
+    """Return the row of a variant in the card's table of figures."""
+    psnr, (low, high) = metrics["psnr"], metrics["psnr"]["interval"]
+    if psnr["mean"] is None:
+        return {"name": name, "mean": "equal", "median": "", "worst": "", "ssim": f"{metrics['ssim']['mean']:.3f}"}
+    return {
+        "name": name,
+        "mean": f"{psnr['mean']:.1f} ({low:.1f} – {high:.1f})",
+        "median": f"{psnr['median']:.1f}",
+        "worst": f"{psnr['worst']:.1f}",
+        "ssim": f"{metrics['ssim']['mean']:.3f}",
+    }
