@@ -138,10 +138,10 @@ def run(options: RoundingOptions) -> None:
     """Load the transformer, plan, check the cache, train what is left job by job, write the metadata."""
     from calibration_store.block_cache import read_cache_metadata
     from calibration_store.files import require_space
-    from calibration_store.layout import BlockCachePaths, WeightPaths
+    from calibration_store.layout import BlockCachePaths
     from calibration_store.manifest import read_manifest
     from calibration_store.stage_folder import StageFolder
-    from calibration_store.weights import WEIGHTS_PLAN, write_weights_metadata
+    from calibration_store.weights import WEIGHTS_PLAN, weight_paths, write_weights_metadata
     from w4a8.backend.launched import join
     from w4a8.backend.parallel import run_cpu_streams_side_by_side
     from w4a8.model.runs import run_schedule, run_transformer
@@ -162,7 +162,7 @@ def run(options: RoundingOptions) -> None:
     from w4a8.rounding.training_samples import verified
 
     run_cpu_streams_side_by_side()  # before the schedule is evaluated
-    calib_dir, paths = options.calib_dir, WeightPaths(options.calib_dir)
+    calib_dir, paths = options.calib_dir, weight_paths(options.calib_dir, options.group_size, options.resume)
     cache, manifest, ranks = read_cache_metadata(calib_dir), read_manifest(calib_dir), join(calib_dir)
     schedule, _ = run_schedule(manifest)
     flags = cli.flags(

@@ -137,11 +137,15 @@ def analysis_files(paths: ActivationPaths) -> list[Path]:
 
 
 class WeightPaths:
-    """Paths of stage 3W; `calib_dir` is the folder that all stages share."""
+    """Paths of stage 3W; `calib_dir` is the folder that all stages share.
 
-    def __init__(self, calib_dir: Path):
+    A second run, with groups of another size, has a folder of its own, adaround_weights_gN/ (`weights.weight_paths`).
+    """
+
+    def __init__(self, calib_dir: Path, group_size: int | None = None):
+        """group_size: of a second run's folder; None: adaround_weights/."""
         self.calib_dir = calib_dir
-        self.root = calib_dir / "adaround_weights"
+        self.root = calib_dir / ("adaround_weights" if group_size is None else f"adaround_weights_g{group_size}")
         self.metadata = self.root / "metadata.json"
         self.plan = self.root / "plan.json"
         self.checkpoint = self.root / "checkpoint.npz"

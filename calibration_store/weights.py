@@ -1,5 +1,6 @@
 """Learned rounding (3W): codes, grids and ranges of every layer, losses, plan.json and metadata.json."""
 
+import contextlib
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -337,3 +338,27 @@ def write_weights_metadata(paths: WeightPaths, plan: Mapping[str, Any]) -> dict[
 def _groups_fit(fields: Mapping[str, np.ndarray], group_size: int) -> bool:
     width = fields["q"].shape[1]
     return fields["scale"].shape[1] * (group_size or width) == width
+
+
+def weight_paths(calib_dir: Path, group_size: int | None = None, resume: bool = False) -> WeightPaths:
+    """Return the folder of the learned weights with groups of this size; None: adaround_weights/, whatever it holds.
+
+    The first run is in adaround_weights/. A run with groups of another size than that one's is in adaround_weights_gN/,
+    so that weights for MLX (64) and for GGUF (32) stand side by side. resume: a run that does not exist cannot go on;
+    then the first run's folder is returned, whose plan says what is different.
+    """
+    first = WeightPaths(calib_dir)
+    if group_size is None:
+        return first
+    other, noted = WeightPaths(calib_dir, group_size), group_size_of(first)
+    if resume and not other.root.exists():
+        return first
+    return other if noted not in (None, group_size) or (noted is None and other.root.exists()) else first
+
+
+def group_size_of(paths: WeightPaths) -> int | None:
+    """Return the size of the groups of the run in a folder, from its plan or its metadata; None where there is none."""
+    for path in (paths.plan, paths.metadata):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # the stages say what is damaged
+            return int(orjson.loads(path.read_bytes())["group_size"])
+    return None

@@ -1,15 +1,18 @@
 """export_quantized_model.py --format gguf: what gguf's own reader finds, and what DiffusionKit makes of it."""
 
+import json
+
 import gguf
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import generate
+from conftest import folder_bytes, generate, invoke
 from finished_run import one_line
 from mlx.utils import tree_flatten
 from test_export import export, latent_of, quantized_paths
 
 from calibration_store.model_folder import read_model_config
+from calibration_store.weights import weight_paths
 from w4a8 import __version__
 from w4a8.evaluation.variants import make_variant
 from w4a8.model.catalog import BUNDLED_FOLDER
@@ -121,3 +124,41 @@ def test_what_gguf_cannot_hold_is_one_line(run, tmp_path):
     done = export(run, "--format", "gguf", "--weights", "w4-rtn-g32", "--rest-bits", 8, "--output", tmp_path / "out")
     one_line(done, "leave --rest-bits and --all-linears out")
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_of_other_groups_stand_side_by_side(tmp_path):
+    """--group-size 32 keeps the weights of groups of 64; stage 4 and 5 find both, and GGUF takes those of 32."""
+    where = ("--calib-dir", tmp_path / "run")
+    quick = ("--iters", 10, "--batch-size", 2, "--unit", "block", "--end-to-end", 0, *where)
+    assert generate("--num-images", 2, "--num-steps", 2, "--no-images", *where).exit_code == 0
+    assert invoke("cache_adaround_data", "--num-images", 2, "--stride", 1, *where).exit_code == 0
+    for group in (64, 32):
+        done = invoke("optimize_adaround", *quick, "--group-size", group)
+        assert done.exit_code == 0, done.output
+    roots = [weight_paths(tmp_path / "run", group).root.name for group in (None, 64, 32)]
+    assert roots == ["adaround_weights", "adaround_weights", "adaround_weights_g32"]
+    before = folder_bytes(tmp_path / "run/adaround_weights")
+    done = invoke("optimize_adaround", *quick, "--group-size", 32, "--iters", 12, "--force")
+    assert done.exit_code == 0 and folder_bytes(tmp_path / "run/adaround_weights") == before
+    one_line(invoke("optimize_adaround", *quick, "--group-size", 0, "--resume"), "has --group-size 64, not 0")
+    quick_look = (
+        "--num-images",
+        1,
+        "--num-steps",
+        1,
+        "--variants",
+        "w4-adaround,w4-adaround-g32,w4-adaround-g64",
+        *where,
+    )
+    done = invoke("evaluate_quantization", *quick_look)
+    assert done.exit_code == 0, done.output
+    figures = json.loads((tmp_path / "run/evaluation/metrics.json").read_bytes())["variants"]
+    psnr = {name: row["psnr"]["mean"] for name, row in figures.items()}
+    assert psnr["w4-adaround"] == psnr["w4-adaround-g64"] != psnr["w4-adaround-g32"]
+    for arguments, weights in ((("--format", "gguf"), "w4-adaround-g32"), ((), "w4-adaround,")):
+        done = export(tmp_path / "run", *arguments, "--output", tmp_path / weights, "--activations", "none")
+        assert done.exit_code == 0 and weights in done.stdout, done.output
+    one_line(
+        export(tmp_path / "run", "--weights", "w4-adaround-g128", "--output", tmp_path / "x"),
+        "adaround_weights_g128/metadata.json: not found",
+    )

@@ -11,7 +11,7 @@ from typing import Any
 from calibration_store.errors import OptionError, StoreError
 from calibration_store.layout import ActivationPaths, QuantizedModelPaths, WeightPaths
 from calibration_store.manifest import same_run
-from calibration_store.weights import WEIGHTS_METADATA
+from calibration_store.weights import WEIGHTS_METADATA, weight_paths
 from w4a8.model.layers import Layer
 from w4a8.model.packed import AUTO
 from w4a8.model.parts import TRANSFORMER, Pipeline
@@ -22,14 +22,14 @@ from w4a8.quantized.model import Codes, NearestWeights, OtherLayers, StoredWeigh
 from w4a8.quantized.rule_names import RULES, rule_of
 
 WEIGHT_PART = re.compile(
-    r"w(?P<bits>[2-68])-(?:(?P<method>adaround)|(?P<nearest>rtn)(?:-g(?P<group>0|32|64|128))?)(?:-(?P<rest>r8|all))?"
+    r"w(?P<bits>[2-68])-(?P<method>adaround|rtn)(?:-g(?P<group>0|32|64|128))?(?:-(?P<rest>r8|all))?"
 )
 REST = {None: None, "r8": OtherLayers(8), "all": OtherLayers(4, all_linears=True)}
 NATIVE_VARIANT = "native"
 NO_LORA_VARIANT = "no-lora"  # the original weights, without the LoRAs that are fused into the transformer
-DEFAULT_GROUP_SIZE = 64
+DEFAULT_GROUP_SIZE, GGUF_GROUP = 64, 32
 WEIGHT_VOCABULARY = (
-    "w4-adaround, w4-rtn, w4-rtn-g0 (2, 3, 4, 5, 6 or 8 bits, groups of 32, 64, 128 or 0: what MLX runs natively), "
+    "w4-adaround, w4-adaround-g32 (of a second run), w4-rtn, w4-rtn-g0 (2, 3, 4, 5, 6 or 8 bits, groups of 32, 64, 128 or 0: what MLX runs natively), "
     "the same with -r8 (adaLN and embedders at 8 bits) or -all (every linear layer at 4)"
 )
 VARIANT_WORDS = (
@@ -141,13 +141,16 @@ def make_weights(variant: str, part: str, calib_dir: Path, native: str = AUTO) -
     assert match is not None  # `is_weight_part` holds for the part
     found = match.groupdict()
     bits, rest = int(found["bits"]), REST[found["rest"]]
-    if found["method"]:
-        stored = StoredWeights(calib_dir, rest)
+    group = None if found["group"] is None else int(found["group"])
+    if found["method"] == "adaround":
+        stored = StoredWeights(calib_dir, rest, group)
+        if group not in (None, stored.group_size):
+            raise OptionError(f"{variant}: {stored.paths.root} holds groups of {stored.group_size}")
         if bits != stored.bits:
             raise OptionError(f"{variant}: {stored.paths.root} holds {stored.bits} bits")
         return stored
-    if found["group"] is not None:
-        return NearestWeights(bits, int(found["group"]), rest)
+    if group is not None:
+        return NearestWeights(bits, group, rest)
     learned = WeightPaths(calib_dir).metadata
     known = WEIGHTS_METADATA.read(learned)["group_size"] if learned.exists() else DEFAULT_GROUP_SIZE
     return NearestWeights(bits, known, rest)
@@ -166,6 +169,9 @@ def export_variant(options: ExportOptions) -> tuple[Variant, Codes, str | None]:
         if not learned.exists():
             raise StoreError(f"{learned}: not found; run optimize_adaround.py first, or give --weights w4-rtn")
         weights = f"w{WEIGHTS_METADATA.read(learned)['weight_bits']}-adaround"
+        for_gguf = weight_paths(calib_dir, GGUF_GROUP).metadata
+        if options.layout == "gguf" and for_gguf != learned and for_gguf.exists():
+            weights = f"w{WEIGHTS_METADATA.read(for_gguf)['weight_bits']}-adaround-g{GGUF_GROUP}"
     if rest_bits != 16 and all_linears:
         raise OptionError("--all-linears and --rest-bits exclude each other: the former has 4 bits everywhere")
     match = WEIGHT_PART.fullmatch(weights)

@@ -18,9 +18,8 @@ import mlx.nn as nn
 import numpy as np
 
 from calibration_store.errors import OptionError, StoreError
-from calibration_store.layout import WeightPaths
 from calibration_store.names import block_of
-from calibration_store.weights import WEIGHTS_METADATA, read_quantized_block
+from calibration_store.weights import WEIGHTS_METADATA, read_quantized_block, weight_paths
 from w4a8.backend.parallel import on_every_core
 from w4a8.model.layers import Layer, model_layers
 from w4a8.model.parts import TRANSFORMER, Pipeline
@@ -128,13 +127,14 @@ class NearestWeights(Codes):
 
 
 class StoredWeights(Codes):
-    """Weights that stage 3W, or GPTQ, wrote to adaround_weights/. One block is in memory at a time."""
+    """Weights that stage 3W, or GPTQ, wrote to `weight_paths`. One block is in memory at a time."""
 
     remedy = "run cache_adaround_data.py and optimize_adaround.py with --force"
 
-    def __init__(self, calib_dir: Path, other_layers: OtherLayers | None = None):
+    def __init__(self, calib_dir: Path, other_layers: OtherLayers | None = None, group_size: int | None = None):
+        """group_size: of the groups, where several runs are there; None: those in adaround_weights/."""
         self.other_layers = other_layers
-        self.paths = WeightPaths(calib_dir)
+        self.paths = weight_paths(calib_dir, group_size)
         self.metadata = WEIGHTS_METADATA.read(self.paths.metadata)
         self.bits: int = self.metadata["weight_bits"]
         self.activation_bits: int = self.metadata["activation_bits"]

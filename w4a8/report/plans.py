@@ -62,6 +62,7 @@ def warn_of_old_results(paths: CalibrationPaths) -> None:
         QuantizedModelPaths.below(root), ReportPaths(root / "report"),
     )  # fmt: skip
     old = [folder.root.name for folder in folders if folder.root.is_dir()]
+    old += sorted(path.name for path in root.glob(f"{WeightPaths(root).root.name}_g*") if path.is_dir())
     if old:
         click.echo(
             f"Note: {', '.join(old)} in {root} are of the run that is gone; "
