@@ -47,6 +47,11 @@ from w4a8.options import EvaluationOptions
     help="Exit with 1 when a variant's mean latent error exceeds this at any step.",
 )
 @click.option(
+    "--reference",
+    type=cli.FOLDER,
+    help="Folder of pictures 0000.png, 0001.png … that the variants are compared with, too; the first is of the first prompt.",
+)
+@click.option(
     "--output",
     type=cli.FOLDER,
     help="Folder to write to.  [default: evaluation/ below --calib-dir]",
@@ -84,7 +89,7 @@ def run(options: EvaluationOptions) -> None:
         plan_evaluation,
     )
     from w4a8.evaluation.gate import check_gate
-    from w4a8.evaluation.metrics import LOW_PSNR
+    from w4a8.evaluation.metrics import LOW_PSNR, compare_with_reference, read_reference
     from w4a8.evaluation.variants import default_variants, make_variant
     from w4a8.model.layers import model_layers
     from w4a8.model.memory_needs import needs_of, refuse_too_large
@@ -116,6 +121,8 @@ def run(options: EvaluationOptions) -> None:
     click.echo(f"{info.version}: {sampling}; {overlap} of the prompts were used in calibration")
     for sentence in say_what_is_not_read(pipeline, prompts, sampling.negative_prompt):
         click.echo(sentence)
+    sides = (sampling.latent_size[0] * info.vae_downscale, sampling.latent_size[1] * info.vae_downscale)
+    reference = read_reference(options.reference, len(prompts), sides) if options.reference is not None else None
     for variant in chosen:
         variant.check(manifest, fingerprint, model_layers(pipeline.mmdit))
     needs = needs_of(
@@ -136,6 +143,8 @@ def run(options: EvaluationOptions) -> None:
         if found is None:
             return  # rank 0 goes on
         original, images, results = found
+        if reference is not None:
+            compare_with_reference(reference, images, results)
         if "fp" not in names:
             del images["fp"], results["fp"]
         draw_grid(paths.grid, prompts, original, images, results, options.grid_map == "flip")

@@ -242,6 +242,26 @@ def test_second_run_takes_the_original_over(run, results):
     assert again == {path.name: path.stat().st_mtime_ns for path in runs.iterdir()}
 
 
+def test_other_pictures_as_reference(run, results, tmp_path):
+    """The original's own pictures give the figures that are there anyway; others give theirs; a missing one is named."""
+    pictures = sorted((run / "evaluation/images/fp").glob("*.png"))
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for path in pictures:
+        shutil.copyfile(path, folder / path.name)
+    again = ("--output", tmp_path / "again", "--variants", "w4-rtn", "--reference", folder)
+    done = evaluate(run, *again)
+    assert done.exit_code == 0 and "w4-rtn against --reference: " in done.stdout, done.output
+    row = json.loads((tmp_path / "again/metrics.json").read_bytes())["variants"]["w4-rtn"]
+    for key in ("psnr", "ssim"):
+        assert row["reference"][key]["mean"] == row[key]["mean"] and row["reference"][key]["worst"] == row[key]["worst"]
+    with Image.open(pictures[0]) as picture:
+        picture.resize((8, 8)).save(folder / pictures[1].name)
+    one_line(evaluate(run, *again), f"{pictures[1].name}: 8 x 8 pixels, and the variants have 64 x 64")
+    (folder / pictures[0].name).unlink()
+    one_line(evaluate(run, *again), f"{pictures[0].name}: no picture that can be read")
+
+
 def test_gate(run, results):
     done = evaluate(run, "--variants", "w4-rtn", "--resume", "--min-psnr", 90, "--max-step-error", 0)
     assert done.exit_code == 1

@@ -168,6 +168,7 @@ class EvaluationOptions(FolderOptions):
     variants: str | None = None
     min_psnr: float | None = None
     max_step_error: float | None = None
+    reference: Path | None = None
     output: Path | None = None
     grid_map: str = "difference"
     native: str = "auto"

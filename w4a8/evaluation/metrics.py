@@ -3,11 +3,15 @@
 import importlib
 import importlib.util
 import math
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from calibration_store.errors import OptionError
 from w4a8.backend.lazy_imports import MissingPackage
 from w4a8.backend.parallel import on_every_core
 
@@ -112,6 +116,39 @@ def describe_variant(
         ],
         "worst_image": int(order[0]),
     }
+
+
+def read_reference(folder: Path, count: int, sides: tuple[int, int]) -> np.ndarray:
+    """Read the pictures 0000.png … of a folder, (count, height, width, 3) uint8. sides: (height, width).
+
+    Raises OptionError where a picture is missing, cannot be read, or has another size.
+    """
+    found = np.empty((count, *sides, 3), np.uint8)
+    for index in range(count):
+        path = folder / f"{index:04d}.png"
+        try:
+            with Image.open(path) as picture:
+                pixels = np.asarray(picture.convert("RGB"))
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise OptionError(f"--reference {path}: no picture that can be read ({error})") from None
+        if pixels.shape[:2] != sides:
+            given, wanted = (" x ".join(map(str, each[::-1])) for each in (pixels.shape[:2], sides))
+            raise OptionError(f"--reference {path}: {given} pixels, and the variants have {wanted}")
+        found[index] = pixels
+    return found
+
+
+def compare_with_reference(reference: np.ndarray, images: Mapping[str, np.ndarray], results: dict[str, dict]) -> None:
+    """Add the entry `reference` to every variant's metrics: PSNR, SSIM and FLIP against other pictures.
+
+    reference and images, {variant: images}: (N, H, W, 3) uint8.
+    """
+    for name, drawn in images.items():
+        quality = image_metrics(reference, drawn)
+        different = quality["psnr"][~np.isinf(quality["psnr"])]
+        results[name]["reference"] = {
+            "psnr": summary(different), "ssim": summary(quality["ssim"]), "flip": summary(-quality["flip"], -1),
+        }  # fmt: skip
 
 
 def summary(values: np.ndarray, sign: int = 1) -> dict[str, float | None]:

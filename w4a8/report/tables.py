@@ -99,6 +99,10 @@ def print_variants(results: dict[str, dict], simulated: bool) -> None:
     if simulated:
         click.echo("Quantized activations are simulated: these rows say nothing about speed.")
     for name, row in results.items():
+        if "reference" in row:
+            psnr, ssim = (row["reference"][key] for key in ("psnr", "ssim"))
+            mean = "equal" if psnr["mean"] is None else f"{psnr['mean']:.1f} dB (worst {psnr['worst']:.1f})"
+            click.echo(f"{name} against --reference: {mean}, SSIM {ssim['mean']:.4f}")
         kept = row.get("lora_effect")
         if kept is not None:
             click.echo(f"{name}: the LoRA's effect before and after has cosine {kept:.2f}")

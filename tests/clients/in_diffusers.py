@@ -1,6 +1,6 @@
-"""Load the models of tools/client_models.py in diffusers, and compare its velocities with ours.
+"""Load the models of tests/clients/models.py in diffusers, and compare its velocities with ours.
 
-    .venv-clients/bin/python tools/client_diffusers.py /tmp/clients/m4 /tmp/clients/f1 …
+    .venv-clients/bin/python tests/clients/in_diffusers.py /tmp/clients/m4 /tmp/clients/f1 …
 
 It prints ‖v − v_ours‖ / ‖v_ours‖ for the GGUF file and for the original checkpoint, in float32, and the same between
 diffusers' own two. Nothing of the toolkit is imported.

@@ -1,6 +1,6 @@
-"""Make models of random weights, their GGUF exports and our velocities, for tools/client_diffusers.py and the like.
+"""Make models of random weights, their GGUF exports and our velocities, for tests/clients/in_diffusers.py and the like.
 
-    python tools/client_models.py m4 /tmp/clients/m4 --k-bias 0.2
+    python tests/clients/models.py m4 /tmp/clients/m4 --k-bias 0.2
 
 Each folder gets original.safetensors (original keys, float32), the export's .gguf, and ours.npz: the inputs, and the
 velocity of the original and of the export, computed in float32. `make clients` runs all of it.
@@ -129,5 +129,5 @@ def compute(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     main()

@@ -1,6 +1,6 @@
-"""Draw with stable-diffusion.cpp from a real-size export of random weights (tools/client_models.py m24).
+"""Draw with stable-diffusion.cpp from a real-size export of random weights (tests/clients/models.py m24).
 
-    .venv-clients/bin/python tools/client_stable_diffusion_cpp.py /tmp/clients/m24
+    .venv-clients/bin/python tests/clients/in_stable_diffusion_cpp.py /tmp/clients/m24
 
 It writes random text encoders of the original sizes beside the export, takes the random checkpoint's VAE, and draws one
 image of noise: what counts is that every tensor has a place, and that the program ends well. Nothing of the toolkit is
