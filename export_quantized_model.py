@@ -27,7 +27,10 @@ from w4a8.options import ExportOptions
 )
 @cli.scale_is_option
 @click.option(
-    "--format", "layout", type=click.Choice(EXPORT_FORMATS), help="A model folder, or one file of Q4_1 or Q5_1."
+    "--format",
+    "layout",
+    type=click.Choice(EXPORT_FORMATS),
+    help="A model folder, one file of Q4_1 or Q5_1, or FLUX's transformer/ for mflux.",
 )
 @click.option(
     "--rest-bits",
@@ -76,6 +79,7 @@ def run(options: ExportOptions) -> None:
         write_folder,
     )
     from w4a8.quantized.gguf_file import misread_elsewhere, write_gguf
+    from w4a8.quantized.mflux_layout import write_mflux
     from w4a8.report.model_card import write_model_card
     from w4a8.report.tables import print_export
 
@@ -112,14 +116,15 @@ def run(options: ExportOptions) -> None:
         require_space(paths.root, bytes_needed(export, size, rest, hub_file), remedy)
         if options.layout == "gguf":
             written = write_gguf(paths, export, mmdit, bar)
+        elif options.layout == "mflux":
+            written = write_mflux(paths, export, mmdit, bar)
         else:
             quantization = pack_transformer(mmdit, weights, bar)
             with cli.finishing("writing"):
                 written = write_folder(paths, export, mmdit, quantization, rest, hub_file)
-        gguf = written if options.layout == "gguf" else None
-        card = write_model_card(paths, export, size, options.calib_dir, gguf)
+        card = write_model_card(paths, export, size, options.calib_dir, options.layout, written)
     click.echo(f"wrote {written}, {card.name}")
-    if gguf is not None and misread:
+    if options.layout == "gguf" and misread:
         click.echo(misread)
     if options.layout == "mlx":
         click.echo(f"draw with it: {cli.interpreter()} draw_images.py --model {paths.root} PROMPT")

@@ -274,6 +274,9 @@ class QuantizedModelPaths:
     def __init__(self, root: Path):
         self.root = root
         self.config = root / "config.json"
+        self.mflux = root / "transformer"
+        self.mflux_weights = self.mflux / "0.safetensors"
+        self.mflux_index = self.mflux / "model.safetensors.index.json"
         self.card = root / "README.md"
         self.comparison = root / "comparison.png"
         self.activations = root / "activations.json"
@@ -301,6 +304,11 @@ class QuantizedModelPaths:
         except (OSError, ValueError):
             return []
         return [path for path in (self.card, self.comparison) if ours and path.exists()]
+
+    def mflux_files(self) -> list[Path]:
+        """Return the folder transformer/ in mflux's layout; none where it holds something else."""
+        names = {path.name for path in self.mflux.iterdir()} if self.mflux.is_dir() else set()
+        return [self.mflux] if names and names <= {self.mflux_weights.name, self.mflux_index.name} else []
 
     def gguf_files(self) -> list[Path]:
         return files_matching(self.root, EXPORTED_GGUF)

@@ -30,7 +30,7 @@ FILE_WORDS = {
     "config.json": "sizes, quantization by layer, digests", "mmdit.safetensors": "the transformer",
     "activations.json": "ranges of the inputs", "clip_l.safetensors": "CLIP-L", "clip_g.safetensors": "CLIP-G",
     "decoder.safetensors": "the VAE's decoder", "encoder.safetensors": "the VAE's encoder", "vocab.json": "the tokenizer's vocabulary",
-    "merges.txt": "the tokenizer's merges", "captions.txt": "captions that the model was made for",
+    "merges.txt": "the tokenizer's merges", "0.safetensors": "the transformer, packed", "model.safetensors.index.json": "its index", "captions.txt": "captions that the model was made for",
 }  # fmt: skip
 HEAD_WIDTH = 64  # channels of a head in SD3's transformers and in CLIP, at every size
 TEXT_WIDTH = 4096  # channels to which DiffusionKit pads the features of both text encoders

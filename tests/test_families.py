@@ -7,9 +7,10 @@ import shutil
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import ROOT
 from flux_reference import Flux
 from gguf import GGUFReader, dequantize
-from tiny_hub import DEV, LARGE, MEDIUM, SCHNELL, run, tiny_hub
+from tiny_hub import DEV, LARGE, MEDIUM, SCHNELL, one_line_of, run, tiny_hub
 
 from calibration_store.block_cache import read_cached_block, read_cached_ends
 from calibration_store.layout import ActivationPaths
@@ -237,6 +238,55 @@ def test_flux_as_gguf_has_the_original_keys(hub, roads, tmp_path):
         assert mx.allclose(ours[f"{name}.weight"], dense, atol=1e-6).item(), name
 
 
+def test_flux_for_mflux_has_its_names_and_the_same_codes(hub, roads, tmp_path):
+    """mflux names parameters as diffusers does, but for the MLPs; proj_out is o_proj and fc2 side by side."""
+    where = ("--calib-dir", roads("dev"), "--weights", "w4-rtn", "--activations", "none", "--output")
+    stage = "export_quantized_model"
+    done = run(hub, stage, *where, tmp_path / "a", "--format", "mflux", "then", stage, *where, tmp_path / "b")
+    assert done.returncode == 0, done.stderr
+    arrays, note = mx.load(str(tmp_path / "a/transformer/0.safetensors"), return_metadata=True)
+    assert note["quantization_level"] == "4" and "mflux_version" in note
+    index = json.loads((tmp_path / "a/transformer/model.safetensors.index.json").read_bytes())
+    assert set(index["weight_map"]) == arrays.keys()
+    with np.load(ROOT / "tests/references/diffusers_transformers.npz") as file:
+        theirs = {row.split(" ", 1)[0] for row in file["flux-dev keys"].tolist()}
+    theirs = {name.replace("ff.net.0.proj", "ff.linear1").replace("ff.net.2", "ff.linear2") for name in theirs}
+    theirs = {
+        n.replace("ff_context.net.0.proj", "ff_context.linear1").replace("ff_context.net.2", "ff_context.linear2")
+        for n in theirs
+    }
+    assert {name for name in arrays if not name.endswith((".scales", ".biases"))} == theirs
+    ours = mx.load(str(tmp_path / "b/mmdit.safetensors"))
+
+    def dense(source, layer):
+        packed = [source[f"{layer}.{part}"] for part in ("weight", "scales", "biases")]
+        return np.array(mx.dequantize(packed[0], *(part.astype(mx.float32) for part in packed[1:]), 64, 4))
+
+    block = "unified_transformer_blocks.1.transformer_block."
+    both = np.concatenate([dense(ours, f"{block}{layer}") for layer in ("attn.o_proj", "mlp.fc2")], axis=1)
+    np.testing.assert_allclose(
+        dense(arrays, "single_transformer_blocks.1.proj_out"), both, atol=0.01 * np.abs(both).max()
+    )
+    image = "multimodal_transformer_blocks.0.image_transformer_block."
+    words = arrays["transformer_blocks.0.ff.linear1.weight"], ours[f"{image}mlp.fc1.weight"]
+    assert mx.array_equal(*words) and arrays["transformer_blocks.0.attn.to_k.bias"].size == 128
+    card = (tmp_path / "a/README.md").read_text(encoding="utf-8")
+    assert "base_model: black-forest-labs/FLUX.1-dev" in card and "mflux-generate --base-model dev" in card
+    done = run(
+        hub,
+        stage,
+        "--calib-dir",
+        roads("medium"),
+        "--weights",
+        "w4-rtn",
+        "--format",
+        "mflux",
+        "--output",
+        tmp_path / "c",
+    )
+    one_line_of(done, "mflux knows FLUX")
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -268,17 +318,6 @@ def test_a_fine_tune_of_flux_in_the_original_keys(hub, tmp_path):
     assert np.array_equal(one, other) and not (tmp_path / "b/quantized_model/decoder.safetensors").exists()
 
 
-@pytest.mark.parametrize("model, limit, cut", [(SCHNELL, 256, 2), (DEV, 512, 1)])
-def test_each_encoders_cut_is_told(hub, tmp_path, model, limit, cut):
-    """CLIP cuts all three prompts at 77 tokens; T5 reads 256 tokens with FLUX.1-schnell and 512 with -dev."""
-    (tmp_path / "prompts.txt").write_text("\n".join("a " * count for count in (80, 250, 600)))
-    where = ("--prompts", tmp_path / "prompts.txt", "--calib-dir", tmp_path / "run", "--dry-run")
-    done = run(hub, "generate_calibration_data", "--model", model, "--num-images", 3, "--num-steps", 1, *SIZE, *where)
-    assert done.returncode == 0, done.stderr
-    one = f"T5 reads the first {limit} tokens of {cut} prompt{'s' * (cut > 1)}."
-    assert f"CLIP reads the first 77 tokens of 3 prompts; {one}" in done.stdout, done.stdout
-
-
 def test_tokens_that_exceed_float16(hub, tmp_path):
     """The walk of stage 3W keeps FLUX's tokens in float32; a cache of all boundaries cannot, and says so."""
     weights = mx.load(str(next(hub.rglob("flux-schnell.safetensors"))))
@@ -306,58 +345,3 @@ def test_tokens_that_exceed_float16(hub, tmp_path):
     assert done.returncode == 0, done.stderr
     cache = ("cache_adaround_data", *where, "--num-images", 2, "--stride", 1, "--boundaries", "all", "--force")
     one_line_of(run(hub, *cache), "does not fit float16")
-
-
-def test_guidance_is_embedded_noted_and_moves_the_latents(hub, tmp_path):
-    """3.5 is FLUX.1-dev's own; other models embed none."""
-    where = ("--model", DEV, "--num-images", 1, "--num-steps", 1, *SIZE, "--no-images", "--calib-dir")
-    stage = "generate_calibration_data"
-    done = run(hub, stage, *where, tmp_path / "a", "then", stage, *where, tmp_path / "b", "--guidance", 1.5)
-    assert done.returncode == 0 and "embedded guidance 3.5" in done.stdout and "embedded guidance 1.5" in done.stdout
-    manifests = [json.loads((tmp_path / name / "manifest.json").read_bytes()) for name in "ab"]
-    assert [manifest["guidance"] for manifest in manifests] == [3.5, 1.5]
-    one, other = (np.load(tmp_path / name / "samples/0000_001.npz")["x"] for name in "ab")
-    assert not np.array_equal(one, other)
-    resumed = run(hub, stage, *where, tmp_path / "b", "--resume")
-    one_line_of(resumed, "has --guidance 1.5, not 3.5")
-    one_line_of(run(hub, stage, *where, tmp_path / "c", "--model", SCHNELL, "--guidance", 2), "embeds no guidance")
-
-
-def test_a_run_of_080_is_refused(hub, tmp_path):
-    """Its manifest has the fingerprint of the files alone; then k had no bias, and timesteps were embedded in 16 bits."""
-    where = ("--calib-dir", tmp_path / "run")
-    stage = ("generate_calibration_data", "--model", MEDIUM, "--num-images", 1, "--num-steps", 1, *SIZE, "--no-images")
-    done = run(hub, *stage, "--no-t5", *where, "then", "note_fingerprint_of_080", tmp_path / "run")
-    assert done.returncode == 0, done.stderr
-    one = ("--num-images", 1, "--stride", 1)
-    for script, *options in (
-        ("collect_layer_activations", *one),
-        ("cache_adaround_data", *one),
-        ("export_quantized_model", "--weights", "w4-rtn"),
-        ("evaluate_quantization", "--variants", "w4-rtn", "--num-images", 1),
-    ):
-        one_line_of(run(hub, script, *where, *options), "0.8.0")
-    one_line_of(run(hub, *stage, "--no-t5", *where, "--resume"), "0.8.0")
-
-
-def test_checkpoints_of_another_layout_are_named(hub, tmp_path):
-    given = {
-        "diffusers": ("transformer.single_transformer_blocks.0.attn.to_q.weight", "holds no transformer"),
-        "packed": ("double_blocks.0.img_attn.qkv.scales", "packed already"),
-        "foreign": (
-            "double_blocks.0.img_attn.qkv.weight",
-            "not the transformer that --model names (lacks 79 arrays, double_blocks.0.",
-        ),
-    }
-    for name, (key, message) in given.items():
-        path = tmp_path / f"{name}.safetensors"
-        mx.save_safetensors(str(path), {key: mx.zeros((384, 128))})
-        where = ("--calib-dir", tmp_path / "run", "--num-images", 1, "--num-steps", 1, *SIZE, "--no-images")
-        one_line_of(
-            run(hub, "generate_calibration_data", "--model", SCHNELL, "--local-checkpoint", path, *where), message
-        )
-
-
-def one_line_of(done, message):
-    assert done.returncode != 0 and message in done.stderr, done.stderr
-    assert done.stderr.count("\n") == 1, done.stderr

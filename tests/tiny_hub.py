@@ -31,3 +31,8 @@ def run(home, *arguments):
     """Run scripts in a process of their own: `script, *arguments, "then", script, …`; return the finished process."""
     command = [sys.executable, "tests/hub_driver.py", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=environment(home), capture_output=True, text=True, check=False)
+
+
+def one_line_of(done, message):
+    assert done.returncode != 0 and message in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr

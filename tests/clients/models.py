@@ -63,6 +63,20 @@ def main(name: str, folder: Path, k_bias: float | None) -> None:
         "--output",
         str(folder / "export"),
     )
+    if "FLUX" in repository:
+        for layout in ("mlx", "mflux"):
+            stage(
+                "export_quantized_model",
+                *where,
+                "--weights",
+                "w4-rtn",
+                "--format",
+                layout,
+                "--activations",
+                "none",
+                "--output",
+                str(folder / layout),
+            )
     (gguf,) = (folder / "export").glob("*.gguf")
     gguf.rename(folder / "model.gguf")
     shutil.copyfile(original, folder / "original.safetensors")
@@ -102,6 +116,8 @@ def compute(folder: Path) -> None:
 
     from w4a8.model.catalog import describe_model, with_guidance
     from w4a8.model.families import FLUX
+    from w4a8.model.folder import load_folder_transformer
+    from w4a8.model.parts import cast
     from w4a8.model.transformer import open_transformer
 
     random = np.random.default_rng(0)
@@ -113,10 +129,15 @@ def compute(folder: Path) -> None:
     }
     inputs = {key: array.astype(np.float32) for key, array in inputs.items()}
     found = {}
-    for key, file in (("original", "original.safetensors"), ("gguf", "model.gguf")):
+    for key, file in (("original", "original.safetensors"), ("gguf", "model.gguf"), ("mflux", "mlx")):
+        if not (folder / file).exists():
+            continue
         info = describe_model(str(folder / file))
-        model = open_transformer(with_guidance(info, GUIDANCE) if info.guidance is not None else info)
-        model.update(tree_map(lambda array: array.astype(mx.float32), model.parameters()))
+        if key == "mflux":  # the same codes as in mflux's layout
+            model = load_folder_transformer(folder / file, mx.float32, guidance=GUIDANCE)
+        else:
+            model = open_transformer(with_guidance(info, GUIDANCE) if info.guidance is not None else info)
+        model.update(tree_map(lambda array: cast(array, mx.float32), model.parameters()))
         timestep = mx.array([TIMESTEP], mx.float32)
         model.cache_modulation_params(mx.array(inputs["pooled"]), timestep)
         text = mx.array(inputs["text"])[:, :, None]

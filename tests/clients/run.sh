@@ -1,5 +1,5 @@
 #!/bin/sh
-# Try exports in other people's programs: diffusers, ggml and stable-diffusion.cpp. `make clients` calls this file.
+# Try exports in other people's programs: diffusers, mflux, ggml and stable-diffusion.cpp. `make clients` calls this file.
 # An hour on two cores, most of it the build of stable-diffusion.cpp and a model of SD3-Medium's size; 12 GB of disk.
 set -eu
 cd "$(dirname "$0")/../.."
@@ -9,6 +9,7 @@ theirs=.venv-clients/bin/python
 if [ ! -f .venv-clients/installed ]; then
     $ours -m venv .venv-clients
     .venv-clients/bin/pip install -q -r tests/clients/requirements.txt
+    .venv-clients/bin/pip install -q --no-deps mflux==0.24.0 # it asks for MLX with CUDA on Linux
     touch .venv-clients/installed
 fi
 mkdir -p "$folder"
@@ -20,6 +21,7 @@ for bias in 0.2 1.0; do
 done
 $theirs tests/clients/in_diffusers.py "$folder/m4" "$folder/m4-0.2" "$folder/m4-1.0" "$folder/l2" "$folder/f1" "$folder/d1" \
     2> "$folder/diffusers.log"
+$theirs tests/clients/in_mflux.py "$folder/f1" "$folder/d1"
 $ours tests/clients/in_ggml.py make "$folder/ggml.npz"
 $theirs tests/clients/in_ggml.py compare "$folder/ggml.npz"
 $ours tests/clients/models.py m24 "$folder/m24" > "$folder/m24.log" 2>&1

@@ -40,6 +40,7 @@ from w4a8.backend.estimates import Estimate
 from w4a8.backend.progress import ProgressBar
 from w4a8.model.catalog import ModelInfo
 from w4a8.model.diffusionkit import MMDiT
+from w4a8.model.families import FLUX
 from w4a8.model.hub_export import (
     complete_hub_config,
     hub_decoder,
@@ -55,6 +56,7 @@ from w4a8.quantized.activation_rules import ActivationRule
 from w4a8.quantized.layer import packed_group
 from w4a8.quantized.model import GROUPS_OF_THE_REST, Codes, StoredWeights, quantized_modules
 
+MFLUX_GROUPS = (32, 64, 128)  # that its loader infers from the shapes
 GGUF_BITS = 5  # codes of more bits have no exact form in GGUF: their layers are written as float16
 NamedArrays = dict[str, mx.array]
 
@@ -295,14 +297,14 @@ def check_output(paths: QuantizedModelPaths, info: ModelInfo, layout: str, force
         raise StoreError(f"{paths.root}: is the original model; give another --output")
     owned, gguf_files = paths.owned_files(), paths.gguf_files()  # raises StoreError for a folder that cannot be read
     present = set(paths.root.iterdir()) if paths.root.is_dir() else set()
-    foreign = sorted(
-        path.name for path in present - {*owned, *gguf_files, *paths.card_files()} if path.name != ".DS_Store"
-    )
+    mflux = paths.mflux_files()
+    ours = {*owned, *gguf_files, *mflux, *paths.card_files()}
+    foreign = sorted(path.name for path in present - ours if path.name != ".DS_Store")
     if paths.config in owned and not is_export(paths.config):
         foreign.append(paths.config.name)
     if foreign:
         raise StoreError(f"{paths.root}: holds {foreign[0]}, which stage 5 did not write; give another --output")
-    if (gguf_files if layout == "gguf" else owned) and not force:
+    if {"gguf": gguf_files, "mflux": mflux}.get(layout, owned) and not force:
         raise StoreError(f"{paths.root}: holds an export; give --force to make it anew, or another --output")
 
 
@@ -336,11 +338,16 @@ def refuse_options(export: ExportSource, layout: str, complete: bool) -> None:
         raise OptionError(
             "--format gguf: everything beside the blocks' layers stays float16; leave --rest-bits and --all-linears out"
         )
-    if layout == "gguf" and export.activations is not None:
-        raise OptionError("--format gguf: holds no ranges of activations; leave --activations out")
+    if layout != "mlx" and export.activations is not None:
+        raise OptionError(f"--format {layout}: holds no ranges of activations; leave --activations out")
+    if layout == "mflux" and (export.info.family is not FLUX or export.info.hub_id is None):
+        raise OptionError(f"--format mflux: mflux knows FLUX, and not {export.info.version}")
+    if layout == "mflux" and weights.group_size not in MFLUX_GROUPS:
+        groups = str(weights.group_size or "a scale per channel")
+        raise OptionError(f"--format mflux: groups of 32, 64 or 128, and {export.weights_name} has {groups}")
     if complete and export.info.family.needs_t5:
         raise OptionError("--complete: a folder with everything is in SD3's layout, without T5; leave it out")
-    if complete and (layout == "gguf" or export.info.folder is not None):
+    if complete and (layout != "mlx" or export.info.folder is not None):
         raise OptionError("--complete goes with a hub model and --format mlx; the export of a model folder is complete")
     if (
         others is not None

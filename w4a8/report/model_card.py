@@ -23,11 +23,11 @@ from w4a8.report.page import TEMPLATES
 
 
 def write_model_card(
-    paths: QuantizedModelPaths, export: ExportSource, size: Size, calib_dir: Path, gguf: Path | None
+    paths: QuantizedModelPaths, export: ExportSource, size: Size, calib_dir: Path, layout: str, exported: Path
 ) -> Path:
     """Write README.md beside an export, and the picture of stage 4 where there is one; return its path.
 
-    gguf: the file of an export in that format. Figures come from metrics.json in the calibration folder, where stage 4
+    layout: the value of --format; exported: the file or the folder that was written. Figures come from metrics.json in the calibration folder, where stage 4
     has measured this run. Raises WriteError.
     """
     info, note = export.info, export.note({})
@@ -38,7 +38,9 @@ def write_model_card(
         with atomic_path(picture) as temporary:
             shutil.copyfile(grid, temporary)
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), keep_trailing_newline=True)
-    written = [gguf] if gguf is not None else sorted(paths.owned_files())
+    written = {"gguf": [exported], "mflux": [paths.mflux_weights, paths.mflux_index]}.get(
+        layout, sorted(paths.owned_files())
+    )
     groups = f"groups of {note['group_size']}" if note["group_size"] else "one scale per output channel"
     content = environment.get_template(
         "model_card.md.jinja"
@@ -59,8 +61,10 @@ def write_model_card(
         images=0 if metrics is None else len(metrics["prompts"]),
         steps=0 if metrics is None else metrics["num_steps"],
         picture=None if picture is None else picture.name,
-        gguf=None if gguf is None else gguf.name,
+        layout=layout,
+        gguf=exported.name,
         sd3=info.family is SD3,
+        guided=info.guidance is not None,
         diffusers="SD3Transformer2DModel" if info.family is SD3 else "FluxTransformer2DModel",
         default_steps=info.num_steps,
         default_cfg=f"{info.cfg_weight or 1:g}",

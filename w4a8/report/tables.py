@@ -168,7 +168,7 @@ def print_export(export: "ExportSource", size: "Size", layout: str, own: Collect
         f"{size.quantized / size.quantized_float16:.3f} x their float16; "
         f"transformer {format_bytes(size.transformer)}, {size.transformer / size.transformer_float16:.3f} x"
     )
-    left_out = sorted(own) if layout == "gguf" else [name for name in own if name == "t5"]
+    left_out = sorted(own) if layout != "mlx" else [name for name in own if name == "t5"]
     if left_out:
         click.echo(
             f"not in the export: {', '.join(left_out)}, which the checkpoint or a LoRA changes; "
