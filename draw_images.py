@@ -14,7 +14,7 @@ from w4a8 import cli  # isort: skip  (first: it says what to do where packages a
 
 import click
 
-from calibration_store.choices import PRECISIONS
+from calibration_store.choices import PRECISIONS, TEXT_BITS
 from calibration_store.limits import MOST_SEED
 from w4a8.options import DrawingOptions
 
@@ -48,6 +48,11 @@ from w4a8.options import DrawingOptions
 @click.option("--batch-size", type=cli.COUNT, help="Images in one forward pass.")
 @click.option("--t5/--no-t5", "use_t5", help="Use the T5 text encoder.  [default: the model's]")
 @click.option(
+    "--text-bits",
+    type=click.Choice([str(bits) for bits in TEXT_BITS]),
+    help="Bits of T5's linear layers, in groups of 64: T5-XXL takes 9.5 GB at 16, 5.1 GB at 8, 2.7 GB at 4.",
+)
+@click.option(
     "--dtype",
     type=click.Choice(PRECISIONS),
     help="Weights and activations.  [default: the model's 16 bits on Metal and CUDA (FLUX: bfloat16), float32 on a CPU]",
@@ -65,7 +70,7 @@ def run(options: DrawingOptions) -> None:
     from calibration_store.files import locked_folder
     from calibration_store.layout import DrawingPaths
     from w4a8.drawing import Drawing, compare_drawings, draw, load_model, plan_drawing, transformer_bytes
-    from w4a8.model.catalog import describe_model, with_guidance
+    from w4a8.model.catalog import describe_model, with_guidance, with_text_bits
     from w4a8.model.hub_parts import describe_checkpoint
     from w4a8.model.prompt_encoder import say_what_is_not_read
     from w4a8.model.prompt_files import read_prompt_file
@@ -82,7 +87,9 @@ def run(options: DrawingOptions) -> None:
     if options.seed == -1:
         click.echo(f"seed {seed}")
     infos = [
-        with_guidance(describe_model(options.model, options.loras), options.guidance),
+        with_text_bits(
+            with_guidance(describe_model(options.model, options.loras), options.guidance), options.text_bits
+        ),
         *([describe_model(options.compare)] if options.compare is not None else []),
     ]
     plan = plan_drawing(options, infos, wanted, seed)

@@ -9,7 +9,7 @@ import numpy as np
 import orjson
 from msgspec import Meta
 
-from calibration_store.choices import Precision
+from calibration_store.choices import Precision, TextBits
 from calibration_store.errors import StoreError
 from calibration_store.files import sync_folder, write_json
 from calibration_store.layout import CalibrationPaths
@@ -84,6 +84,7 @@ class Manifest(_Manifest, total=False):
     local_checkpoint: Name | None
     architecture: Literal["sd3", "flux"]  # absent: sd3
     guidance: Guidance  # that FLUX.1-dev embeds; absent: the model embeds none
+    text_bits: TextBits  # of T5's linear layers; absent: 16
     loras: list[LoraEntry]  # fused into the transformer's weights; absent: no LoRA
     weights_fingerprint: Digest
     batch_option: Count  # as --batch-size was given; a run of fewer images has fewer rows in a pass
@@ -198,6 +199,8 @@ def image_identity(manifest: Mapping[str, Any], image_id: int) -> str | None:
 def _identity(manifest: Mapping[str, Any], prompts: Sequence[Sequence[int | str]]) -> str:
     keys = [list(v) if isinstance(v := manifest.get(key), tuple) else v for key in IDENTITY_KEYS]
     embedded = [manifest["guidance"]] if "guidance" in manifest else []
+    if "text_bits" in manifest:
+        embedded.append(["text_bits", manifest["text_bits"]])
     return hashlib.sha256(orjson.dumps([keys, prompts, *embedded])).hexdigest()
 
 

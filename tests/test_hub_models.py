@@ -5,7 +5,12 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx import nn
 from tiny_hub import DEV, MEDIUM, SCHNELL, one_line_of, run, tiny_hub
+
+from w4a8.model.diffusionkit import SD3T5Encoder
+from w4a8.model.hub_parts import pack_t5
+from w4a8.model.t5 import T5Config
 
 pytestmark = pytest.mark.slow
 
@@ -76,3 +81,45 @@ def test_checkpoints_of_another_layout_are_named(hub, tmp_path):
         one_line_of(
             run(hub, "generate_calibration_data", "--model", SCHNELL, "--local-checkpoint", path, *where), message
         )
+
+
+def test_t5_at_fewer_bits(hub, tmp_path):
+    """8 and 4 bits move the latents, 4 more than 8; the manifest notes them, and later stages and --resume follow it."""
+    where = ("--model", SCHNELL, "--num-images", 1, "--num-steps", 1, *SIZE, "--no-images", "--calib-dir")
+    stage = "generate_calibration_data"
+    words = [word for bits in (16, 8, 4) for word in ("then", stage, *where, tmp_path / str(bits), "--text-bits", bits)]
+    later = ("then", "collect_layer_activations", "--num-images", 1, "--stride", 1, "--calib-dir", tmp_path / "4")
+    done = run(hub, *words[1:], *later)
+    assert done.returncode == 0 and "T5 on at 8 bits" in done.stdout and "T5 on at 4 bits" in done.stdout, done.stderr
+    x = {bits: np.load(tmp_path / f"{bits}/samples/0000_001.npz")["x"].astype(np.float64) for bits in (16, 8, 4)}
+    moved = {bits: np.linalg.norm(x[bits] - x[16]) / np.linalg.norm(x[16]) for bits in (8, 4)}
+    assert 0 < moved[8] < moved[4] < 0.5
+    manifests = [json.loads((tmp_path / f"{bits}/manifest.json").read_bytes()) for bits in (16, 8)]
+    assert "text_bits" not in manifests[0] and manifests[1]["text_bits"] == 8
+    one_line_of(run(hub, stage, *where, tmp_path / "8", "--resume"), "has --text-bits 8")
+    one_line_of(
+        run(hub, stage, "--model", "sd3-emoji", *where[2:], tmp_path / "x", "--text-bits", 8), "has no T5 text encoder"
+    )
+    one_line_of(
+        run(hub, stage, "--model", MEDIUM, *where[2:], tmp_path / "x", "--text-bits", 8, "--no-t5"), "T5 is off"
+    )
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_packed_layers_of_t5_are_the_nearest_codes(bits):
+    """Weights are a quarter of a step from the original in the mean; layers of odd widths and the embedding stay."""
+    config = T5Config(
+        d_model=128, d_kv=8, num_heads=2, d_ff=192, num_layers=1, vocab_size=40, feed_forward_proj="gated-gelu"
+    )
+    model = SD3T5Encoder(config, low_memory_mode=False)
+    before = {path: np.array(module.weight, np.float64) for path, module in model.named_modules() if "weight" in module}
+    pack_t5(model, bits)
+    modules = dict(model.named_modules())
+    packed = [path for path, module in modules.items() if isinstance(module, nn.QuantizedLinear)]
+    assert len(packed) == 6 and not any(path.endswith(("out_proj", "wte")) for path in packed)
+    for path in packed:
+        module = modules[path]
+        found = np.array(mx.dequantize(module.weight, module.scales, module.biases, 64, bits), np.float64)
+        step = np.repeat(np.abs(np.array(module.scales, np.float64)), 64, axis=1)
+        off = np.abs(found - before[path]) / step
+        assert off.max() <= 1.01 and off.mean() < 0.27  # MLX moves a group's grid so that 0 is a code, which clips its end

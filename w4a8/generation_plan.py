@@ -57,6 +57,7 @@ def plan_run(options: GenerationOptions, info: ModelInfo, prompts: Sequence[str]
         "local_checkpoint": str(info.checkpoint) if info.checkpoint else None,
         **({"loras": [{"file": str(lora.file), "scale": lora.scale} for lora in info.loras]} if info.loras else {}),
         **({"guidance": info.guidance} if info.guidance is not None else {}),
+        **({"text_bits": info.text_bits} if info.text_bits != 16 else {}),
         "num_steps": num_steps,
         "cfg_scale": cfg_weight,
         "negative_prompt": negative_prompt,
@@ -114,6 +115,8 @@ def refuse_hub_options(info: ModelInfo, plan: dict[str, Any]) -> None:
     """Raise OptionError for --t5 or --no-t5 with a model that the option does not fit."""
     if info.hub_id is None and plan["use_t5"]:
         raise OptionError(f"--t5: {info.version} has no T5 text encoder; use --no-t5")
+    if info.text_bits != 16 and not plan["use_t5"]:
+        raise OptionError(f"--text-bits {info.text_bits}: T5 is off; leave it out, or give --t5")
     if info.family.needs_t5 and not plan["use_t5"]:
         raise OptionError(f"--no-t5: {info.version} reads its prompts with T5; leave it out")
 

@@ -46,6 +46,7 @@ class SamplingOptions:
     latent_size: tuple[int, int] | None = None
     batch_size: int = 1
     use_t5: bool | None = None
+    text_bits: str = "16"
     dtype: str | None = None
     loras: tuple[Lora, ...] = ()
     prompt_file: Path | None = None

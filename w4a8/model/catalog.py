@@ -73,6 +73,7 @@ class _Model:
     checkpoint: Path | None = None  # the file, or the index, that the transformer comes from in place of the hub
     loras: tuple[Lora, ...] = ()  # fused into the transformer's weights when they are read
     num_steps: int = DEFAULT_STEPS  # 0: the checkpoint takes few steps, and does not say how many
+    text_bits: int = 16  # of T5's linear layers
     guidance: float | None = None  # the guidance that the transformer is given; None: it has no embedding of one
 
     @property
@@ -137,6 +138,13 @@ def with_guidance(info: ModelInfo, guidance: float | None) -> ModelInfo:
             f"--guidance {guidance:g}: {info.version} embeds no guidance; --cfg-weight is the guidance of others"
         )
     return dataclasses.replace(info, guidance=guidance)
+
+
+def with_text_bits(info: ModelInfo, bits: int | str) -> ModelInfo:
+    """Return a model with a value of `--text-bits`. Raises ModelError for fewer than 16 bits without a T5."""
+    if int(bits) != 16 and info.hub_id is None:
+        raise ModelError(f"--text-bits {bits}: {info.version} has no T5 text encoder")
+    return dataclasses.replace(info, text_bits=int(bits))
 
 
 def _describe_name(name: str) -> ModelInfo:

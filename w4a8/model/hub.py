@@ -24,7 +24,7 @@ from w4a8.model.diffusionkit import (
 )
 from w4a8.model.folder import load_folder_transformer
 from w4a8.model.hub_files import HubFileError
-from w4a8.model.hub_parts import empty_clip, load_clip, load_t5, load_tokenizer, vae_arrays
+from w4a8.model.hub_parts import empty_clip, load_clip, load_t5, load_tokenizer, pack_t5, vae_arrays
 from w4a8.model.lora import fuse_text_encoder
 from w4a8.model.packed import AUTO
 from w4a8.model.parts import DECODER, TEXT, TRANSFORMER, Parts, Pipeline, check_finite, load_weights
@@ -109,8 +109,10 @@ class HubPipeline(Pipeline):
             fuse_text_encoder(encoders[name], name, self.family, self.info.loras)
         if self.use_t5:
             t5_encoder = load_t5(dtype)
-            check_finite(t5_encoder, f"{version}, T5")
             fuse_text_encoder(t5_encoder, "t5", self.family, self.info.loras)
+            if self.info.text_bits != 16:
+                pack_t5(t5_encoder, self.info.text_bits)
+            check_finite(t5_encoder, f"{version}, T5")
             encoders["t5_encoder"] = T5Encoder(t5_encoder)
         self.__dict__.update(encoders)
         if self.use_t5:

@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import orjson
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from w4a8.model.catalog import FLUX_VAE, ModelError, ModelInfo, cached_vae, model_files
 from w4a8.model.checkpoint_contents import read_contents
@@ -28,6 +28,7 @@ from w4a8.model.model_source import sampling_of
 from w4a8.model.t5 import REPOSITORY, T5Config
 from w4a8.model.weight_files import load_arrays
 
+TEXT_GROUP = 64  # weights of T5 that share a scale
 MOST_MERGES = 49152 - 256 - 2  # of CLIP's published merges; the file lists more
 
 
@@ -116,12 +117,25 @@ def load_clip(info: ModelInfo, encoder: str, dtype: mx.Dtype) -> CLIPTextModel:
 
 
 def load_t5(dtype: mx.Dtype) -> SD3T5Encoder:
-    """Load the hub's T5. Raises HubFileError, or ModelError for arrays that are not T5's."""
+    """Load the hub's T5, lazily. Raises HubFileError, or ModelError for arrays that are not T5's."""
     model = SD3T5Encoder(T5Config.from_pretrained(REPOSITORY), low_memory_mode=False)
     path = text_file("t5")
     found = model_io.t5_encoder_state_dict_adjustments(load_arrays(path))
     load_exactly(model, [(name, array.astype(dtype)) for name, array in found.items()], path)
     return model
+
+
+def pack_t5(model: SD3T5Encoder, bits: int) -> None:
+    """Round T5's linear layers to the nearest code of `bits` bits in groups of 64, a layer at a time.
+
+    A layer whose inputs are no multiple of 64 stays, and so do the embedding and the norms.
+    """
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and module.weight.shape[1] % TEXT_GROUP == 0:
+            packed = nn.QuantizedLinear.from_linear(module, TEXT_GROUP, bits)
+            mx.eval(packed.parameters())
+            model.update_modules(tree_unflatten([(path, packed)]))
+            module.clear()
 
 
 def load_exactly(model: nn.Module, named: list[tuple[str, mx.array]], path: Path) -> None:

@@ -22,6 +22,9 @@ from w4a8.model.parts import DECODER, TEXT, TRANSFORMER, Pipeline
 TOKEN_ARRAYS, SCORE_ARRAYS, PIXEL_ARRAYS = 16.2, 1.31, 58.4
 
 
+SCALE_BITS = 0.5  # bits of scale and bias for a packed weight, in groups of 64
+
+
 @dataclass(frozen=True)
 class Needs:
     """Bytes of each part's weights, of a batch's passes, and of one image's decoding; 0 for parts that are not used."""
@@ -58,7 +61,9 @@ def needs_of(pipeline: Pipeline, latent_size: tuple[int, int], images: int, guid
     ):
         if part in parts:
             size = getattr(mx, parts[part]).size
-            weights[part] = sum(bytes_of(files[role], prefix, size) for role in roles if role in files)
+            packed = {"t5": (info.text_bits + SCALE_BITS) / 16} if info.text_bits != 16 else {}
+            found = [bytes_of(files[role], prefix, size) * packed.get(role, 1) for role in roles if role in files]
+            weights[part] = round(sum(found))
     if info.checkpoint is not None:
         contents = read_contents(info.checkpoint)
         clip = [prefix for prefix in map(contents.clip, info.family.clip) if prefix]

@@ -27,9 +27,10 @@ def print_plan(plan: dict[str, Any], info: ModelInfo, paths: CalibrationPaths, c
     height, width = plan["latent_size"]
     guidance = f"guidance {plan['cfg_scale']:g}" if plan["cfg_scale"] > 0 else "no guidance"
     guidance += f", negative prompt {plan['negative_prompt']!r}" if plan["negative_prompt"] else ""
+    t5 = f"on{f' at {info.text_bits} bits' if info.text_bits != 16 else ''}" if plan["use_t5"] else "off"
     click.echo(
         f"{plan['model_version']}: {plan['num_images']} images, {plan['num_steps']} steps, {guidance}, "
-        f"latents {height} x {width}, {plan['activation_dtype']}, T5 {'on' if plan['use_t5'] else 'off'}, "
+        f"latents {height} x {width}, {plan['activation_dtype']}, T5 {t5}, "
         f"seed {plan['seed_base']}, batch {plan['batch_size']}"
     )
     for lora in info.loras:
