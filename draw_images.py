@@ -50,7 +50,7 @@ from w4a8.options import DrawingOptions
 @click.option(
     "--text-bits",
     type=click.Choice([str(bits) for bits in TEXT_BITS]),
-    help="Bits of T5's linear layers, in groups of 64: T5-XXL takes 9.5 GB at 16, 5.1 GB at 8, 2.7 GB at 4.",
+    help="Bits of T5's linear layers, in groups of 64: T5-XXL takes 9.5 GB at 16, 5.2 GB at 8, 2.9 GB at 4.",
 )
 @click.option(
     "--dtype",

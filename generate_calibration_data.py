@@ -50,7 +50,7 @@ from w4a8.options import GenerationOptions
 @click.option(
     "--text-bits",
     type=click.Choice([str(bits) for bits in TEXT_BITS]),
-    help="Bits of T5's linear layers, in groups of 64: T5-XXL takes 9.5 GB at 16, 5.1 GB at 8, 2.7 GB at 4.",
+    help="Bits of T5's linear layers, in groups of 64: T5-XXL takes 9.5 GB at 16, 5.2 GB at 8, 2.9 GB at 4.",
 )
 @click.option(
     "--dtype",
@@ -80,15 +80,15 @@ def run(options: GenerationOptions) -> None:
         begun,
         bytes_to_do,
         check_same_model,
+        chosen_model,
         complete_images,
         continue_run,
         finished,
-        model_of_run,
         plan_run,
         refuse_foreign_pictures,
         refuse_hub_options,
     )
-    from w4a8.model.catalog import describe_model, model_fingerprint, with_guidance, with_text_bits
+    from w4a8.model.catalog import model_fingerprint
     from w4a8.model.hub_parts import describe_checkpoint
     from w4a8.model.loading import load_pipeline, whole_model
     from w4a8.model.prompt_encoder import say_what_is_not_read
@@ -98,10 +98,7 @@ def run(options: GenerationOptions) -> None:
 
     ranks = join(options.calib_dir)
     given_prompts = read_prompt_file(options.prompt_file, note=click.echo) if options.prompt_file else None
-    model, checkpoint = model_of_run(options)
-    info = with_text_bits(
-        with_guidance(describe_model(model, options.loras, checkpoint), options.guidance), options.text_bits
-    )
+    info = chosen_model(options)
     prompts = given_prompts or draw_builtin_prompts(info.captions, options.seed)
     plan = plan_run(options, info, prompts)
     refuse_hub_options(info, plan)

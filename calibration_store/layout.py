@@ -11,7 +11,7 @@ from pathlib import Path
 import orjson
 
 from calibration_store.errors import OptionError, StoreError
-from calibration_store.files import clear_temporaries, files_matching, read_bytes
+from calibration_store.files import TEMP_SUFFIX, clear_temporaries, files_matching, read_bytes
 from calibration_store.names import BLOCK_PATTERN
 from calibration_store.pictures import DRAWN_CHUNK, VARIANT_CHUNK, is_our_picture, listed_pictures
 
@@ -265,6 +265,7 @@ EXPORTED = (
 )
 EXPORTED += "|".join(map(re.escape, HUB_4BIT_FILES.values()))
 EXPORTED_GGUF = r".+-q[45]_1\.gguf"
+CARD, MFLUX = r"README\.md|comparison\.png", r"0\.safetensors|model\.safetensors\.index\.json"
 CARD_MARKER = "written by export_quantized_model.py; it may be edited, and is written anew with --force"
 
 
@@ -298,24 +299,26 @@ class QuantizedModelPaths:
         return files_matching(self.root, EXPORTED)
 
     def card_files(self) -> list[Path]:
-        """Return the README.md that stage 5 wrote, and its picture; none where somebody else wrote it."""
+        """Return the README.md that stage 5 wrote, and its picture; of somebody else's, half-written files alone."""
+        found = files_matching(self.root, CARD)
         try:
             ours = CARD_MARKER in self.card.read_text(encoding="utf-8")
         except (OSError, ValueError):
-            return []
-        return [path for path in (self.card, self.comparison) if ours and path.exists()]
+            ours = False
+        return [path for path in found if ours or path.suffix == TEMP_SUFFIX]
 
     def mflux_files(self) -> list[Path]:
         """Return the folder transformer/ in mflux's layout; none where it holds something else."""
-        names = {path.name for path in self.mflux.iterdir()} if self.mflux.is_dir() else set()
-        return [self.mflux] if names and names <= {self.mflux_weights.name, self.mflux_index.name} else []
+        ours = files_matching(self.mflux, MFLUX)
+        return [self.mflux] if ours and set(ours) == set(self.mflux.iterdir()) else []
 
     def gguf_files(self) -> list[Path]:
         return files_matching(self.root, EXPORTED_GGUF)
 
     def clear_temporaries(self) -> None:
         """Remove the half-written files that a kill left."""
-        clear_temporaries(self.root, f"{EXPORTED}|{EXPORTED_GGUF}")
+        clear_temporaries(self.root, f"{EXPORTED}|{EXPORTED_GGUF}|{CARD}")
+        clear_temporaries(self.mflux, MFLUX)
 
 
 class DrawingPaths:

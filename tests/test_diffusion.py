@@ -66,9 +66,9 @@ def test_every_step_equals_diffusionkits_own_loop_bit_for_bit(dtype):
 
 
 @pytest.mark.slow
-def test_twelve_steps_equal_diffusionkits_denoise_latents(emoji):
-    states = sample(emoji, ["rocket"], [42], 12, 4.0)
-    final, _ = emoji.denoise_latents(*emoji.encode_text("rocket", 4.0, ""), 12, 4.0, SIZE, seed=42)
+def test_eight_steps_equal_diffusionkits_denoise_latents(emoji):
+    states = sample(emoji, ["rocket"], [42], 8, 4.0)
+    final, _ = emoji.denoise_latents(*emoji.encode_text("rocket", 4.0, ""), 8, 4.0, SIZE, seed=42)
     emoji.mmdit.clear_modulation_params_cache()
     emoji.mmdit.pop("to_offload")
     assert mx.array_equal(emoji.latent_format.process_out(states[-1].x), final)
@@ -76,10 +76,10 @@ def test_twelve_steps_equal_diffusionkits_denoise_latents(emoji):
 
 @pytest.mark.slow
 def test_a_batch_gives_the_images_of_single_runs(emoji):
-    prompts, seeds = ["rocket", "clown face", "hamster", "fountain pen", "swan"], range(5)
-    batch = sample(emoji, prompts, seeds, 6, 4.0)
+    prompts, seeds = ["rocket", "clown face", "hamster"], range(3)
+    batch = sample(emoji, prompts, seeds, 4, 4.0)
     for row, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-        single = sample(emoji, [prompt], [seed], 6, 4.0)
+        single = sample(emoji, [prompt], [seed], 4, 4.0)
         for one, many in zip(single, batch, strict=True):
             np.testing.assert_allclose(np.array(many.x[row]), np.array(one.x[0]), atol=2e-5)
 

@@ -276,7 +276,7 @@ def test_gate(run, results):
         (["--variants", "w4"], "--variants: 'w4' is not known; there are fp, w4-adaround"),
         (["--variants", "w4-adaronud+a8"], "is not known (did you mean w4-adaround?); there are"),
         (["--variants", "w4-rtn+w8-rtn"], "is not known"),
-        (["--variants", "w4-adaround-g32"], "is not known"),
+        (["--variants", "w4-adaround-g32"], "adaround_weights_g32/metadata.json: not found"),
         (["--variants", "w4-rtn-g100"], "is not known"),
         (["--variants", "w4-rtn-g128"], "groups of 128 do not divide the 192 inputs"),
         (["--variants", "a4-learned"], "holds 8 bits"),

@@ -122,4 +122,6 @@ def test_packed_layers_of_t5_are_the_nearest_codes(bits):
         found = np.array(mx.dequantize(module.weight, module.scales, module.biases, 64, bits), np.float64)
         step = np.repeat(np.abs(np.array(module.scales, np.float64)), 64, axis=1)
         off = np.abs(found - before[path]) / step
-        assert off.max() <= 1.01 and off.mean() < 0.27  # MLX moves a group's grid so that 0 is a code, which clips its end
+        assert (
+            off.max() <= 1.01 and off.mean() < 0.27
+        )  # MLX moves a group's grid so that 0 is a code, which clips its end

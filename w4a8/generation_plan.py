@@ -10,7 +10,16 @@ from calibration_store.layout import CalibrationPaths
 from calibration_store.manifest import MANIFEST_FORMAT, prompts_digest, read_manifest
 from calibration_store.samples import is_complete, sample_bytes
 from w4a8.backend.processes import SINGLE_PROCESS, SingleProcess
-from w4a8.model.catalog import ModelInfo, choose_dtype, package_versions, refuse_080, without_own
+from w4a8.model.catalog import (
+    ModelInfo,
+    choose_dtype,
+    describe_model,
+    package_versions,
+    refuse_080,
+    with_guidance,
+    with_text_bits,
+    without_own,
+)
 from w4a8.model.runs import run_schedule
 from w4a8.model.sampling import check_seeds, choose_guidance, choose_steps
 from w4a8.options import GenerationOptions
@@ -33,6 +42,13 @@ def model_of_run(options: GenerationOptions) -> tuple[str, Path | None]:
         noted = manifest.get("local_checkpoint")
         return manifest["model_version"], Path(noted) if noted else None
     return DEFAULT_MODEL if model is None else model, checkpoint
+
+
+def chosen_model(options: GenerationOptions) -> ModelInfo:
+    """Describe the model that the options choose, with `--lora`, `--guidance` and `--text-bits`. Raises UserError."""
+    model, checkpoint = model_of_run(options)
+    info = with_guidance(describe_model(model, options.loras, checkpoint), options.guidance)
+    return with_text_bits(info, options.text_bits)
 
 
 def plan_run(options: GenerationOptions, info: ModelInfo, prompts: Sequence[str]) -> dict[str, Any]:
