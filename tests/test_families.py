@@ -230,6 +230,9 @@ def test_flux_as_gguf_has_the_original_keys(hub, roads, tmp_path):
     found = {t.name: mx.array(dequantize(t.data, t.tensor_type).astype(np.float32)) for t in reader.tensors}
     original = mx.load(str(next(hub.rglob("flux-schnell.safetensors"))))
     assert {name: array.shape for name, array in found.items()} == {name: a.shape for name, a in original.items()}
+    for name, array in original.items():  # biases, k's among them, are the original's
+        assert array.ndim > 1 or mx.array_equal(found[name], array.astype(mx.float32)), name
+    as_comfyui_reads(reader, original)
     ours = model_io.flux_state_dict_adjustments(found, hidden_size=128)
     exported = mx.load(str(tmp_path / "b/mmdit.safetensors"))
     for name in {key.rpartition(".")[0] for key in exported if key.endswith(".scales")}:
@@ -285,6 +288,23 @@ def test_flux_for_mflux_has_its_names_and_the_same_codes(hub, roads, tmp_path):
         tmp_path / "c",
     )
     one_line_of(done, "mflux knows FLUX")
+
+
+COMFYUI_ARCHITECTURES = {"flux", "sd3", "aura", "hidream", "cosmos", "ltxv", "hyvid", "wan", "lumina2", "qwen_image"}
+
+
+def as_comfyui_reads(reader, original):
+    """Check a file by the rule of ComfyUI-GGUF's loader.py (commit 795e451): architecture, no prefix, shapes, types."""
+    assert reader.get_field("general.architecture").contents() in COMFYUI_ARCHITECTURES
+    assert not any(tensor.name.startswith("model.diffusion_model.") for tensor in reader.tensors)
+    for tensor in reader.tensors:
+        assert reader.get_field(f"comfy.gguf.orig_shape.{tensor.name}") is None
+        shape = tuple(
+            int(side) for side in reversed(tensor.shape)
+        )  # it views F16 and F32 so, and unpacks the others to it
+        assert shape == tuple(original[tensor.name].shape), tensor.name
+        assert tensor.tensor_type.name in ("F32", "F16", "Q4_1", "Q5_1")
+        assert tensor.tensor_type.name != "F32" or len(shape) == 1
 
 
 @pytest.mark.parametrize(

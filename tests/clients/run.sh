@@ -5,8 +5,8 @@ set -eu
 cd "$(dirname "$0")/../.."
 folder=${1:-/tmp/w4a8-clients}
 ours=.venv/bin/python
-theirs=.venv-clients/bin/python
-if [ ! -f .venv-clients/installed ]; then
+theirs=${CLIENTS_PYTHON:-.venv-clients/bin/python} # a Python that has them already
+if [ -z "${CLIENTS_PYTHON:-}" ] && [ ! -f .venv-clients/installed ]; then
     $ours -m venv .venv-clients
     .venv-clients/bin/pip install -q -r tests/clients/requirements.txt
     .venv-clients/bin/pip install -q --no-deps mflux==0.24.0 # it asks for MLX with CUDA on Linux
