@@ -1,5 +1,8 @@
 """Say from the header of a checkpoint what it holds: whose transformer, in which layout, and which other parts."""
 
+import contextlib
+import functools
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -132,11 +135,19 @@ def _models_of(family: Family) -> list[str]:
 
 
 def read_contents(path: Path) -> Contents:
-    """Read the header of a checkpoint, of every file that an index names, or of a GGUF file. Raises UserError."""
+    """Read the header of a checkpoint, of every file that an index names, or of a GGUF file, once. Raises UserError."""
     shard = SHARD.search(path.name)
     if shard:
         raise UserError(f"{path}: one of {int(shard[1])} files of a model; give its index, …safetensors.index.json")
-    files = checkpoint_files(path)
+    files, stamps = checkpoint_files(path), []
+    with contextlib.suppress(OSError):  # the reader says what is wrong
+        stamps = [(state.st_mtime_ns, state.st_size) for state in map(os.stat, files)]
+    return _contents_of(path, files, tuple(stamps))
+
+
+@functools.lru_cache(maxsize=4)
+def _contents_of(path: Path, files: tuple[Path, ...], stamps: tuple[tuple[int, int], ...]) -> Contents:
+    """Read the headers of files. stamps: times of change and sizes, so that a changed file is read again."""
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         refuse_other_kinds(file)

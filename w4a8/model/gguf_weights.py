@@ -34,14 +34,16 @@ def gguf_arrays(path: Path) -> dict[str, mx.array]:
     for tensor in reader.tensors:
         kind = tensor.tensor_type
         try:
-            numbers = gguf.quants.dequantize(tensor.data, kind)
+            with np.errstate(all="ignore"):  # what is not finite is named when weights are checked
+                numbers = gguf.quants.dequantize(tensor.data, kind)
         except NotImplementedError:
             raise UserError(
                 f"{path}: {tensor.name} is packed as {kind.name}, which the package gguf does not unpack; "
                 "give the original model's weights"
             ) from None
         dtype = np.float32 if kind.name in ("F32", "F64") else np.float16
-        found[tensor.name] = mx.array(numbers.reshape(shape_of_tensor(reader, tensor)).astype(dtype))
+        with np.errstate(all="ignore"):
+            found[tensor.name] = mx.array(numbers.reshape(shape_of_tensor(reader, tensor)).astype(dtype))
     return found
 
 
