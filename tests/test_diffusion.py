@@ -21,8 +21,6 @@ from w4a8.model.prompt_encoder import encode_prompts, say_what_is_not_read
 from w4a8.model.sampling import decode_latents, euler_steps, initial_noise, sigma_schedule
 from w4a8.model.t5 import T5Config, T5Encoder
 
-pytestmark = pytest.mark.all_cores
-
 SIZE = (16, 16)
 
 
@@ -75,6 +73,7 @@ def test_eight_steps_equal_diffusionkits_denoise_latents(emoji):
 
 
 @pytest.mark.slow
+@pytest.mark.all_cores
 def test_a_batch_gives_the_images_of_single_runs(emoji):
     prompts, seeds = ["rocket", "clown face", "hamster"], range(3)
     batch = sample(emoji, prompts, seeds, 4, 4.0)

@@ -33,8 +33,6 @@ from w4a8.rounding.training_samples import Samples, spread_over
 from w4a8.rounding.unit_training import UnitTraining
 from w4a8.rounding.units import BlockUnit, QuantizedUnit
 
-pytestmark = pytest.mark.all_cores
-
 QUICK = ("--iters", 10, "--batch-size", 2)
 
 
@@ -325,6 +323,7 @@ def codes_of(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.all_cores
 def test_killed_and_resumed_gives_the_codes_of_one_run(copy, tmp_path):
     arguments = (
         "--iters", 12, "--batch-size", 2, "--unit", "block", "--blocks", "mm0,mm1,mm2", "--checkpoint-seconds", 0,
