@@ -304,7 +304,7 @@ def test_images_equal_those_of_the_original(layouts, tmp_path):
     one = ("a red rocket", "--num-steps", 1, "--latent-size", 8, 8)
     drawn_by = {
         "hub-sd3": MEDIUM, "hub-flux": SCHNELL, "clips": made.folder / "sd3-with-clips-images.safetensors",
-        "vae": made.folder / "sd3-other-vae-images.safetensors", "none": made.folder / "sd3-no-vae-images.safetensors",
+        "none": made.folder / "sd3-no-vae-images.safetensors",
         "local": made.folder / "flux-local-dir", "index": made.folder / "flux.safetensors.index.json",
     }  # fmt: skip
     words = []

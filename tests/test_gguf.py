@@ -1,7 +1,5 @@
 """export_quantized_model.py --format gguf: what gguf's own reader finds, and what DiffusionKit makes of it."""
 
-import json
-
 import gguf
 import mlx.core as mx
 import numpy as np
@@ -11,15 +9,17 @@ from finished_run import one_line
 from mlx.utils import tree_flatten
 from test_export import export, latent_of, quantized_paths
 
+from calibration_store.errors import StoreError
 from calibration_store.model_folder import read_model_config
 from calibration_store.weights import weight_paths
 from w4a8 import __version__
-from w4a8.evaluation.variants import make_variant
+from w4a8.evaluation.variants import export_variant, make_variant
 from w4a8.model.catalog import BUNDLED_FOLDER
 from w4a8.model.diffusionkit import MMDiT, model_io
 from w4a8.model.families import SD3
 from w4a8.model.folder import transformer_config
 from w4a8.model.layers import model_layers
+from w4a8.options import ExportOptions
 from w4a8.quantized.layer import QuantizedLayer
 
 pytestmark = pytest.mark.slow
@@ -127,9 +127,9 @@ def test_what_gguf_cannot_hold_is_one_line(run, tmp_path):
 
 
 def test_weights_of_other_groups_stand_side_by_side(tmp_path):
-    """--group-size 32 keeps the weights of groups of 64; stage 4 and 5 find both, and GGUF takes those of 32."""
+    """--group-size 32 keeps the weights of groups of 64; variants and exports find both, and GGUF takes those of 32."""
     where = ("--calib-dir", tmp_path / "run")
-    quick = ("--iters", 10, "--batch-size", 2, "--unit", "block", "--end-to-end", 0, *where)
+    quick = ("--iters", 10, "--batch-size", 2, "--unit", "block", "--blocks", "mm0", "--end-to-end", 0, *where)
     assert generate("--num-images", 2, "--num-steps", 2, "--no-images", *where).exit_code == 0
     assert invoke("cache_adaround_data", "--num-images", 2, "--stride", 1, *where).exit_code == 0
     for group in (64, 32):
@@ -140,24 +140,12 @@ def test_weights_of_other_groups_stand_side_by_side(tmp_path):
     roots = [weight_paths(tmp_path / "run", group).root.name for group in (None, 64, 32)]
     assert roots == ["adaround_weights", "adaround_weights", "adaround_weights_g32"]
     one_line(invoke("optimize_adaround", *quick, "--group-size", 0, "--resume"), "has --group-size 64, not 0")
-    quick_look = (
-        "--num-images",
-        1,
-        "--num-steps",
-        1,
-        "--variants",
-        "w4-adaround,w4-adaround-g32,w4-adaround-g64",
-        *where,
-    )
-    done = invoke("evaluate_quantization", *quick_look)
-    assert done.exit_code == 0, done.output
-    figures = json.loads((tmp_path / "run/evaluation/metrics.json").read_bytes())["variants"]
-    psnr = {name: row["psnr"]["mean"] for name, row in figures.items()}
-    assert psnr["w4-adaround"] == psnr["w4-adaround-g64"] != psnr["w4-adaround-g32"]
-    for arguments, weights in ((("--format", "gguf"), "w4-adaround-g32"), ((), "w4-adaround,")):
-        done = export(tmp_path / "run", *arguments, "--output", tmp_path / weights, "--activations", "none")
-        assert done.exit_code == 0 and weights in done.stdout, done.output
-    one_line(
-        export(tmp_path / "run", "--weights", "w4-adaround-g128", "--output", tmp_path / "x"),
-        "adaround_weights_g128/metadata.json: not found",
-    )
+    for name, group in (("w4-adaround", 64), ("w4-adaround-g64", 64), ("w4-adaround-g32", 32)):
+        weights = make_variant(name, tmp_path / "run").weights
+        assert weights.group_size == weights.metadata["group_size"] == group
+        assert weights.paths.root == weight_paths(tmp_path / "run", group).root
+    with pytest.raises(StoreError, match="adaround_weights_g128/metadata.json: not found"):
+        make_variant("w4-adaround-g128", tmp_path / "run")
+    for layout, name in (("gguf", "w4-adaround-g32"), ("mlx", "w4-adaround")):
+        options = ExportOptions(calib_dir=tmp_path / "run", layout=layout, activations="none")
+        assert export_variant(options)[0].name == name
