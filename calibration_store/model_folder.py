@@ -25,7 +25,7 @@ BUNDLED_MODEL = "sd3-emoji"
 LAYOUT = f"models/{BUNDLED_MODEL} shows the layout of a model folder"
 CONFIG_FILE = "config.json"
 LOCAL_FILES = ("mmdit", "clip_l", "clip_g", "decoder")
-# What each file of a model folder is, in words.
+# Words for the files of a model folder.
 FILE_WORDS = {
     "config.json": "sizes, quantization by layer, digests", "mmdit.safetensors": "the transformer",
     "activations.json": "ranges of the inputs", "clip_l.safetensors": "CLIP-L", "clip_g.safetensors": "CLIP-G",

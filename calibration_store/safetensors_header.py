@@ -1,4 +1,4 @@
-"""What the header of a safetensors file says of its arrays: names, dtypes and shapes. No array is read."""
+"""Read names, dtypes and shapes of arrays from the header of a safetensors file. No array is read."""
 
 import math
 from pathlib import Path

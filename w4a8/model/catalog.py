@@ -36,7 +36,7 @@ from w4a8.model.diffusionkit import (
 from w4a8.model.families import Family, family_of
 from w4a8.model.hub_files import HubFileError, hub_file
 from w4a8.model.location import Lora
-from w4a8.model.model_source import lora_of, resolve_source, sampling_of
+from w4a8.model.model_source import WEIGHT_ENDS, lora_of, resolve_source, sampling_of
 
 BUNDLED_FOLDER = Path(__file__).resolve().parents[2] / "models" / BUNDLED_MODEL
 HUB_MODELS = tuple(key for key in MMDIT_CKPT if "4bit" not in key)
@@ -206,7 +206,8 @@ def _find_folder(name: str) -> Path:
     with suppress(OSError):  # a name that no folder can have
         near = sorted(filter(Path.is_dir, folder.parent.glob(f"*/{glob.escape(folder.name)}"))) if name else []
     hint = f"; there is {min(str(near[0]), os.path.relpath(near[0]), key=len)}" if near else ""
-    raise ModelError(f"--model {name or repr(name)}: no such folder, and not one of {known}{hint}")
+    what = "file" if name.endswith(WEIGHT_ENDS) else "folder"
+    raise ModelError(f"--model {name or repr(name)}: no such {what}, and not one of {known}{hint}")
 
 
 def model_files(info: ModelInfo, use_t5: bool, download: bool = False) -> dict[str, Path] | None:

@@ -53,6 +53,7 @@ STRANGERS = (
 LONE_PARTS = (
     ("lora_", "a LoRA; give it with --lora"),
     (".lora", "a LoRA; give it with --lora"),
+    ("multimodal_transformer_blocks.", "the transformer of a model folder; give the folder"),
     ("transformer_blocks.", "a part of a transformer in the layout of diffusers"),
     ("encoder.block.0.", "T5, a text encoder"),
     ("text_model.", "CLIP, a text encoder"),

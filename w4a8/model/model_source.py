@@ -23,8 +23,9 @@ KNOWN_NAMES = frozenset(name for files in HUB_MMDIT_FILES.values() for name in f
 }  # fmt: skip
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(?:/[\w./ -]+\.safetensors)?")
 LORA_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # PEFT's name, and diffusers'
-FEW_STEPS = re.compile(r"turbo|lightning|hyper|lcm|distill|(?<![a-z])fast(?![a-z])", re.IGNORECASE)
-COUNTED_STEPS = re.compile(r"(?<!\d)(\d{1,2})[-_ ]?steps?(?![a-z])", re.IGNORECASE)
+# Whole words: a hyperrealistic model takes as many steps as any other, and epoch-10_step-500 says how it was trained.
+FEW_STEPS = re.compile(r"(?<![a-z])(?:turbo|lightning|hyper|lcm|fast)(?![a-z])", re.IGNORECASE)
+COUNTED_STEPS = re.compile(r"(?<![a-z0-9])(\d{1,2})[-_ ]?steps?(?![a-z]|[-_ ]?\d)", re.IGNORECASE)
 TURBO_STEPS = {"3.5-large": 4}  # SD3.5-large-turbo
 
 
@@ -77,7 +78,10 @@ def named_path(path: Path) -> Path:
 
 
 def _candidates(folder: Path) -> list[Path]:
-    """Return the checkpoints with a transformer in a folder: DiffusionKit's names first, then any file, then diffusers'."""
+    """Return a folder's checkpoints: those with DiffusionKit's names, else diffusers', else every file with a transformer.
+
+    A file that stands alone is returned unread, so that its own error is told.
+    """
     known = [folder / name for name in sorted(KNOWN_NAMES) if (folder / name).is_file()]
     if known:
         return known
@@ -87,6 +91,8 @@ def _candidates(folder: Path) -> list[Path]:
             return whole[:1]
     files = [file for file in sorted(folder.iterdir()) if file.name.endswith(WEIGHT_ENDS) and file.is_file()]
     indices = [file for file in files if file.name.endswith(".index.json")]
+    if len(files) == 1:
+        return files
     return [file for file in indices or files if not SHARD.search(file.name) and _holds_transformer(file)]
 
 
