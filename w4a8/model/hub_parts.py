@@ -25,6 +25,7 @@ from w4a8.model.diffusionkit import (
 from w4a8.model.families import FLUX
 from w4a8.model.hub_files import hub_file
 from w4a8.model.model_source import sampling_of
+from w4a8.model.original_checkpoint import some
 from w4a8.model.t5 import REPOSITORY, T5Config
 from w4a8.model.weight_files import load_arrays
 
@@ -120,7 +121,10 @@ def load_t5(dtype: mx.Dtype) -> SD3T5Encoder:
     """Load the hub's T5, lazily. Raises HubFileError, or ModelError for arrays that are not T5's."""
     model = SD3T5Encoder(T5Config.from_pretrained(REPOSITORY), low_memory_mode=False)
     path = text_file("t5")
-    found = model_io.t5_encoder_state_dict_adjustments(load_arrays(path))
+    try:
+        found = model_io.t5_encoder_state_dict_adjustments(load_arrays(path))
+    except KeyError as error:
+        raise ModelError(f"{path}: lacks {error.args[0]}; download it again") from None
     load_exactly(model, [(name, array.astype(dtype)) for name, array in found.items()], path)
     return model
 
@@ -144,7 +148,7 @@ def load_exactly(model: nn.Module, named: list[tuple[str, mx.array]], path: Path
     found = {name: array for name, array in named if name in wanted}
     lacking = sorted(wanted.keys() - found.keys())
     if lacking:
-        raise ModelError(f"{path}: lacks {lacking[0]}, and {len(lacking) - 1} more; download it again")
+        raise ModelError(f"{path}: lacks {some(lacking)}; download it again")
     model.load_weights(list(found.items()))
 
 
