@@ -13,7 +13,7 @@ from w4a8 import cli  # isort: skip  (first: it says what to do where packages a
 
 import click
 
-from calibration_store.choices import EXPORT_FORMATS, REST_BITS
+from calibration_store.choices import EXPORT_FORMATS, REST_BITS, TEXT_BITS
 from w4a8.options import ExportOptions
 
 
@@ -43,7 +43,12 @@ from w4a8.options import ExportOptions
 @click.option(
     "--complete",
     is_flag=True,
-    help="Copy a hub model's CLIP encoders and VAE, too, instead of naming it in config.json.",
+    help="Copy a hub model's text encoders (T5 where the run used it) and VAE, too, instead of naming it in config.json.",
+)
+@click.option(
+    "--text-bits",
+    type=click.Choice([str(bits) for bits in TEXT_BITS]),
+    help="Bits of the T5 that --complete copies.  [default: the run's]",
 )
 @click.option(
     "--output",
@@ -63,6 +68,7 @@ def run(options: ExportOptions) -> None:
     from calibration_store.layout import HUB_4BIT_FILES, QuantizedModelPaths
     from calibration_store.manifest import read_manifest
     from w4a8.evaluation.variants import export_variant
+    from w4a8.model.catalog import with_text_bits
     from w4a8.model.hub_export import own_parts
     from w4a8.model.layers import model_layers
     from w4a8.model.runs import check_fingerprint, describe_run_model
@@ -87,8 +93,10 @@ def run(options: ExportOptions) -> None:
     variant, weights, activations = export_variant(options)
     info = describe_run_model(manifest, options.location)
     check_fingerprint(manifest, info)
+    if options.text_bits is not None:
+        info = with_text_bits(info, options.text_bits)
     export = ExportSource(info, manifest, variant.name, weights, activations, variant.rule)
-    refuse_options(export, options.layout, options.complete)
+    refuse_options(export, options.layout, options.complete, options.text_bits)
     paths = QuantizedModelPaths(options.output) if options.output else QuantizedModelPaths.below(options.calib_dir)
     check_output(paths, info, options.layout, options.force)
     mmdit = open_transformer(info)

@@ -25,11 +25,12 @@ BUNDLED_MODEL = "sd3-emoji"
 LAYOUT = f"models/{BUNDLED_MODEL} shows the layout of a model folder"
 CONFIG_FILE = "config.json"
 LOCAL_FILES = ("mmdit", "clip_l", "clip_g", "decoder")
+T5_PART, T5_PIECES = "t5", "spiece.model"  # of folders whose config.json has a section t5
 # Words for the files of a model folder.
 FILE_WORDS = {
     "config.json": "sizes, quantization by layer, digests", "mmdit.safetensors": "the transformer",
     "activations.json": "ranges of the inputs", "clip_l.safetensors": "CLIP-L", "clip_g.safetensors": "CLIP-G",
-    "decoder.safetensors": "the VAE's decoder", "encoder.safetensors": "the VAE's encoder", "vocab.json": "the tokenizer's vocabulary",
+    "t5.safetensors": "T5's encoder", "spiece.model": "T5's tokenizer", "decoder.safetensors": "the VAE's decoder", "encoder.safetensors": "the VAE's encoder", "vocab.json": "the tokenizer's vocabulary",
     "merges.txt": "the tokenizer's merges", "0.safetensors": "the transformer, packed", "model.safetensors.index.json": "its index", "captions.txt": "captions that the model was made for",
 }  # fmt: skip
 HEAD_WIDTH = 64  # channels of a head in SD3's transformers and in CLIP, at every size
@@ -75,6 +76,26 @@ class ClipConfig(TypedDict):
 
 class TokenizerConfig(TypedDict):
     pad_with_eos: bool
+
+
+class _T5Config(TypedDict):
+    d_model: Literal[4096]  # the transformer's width of a text token
+    d_kv: Side
+    d_ff: Side
+    num_heads: Depth
+    num_layers: Depth
+    vocab_size: Annotated[int, Meta(ge=3, le=10**7)]
+    feed_forward_proj: Literal["gated-gelu", "gated-relu", "gated-silu", "gelu", "relu", "silu"]
+    max_length: Annotated[int, Meta(ge=3, le=1024)]
+
+
+class T5Section(_T5Config, total=False):
+    """The section of T5's encoder. Absent entries have the defaults of T5's published config."""
+
+    layer_norm_epsilon: Annotated[float, Meta(gt=0, le=1)]
+    relative_attention_num_buckets: Annotated[int, Meta(ge=4, le=1024)]
+    relative_attention_max_distance: Annotated[int, Meta(ge=8, le=10**6)]
+    quantization: dict[str, Any]  # of its packed layers, as the transformer's
 
 
 class VaeConfig(TypedDict):
@@ -132,7 +153,8 @@ class ModelConfig(_ModelConfig, total=False):
     export: Export
     tokenizer_l: TokenizerConfig  # absent: pad_with_eos is true, as DiffusionKit pads
     tokenizer_g: TokenizerConfig  # absent: pad_with_eos is false
-    use_t5: Literal[False]
+    t5: T5Section
+    use_t5: bool  # whether there is a section t5; absent: false
     quantization: dict[str, Any]  # groups and bits of packed weights, as MLX's own tools write them
     default_num_steps: Count
 
@@ -170,8 +192,12 @@ def config_fault(config: ModelConfig) -> str | None:
             return f"latent_size: {side} is not a multiple of patch_size up to max_latent_resolution"
     if any(channels % vae["resnet_groups"] for channels in vae["block_out_channels"]):
         return f"vae: block_out_channels are not multiples of resnet_groups {vae['resnet_groups']}"
-    if "quantization" in config and quantization_fault(config["quantization"]):
-        return quantization_fault(config["quantization"])
+    if config.get("use_t5", "t5" in config) != ("t5" in config):
+        return f"use_t5 is {str(config['use_t5']).lower()}, and there is {'a' if 't5' in config else 'no'} section t5"
+    for section in (config, config.get("t5", {})):
+        fault = quantization_fault(section["quantization"]) if "quantization" in section else None
+        if fault:
+            return fault
     if vae["downscale"] != 2 ** (len(vae["block_out_channels"]) - 1):
         return f"vae: downscale {vae['downscale']} is not that of {len(vae['block_out_channels'])} stages"
     return None
@@ -203,9 +229,9 @@ def read_model_config(folder: Path) -> dict[str, Any]:
         config_digest(config)
     except (ValueError, TypeError, RecursionError) as error:  # in an entry that no schema looks at
         raise StoreError(f"{path}: not valid JSON ({error}); {LAYOUT}") from None
-    networks = {"mmdit": TransformerConfig, "clip_l": ClipConfig, "clip_g": ClipConfig}
+    networks = {"mmdit": TransformerConfig, "clip_l": ClipConfig, "clip_g": ClipConfig, "t5": T5Section}
     for section, known in ({} if based else networks).items():
-        unknown = sorted(config[section].keys() - known.__annotations__.keys())
+        unknown = sorted(config.get(section, {}).keys() - known.__annotations__.keys())
         if unknown:  # it would change what the model is, or mean nothing
             raise StoreError(f"{path}: {section}: {unknown[0]!r} is none of {', '.join(known.__annotations__)}")
     return config
@@ -247,16 +273,21 @@ def config_file(folder: Path) -> Path:
 
 
 def weight_file(folder: Path, part: str) -> Path:
-    """Return the weight file of a part, one of LOCAL_FILES."""
+    """Return the weight file of a part, one of LOCAL_FILES or T5_PART."""
     return folder / f"{part}.safetensors"
 
 
-DECIDING_FILES = ("vocab.json", "merges.txt", "activations.json")  # decide the images, as weights and config.json do
+DECIDING_FILES = (
+    "vocab.json",
+    "merges.txt",
+    "activations.json",
+    T5_PIECES,
+)  # decide the images, as weights and config.json do
 
 
 def role_of(path: Path) -> str | None:
     """Return the key of a file in `export.files`: its part, or its name; None for a file that decides no image."""
-    if path.stem in LOCAL_FILES and path.suffix == ".safetensors":
+    if path.stem in (*LOCAL_FILES, T5_PART) and path.suffix == ".safetensors":
         return path.stem
     return path.name if path.name in DECIDING_FILES else None
 
@@ -278,9 +309,18 @@ def captions_file(folder: Path) -> Path | None:
     return path if path.exists() else None
 
 
-def missing_files(folder: Path, based: bool = False) -> list[str]:
-    """Return the names of the files that a model folder lacks. based: its base model has all but the transformer."""
-    return [path.name for path in folder_files(folder, based).values() if not os.path.lexists(path)]
+def t5_files(folder: Path) -> dict[str, Path]:
+    """Return {role: file} of T5's weights and its tokenizer."""
+    return {T5_PART: weight_file(folder, T5_PART), T5_PIECES: folder / T5_PIECES}
+
+
+def missing_files(folder: Path, based: bool = False, t5: bool = False) -> list[str]:
+    """Return the names of the files that a model folder lacks.
+
+    based: its base model has all but the transformer. t5: its config.json has a section t5.
+    """
+    wanted = folder_files(folder, based) | (t5_files(folder) if t5 else {})
+    return [path.name for path in wanted.values() if not os.path.lexists(path)]
 
 
 def check_exported(folder: Path, config: Mapping[str, Any]) -> None:
@@ -377,4 +417,5 @@ def folder_files(folder: Path, based: bool = False) -> dict[str, Path]:
         own = [part for part in LOCAL_FILES if part == "mmdit" or os.path.lexists(weight_file(folder, part))]
         return {part: weight_file(folder, part) for part in own} | {CONFIG_FILE: config_file(folder)}
     weights = {part: weight_file(folder, part) for part in LOCAL_FILES}
+    weights |= {role: path for role, path in t5_files(folder).items() if os.path.lexists(path)}
     return weights | {name: folder / name for name in (CONFIG_FILE, "vocab.json", "merges.txt")}

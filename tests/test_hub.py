@@ -133,6 +133,80 @@ def test_an_export_is_a_model_beside_the_hub_or_without_it(hub, exported, tmp_pa
     assert pictures[0].shape == (64, 64, 3) and np.array_equal(*pictures)
 
 
+@pytest.fixture(scope="module")
+def with_t5(hub, tmp_path_factory):
+    """Return a folder with run/ of stage 1 with T5, and complete exports of it whose T5 has 16, 8 and 4 bits."""
+    folder = tmp_path_factory.mktemp("with_t5")
+    where = ("--calib-dir", folder / "run")
+    export = ("then", STAGE_5, *where, "--weights", "w4-rtn", "--complete", "--output")
+    begin = ("--num-images", 1, "--num-steps", 1, "--latent-size", 8, 8, "--no-images")
+    done = run(
+        hub,
+        *(STAGE_1, *begin, *where),
+        *(*export, folder / "16"),
+        *(*export, folder / "8", "--text-bits", 8),
+        *(*export, folder / "4", "--text-bits", 4),
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_a_complete_export_brings_t5(hub, with_t5, tmp_path):
+    """Without a hub it draws what the export on the hub's T5 draws; packed layers of T5 move the picture, 4 bits more."""
+    sizes = {bits: (with_t5 / f"{bits}/t5.safetensors").stat().st_size for bits in (16, 8, 4)}
+    assert sizes[16] > sizes[8] > sizes[4] and (with_t5 / "16/spiece.model").exists()
+    config = json.loads((with_t5 / "8/config.json").read_bytes())
+    assert config["use_t5"] and config["t5"]["max_length"] == 512 and config["t5"]["quantization"]["bits"] == 8
+    assert {"t5", "spiece.model"} <= config["export"]["files"].keys()
+    draw = [word for word in DRAW if word != "--no-t5"]
+    based = ("--calib-dir", with_t5 / "run", "--weights", "w4-rtn", "--output", tmp_path / "based")
+    again = ("then", "draw_images", *draw, "--model", tmp_path / "based", "--output", tmp_path / "hub")
+    done = run(hub, STAGE_5, *based, *again)
+    assert done.returncode == 0, done.stderr
+    pictures = {}
+    for name, model, more in (("16", "16", ()), ("8", "8", ()), ("4", "4", ()), ("off", "16", ("--no-t5",))):
+        done = invoke("draw_images", *draw, *more, "--model", with_t5 / model, "--output", tmp_path / name)
+        assert done.exit_code == 0, done.output
+        pictures[name] = np.asarray(Image.open(tmp_path / name / "0000.png"), np.float64)
+    assert np.array_equal(pictures["16"], np.asarray(Image.open(tmp_path / "hub/0000.png")))
+    off = {name: np.abs(picture - pictures["16"]).mean() for name, picture in pictures.items()}
+    assert 0 < off["8"] < off["4"] and off["off"] > 0
+
+
+def test_damaged_files_of_t5_are_one_line(hub, with_t5, tmp_path):
+    draw = [word for word in DRAW if word != "--no-t5"]
+
+    def refused(message, change):
+        shutil.rmtree(tmp_path / "model", ignore_errors=True)
+        shutil.copytree(with_t5 / "8", tmp_path / "model")
+        change(tmp_path / "model")
+        one_line(invoke("draw_images", *draw, "--model", tmp_path / "model", "--output", tmp_path / "out"), message)
+        assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("*.png"))
+
+    def edited(**changes):
+        def change(folder):
+            config = json.loads((folder / "config.json").read_bytes())
+            config["t5"] |= changes
+            (folder / "config.json").write_text(json.dumps(config))
+
+        return change
+
+    refused("no spiece.model", lambda folder: (folder / "spiece.model").unlink())
+    refused("no t5.safetensors", lambda folder: (folder / "t5.safetensors").unlink())
+    refused("no SentencePiece model", lambda folder: (folder / "spiece.model").write_bytes(b"pieces"))
+    refused("t5.safetensors", lambda folder: (folder / "t5.safetensors").write_bytes(b"weights"))
+    refused("d_model", edited(d_model=64))
+    refused("'colour'", edited(colour=1))
+    refused("quantization", edited(quantization={"bits": 7, "group_size": 64}))
+    refused("vocab_size", edited(vocab_size=1))
+    refused("t5.safetensors", edited(num_layers=2))
+    one_line(invoke("draw_images", *draw, "--text-bits", 8, "--model", with_t5 / "8", "--output", tmp_path / "out"),
+             "brings its T5 at the bits that it has")  # fmt: skip
+    where = ("--calib-dir", with_t5 / "run", "--weights", "w4-rtn", "--output", tmp_path / "x", "--text-bits", 8)
+    done = run(hub, STAGE_5, *where)
+    assert done.returncode == 2 and "no T5 is written" in done.stderr
+
+
 def test_a_base_that_is_not_known_is_one_line(exported, tmp_path):
     shutil.copytree(exported / "based", tmp_path / "based")
     config = json.loads((tmp_path / "based/config.json").read_bytes())

@@ -129,7 +129,7 @@ def check_latent_size(info: ModelInfo, latent_size: tuple[int, int]) -> None:
 
 def refuse_hub_options(info: ModelInfo, plan: dict[str, Any]) -> None:
     """Raise OptionError for --t5 or --no-t5 with a model that the option does not fit."""
-    if info.hub_id is None and plan["use_t5"]:
+    if not info.use_t5 and plan["use_t5"]:
         raise OptionError(f"--t5: {info.version} has no T5 text encoder; use --no-t5")
     if info.text_bits != 16 and not plan["use_t5"]:
         raise OptionError(f"--text-bits {info.text_bits}: T5 is off; leave it out, or give --t5")

@@ -190,6 +190,7 @@ class ExportOptions(FolderOptions):
     rest_bits: int = 16
     all_linears: bool = False
     complete: bool = False
+    text_bits: str | None = None
     output: Path | None = None
     force: bool = False
     dry_run: bool = False

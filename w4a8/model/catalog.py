@@ -143,7 +143,8 @@ def with_guidance(info: ModelInfo, guidance: float | None) -> ModelInfo:
 def with_text_bits(info: ModelInfo, bits: int | str) -> ModelInfo:
     """Return a model with a value of `--text-bits`. Raises ModelError for fewer than 16 bits without a T5."""
     if int(bits) != 16 and info.hub_id is None:
-        raise ModelError(f"--text-bits {bits}: {info.version} has no T5 text encoder")
+        what = "brings its T5 at the bits that it has" if info.use_t5 else "has no T5 text encoder"
+        raise ModelError(f"--text-bits {bits}: {info.version} {what}")
     return dataclasses.replace(info, text_bits=int(bits))
 
 
@@ -164,7 +165,7 @@ def _describe_name(name: str) -> ModelInfo:
             patch_size=config["mmdit"]["patch_size"],
             vae_downscale=config["vae"]["downscale"],
             cfg_weight=float(config["default_cfg_weight"]),
-            use_t5=False,
+            use_t5="t5" in config,
             sampler_shift=float(config["sampler_shift"]),
             captions=captions_file(folder),
         )

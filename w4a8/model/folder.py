@@ -27,19 +27,21 @@ from w4a8.model.diffusionkit import (
     MMDiTConfig,
     VAEDecoder,
 )
+from w4a8.model.folder_t5 import load_folder_pieces, load_folder_t5
 from w4a8.model.location import Lora
 from w4a8.model.lora import fuse_text_encoder
 from w4a8.model.original_model import K_BIAS, original_transformer
 from w4a8.model.packed import AUTO, get_ready
 from w4a8.model.parts import TEXT, TRANSFORMER, Parts, Pipeline, cast, load_weights
+from w4a8.model.t5 import T5Encoder
 from w4a8.model.weight_files import load_arrays
 
 
 class FolderPipeline(Pipeline):
     """DiffusionKit's pipeline over a model folder in sd3-emoji's layout; packed weights stay packed."""
 
-    def __init__(self, info: FolderModel, parts: Parts, native: str = AUTO):
-        super().__init__(info, parts, use_t5=False, native=native)
+    def __init__(self, info: FolderModel, parts: Parts, use_t5: bool, native: str = AUTO):
+        super().__init__(info, parts, use_t5, native)
         self.folder = info.folder
         with self.explained():
             self.model_config = read_model_config(info.folder)
@@ -48,6 +50,10 @@ class FolderPipeline(Pipeline):
             if TEXT in parts:
                 self.tokenizer_l = self._load_tokenizer("l", default=True)
                 self.tokenizer_g = self._load_tokenizer("g", default=False)
+            if use_t5:
+                self.t5_length = self.model_config["t5"]["max_length"]
+                if TEXT in parts:
+                    self.t5_tokenizer = load_folder_pieces(self.folder, self.t5_length)
 
     def read(self, part: str) -> None:
         """Set the part's attributes from its files in the folder."""
@@ -60,6 +66,10 @@ class FolderPipeline(Pipeline):
                 load_weights(encoder, weight_file(self.folder, name), dtype)
                 fuse_text_encoder(encoder, name, self.family, self.info.loras)
                 setattr(self, name, encoder)
+            if self.use_t5:
+                t5_encoder = load_folder_t5(self.folder, self.model_config["t5"], dtype)
+                fuse_text_encoder(t5_encoder, "t5", self.family, self.info.loras)
+                self.t5_encoder = T5Encoder(t5_encoder)
         else:
             vae = self.model_config["vae"]
             decoder = VAEDecoder(

@@ -17,7 +17,6 @@ from w4a8.model.diffusionkit import (
     HUB_MMDIT_CONFIGS,
     HUB_TEXT_ENCODERS,
     MMDIT_CKPT,
-    T5_MAX_LENGTH,
     CLIPTextModel,
     VAEDecoder,
     model_io,
@@ -51,7 +50,7 @@ class HubPipeline(Pipeline):
                 for name in self.family.clip:
                     setattr(self, name.replace("clip", "tokenizer"), load_tokenizer(name))
                 if use_t5:
-                    self.t5_tokenizer = model_io.load_t5_tokenizer(T5_MAX_LENGTH[info.hub_id])
+                    self.t5_tokenizer = model_io.load_t5_tokenizer(self.t5_length)
 
     def read(self, part: str) -> None:
         """Set the part's attributes from its files in the hub's cache, or from the checkpoint."""

@@ -9,20 +9,25 @@ import mlx.nn as nn
 import orjson
 from mlx.utils import tree_flatten
 
+from calibration_store.model_folder import T5_PART, T5_PIECES
 from w4a8.model.catalog import ModelError, ModelInfo
 from w4a8.model.checkpoint_contents import read_contents
 from w4a8.model.diffusionkit import (
     HUB_MMDIT_CONFIGS,
+    T5_MAX_LENGTH,
     MMDiTConfig,
     VAEDecoderConfig,
     VAEEncoder,
     VAEEncoderConfig,
     model_io,
 )
+from w4a8.model.folder_t5 import t5_section
+from w4a8.model.hub_files import hub_file
 from w4a8.model.hub_parts import text_file, vae_arrays
 from w4a8.model.loading import load_pipeline
 from w4a8.model.lora import text_encoders_of
 from w4a8.model.parts import DECODER, TEXT
+from w4a8.model.t5 import REPOSITORY, T5Config
 
 
 def hub_decoder(info: ModelInfo) -> dict[str, mx.array]:
@@ -52,23 +57,27 @@ def hub_encoder(info: ModelInfo) -> dict[str, mx.array]:
     return dict(tree_flatten(encoder.parameters()))
 
 
-def text_encoders(info: ModelInfo) -> dict[str, nn.Module]:
-    """Return the CLIP encoders of a model in the family's 16 bits, by their names in a model folder."""
-    pipeline = load_pipeline(info, {TEXT: info.family.half}, use_t5=False)
-    return {name: getattr(pipeline, name) for name in info.family.clip}
+def text_encoders(info: ModelInfo, use_t5: bool = False) -> dict[str, nn.Module]:
+    """Return the text encoders of a model in the family's 16 bits, by their names in a model folder; T5 if it is used."""
+    pipeline = load_pipeline(info, {TEXT: info.family.half}, use_t5)
+    encoders = {name: getattr(pipeline, name) for name in info.family.clip}
+    return encoders | ({T5_PART: pipeline.t5_encoder.model} if use_t5 else {})
 
 
-def hub_tokenizer() -> list[Path]:
-    """Return the files of vocabulary and merges that both tokenizers share. Raises ModelError when they differ."""
+def hub_tokenizer(use_t5: bool) -> list[Path]:
+    """Return the files of vocabulary and merges that CLIP's tokenizers share, and T5's tokenizer if it is used.
+
+    Raises ModelError when CLIP's differ.
+    """
     files = [text_file(f"tokenizer_l_{kind}") for kind in ("vocab", "merges")]
     for kind, path in zip(("vocab", "merges"), files, strict=True):
         if text_file(f"tokenizer_g_{kind}").read_bytes() != path.read_bytes():
             raise ModelError("the two tokenizers differ, and a model folder has room for one; leave --complete out")
-    return files
+    return [*files, *([hub_file(REPOSITORY, T5_PIECES, download=True)] if use_t5 else [])]
 
 
-def complete_hub_config(info: ModelInfo) -> dict[str, Any]:
-    """Make the config.json of a model folder that holds a hub model without T5."""
+def complete_hub_config(info: ModelInfo, t5: nn.Module | None) -> dict[str, Any]:
+    """Make the config.json of a model folder that holds a hub model. t5: its T5, with packed layers or without; or none."""
     config: dict[str, Any] = {"name": info.version.rpartition("/")[2]}
     config["mmdit"] = transformer_section(HUB_MMDIT_CONFIGS[info.version])
     for part, padded in (("clip_l", True), ("clip_g", False)):
@@ -90,10 +99,12 @@ def complete_hub_config(info: ModelInfo) -> dict[str, Any]:
         "decoder_layers_per_block": decoder.layers_per_block,
         "downscale": info.vae_downscale,
     }
+    if t5 is not None:
+        config["t5"] = t5_section(t5, vars(T5Config.from_pretrained(REPOSITORY)), T5_MAX_LENGTH[info.version])
     return config | {
         "latent_format": {"scale_factor": latents.scale_factor, "shift_factor": latents.shift_factor},
         "latent_size": list(info.latent_size),
-        "use_t5": False,
+        "use_t5": t5 is not None,
         "sampler_shift": info.sampler_shift,
         "default_cfg_weight": info.cfg_weight,
     }

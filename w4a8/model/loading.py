@@ -47,7 +47,7 @@ def load_pipeline(
     check_checkpoint(info, parts)
     pipeline: Pipeline
     if isinstance(info, FolderModel):
-        pipeline = FolderPipeline(info, parts, native)
+        pipeline = FolderPipeline(info, parts, use_t5, native)
     elif isinstance(info, ExportedHubModel):
         pipeline = ExportedPipeline(info, parts, use_t5, instead, native)
     else:
@@ -78,9 +78,9 @@ def check_folder(info: ModelInfo, use_t5: bool) -> None:
     """Raise ModelError for a model folder that lacks files, or with options that do not go with it."""
     if info.folder is None:
         return
-    if use_t5 and info.hub_id is None:
+    if use_t5 and not info.use_t5:
         raise ModelError(f"--t5: {info.version} has no T5 text encoder; use --no-t5")
-    missing = missing_files(info.folder, info.hub_id is not None)
+    missing = missing_files(info.folder, info.hub_id is not None, use_t5 and info.hub_id is None)
     if missing:
         raise ModelError(f"{info.folder}: no {', '.join(missing)}; {LAYOUT}")
 

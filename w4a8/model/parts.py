@@ -75,6 +75,7 @@ class Pipeline(DiffusionPipeline, ABC):
         self.float16_dtype = getattr(mx, family.half)
         self.dtype = self.activation_dtype = getattr(mx, parts.get(TRANSFORMER) or next(iter(parts.values())))
         self.use_t5, self.use_clip_g, self.low_memory_mode = use_t5, "clip_g" in family.clip, False
+        self.t5_length = T5_MAX_LENGTH.get(info.hub_id, 0)  # tokens of a prompt
         self.sampler = family.sampler(shift=info.sampler_shift)
         self.latent_format = family.latent_format()
 
@@ -93,10 +94,10 @@ class Pipeline(DiffusionPipeline, ABC):
 
         Without T5 DiffusionKit appends zeros in the number of CLIP's tokens.
         """
-        length, t5 = self.tokenizers[0].max_length, T5_MAX_LENGTH.get(self.info.hub_id, 0)
+        length = self.tokenizers[0].max_length
         if self.family.needs_t5:
-            return t5
-        return length + (t5 if self.use_t5 else length)
+            return self.t5_length
+        return length + (self.t5_length if self.use_t5 else length)
 
     def __getattr__(self, name: str) -> Any:
         """Load the part that an absent attribute belongs to, and return the attribute."""

@@ -25,6 +25,7 @@ from calibration_store.files import (
 )
 from calibration_store.layout import QuantizedModelPaths
 from calibration_store.model_folder import (
+    T5_PART,
     captions_file,
     config_digest,
     config_file,
@@ -206,8 +207,11 @@ def rest_of_model(export: ExportSource, complete: bool) -> RestOfModel:
     config: dict[str, Any] = {"name": info.version.rpartition("/")[2], "base_model": info.version}
     own = own_parts(info)
     parts = {"decoder": hub_decoder(info)} if complete or "decoder" in own else {}
-    parts |= encoder_parts(info, set(info.family.clip) if complete else own)
-    return (parts, hub_tokenizer(), complete_hub_config(info)) if complete else (parts, [], config)
+    if not complete:
+        return parts | encoder_parts(info, own), [], config
+    encoders = text_encoders(info, export.manifest["use_t5"])
+    parts |= {name: dict(tree_flatten(encoder.parameters())) for name, encoder in encoders.items()}
+    return parts, hub_tokenizer(T5_PART in encoders), complete_hub_config(info, encoders.get(T5_PART))
 
 
 def encoder_parts(info: ModelInfo, wanted: AbstractSet[str]) -> dict[str, NamedArrays]:
@@ -325,7 +329,7 @@ def estimate_export(mmdit: MMDiT, weights: Codes, size: Size, folder: Path) -> E
     )
 
 
-def refuse_options(export: ExportSource, layout: str, complete: bool) -> None:
+def refuse_options(export: ExportSource, layout: str, complete: bool, text_bits: str | None) -> None:
     """Raise OptionError for options that a layout cannot hold, or that would change nothing."""
     weights, others = export.weights, export.weights.other_layers
     if layout == "gguf" and (weights.bits > GGUF_BITS or weights.group_size != 32):
@@ -346,9 +350,13 @@ def refuse_options(export: ExportSource, layout: str, complete: bool) -> None:
         groups = str(weights.group_size or "a scale per channel")
         raise OptionError(f"--format mflux: groups of 32, 64 or 128, and {export.weights_name} has {groups}")
     if complete and export.info.family.needs_t5:
-        raise OptionError("--complete: a folder with everything is in SD3's layout, without T5; leave it out")
+        raise OptionError("--complete: a folder with everything is in SD3's layout; leave it out")
     if complete and (layout != "mlx" or export.info.folder is not None):
         raise OptionError("--complete goes with a hub model and --format mlx; the export of a model folder is complete")
+    if text_bits is not None and not (complete and export.manifest["use_t5"]):
+        raise OptionError(
+            f"--text-bits {text_bits}: no T5 is written; it goes with --complete, and with a run that used T5"
+        )
     if (
         others is not None
         and others.all_linears
