@@ -7,14 +7,16 @@ Nothing here knows of a command line: `exit_code` is what the process of a stage
 class UserError(Exception):
     """An error that the reader of its message can mend.
 
-    The message is one line that says what is wrong, where, and what to do.
+    The message is one line that says what is wrong, where, and what to do. A name out of a file may hold line breaks and
+    other characters that are not printable; they are shown as Python writes them (\\n).
     """
 
     exit_code = 2
 
     def __init__(self, message: str):
-        super().__init__(message)
-        self.message = message
+        shown = message.isprintable()
+        self.message = message if shown else "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+        super().__init__(self.message)
 
 
 class StoreError(UserError):

@@ -21,6 +21,7 @@ from calibration_store.weights import read_quantized_block
 from w4a8 import __version__
 from w4a8.analysis.bit_allocation import allocate
 from w4a8.evaluation.metrics import FLIP_INSTALLED, describe_variant, flip_map, image_metrics
+from w4a8.evaluation.perceptual import installed, measures_lpips
 from w4a8.model.layers import model_layers
 from w4a8.model.runs import run_schedule, run_transformer
 from w4a8.quantized.gguf_file import packed_blocks
@@ -350,3 +351,10 @@ def test_bits_by_layer_need_not_hold_the_usual_ones():
     assert packed_fault(config, shapes) is None
     config["export"]["layer_bits"] = {}
     assert "weight_bits 4 over layers of 8 bits" in packed_fault(config, shapes)
+
+
+def test_lpips_needs_its_package_and_its_weights():
+    """Without them nothing is imported, downloaded or noted."""
+    images = np.zeros((2, 64, 64, 3), np.uint8)
+    assert measures_lpips(images) == installed() and not measures_lpips(images[:, :16])
+    assert ("lpips" in image_metrics(images, images)) == installed()

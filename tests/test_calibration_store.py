@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from calibration_store.errors import StoreError, WriteError
+from calibration_store.errors import StoreError, UserError, WriteError
 from calibration_store.files import BackgroundWriter, atomic_file, locked_folder, require_space, write_json
 from calibration_store.layout import CalibrationPaths
 from calibration_store.manifest import saved_steps
@@ -182,3 +182,8 @@ def test_a_name_that_no_block_has_is_refused():
     assert block_kind("uni12") == ("uni", 12)
     with pytest.raises(ValueError, match="'mm' is not the name of a block"):
         block_kind("mm")
+
+
+def test_a_message_is_one_line_whatever_a_file_calls_its_parts():
+    error = UserError("tensor a\nb\x1b[2J\u2028: unknown, größer ✓")
+    assert error.message == str(error) == "tensor a\\nb\\x1b[2J\\u2028: unknown, größer ✓"

@@ -2,7 +2,7 @@
 
 import ast
 import json
-from pathlib import Path
+from functools import partial
 
 import gguf
 import mlx.core as mx
@@ -11,12 +11,12 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 from references.diffusers_transformers import drawn
-from tiny_hub import LARGE, MEDIUM, SCHNELL, run, tiny_hub
+from tiny_hub import MEDIUM, SCHNELL, run, tiny_hub
 
 from calibration_store.errors import UserError
-from w4a8.model.catalog import BUNDLED_FOLDER, describe_model
-from w4a8.model.checkpoint_contents import Contents
-from w4a8.model.model_source import Sampling, sampling_of
+from tools.mutations import Mutation, file_mutations, replace
+from w4a8.model.catalog import describe_model
+from w4a8.model.transformer import open_transformer
 from w4a8.model.weight_files import load_arrays
 
 pytestmark = pytest.mark.slow
@@ -371,25 +371,26 @@ def test_two_checkpoints_and_a_folder_of_several_are_refused(layouts, tmp_path):
         describe_model(str(tmp_path / "half.gguf"))
 
 
-@pytest.mark.parametrize("title, steps, cfg_weight", [
-    ("sd3.5_large_turbo.safetensors", 4, 0), ("Hyper-SD3-8steps.safetensors", 8, 0), ("flux-16-step.safetensors", 16, 0),
-    ("my-flux-lightning.safetensors", 0, 0), ("flux_fast.safetensors", 0, 0), ("flux-dev.safetensors", None, None),
-    ("hyperrealistic-flux.safetensors", None, None), ("flux-dev-de-distill.safetensors", None, None),
-    ("breakfast.safetensors", None, None), ("epoch-10_step-500.safetensors", None, None),
-    ("epoch10-step500.safetensors", None, None), ("my-sd3-2000steps.safetensors", None, None),
-])  # fmt: skip
-def test_names_that_say_few_steps(title, steps, cfg_weight):
-    """A word inside another one, and the steps of a training, say nothing of sampling."""
-    contents = Contents(Path(title), (), {}, "", None, None, title)
-    assert sampling_of(contents, LARGE) == Sampling(steps, cfg_weight)
-
-
-def test_a_lone_file_of_a_folder_says_what_is_wrong_with_it(tmp_path):
-    """An interrupted download is told as such, and the transformer of a model folder as what it is."""
-    (tmp_path / "model.safetensors").write_bytes(b"half")
-    with pytest.raises(UserError, match="model.safetensors: truncated or damaged"):
-        describe_model(str(tmp_path))
-    with pytest.raises(UserError, match="the transformer of a model folder; give the folder"):
-        describe_model(str(BUNDLED_FOLDER / "mmdit.safetensors"))
-    with pytest.raises(UserError, match="no such file, and not one of"):
-        describe_model(str(tmp_path / "gone.safetensors"))
+def test_a_damaged_gguf_file_is_one_line(layouts, tmp_path):
+    """Everything that a file can suffer, and every tenth place of its header with another byte: one line, or it is read."""
+    made, _, _ = layouts
+    whole = (made.folder / "flux-Q8_0.gguf").read_bytes()
+    path, refused = tmp_path / "damaged.gguf", []
+    changes = [
+        Mutation(f"byte {at}", partial(replace, content=whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :]))
+        for at in range(0, 4000, 10)
+    ]
+    path.write_bytes(whole)
+    for mutation in (*file_mutations(path), *changes):
+        path.unlink(missing_ok=True)
+        path.write_bytes(whole)
+        mutation.apply(path)
+        try:
+            open_transformer(describe_model(str(path)), headers_only=True)
+        except UserError as error:
+            assert "\n" not in error.message and "damaged" in error.message
+            refused.append(mutation.name)
+        if path.is_dir():
+            path.rmdir()
+    general = {"truncated", "empty", "garbage", "missing", "a folder", "a link to itself", "a dangling link", "a pipe"}
+    assert general <= set(refused) and len(refused) > 50

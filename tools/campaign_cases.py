@@ -10,7 +10,8 @@ from calibration_store.cache_plan import CACHE_PLAN
 from calibration_store.configs import MULTITIER_CONFIG, W4A8_CONFIG
 from calibration_store.evaluation import EVALUATION_RUN
 from calibration_store.manifest import MANIFEST
-from calibration_store.model_folder import LOCAL_FILES, MODEL_CONFIG, VOCABULARY
+from calibration_store.model_config import MODEL_CONFIG
+from calibration_store.model_folder import LOCAL_FILES, VOCABULARY
 from calibration_store.partials import COLLECTION, PARTIAL
 from calibration_store.samples import SAMPLE
 from calibration_store.schema import JsonFormat, Record
@@ -359,6 +360,9 @@ def exported(run: Path) -> Cases:
         for entry in next(iter(activations["per_timestep"].values())).values():
             entry["clipping_range"] = entry["clipping_range"] * 2
 
+    def without_ranges(activations: dict) -> None:
+        del activations["per_timestep"]
+
     def first_value(config: dict) -> None:
         key = next(iter(config["latent_format"]))
         config["latent_format"][key] = config["latent_format"][key] * 2
@@ -372,7 +376,12 @@ def exported(run: Path) -> Cases:
             edited("an infinite entry", lambda c: c.update(colour="@@1e999")),
         ],
         "vocab.json": [edited("two ids exchanged", exchanged)],
-        "activations.json": [edited("wider ranges", wider)],
+        "activations.json": [
+            edited("wider ranges", wider),
+            edited("ranges of no step", without_ranges),
+            edited("another rule", lambda a: a.update(rule="dynamic per block of 32, symmetric")),
+            edited("a rule that nobody knows", lambda a: a.update(rule="dynamic per block of 16")),
+        ],
         "mmdit.safetensors": [],
         "clip_l.safetensors": [],
     }.items():

@@ -14,6 +14,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from calibration_store.errors import OptionError
 from w4a8.backend.lazy_imports import MissingPackage
 from w4a8.backend.parallel import on_every_core
+from w4a8.evaluation.perceptual import lpips_distances, measures_lpips
 
 LOW_PSNR, HIGH_PSNR = 30.0, 40.0  # dB: metrics.json notes the shares of images below the first, and from the second on
 FLIP_INSTALLED = importlib.util.find_spec("flip_evaluator") is not None  # no wheel for Linux on ARM
@@ -22,7 +23,7 @@ BOOTSTRAP = 2000  # number of times that the images are drawn again for an inter
 
 
 def image_metrics(reference: np.ndarray, images: np.ndarray) -> dict[str, np.ndarray]:
-    """Return {"psnr", "ssim", "flip"} of each pair of images, (N,) float64 each.
+    """Return {"psnr", "ssim", "flip"} of each pair of images, (N,) float64 each, and "lpips" where it can be measured.
 
     reference and images: (N, H, W, 3) uint8. PSNR is in dB, infinite for equal images; FLIP is the mean of `flip_map`,
     NaN where its package is not installed.
@@ -37,7 +38,8 @@ def image_metrics(reference: np.ndarray, images: np.ndarray) -> dict[str, np.nda
         return psnr, ssim, flip_map(original, image).mean(dtype=np.float64) if FLIP_INSTALLED else np.nan
 
     found = on_every_core(pair_metrics, zip(reference, images, strict=True))
-    return dict(zip(("psnr", "ssim", "flip"), np.array(list(found), np.float64).T, strict=True))
+    metrics = dict(zip(("psnr", "ssim", "flip"), np.array(list(found), np.float64).T, strict=True))
+    return metrics | ({"lpips": lpips_distances(reference, images)} if measures_lpips(images) else {})
 
 
 def flip_map(reference: np.ndarray, image: np.ndarray) -> np.ndarray:
@@ -98,7 +100,8 @@ def describe_variant(
     psnr, ssim, flip = quality["psnr"], quality["ssim"], quality["flip"]
     order = np.argsort(psnr, kind="stable")
     different = psnr[~np.isinf(psnr)]  # equal images have no finite PSNR and are counted apart
-    return {
+    perceived = {"lpips": summary(-quality["lpips"], -1)} if "lpips" in quality else {}
+    return perceived | {
         "psnr": summary(different) | {"interval": bootstrap_interval(different) if different.size else [None, None]},
         "ssim": summary(ssim) | {"interval": bootstrap_interval(ssim)},
         "flip": summary(-flip, -1) | {"interval": bootstrap_interval(flip) if FLIP_INSTALLED else [None, None]},

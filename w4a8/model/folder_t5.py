@@ -9,7 +9,8 @@ import mlx.nn as nn
 
 from calibration_store.errors import StoreError
 from calibration_store.files import read_bytes
-from calibration_store.model_folder import LAYOUT, T5_PART, T5_PIECES, T5Section, weight_file
+from calibration_store.model_config import T5Section
+from calibration_store.model_folder import LAYOUT, T5_PART, T5_PIECES, weight_file
 from w4a8.model.diffusionkit import SD3T5Encoder, T5Tokenizer
 from w4a8.model.parts import load_weights
 from w4a8.model.t5 import AutoTokenizer, T5Config

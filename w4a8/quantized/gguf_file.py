@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 
 from calibration_store.files import atomic_path
 from calibration_store.layout import QuantizedModelPaths
-from calibration_store.model_folder import HEAD_WIDTH
+from calibration_store.model_config import HEAD_WIDTH
 from w4a8 import __version__
 from w4a8.backend.progress import ProgressBar
 from w4a8.model.families import SD3, Family

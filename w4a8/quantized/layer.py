@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from calibration_store.model_folder import PACKED_GROUPS
+from calibration_store.choices import PACKED_GROUPS
 from w4a8.backend.parallel import compiled
 from w4a8.model.packed import Packed
 from w4a8.quantized.arithmetic import dequantize, min_max_grid, nearest_codes, pack_codes

@@ -96,6 +96,9 @@ def print_variants(results: dict[str, dict], simulated: bool) -> None:
             f"{row['share_above_40_db']:8.0%} {row['share_below_30_db']:7.0%} {row['ssim']['mean']:7.4f} {flip:>7} "
             f"{row['step_error']['mean'][-1]:13.4f}"
         )
+    for name, row in results.items():
+        if "lpips" in row:
+            click.echo(f"{name}: LPIPS {row['lpips']['mean']:.4f} (worst {row['lpips']['worst']:.4f})")
     if simulated:
         click.echo("Quantized activations are simulated: these rows say nothing about speed.")
     for name, row in results.items():

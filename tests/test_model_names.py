@@ -1,0 +1,35 @@
+"""What a name says: of a checkpoint about how to sample with it, of a lone file about what is wrong with it."""
+
+from pathlib import Path
+
+import pytest
+from tiny_hub import LARGE
+
+from calibration_store.errors import UserError
+from w4a8.model.catalog import BUNDLED_FOLDER, describe_model
+from w4a8.model.checkpoint_contents import Contents
+from w4a8.model.model_source import Sampling, sampling_of
+
+
+@pytest.mark.parametrize("title, steps, cfg_weight", [
+    ("sd3.5_large_turbo.safetensors", 4, 0), ("Hyper-SD3-8steps.safetensors", 8, 0), ("flux-16-step.safetensors", 16, 0),
+    ("my-flux-lightning.safetensors", 0, 0), ("flux_fast.safetensors", 0, 0), ("flux-dev.safetensors", None, None),
+    ("hyperrealistic-flux.safetensors", None, None), ("flux-dev-de-distill.safetensors", None, None),
+    ("breakfast.safetensors", None, None), ("epoch-10_step-500.safetensors", None, None),
+    ("epoch10-step500.safetensors", None, None), ("my-sd3-2000steps.safetensors", None, None),
+])  # fmt: skip
+def test_names_that_say_few_steps(title, steps, cfg_weight):
+    """A word inside another one, and the steps of a training, say nothing of sampling."""
+    contents = Contents(Path(title), (), {}, "", None, None, title)
+    assert sampling_of(contents, LARGE) == Sampling(steps, cfg_weight)
+
+
+def test_a_lone_file_of_a_folder_says_what_is_wrong_with_it(tmp_path):
+    """An interrupted download is told as such, and the transformer of a model folder as what it is."""
+    (tmp_path / "model.safetensors").write_bytes(b"half")
+    with pytest.raises(UserError, match="model.safetensors: truncated or damaged"):
+        describe_model(str(tmp_path))
+    with pytest.raises(UserError, match="the transformer of a model folder; give the folder"):
+        describe_model(str(BUNDLED_FOLDER / "mmdit.safetensors"))
+    with pytest.raises(UserError, match="no such file, and not one of"):
+        describe_model(str(tmp_path / "gone.safetensors"))
