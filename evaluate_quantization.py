@@ -42,6 +42,11 @@ from w4a8.options import EvaluationOptions
 )
 @click.option("--min-psnr", type=cli.DECIBELS, help="Exit with 1 when a variant's mean PSNR is below this (dB).")
 @click.option(
+    "--min-gain",
+    type=cli.DECIBELS,
+    help="Exit with 1 when a variant's mean gain over round-to-nearest, image by image, is below this (dB).",
+)
+@click.option(
     "--max-step-error",
     type=click.FloatRange(0, MOST_THRESHOLD),
     help="Exit with 1 when a variant's mean latent error exceeds this at any step.",
@@ -88,8 +93,9 @@ def run(options: EvaluationOptions) -> None:
         load_evaluated,
         plan_evaluation,
     )
-    from w4a8.evaluation.gate import check_gate
+    from w4a8.evaluation.gate import check_gate, refuse_gain_without_nearest
     from w4a8.evaluation.metrics import LOW_PSNR, compare_with_reference, read_reference
+    from w4a8.evaluation.paired import add_gains
     from w4a8.evaluation.variants import default_variants, make_variant
     from w4a8.model.layers import model_layers
     from w4a8.model.memory_needs import needs_of, refuse_too_large
@@ -105,6 +111,7 @@ def run(options: EvaluationOptions) -> None:
         if options.variants is not None
         else default_variants(options.calib_dir)
     )
+    refuse_gain_without_nearest(names, options.min_gain)
     chosen = [
         make_variant(name, options.calib_dir, options.scale_is, options.native)
         for name in dict.fromkeys(["fp", *names])
@@ -147,13 +154,14 @@ def run(options: EvaluationOptions) -> None:
             compare_with_reference(reference, images, results)
         if "fp" not in names:
             del images["fp"], results["fp"]
+        add_gains(results)
         draw_grid(paths.grid, prompts, original, images, results, options.grid_map == "flip")
         plot_errors(paths.error_plot, results)
         write_sheets(paths, prompts, options.seed, original, images)
         write_metrics(paths, sampling.parameters(manifest, info, overlap), LOW_PSNR, results)
     click.echo(f"wrote {paths.metrics}, {paths.grid}, {paths.error_plot}, {paths.images}/")
     print_variants(results, simulated=any(variant.rule is not None for variant in chosen))
-    check_gate(results, options.min_psnr, options.max_step_error)
+    check_gate(results, options.min_psnr, options.max_step_error, options.min_gain)
 
 
 if __name__ == "__main__":

@@ -16,17 +16,17 @@ from w4a8 import cli  # isort: skip  (first: it says what to do where packages a
 
 import click
 
-from calibration_store.choices import GROUP_SIZES, INPUT_RULES, ROUNDING_METHODS, UNIT_NAMES, WEIGHT_BITS
+from calibration_store.choices import GROUP_SIZES, INPUT_RULES, REST_BITS, ROUNDING_METHODS, UNIT_NAMES, WEIGHT_BITS
 from calibration_store.limits import MOST_ITERATIONS, MOST_SECONDS
 from w4a8.options import RoundingOptions
 
 NAMED_LIKE_THEIR_OPTION = (  # entries of the plan
     "unit", "iters", "batch_size", "weight_bits", "activation_bits", "group_size", "rounding", "qdrop", "lr_alpha", "lr_activation_scale",
-    "end_to_end", "activation_rule", "average_bits", "seed", "micro_batch",
+    "end_to_end", "rest_bits", "activation_rule", "average_bits", "seed", "micro_batch",
 )  # fmt: skip
 WITHOUT_AN_OPTION = {
     "selected_image_ids": "cached images", "key_timesteps": "cached steps", "bit_choices": "widths of --average-bits",
-    "excluded": "--bits of 16 for", "regularizer_weight": "a regularizer weight of", "block_inputs": "block inputs that are",
+    "excluded": "--bits of 16 for", "rest": "a trained 16-bit rest of", "regularizer_weight": "a regularizer weight of", "block_inputs": "block inputs that are",
 }  # fmt: skip
 
 
@@ -92,8 +92,17 @@ WITHOUT_AN_OPTION = {
 @click.option(
     "--end-to-end",
     type=click.IntRange(0, MOST_ITERATIONS),
-    help="Iterations of a last phase: scales, zero points, biases and ranges of all blocks against the model's output.  "
-    "[default: half of --iters for a model above 100 M weights, else 0]",
+    help="Iterations of a last phase: scales, zero points, biases and ranges of all blocks, and the 16-bit rest, against "
+    "the model's output.  [default: half of --iters; with --no-tune-rest 0 up to 100 M weights]",
+)
+@click.option(
+    "--tune-rest/--no-tune-rest",
+    help="In that phase, train what stays in 16 bits, too: adaLN, norms, the final layer. The file does not grow.",
+)
+@click.option(
+    "--rest-bits",
+    type=click.Choice(REST_BITS),
+    help="Of adaLN in the export that is trained for, as in stage 5: 8 trains through that rounding.",
 )
 @click.option(
     "--rounding",
@@ -183,7 +192,7 @@ def run(options: RoundingOptions) -> None:
     )
     with folder.held(options.dry_run):
         opened, before = run_transformer(manifest, options.location), folder.before()
-        rounding = RoundingRun.plan_run(options, opened, paths, cache, schedule, ranks)
+        rounding = RoundingRun.plan_run(options, opened, paths, cache, schedule, ranks, before)
         rounding = choose_micro_batch(rounding, options.micro_batch, before)
         if options.sensitivity_only:
             with cli.interruptible(lambda: "the measurement begins anew"):

@@ -15,6 +15,10 @@ PackedGroup = Literal[32, 64, 128]  # groups that MLX's kernels know
 PACKED_GROUPS: tuple[int, ...] = get_args(PackedGroup)
 RestBits = Literal[8, 16]  # bits of adaLN and embedders in an export
 REST_BITS: tuple[int, ...] = get_args(RestBits)
+RestKind = Literal[
+    "all", "vectors", "none"
+]  # 16-bit parameters that stage 3W trains: vectors leaves matrices of blocks
+REST_KINDS: tuple[RestKind, ...] = get_args(RestKind)
 TierBits = Literal[4, 6, 8]  # bits of a layer's input in a multi-tier config
 TIER_BITS: tuple[int, ...] = get_args(TierBits)
 

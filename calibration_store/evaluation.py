@@ -53,9 +53,17 @@ class ImageMetrics(TypedDict):
     flip: float | None
 
 
-class VariantMetrics(TypedDict):
-    """The metrics of one variant."""
+class Gain(TypedDict):
+    """The gain of a variant over round-to-nearest, image by image, in dB."""
 
+    over: Name
+    mean: float
+    interval: tuple[float, float]
+    gained: Index
+    images: Index
+
+
+class _VariantMetrics(TypedDict):
     psnr: Figure
     ssim: Figure
     flip: Figure
@@ -63,6 +71,12 @@ class VariantMetrics(TypedDict):
     share_below_30_db: Share
     images: Annotated[list[ImageMetrics], Meta(min_length=1)]
     worst_image: Index
+
+
+class VariantMetrics(_VariantMetrics, total=False):
+    """The metrics of one variant."""
+
+    gain: Gain  # absent where no round-to-nearest was measured beside it, and before 0.9.0
 
 
 class _Metrics(TypedDict):

@@ -10,12 +10,22 @@ import numpy as np
 import orjson
 from msgspec import Meta
 
-from calibration_store.choices import ActivationBits, GroupSize, InputRule, KnownUnit, RoundingMethodName, WeightBits
+from calibration_store.choices import (
+    ActivationBits,
+    GroupSize,
+    InputRule,
+    KnownUnit,
+    RestBits,
+    RestKind,
+    RoundingMethodName,
+    WeightBits,
+)
 from calibration_store.errors import StoreError
 from calibration_store.files import file_digest, read_bytes, write_json
 from calibration_store.layout import WeightPaths
 from calibration_store.names import BlockName, LayerName, block_of, is_post_gelu, layer_key, split_key
 from calibration_store.npz import LARGEST_NPZ, npz_arrays, write_npz
+from calibration_store.rest_weights import read_rest
 from calibration_store.schema import (
     CALIBRATION_RUN,
     FINITE,
@@ -70,6 +80,8 @@ class _MadeFrom(TypedDict, total=False):
     schedule: list[NotNegative]  # noise levels of the calibration run's steps
     block_inputs: Literal["original", "mixed"]
     end_to_end: Iterations  # iterations of the last phase
+    rest: RestKind  # which 16-bit parameters the last phase trains, too; absent: none
+    rest_bits: RestBits  # of adaLN's matrices in the export that is trained for
     training_run: Digest  # digest of the plan (function `training_run`); absent in files of 0.8.0
     w4a8_version: Name  # of the toolkit that began the run; absent before 0.9.0
     layer_bits: dict[LayerName, Bits]  # bits of the layers whose codes do not have weight_bits
@@ -114,6 +126,7 @@ class StageLosses(_StageLosses, total=False):
 
     # mean training loss of stretches of iterations; absent in older files
     curve: Annotated[list[float], Meta(max_length=256)]
+    rest: Index  # number of arrays in rest.npz that this stage left; absent: it trained none
 
 
 class BlockLosses(TypedDict):
@@ -148,6 +161,8 @@ class WeightsMetadata(_Weights, _MadeFrom, total=False):
     losses: dict[BlockName, BlockLosses]
     end_to_end_losses: BlockLosses
     block_digests: dict[BlockName, Digest]  # SHA-256 of every block's file
+    rest_parameters: list[Name]  # paths of the arrays in rest.npz; absent: there is no such file
+    rest_digest: Digest  # its SHA-256
 
 
 def weights_fault(content: WeightsPlan | WeightsMetadata) -> str | None:
@@ -330,7 +345,10 @@ def write_weights_metadata(paths: WeightPaths, plan: Mapping[str, Any]) -> dict[
     losses = {block: read_losses(paths.losses(block), plan) for block in plan["block_names"]}
     last = {"end_to_end_losses": read_losses(paths.end_to_end_losses, plan)} if plan.get("end_to_end") else {}
     digests = {block: file_digest(paths.block(block)) for block in plan["block_names"]}
-    content = {**plan, "format": WEIGHTS_FORMAT, "losses": losses, **last, "block_digests": digests}
+    rest = {}
+    if any(stage.get("rest") for each in last.values() for stage in each["stages"]):
+        rest = {"rest_parameters": list(read_rest(paths, plan)), "rest_digest": file_digest(paths.rest)}
+    content = {**plan, "format": WEIGHTS_FORMAT, "losses": losses, **last, "block_digests": digests, **rest}
     write_json(paths.metadata, content)
     return losses | {each["unit"]: each for each in last.values()}
 

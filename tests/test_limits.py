@@ -88,7 +88,7 @@ NOTED = {  # script -> option -> (the format, content with a value) of the file 
     "evaluate_quantization": {name: (METRICS, at(name, FIGURES)) for name in ("num_steps", "cfg_weight", "seed")},
 }
 NOWHERE = {  # options that no file keeps: they say how the work is done, or are in a picture's text
-    "text_group", "checkpoint_seconds", "min_psnr", "max_step_error",
+    "text_group", "checkpoint_seconds", "min_psnr", "max_step_error", "min_gain",
     ("evaluate_quantization", "num_images"), ("evaluate_quantization", "batch_size"),
     *(("draw_images", name) for name in ("seed", "num_steps", "cfg_weight", "latent_size", "width", "height", "guidance", "batch_size")),
 }  # fmt: skip

@@ -137,6 +137,8 @@ class RoundingOptions(WritingOptions):
     sensitivity_only: bool = False
     group_size: int = 64
     end_to_end: int | None = None
+    tune_rest: bool = True
+    rest_bits: int = 16
     rounding: str = "ste"
     qdrop: float = 0.5
     lr_alpha: float | None = None
@@ -169,6 +171,7 @@ class EvaluationOptions(FolderOptions):
     variants: str | None = None
     min_psnr: float | None = None
     max_step_error: float | None = None
+    min_gain: float | None = None
     reference: Path | None = None
     output: Path | None = None
     grid_map: str = "difference"

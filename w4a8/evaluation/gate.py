@@ -1,13 +1,14 @@
 """The gate of stage 4: figures that miss their bound end the stage with exit code 1."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from calibration_store.errors import UserError
+from calibration_store.errors import OptionError, UserError
+from w4a8.evaluation.paired import gain_words, nearest_of
 
 
 class GateFailure(UserError):
-    """The error of figures that miss --min-psnr or --max-step-error."""
+    """The error of figures that miss --min-psnr, --max-step-error or --min-gain."""
 
     exit_code = 1
 
@@ -24,11 +25,22 @@ def only_images_are_equal(row: Mapping[str, Any]) -> bool:
     return row["psnr"]["mean"] is None and row["max_step_error"] != 0
 
 
-def check_gate(results: dict[str, dict], min_psnr: float | None, max_step_error: float | None) -> None:
+def refuse_gain_without_nearest(variants: Collection[str], min_gain: float | None) -> None:
+    """Raise OptionError for --min-gain where no variant is compared with round-to-nearest."""
+    if min_gain is not None and not any(nearest_of(name, variants) for name in variants):
+        raise OptionError(
+            f"--min-gain {min_gain:g}: a gain needs quantized weights and round-to-nearest beside them, such as "
+            "--variants w4-rtn,w4-adaround"
+        )
+
+
+def check_gate(
+    results: dict[str, dict], min_psnr: float | None, max_step_error: float | None, min_gain: float | None = None
+) -> None:
     """Raise GateFailure, which names every figure that misses its bound.
 
-    results: {variant: its entry in metrics.json}; min_psnr: dB; max_step_error: relative error of the latents; None: no
-    bound.
+    results: {variant: its entry in metrics.json}; min_psnr: dB; max_step_error: relative error of the latents;
+    min_gain: dB of the mean gain over round-to-nearest; None: no bound.
     """
     failing = []
     for name, row in results.items():
@@ -40,5 +52,8 @@ def check_gate(results: dict[str, dict], min_psnr: float | None, max_step_error:
         if max_step_error is not None and not (worst is not None and worst <= max_step_error):
             shown = "not finite" if worst is None else f"{worst:.4f}"
             failing.append(f"{name}: latent error {shown} is above --max-step-error {max_step_error:g}")
+        gain = row.get("gain")
+        if min_gain is not None and gain is not None and not gain["mean"] >= min_gain:
+            failing.append(f"{name}: {gain_words(gain)}, which is below --min-gain {min_gain:g}")
     if failing:
         raise GateFailure("; ".join(failing) + " (TROUBLESHOOTING_GUIDE Issue 24)")

@@ -16,9 +16,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 
 from calibration_store.errors import OptionError, StoreError
 from calibration_store.names import block_of
+from calibration_store.rest_weights import read_rest
 from calibration_store.weights import WEIGHTS_METADATA, read_quantized_block, weight_paths
 from w4a8.backend.parallel import on_every_core
 from w4a8.model.layers import Layer, model_layers
@@ -81,6 +83,10 @@ class Weights(ABC):
 class Codes(Weights):
     """Weights that are made from the original model's, a layer at a time."""
 
+    def rest(self) -> dict[str, np.ndarray]:
+        """Return the parameters beside the codes that were trained, {path in the model: float16 array}; here none."""
+        return {}
+
     @abstractmethod
     def quantized(self, layers: Mapping[str, Layer]) -> Iterator[tuple[str, QuantizedLayer]]:
         """Yield (name, quantized layer) of every layer in turn."""
@@ -142,7 +148,12 @@ class StoredWeights(Codes):
         self.excluded = self.metadata.get("excluded", [])
         self._bits_of = self.metadata.get("layer_bits", {})
         self.sources = [self.paths.metadata, *(self.paths.block(block) for block in self.metadata["block_names"])]
+        self.sources += [self.paths.rest] if "rest_digest" in self.metadata else []
         self.made_from = [(self.paths.metadata, self.metadata)]
+
+    def rest(self) -> dict[str, np.ndarray]:
+        """Return the arrays of rest.npz, {} where the run trained none. Raises StoreError."""
+        return read_rest(self.paths, self.metadata) if "rest_digest" in self.metadata else {}
 
     @property
     def uniform(self) -> bool:
@@ -207,6 +218,7 @@ class QuantizedModule:
 def quantized_modules(mmdit: nn.Module, weights: Codes) -> Iterator[QuantizedModule]:
     """Yield every module that these weights quantize: the layers of the blocks first, then `other_layers`.
 
+    Before them the rest that was trained takes its place in the model, where `other_layers` may round it.
     Raises OptionError for a model that is quantized already, and where groups of 64 do not divide a module's inputs.
     """
     layers = model_layers(mmdit)
@@ -214,6 +226,7 @@ def quantized_modules(mmdit: nn.Module, weights: Codes) -> Iterator[QuantizedMod
     modules = {path: module for path, module in mmdit.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))}
     path_of = {id(module): path for path, module in modules.items()}
     in_blocks = {path_of[id(layer.module)] for layer in layers.values()}
+    put_rest_in_place(mmdit, weights)
     for name, quantized in weights.quantized(layers):
         module = layers[name].module
         yield QuantizedModule(path_of[id(module)], module, quantized, weights.bits_of(name))
@@ -226,6 +239,18 @@ def quantized_modules(mmdit: nn.Module, weights: Codes) -> Iterator[QuantizedMod
             raise OptionError(f"groups of {GROUPS_OF_THE_REST} do not divide the {weight.shape[1]} inputs of {path}")
         nearest = QuantizedLayer.nearest(np.array(weight.astype(mx.float32)), other.bits, GROUPS_OF_THE_REST)
         yield QuantizedModule(path, module, nearest, other.bits)
+
+
+def put_rest_in_place(mmdit: nn.Module, weights: Codes) -> None:
+    """Replace the parameters beside the codes by trained ones. Raises StoreError where they are another model's."""
+    own = dict(tree_flatten(mmdit.parameters()))
+    trained = weights.rest()
+    for path, array in trained.items():
+        if path not in own or own[path].shape != array.shape:
+            raise StoreError(f"rest.npz: {path} {array.shape} is not the model's")
+    mmdit.load_weights(
+        [(path, mx.array(array).astype(own[path].dtype)) for path, array in trained.items()], strict=False
+    )
 
 
 def put_in_place(mmdit: nn.Module, weights: Codes) -> None:

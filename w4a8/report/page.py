@@ -273,6 +273,7 @@ def comparison_of(paths: EvaluationPaths, metrics: Mapping[str, Any], exported_b
             "psnr": shorts(found["psnr"]),
             "ssim": short(found["ssim"]["mean"]),
             "flip": short(found["flip"]["mean"]),
+            "gain": found.get("gain"),
             "above": found["share_above_40_db"],
             "below": found["share_below_30_db"],
         }

@@ -13,6 +13,7 @@ from calibration_store.choices import TIER_BITS
 from calibration_store.sizes import format_bytes
 from w4a8.analysis.w4a8_config import DEAD_SCALE
 from w4a8.evaluation.gate import KEPT_EFFECT, ONLY_IMAGES_ARE_EQUAL, only_images_are_equal
+from w4a8.evaluation.paired import gain_words
 
 if TYPE_CHECKING:
     from w4a8.drawing import Drawing
@@ -96,6 +97,9 @@ def print_variants(results: dict[str, dict], simulated: bool) -> None:
             f"{row['share_above_40_db']:8.0%} {row['share_below_30_db']:7.0%} {row['ssim']['mean']:7.4f} {flip:>7} "
             f"{row['step_error']['mean'][-1]:13.4f}"
         )
+    for name, row in results.items():
+        if "gain" in row:
+            click.echo(f"{name}: {gain_words(row['gain'])}")
     for name, row in results.items():
         if "lpips" in row:
             click.echo(f"{name}: LPIPS {row['lpips']['mean']:.4f} (worst {row['lpips']['worst']:.4f})")

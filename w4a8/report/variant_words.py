@@ -5,6 +5,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from w4a8.evaluation.paired import gain_words
+
 NATIVE = "native"  # the variant of stage 4 that is the folder which stage 5 wrote
 LOOKS = (  # the least PSNR in dB -> what a person sees
     (40, "nobody sees a difference"), (35, "lines move a little"), (30, "details are others"), (25, "it shows"),
@@ -47,4 +49,7 @@ def verdict_on(name: str | None, variants: Mapping[str, Any], exported_bits: int
     said = f"{what[0].upper()}{what[1:]} ({name}): {psnr['mean']:.1f} dB on average ({looks}), "
     said += f"the worst image {psnr['worst']:.1f} dB."
     nearest = variants.get(f"w{bits}-rtn", {"psnr": {"mean": None}})["psnr"]["mean"]
-    return said + (f" Rounding to nearest alone gives {nearest:.1f} dB." if nearest is not None else "")
+    if nearest is not None:
+        said += f" Rounding to nearest alone gives {nearest:.1f} dB."
+    gain = variants[name].get("gain")
+    return said + (f" Image by image: {gain_words(gain)}." if gain is not None else "")

@@ -13,14 +13,16 @@ import mlx.nn as nn
 import numpy as np
 
 from calibration_store.block_cache import block_keys, boundary_shapes
+from calibration_store.rest_weights import read_rest, write_rest
 from calibration_store.rounding_checkpoint import Layers
-from calibration_store.weights import read_quantized_block, write_losses, write_quantized_block
+from calibration_store.weights import read_losses, read_quantized_block, write_losses, write_quantized_block
 from w4a8.backend.parallel import working_cores
 from w4a8.quantized.layer import deployed_grid
 from w4a8.rounding.iteration_bytes import IterationBytes
 from w4a8.rounding.jobs import Job
+from w4a8.rounding.rest import bytes_of_rest
 from w4a8.rounding.run import RoundingRun, num_weights
-from w4a8.rounding.settings import EVALUATED
+from w4a8.rounding.settings import EVALUATED, LR_LAST_SCALES, LR_REST, warmed_cosine
 from w4a8.rounding.training import NotFiniteError, Training
 from w4a8.rounding.training_samples import Samples, spread_over
 from w4a8.rounding.unit_phase import UnitPhase
@@ -53,8 +55,11 @@ class FinalTraining(Training):
         """Take one iteration as Training.step says."""
         loss, slopes = self.unit.slopes(self.state, self.drawn(self.iteration), self.iteration)
         self._check(loss, slopes)
-        ranges = slopes.pop("ranges")
-        self.move_grids(slopes, self.iteration / self.iters)
+        ranges, rest = slopes.pop("ranges"), slopes.pop("rest")
+        rate = warmed_cosine(self.iteration, self.iters)
+        self.move_grids(slopes, LR_LAST_SCALES * rate)
+        if rest:
+            self.move_rest(rest, LR_REST * rate)
         if ranges:
             self.move_ranges(ranges)
         return self._finished(loss)
@@ -143,14 +148,21 @@ class FinalPhase(Job):
         grids = 8 * 4 * sum(sizes) // (settings.group_size or 1024)  # scales, zero points, their moments and slopes
         largest = max((job.iteration_bytes() for job in units), key=lambda one: one.peak(1))
         one = IterationBytes(4 * max(sizes), largest.sample, 1)
-        return sum(sizes) + grids + at_once * tokens * len(run.blocks) + one.peak(at_once)
+        rest = bytes_of_rest(run.mmdit, settings.rest)
+        return sum(sizes) + grids + rest + at_once * tokens * len(run.blocks) + one.peak(at_once)
 
     def losses_paths(self) -> list[Path]:
         """Return the one file that holds the losses."""
         return [self.run.paths.end_to_end_losses]
 
     def is_complete(self, layers: Layers) -> bool:
-        """Return whether this phase has been applied to all layers: they say where it began."""
+        """Return whether this phase has been applied to all layers: they say where it began. The rest must be there, too.
+
+        Raises StoreError for a damaged rest.
+        """
+        run = self.run
+        if read_losses(run.paths.end_to_end_losses, run.plan)["stages"][0].get("rest"):
+            read_rest(run.paths, run.plan_on_disk)
         return all("scale_before" in fields for fields in layers.values())
 
     def open(self) -> nn.Module:
@@ -178,8 +190,10 @@ class FinalPhase(Job):
         """Write every block's file again, with the trained values where held-out samples are better off."""
         assert isinstance(training, FinalTraining)
         paths, plan = self.run.paths, self.run.plan
+        rest = training.unit.stored_rest(training.state) if training.gained else {}
+        write_rest(paths, rest, plan)
         for block in self.trained_blocks:
             layers = read_quantized_block(paths, block, plan)
             write_quantized_block(paths, block, {n: after_phase(training, n, f) for n, f in layers.items()}, plan)
-        stages = [{**losses, "kept_nearest": False, "layers": len(training.unit.layers)}]
+        stages = [{**losses, "kept_nearest": False, "layers": len(training.unit.layers), "rest": len(rest)}]
         write_losses(paths.end_to_end_losses, self.name, stages, plan)

@@ -132,10 +132,11 @@ class Job(ABC):
                 losses = read_losses(path, run.plan)
                 if losses["unit"] != self.name or len(losses["stages"]) != 1:
                     return False
+            complete = self.is_complete(found)
         except StoreError:
             return False
         shapes = {name: run.layers[name].shape for name in self.spec.layers}
-        return {name: fields["q"].shape for name, fields in found.items()} == shapes and self.is_complete(found)
+        return {name: fields["q"].shape for name, fields in found.items()} == shapes and complete
 
     # the work itself
 

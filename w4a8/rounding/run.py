@@ -9,6 +9,7 @@ from typing import Any
 import mlx.nn as nn
 
 from calibration_store.block_cache import holds_ends
+from calibration_store.choices import REST_KINDS
 from calibration_store.errors import OptionError, StoreError
 from calibration_store.layout import WeightPaths
 from calibration_store.stage_folder import shown
@@ -18,9 +19,11 @@ from w4a8.backend.processes import SINGLE_PROCESS, SingleProcess
 from w4a8.model.layers import Layer, model_blocks, model_layers
 from w4a8.options import RoundingOptions
 from w4a8.rounding.block_boundaries import BlockBoundaries
+from w4a8.rounding.rest import ALL, NONE, VECTORS, choose_rest
 from w4a8.rounding.settings import Settings
 from w4a8.rounding.units import MODEL, UNITS, Unit
 
+REST_WORDS = {NONE: "", ALL: " with adaLN and the final layer", VECTORS: " with adaLN's biases and the final layer"}
 MODEL_UNIT_LIMIT = 100_000_000  # weights up to which the default unit is the whole model
 
 
@@ -41,17 +44,21 @@ class RoundingRun:
     @classmethod
     def plan_run(
         cls, options: RoundingOptions, opened: Callable[[], nn.Module], paths: WeightPaths, cache: Mapping[str, Any],
-        schedule: Sequence[float], ranks: SingleProcess,
+        schedule: Sequence[float], ranks: SingleProcess, before: Mapping[str, Any] | None,
     ) -> "RoundingRun":  # fmt: skip
         """Return the run that the options ask for.
 
-        opened: gives the transformer; schedule: noise levels of the calibration run, num_steps + 1. Raises OptionError
-        for options that do not fit this cache and model.
+        opened: gives the transformer; schedule: noise levels of the calibration run, num_steps + 1; before: the plan
+        that --resume goes on with. Raises OptionError for options that do not fit this cache and model.
         """
         mmdit, settings = opened(), Settings.of(options)
         unit, blocks = choose_unit(mmdit, cache["block_names"], options.blocks, options.unit, settings.group_size)
-        end_to_end = choose_end_to_end(options.end_to_end, unit, blocks, mmdit, settings.iters)
-        return cls(opened, mmdit, paths, cache, schedule, replace(settings, end_to_end=end_to_end), unit, blocks, ranks)
+        whole = list(model_blocks(mmdit)) == list(blocks)
+        rest = choose_rest(mmdit, options.tune_rest and whole and options.end_to_end != 0, before)
+        rest = REST_KINDS[ranks.from_rank_0(REST_KINDS.index(rest))]
+        end_to_end = choose_end_to_end(options.end_to_end, unit, whole, mmdit, settings.iters, rest)
+        settings = replace(settings, end_to_end=end_to_end, rest=rest if end_to_end else NONE)
+        return cls(opened, mmdit, paths, cache, schedule, settings, unit, blocks, ranks)
 
     @property
     def unit_class(self) -> type[Unit]:
@@ -86,6 +93,9 @@ class RoundingRun:
     def plan(self) -> dict[str, Any]:
         """The content of plan.json, which identifies the run, and most of metadata.json's."""
         cache = self.cache
+        settings = asdict(self.settings)
+        if self.settings.rest == NONE:  # as plans were before the rest was trained
+            del settings["rest"], settings["rest_bits"]
         plan = {
             "format": WEIGHTS_FORMAT,
             "model_version": cache.get("model_version"),
@@ -93,7 +103,7 @@ class RoundingRun:
             "weights_fingerprint": cache.get("weights_fingerprint"),
             "unit": self.unit,
             "block_names": [block for block in self.blocks if any(one.block == block for one in self.layers.values())],
-            **asdict(self.settings),
+            **settings,
             "num_samples": len(cache["samples"]),
             "range_sigmas": [self.schedule[step] for step in cache["key_timesteps"]],
             "schedule": self.schedule[:-1],
@@ -110,7 +120,8 @@ class RoundingRun:
         except StoreError:
             return self.plan
         same = noted.get("training_run") == self.plan["training_run"]
-        return self.plan | ({"block_digests": noted.get("block_digests", {})} if same else {})
+        digests = {key: noted[key] for key in ("block_digests", "rest_digest") if key in noted}
+        return self.plan | (digests if same else {})
 
     def __str__(self) -> str:
         settings, samples = self.settings, len(self.cache["samples"])
@@ -121,7 +132,8 @@ class RoundingRun:
             f"W{settings.weight_bits}{f'A{settings.activation_bits}' if settings.activation_bits else ''}, "
             f"{f'groups of {settings.group_size}' if settings.group_size else 'per output channel'}, unit {self.unit}, "
             f"{settings.iters} iterations of {min(settings.batch_size, samples)} ({settings.micro_batch} at once)"
-            f"{f', then {settings.end_to_end} end to end' if settings.end_to_end else ''}, {samples} cached samples"
+            f"{f', then {settings.end_to_end} end to end' if settings.end_to_end else ''}"
+            f"{REST_WORDS[settings.rest]}, {samples} cached samples"
         )
 
 
@@ -154,21 +166,17 @@ def choose_unit(
     return unit, chosen
 
 
-def choose_end_to_end(given: int | None, unit: str, blocks: Sequence[str], mmdit: nn.Module, iters: int) -> int:
+def choose_end_to_end(given: int | None, unit: str, whole: bool, mmdit: nn.Module, iters: int, rest: str = NONE) -> int:
     """Return the number of iterations of the last phase.
 
-    given: `--end-to-end`, None for half of the iterations where the model is large. Raises OptionError where not every
-    block is trained, or where the unit is the model.
+    given: `--end-to-end`, None for half of the iterations where the rest is trained, or where the model is large and
+    its blocks are the units. whole: every block is trained. Raises OptionError where not every block is.
     """
-    whole = list(model_blocks(mmdit)) == list(blocks)
     large = num_weights(model_layers(mmdit).values()) > MODEL_UNIT_LIMIT
     if given and not whole:
         raise OptionError("--end-to-end needs every block: leave --blocks out")
-    if given and unit == MODEL:
-        raise OptionError(
-            "--end-to-end follows units that are smaller than the model, which --unit model trains at once"
-        )
-    return iters // 2 if given is None and whole and large and unit != MODEL else given or 0
+    useful = rest != NONE or (large and unit != MODEL)
+    return iters // 2 if given is None and whole and useful else given or 0
 
 
 def num_weights(layers: Iterable[Layer]) -> int:

@@ -6,11 +6,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from calibration_store.choices import RestKind
 from w4a8.options import RoundingOptions
 
 TUNE_SHARE = 0.3  # last share of the iterations: codes are decided; scales, zero points, biases and ranges are trained
 INPUTS_FROM = 0.5  # share of the iterations after which inputs are quantized, too: not from the first one on
 LR_SCALES = 1e-3
+LR_LAST_SCALES = 3e-4  # of the last phase, where all grids move at once
+WARM_UP_SHARE = 0.1  # of the last phase, in which its learning rates rise
+LR_REST = 3e-3  # relative to the size of each parameter of the 16-bit rest
 DEFAULT_LR_ALPHA = {"ste": 4e-3, "sigmoid": 1e-2}  # by rounding method
 EVALUATED = 64  # samples that a loss is measured on
 # Rules for the inputs: dynamic per token, or a learned range for each noise level.
@@ -42,6 +46,8 @@ class Settings:
     activation_rule: str = RoundingOptions.activation_rule
     block_inputs: str = "original"  # inputs that blocks are trained on; noted because 0.8.0 also had "mixed"
     end_to_end: int = 0  # iterations of the last phase, all blocks' grids against the model's output
+    rest: RestKind = "none"  # the 16-bit parameters that the last phase trains, too: all, vectors or none
+    rest_bits: int = RoundingOptions.rest_bits  # of adaLN's matrices in the export that is trained for
     layer_bits: Mapping[str, int] = field(default_factory=dict)  # layers whose codes have other bits than weight_bits
     average_bits: float | None = None  # budget under which layer_bits were chosen out of bit_choices
     bit_choices: Sequence[int] = ()
@@ -63,6 +69,7 @@ class Settings:
             lr_activation_scale=options.lr_activation_scale,
             seed=options.seed,
             activation_rule=options.activation_rule,
+            rest_bits=options.rest_bits,
         )
 
     @property
@@ -87,6 +94,11 @@ class Settings:
     def bits(self, layer: str) -> int:
         """Return the number of bits of a layer's codes."""
         return self.layer_bits.get(layer, self.weight_bits)
+
+
+def warmed_cosine(iteration: int, iterations: int) -> float:
+    """Return `cosine`, times a rise from 0 to 1 over the first tenth of the iterations."""
+    return min(1.0, (iteration + 1) / max(1.0, WARM_UP_SHARE * iterations)) * cosine(iteration / iterations)
 
 
 def cosine(progress: float) -> float:

@@ -15,12 +15,13 @@ from w4a8.backend.interrupts import finishing
 from w4a8.backend.parallel import compiled
 from w4a8.backend.progress import ProgressBar
 from w4a8.rounding.methods import Arrays
-from w4a8.rounding.settings import LR_SCALES, Indices, Settings, cosine
+from w4a8.rounding.rest import size_of
+from w4a8.rounding.settings import Indices, Settings, cosine
 from w4a8.rounding.training_samples import TrainingSamples
 from w4a8.rounding.units import Gradients
 
 CURVE_POINTS = 50  # points of the curve of training losses that is kept
-OPTIMIZERS = ("alpha", "scale", "range")  # named after what they move; `scale` also moves zero points and biases
+OPTIMIZERS = ("alpha", "scale", "range", "rest")  # named after what they move; `scale`: zero points and biases, too
 
 
 class NotFiniteError(ArithmeticError):
@@ -122,13 +123,14 @@ class Training(ABC):
         if own != found:
             raise ValueError("arrays of another unit")
         tree = unflatten({name: mx.array(array) for name, array in arrays.items()})
-        missing = [name for name in OPTIMIZERS if f"{name}_optimizer" not in tree]
+        needed = [name for name in OPTIMIZERS if name != "rest" or self.unit.start.get(name)]  # 0.8.0 knew no rest
+        missing = [name for name in needed if f"{name}_optimizer" not in tree]
         if missing:
             raise ValueError(f"no {missing[0]}_optimizer")
         self.state = {key: tree["state"].get(key, {}) for key in self.unit.start}
         self.fixed, self.curve = tree.get("fixed", {}), np.array(tree["curve"])
-        for name, each in self.optimizers.items():
-            each.state = tree[f"{name}_optimizer"]
+        for name in needed:
+            self.optimizers[name].state = tree[f"{name}_optimizer"]
         self.iteration = iteration
         self._good = (self._parts(), iteration)
 
@@ -208,11 +210,8 @@ class Training(ABC):
         counts = np.bincount([self._stretch(iteration) for iteration in range(self.iters)])
         return [round(float(total) / count, 6) for total, count in zip(self.curve, counts, strict=True)]
 
-    def move_grids(self, slopes: Gradients, progress: float) -> None:
-        """Move scales (on a log scale), zero points and biases along their slopes.
-
-        progress: 0 to 1; the learning rate falls with it.
-        """
+    def move_grids(self, slopes: Gradients, rate: float) -> None:
+        """Move scales (on a log scale), zero points and biases along their slopes, at a learning rate."""
         state, codes = self.state, self.codes_per_step
         parameters = {
             "scale": {name: mx.log(scale) for name, scale in state["scale"].items()},
@@ -220,11 +219,21 @@ class Training(ABC):
             "bias": state["bias"],
         }
         slopes = {**slopes, "zero_point": {name: slope * codes for name, slope in slopes["zero_point"].items()}}
-        self.optimizers["scale"].learning_rate = LR_SCALES * cosine(progress)
+        self.optimizers["scale"].learning_rate = rate
         moved = self.optimizers["scale"].apply_gradients(slopes, parameters)
         state["scale"] = {name: mx.exp(value) for name, value in moved["scale"].items()}
         state["zero_point"] = {name: value * codes for name, value in moved["zero_point"].items()}
         state["bias"] = moved["bias"]
+
+    def move_rest(self, gradients: Arrays, rate: float) -> None:
+        """Move the 16-bit rest, {path: array}, in units of each parameter's size at the start, at a learning rate."""
+        sizes = {path: size_of(array) for path, array in self.unit.start["rest"].items()}
+        self.optimizers["rest"].learning_rate = rate
+        moved = self.optimizers["rest"].apply_gradients(
+            {path: gradient * sizes[path] for path, gradient in gradients.items()},
+            {path: array / sizes[path] for path, array in self.state["rest"].items()},
+        )
+        self.state["rest"] = {path: array * sizes[path] for path, array in moved.items()}
 
     def move_ranges(self, gradients: Arrays) -> None:
         """Move the activation ranges (on a log scale)."""

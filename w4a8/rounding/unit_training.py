@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from w4a8.rounding.methods import Arrays
-from w4a8.rounding.settings import EVALUATED, cosine
+from w4a8.rounding.settings import EVALUATED, LR_SCALES, cosine
 from w4a8.rounding.training import NotFiniteError, Training, grid_slopes
 from w4a8.rounding.training_samples import spread_over
 from w4a8.rounding.units import Gradients, Unit
@@ -80,7 +80,7 @@ class UnitTraining(Training):
         state = self.state
         slopes = grid_slopes(codes, state["scale"], state["zero_point"], gradients["weights"])
         progress = (self.iteration - self.rounding_iters) / max(1, self.iters - self.rounding_iters)
-        self.move_grids(slopes | {"bias": gradients["biases"]}, progress)
+        self.move_grids(slopes | {"bias": gradients["biases"]}, LR_SCALES * cosine(progress))
 
     def measure(self) -> dict[str, Any]:
         """Return the losses of a finished training on held-out samples, and its last loss on training samples, too.

@@ -21,6 +21,7 @@ from w4a8.model.layers import Block, model_blocks, model_layers, run_final_layer
 from w4a8.quantized.layer import QuantizedLayer
 from w4a8.rounding.methods import Arrays
 from w4a8.rounding.quantized_forward import QuantizedForward
+from w4a8.rounding.rest import FINAL_LAYER, deployed_rest, placed, rest_places
 from w4a8.rounding.settings import EVALUATED, STATIC_RULE, Indices, Settings
 from w4a8.rounding.training import grid_slopes
 from w4a8.rounding.training_samples import SampleBatch, TrainingSamples, spread_over
@@ -51,6 +52,8 @@ class WholeModel:
         self._blocks = [model_blocks(mmdit)[name] for name in blocks]
         self._of_block = {block: [name for name in layers if block_of(name) == block] for block in blocks}
         self._codes = {name: mx.array(fields["q"]) for name, fields in layers.items()}
+        self._half = mx.bfloat16 if mmdit.config.depth_unified else mx.float16  # FLUX is deployed in bfloat16
+        self._places = rest_places(mmdit, settings.rest)
         self._shifts = {name: mx.array(fields["act_shift"]) for name, fields in layers.items() if "act_shift" in fields}
         of_input = {self.input_of[name]: fields for name, fields in reversed(layers.items())}
         ranges = {name: f.get("act_scales", f.get("act_scale")) for name, f in of_input.items()}
@@ -59,6 +62,11 @@ class WholeModel:
             "zero_point": {name: mx.array(fields["zero_point"]) for name, fields in layers.items()},
             "bias": {name: mx.array(fields["bias"]) for name, fields in layers.items() if "bias" in fields},
             "range": {name: mx.log(mx.array(value)) for name, value in ranges.items() if value is not None},
+            "rest": {
+                path: place.owner[place.key].astype(mx.float32)
+                for places in self._places.values()
+                for path, place in places.items()
+            },
         }
 
     @classmethod
@@ -84,7 +92,7 @@ class WholeModel:
         Micro-batches are added in their order, so that the sum does not depend on who computes them.
         """
         parts = self.settings.micro_batches(indices)
-        moved = {key: state[key] for key in ("scale", "zero_point", "bias")}
+        moved = {key: state[key] for key in ("scale", "zero_point", "bias", "rest")}
         ranges = self._ranges(state, self.layers) if self.settings.activation_rule == STATIC_RULE else {}
         with streams_for(len(parts)) as streams:
             return summed(
@@ -98,7 +106,7 @@ class WholeModel:
     # a block at a point of the training
 
     def _block_parameters(self, block: str, state: Mapping[str, Arrays] | None) -> dict[str, Arrays]:
-        """Return dense weights, biases and ranges of a block's layers, by kind.
+        """Return dense weights, biases and ranges of a block's layers, and the block's rest by path, by kind.
 
         state None: weights are rounded to nearest, and inputs stay as they are.
         """
@@ -109,7 +117,12 @@ class WholeModel:
             found = on_every_core(lambda name: QuantizedLayer.nearest(dense[name], bits(name), group), names)
             nearest = {name: layer.as_mlx() for name, layer in zip(names, found, strict=True)}
             biases = {name: bias for name in names if (bias := layers[name].bias) is not None}
-            return {"weights": {name: layer.weight for name, layer in nearest.items()}, "biases": biases, "ranges": {}}
+            return {
+                "weights": {name: layer.weight for name, layer in nearest.items()},
+                "biases": biases,
+                "ranges": {},
+                "rest": {},
+            }
         codes = {name: self._codes[name].astype(mx.float32) for name in names}
         quantized = {
             name: QuantizedLayer(code, state["scale"][name], state["zero_point"][name], state["bias"].get(name))
@@ -119,7 +132,19 @@ class WholeModel:
             "weights": {name: layer.weight for name, layer in quantized.items()},
             "biases": {name: layer.deployed_bias for name, layer in quantized.items() if layer.bias is not None},
             "ranges": self._ranges(state, names),
+            "rest": self._rest(block, state),
         }
+
+    def stored_rest(self, state: Mapping[str, Arrays]) -> dict[str, np.ndarray]:
+        """Return the rest as rest.npz holds it, by path: float16 values, or bfloat16's where the model has these."""
+        return {path: np.array(array.astype(self._half).astype(mx.float16)) for path, array in state["rest"].items()}
+
+    def _rest(self, owner: str, state: Mapping[str, Arrays] | None) -> Arrays:
+        """Return the rest of a block, or of the final layer, as it is deployed, by path; none where it is not trained."""
+        if state is None:
+            return {}
+        bits = self.settings.rest_bits
+        return {path: deployed_rest(path, state["rest"][path], self._half, bits) for path in self._places[owner]}
 
     def _ranges(self, state: Mapping[str, Arrays], names: Sequence[str]) -> Arrays:
         """Return the ranges of these layers' inputs, () or (steps,); none where no ranges are trained."""
@@ -139,17 +164,23 @@ class WholeModel:
             quantize = input_rule(self.settings, parameters["ranges"], self._shifts).of_rows(rows)
         drop = 0.0 if key is None else self.settings.qdrop
         forward = QuantizedForward(parameters["weights"], parameters["biases"], quantize, drop, key)
-        with substituted_layers(self.mmdit, forward.compute, self._of_block[block.name]):
+        substituted = substituted_layers(self.mmdit, forward.compute, self._of_block[block.name])
+        with substituted, placed(self._places[block.name], parameters["rest"]):
             given = block.run(tokens, modulation)
         forward.let_go()
         return given
 
-    def _square(self, tokens: mx.array, batch: SampleBatch) -> mx.array:
-        """Return the mean squared error of the output of these image tokens; batch holds the target."""
+    def _square(self, tokens: mx.array, rest: Arrays, batch: SampleBatch) -> mx.array:
+        """Return the mean squared error of the output of these image tokens.
+
+        rest: of the final layer, by path; batch holds the target.
+        """
         target = batch.outputs[0]
         if not self.samples.holds_velocity:
             target = run_final_layer(self.mmdit, target, batch.modulation)
-        return mx.mean(mx.square(run_final_layer(self.mmdit, tokens, batch.modulation) - target))
+        with placed(self._places[FINAL_LAYER], rest):
+            output = run_final_layer(self.mmdit, tokens, batch.modulation)
+        return mx.mean(mx.square(output - target))
 
     def _mean_square(self, indices: Indices, state: Mapping[str, Arrays] | None, with_inputs: bool) -> float:
         """Return the mean squared error of the output over these samples.
@@ -168,7 +199,10 @@ class WholeModel:
                 rows = step_rows(self.samples, part, modulations[index]) if with_inputs else None
                 tokens[index] = self._run(block, parameters, tokens[index], modulations[index], rows, None)
                 mx.eval(tokens[index])
-        squares = [self._square(given[0], self.samples.batch(part)) for given, part in zip(tokens, parts, strict=True)]
+        rest = self._rest(FINAL_LAYER, state)
+        squares = [
+            self._square(given[0], rest, self.samples.batch(part)) for given, part in zip(tokens, parts, strict=True)
+        ]
         own = mx.array([float(one) for one in squares] + [0.0] * (-(-len(every) // self.ranks.size) - len(parts)))
         gathered = mx.stack(self.ranks.gathered(own, own), axis=1).reshape(-1)  # in the order of the micro-batches
         found: list[float] = np.array(gathered).tolist()
@@ -209,17 +243,20 @@ class WholeModel:
                     )
             mx.eval([each[-1] for each in kept])
         losses: list[mx.array] = []
+        rest_slopes: list[Arrays] = []  # d loss / d rest of the final layer
+        rest = self._rest(FINAL_LAYER, state)
+        mx.eval(rest)
         slopes_of: list[list[mx.array]] = []  # d loss / d tokens that the present block gives, by micro-batch
         for index, stream in ways:
             with mx.stream(stream):
                 square = partial(self._square, batch=batches[index])
-                loss, slope = mx.value_and_grad(square)(kept[index].pop()[0])
+                loss, (slope, of_rest) = mx.value_and_grad(square, argnums=(0, 1))(kept[index].pop()[0], rest)
                 share = len(parts[index]) / count / self.norm
-                loss, slope = share * loss, share * slope
-                losses.append(loss)
-                slopes_of.append([slope])
-        mx.eval(losses, slopes_of)
-        totals: list[Gradients] = [{} for _ in parts]
+                losses.append(share * loss)
+                slopes_of.append([share * slope])
+                rest_slopes.append({path: share * one for path, one in of_rest.items()})
+        mx.eval(losses, slopes_of, rest_slopes)
+        totals: list[Gradients] = [{"rest": of_rest} for of_rest in rest_slopes]
         for block in reversed(self._blocks):
             parameters = self._block_parameters(block.name, state)
             mx.eval(parameters)
@@ -252,7 +289,7 @@ class WholeModel:
         codes = {name: self._codes[name].astype(mx.float32) for name in self._of_block[block]}
         found = grid_slopes(codes, state["scale"], state["zero_point"], gradients["weights"])
         ranges = gradients["ranges"] if self.settings.activation_rule == STATIC_RULE else {}
-        return found | {"bias": gradients["biases"], "ranges": ranges}
+        return found | {"bias": gradients["biases"], "ranges": ranges, "rest": gradients["rest"]}
 
 
 def merged(totals: Gradients, found: Gradients) -> Gradients:

@@ -1,0 +1,184 @@
+"""What stays in 16 bits, trained in the last phase of stage 3W: its slopes, its file, its way into stages 4 and 5."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import folder_bytes, generate, invoke
+from finished_run import one_line
+from mlx.utils import tree_flatten
+from safetensors.numpy import load_file
+from test_ends import BLOCKS, SETTINGS, rounding_of
+
+from calibration_store.layout import WeightPaths
+from calibration_store.rest_weights import read_rest
+from w4a8.model.catalog import BUNDLED_FOLDER
+from w4a8.model.folder import load_folder_transformer
+from w4a8.options import RoundingOptions
+from w4a8.quantized.layer import QuantizedLayer
+from w4a8.rounding.phases import jobs_of
+from w4a8.rounding.rest import ALL, VECTORS, bytes_of_rest, deployed_rest, nearest_8_bits, rest_places, size_of
+from w4a8.rounding.run import choose_end_to_end
+from w4a8.rounding.unit_phase import trained_layers
+from w4a8.rounding.whole_model import WholeModel
+
+pytestmark = pytest.mark.slow
+
+OPTIMIZE = ("--iters", 12, "--batch-size", 4, "--seed", 1)
+
+
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory):
+    """Return a calibration run of 6 images × 4 steps with the ends cached."""
+    folder = tmp_path_factory.mktemp("rest") / "run"
+    assert generate("--num-images", 6, "--num-steps", 4, "--no-images", "--calib-dir", folder).exit_code == 0
+    assert invoke("cache_adaround_data", "--calib-dir", folder, "--num-images", 6, "--stride", 2).exit_code == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def transformer():
+    return load_folder_transformer(BUNDLED_FOLDER, mx.float32)
+
+
+@pytest.fixture(scope="module")
+def trained(ends, tmp_path_factory):
+    """Return the same run after stage 3W, whose last phase has gained."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    shutil.copytree(ends, folder)
+    done = invoke("optimize_adaround", "--calib-dir", folder, *OPTIMIZE, "--end-to-end", 16)
+    assert done.exit_code == 0, done.output
+    assert "then 16 end to end with adaLN and the final layer" in done.stdout
+    return folder
+
+
+def test_the_rest_is_adaln_and_the_final_layer(transformer):
+    """Every parameter of the blocks and the final layer is either in a quantized layer or in the rest."""
+    places = rest_places(transformer, ALL)
+    paths = {path for group in places.values() for path in group}
+    assert list(places) == [*BLOCKS, "final_layer"] and len(paths) == 36
+    assert all("adaLN_modulation.layers.1." in path or path.startswith("final_layer.linear.") for path in paths)
+    vectors = {path for group in rest_places(transformer, VECTORS).values() for path in group}
+    assert vectors < paths and {path for path in vectors if path.endswith("weight")} == {
+        "final_layer.linear.weight", "final_layer.adaLN_modulation.layers.1.weight",
+    }  # fmt: skip
+    own = dict(tree_flatten(transformer.parameters()))
+    assert bytes_of_rest(transformer, ALL) == 16 * sum(own[path].size for path in paths)
+    assert not any(rest_places(transformer, "none").values())
+
+
+def test_the_default_iterations_of_the_last_phase(transformer):
+    assert choose_end_to_end(None, "model", True, transformer, 80, "all") == 40
+    assert choose_end_to_end(None, "block", True, transformer, 80, "vectors") == 40
+    assert choose_end_to_end(None, "model", True, transformer, 80) == 0 == choose_end_to_end(None, "block", True, transformer, 80)
+    assert choose_end_to_end(None, "block", False, transformer, 80, "none") == 0
+    assert RoundingOptions(calib_dir=None).tune_rest
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+def test_the_loss_sees_the_rest_as_it_is_deployed(bits):
+    """8 bits are the codes that stage 5 writes; slopes pass the rounding as if it were not there."""
+    weight = mx.random.normal((96, 192), key=mx.random.key(bits)) * 0.05
+    path = "multimodal_transformer_blocks.0.image_transformer_block.adaLN_modulation.layers.1.weight"
+    found = np.array(deployed_rest(path, weight, mx.float16, bits))
+    half = np.array(weight).astype(np.float16).astype(np.float32)
+    expected = half if bits == 16 else np.array(QuantizedLayer.nearest(half, 8, 64).packed(8).dense(mx.float32))
+    assert (found != expected).mean() < 1e-3 and np.abs(found - expected).max() < 2e-3  # a tie may round otherwise
+    slope = mx.grad(lambda one: (deployed_rest(path, one, mx.float16, bits) * 3).sum())(weight)
+    assert mx.array_equal(slope, mx.full(weight.shape, 3.0))
+    assert np.array_equal(np.array(deployed_rest("final_layer.linear.weight", weight, mx.float16, bits)), half)
+    flat = mx.zeros((2, 64))
+    assert mx.array_equal(nearest_8_bits(flat), flat)
+
+
+def test_slopes_of_the_rest_are_those_of_the_loss(ends):
+    """A step along a parameter changes the loss, which is computed without gradients, as its slope says."""
+    settings = replace(SETTINGS, activation_bits=0, rest=ALL, micro_batch=2)
+    rounding = rounding_of(ends, settings, "model")
+    job = jobs_of(rounding)[0]
+    mmdit = rounding.open()
+    samples = job.samples(mmdit)
+    layers = trained_layers(job.training(mmdit, samples), False)
+    whole = WholeModel.build(mmdit, BLOCKS, samples, settings, layers)
+    indices = np.array(samples.training[:4])
+    loss, slopes = whole.slopes(whole.start, indices, 0)
+    assert loss.item() == pytest.approx(whole.loss(indices, whole.start), rel=1e-4)
+    rest = whole.start["rest"]
+    assert slopes["rest"].keys() == rest.keys()
+    for path in [path for path in rest if "final_layer" in path or ".6.image" in path]:
+        slope = slopes["rest"][path]
+        step = mx.sign(slope) * size_of(rest[path]) * 0.02
+        moved = [
+            whole.loss(indices, {**whole.start, "rest": rest | {path: rest[path] + way * step}}) for way in (1, -1)
+        ]
+        assert (moved[0] - moved[1]) / 2 == pytest.approx(float((slope * step).sum()), rel=0.1), path
+
+
+def test_the_trained_rest_is_measured_and_exported(trained, tmp_path):
+    """rest.npz has float16 values under their paths; stage 5 writes them, and stage 4's native model draws the same."""
+    metadata = json.loads((trained / "adaround_weights/metadata.json").read_bytes())
+    last = metadata["end_to_end_losses"]["stages"][0]
+    assert last["end_activations"] < last["start"] and last["rest"] == 36 and metadata["rest"] == "all"
+    rest = read_rest(WeightPaths(trained), metadata)
+    assert list(rest) == metadata["rest_parameters"] and all(array.dtype == np.float16 for array in rest.values())
+    with np.load(trained / "adaround_weights/rest.npz") as found:
+        assert json.loads(found["index"].item()) == {path: list(array.shape) for path, array in rest.items()}
+    original = dict(tree_flatten(load_folder_transformer(BUNDLED_FOLDER, mx.float32).parameters()))
+    moved = [not np.array_equal(np.array(original[path]), array) for path, array in rest.items()]
+    assert sum(moved) > 30
+
+    done = invoke("export_quantized_model", "--calib-dir", trained, "--activations", "none", "--output", tmp_path / "q")
+    assert done.exit_code == 0, done.output
+    written = load_file(tmp_path / "q/mmdit.safetensors")
+    assert all(np.array_equal(written[path], array) for path, array in rest.items())
+    shutil.copytree(tmp_path / "q", trained / "quantized_model")
+    draw = ("--num-images", 1, "--num-steps", 2, "--variants", "w4-rtn,w4-adaround,w4-adaround-r8,native")
+    done = invoke("evaluate_quantization", "--calib-dir", trained, *draw)
+    assert done.exit_code == 0, done.output
+    variants = json.loads((trained / "evaluation/metrics.json").read_bytes())["variants"]
+    assert variants["native"]["psnr"]["mean"] == pytest.approx(variants["w4-adaround"]["psnr"]["mean"], abs=0.1)
+    assert variants["w4-adaround"]["max_step_error"] != variants["w4-adaround-r8"]["max_step_error"]
+    assert variants["native"]["gain"]["over"] == "w4-rtn"
+
+
+def test_a_missing_or_damaged_rest_is_told_and_made_anew(trained, tmp_path):
+    """--resume makes the same bytes again; stage 5 believes no other file, and no other run's."""
+    shutil.copytree(trained / "adaround_weights", tmp_path / "before")
+    root = trained / "adaround_weights"
+    rest = root / "rest.npz"
+    whole = rest.read_bytes()
+    export = ("--calib-dir", trained, "--activations", "none", "--output", tmp_path / "out")
+    other = dict(np.load(rest))
+    other[next(key for key in other if key.endswith("weight"))][0, 0] += np.float16(1)
+    for change, message in (
+        (lambda: rest.write_bytes(whole[: len(whole) // 2]), "truncated or damaged"),
+        (rest.unlink, "missing"),
+        (lambda: np.savez(rest, **other), "not the file that metadata.json was written for"),
+        (lambda: np.savez(rest, **{k: v for k, v in other.items() if k != "index"}), "not the file that metadata.json"),
+    ):
+        change()
+        one_line(invoke("export_quantized_model", *export), message)
+        rest.write_bytes(whole)
+    metadata = json.loads((root / "metadata.json").read_bytes())
+    del metadata["rest_digest"]
+    for arrays, message in (
+        ({k: v for k, v in other.items() if k != "index"}, "no index that lists its arrays"),
+        ({**other, "more": other["index"]}, "index lists other arrays than there are"),
+        ({**other, "training_run": np.array("0" * 64)}, "of another training run"),
+        ({**other, "final_layer.linear.bias": np.full(64, np.nan, np.float16)}, "holds no finite float16 values"),
+    ):
+        np.savez(rest, **arrays)
+        with pytest.raises(Exception, match=message):
+            read_rest(WeightPaths(trained), metadata)
+    rest.unlink()
+    done = invoke("optimize_adaround", "--calib-dir", trained, *OPTIMIZE, "--end-to-end", 16, "--resume")
+    assert done.exit_code == 0 and folder_bytes(root) == folder_bytes(tmp_path / "before")
+    one_line(
+        invoke(
+            "optimize_adaround", "--calib-dir", trained, *OPTIMIZE, "--end-to-end", 16, "--rest-bits", 8, "--resume"
+        ),
+        "has --rest-bits 16, not 8",
+    )

@@ -1,0 +1,113 @@
+"""The rest of a model: what stays in 16 bits beside the codes, which the last phase of stage 3W trains, too.
+
+It is adaLN, the norms' parameters and the final layer. Masters are float32; the loss sees them as they are deployed, and
+their gradients pass that rounding straight through.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from calibration_store.choices import REST_KINDS, RestKind
+from w4a8.backend.memory import device_memory
+from w4a8.model.layers import model_blocks, model_layers
+from w4a8.quantized.layer import deployed, deployed_grid
+from w4a8.quantized.model import GROUPS_OF_THE_REST
+
+ALL, VECTORS, NONE = REST_KINDS
+FINAL_LAYER = "final_layer"
+BYTES_PER_PARAMETER = 16  # master, two moments, slope
+REST_SHARE = 0.25  # the share of the device's memory that these may take; above it adaLN's matrices stay
+SMALLEST_SIZE = 0.01  # of a parameter, where its values are near 0
+LARGEST_CODE = 255  # of 8 bits
+SMALLEST_STEP = 1.2e-38  # where all weights of a group are 0
+
+
+class Place(NamedTuple):
+    """A parameter: the module that owns it, and its key there."""
+
+    owner: nn.Module
+    key: str
+
+
+def rest_places(mmdit: nn.Module, kind: RestKind) -> dict[str, dict[str, Place]]:
+    """Return {block or "final_layer": {path of a parameter: its place}} of the rest of a model.
+
+    kind: "all", or "vectors", which leaves the matrices of the blocks out, or "none".
+    """
+    quantized = {id(layer.module) for layer in model_layers(mmdit).values()}
+    prefixes = {f"{block.attribute}.{block.index}.": name for name, block in model_blocks(mmdit).items()}
+    found: dict[str, dict[str, Place]] = {name: {} for name in (*model_blocks(mmdit), FINAL_LAYER)}
+    for path, module in mmdit.named_modules() if kind != NONE else ():
+        owner = next((name for prefix, name in prefixes.items() if f"{path}.".startswith(prefix)), None)
+        if path == FINAL_LAYER or path.startswith(f"{FINAL_LAYER}."):
+            owner = FINAL_LAYER
+        if owner is None or id(module) in quantized:
+            continue
+        for key, array in module.items():
+            plain = isinstance(array, mx.array) and not key.startswith("_")
+            if plain and (kind == ALL or owner == FINAL_LAYER or array.ndim == 1):
+                found[owner][f"{path}.{key}"] = Place(module, key)
+    return {owner: dict(sorted(places.items())) for owner, places in found.items()}
+
+
+def choose_rest(mmdit: nn.Module, wanted: bool, before: Mapping[str, Any] | None) -> RestKind:
+    """Return which rest is trained: what an earlier run of this folder noted (before), or by memory all, or vectors.
+
+    wanted: the value of --tune-rest.
+    """
+    if not wanted or (before is not None and "rest" not in before):
+        return NONE
+    if before is not None:
+        return before["rest"]
+    return ALL if bytes_of_rest(mmdit, ALL) <= REST_SHARE * device_memory() else VECTORS
+
+
+def bytes_of_rest(mmdit: nn.Module, kind: RestKind) -> int:
+    """Return the number of bytes that the training of the rest holds."""
+    places = [place for group in rest_places(mmdit, kind).values() for place in group.values()]
+    return BYTES_PER_PARAMETER * sum(owner[key].size for owner, key in places)
+
+
+@contextlib.contextmanager
+def placed(places: Mapping[str, Place], arrays: Mapping[str, mx.array]) -> Iterator[None]:
+    """Put arrays in the places of their paths until the block ends."""
+    before = {path: places[path].owner[places[path].key] for path in arrays}
+    try:
+        for path, array in arrays.items():
+            places[path].owner[places[path].key] = array
+        yield
+    finally:
+        for path, array in before.items():
+            places[path].owner[places[path].key] = array
+
+
+def deployed_rest(path: str, master: mx.array, half: mx.Dtype, bits: int) -> mx.array:
+    """Return a parameter as it is deployed, float32, with gradients as if it were the master.
+
+    half: the model's 16-bit precision. bits: 16, or 8 where stage 5 rounds adaLN's matrices to nearest
+    (`--rest-bits 8`).
+    """
+    value = master.astype(half).astype(mx.float16).astype(mx.float32)
+    if bits == 8 and "adaLN" in path and master.ndim == 2:
+        value = nearest_8_bits(value)
+    return master + mx.stop_gradient(value - master)
+
+
+def nearest_8_bits(weight: mx.array) -> mx.array:
+    """Return a weight (out, in) rounded to nearest as `QuantizedLayer.nearest` rounds: 8 bits, groups of 64, min-max."""
+    grouped = weight.reshape(len(weight), -1, GROUPS_OF_THE_REST)
+    low, high = mx.minimum(grouped.min(axis=-1), 0), mx.maximum(grouped.max(axis=-1), 0)
+    scale = mx.maximum((high - low) / LARGEST_CODE, SMALLEST_STEP)
+    scale, zero_point = deployed_grid(scale, mx.round(-low / scale))
+    codes = mx.clip(mx.round(grouped / scale[..., None] + zero_point[..., None]), 0, LARGEST_CODE)
+    scale, minimum = deployed(scale, zero_point)
+    return (codes * scale[..., None] + minimum[..., None]).reshape(weight.shape)
+
+
+def size_of(array: mx.array) -> float:
+    """Return the root of the mean square of a parameter, which its learning rate is relative to."""
+    return max(float(mx.sqrt(mx.mean(mx.square(array)))), SMALLEST_SIZE)
