@@ -22,7 +22,7 @@ from w4a8.options import RoundingOptions
 
 NAMED_LIKE_THEIR_OPTION = (  # entries of the plan
     "unit", "iters", "batch_size", "weight_bits", "activation_bits", "group_size", "rounding", "qdrop", "lr_alpha", "lr_activation_scale",
-    "end_to_end", "rest_bits", "activation_rule", "average_bits", "seed", "micro_batch",
+    "end_to_end", "unrolled", "rest_bits", "activation_rule", "average_bits", "seed", "micro_batch",
 )  # fmt: skip
 WITHOUT_AN_OPTION = {
     "selected_image_ids": "cached images", "key_timesteps": "cached steps", "bit_choices": "widths of --average-bits",
@@ -94,6 +94,11 @@ WITHOUT_AN_OPTION = {
     type=click.IntRange(0, MOST_ITERATIONS),
     help="Iterations of a last phase: scales, zero points, biases and ranges of all blocks, and the 16-bit rest, against "
     "the model's output.  [default: half of --iters; with --no-tune-rest 0 up to 100 M weights]",
+)
+@click.option(
+    "--unrolled",
+    type=click.IntRange(0, MOST_ITERATIONS),
+    help="More iterations of that phase against finished latents: the last four steps of sampling, unrolled.",
 )
 @click.option(
     "--tune-rest/--no-tune-rest",

@@ -80,6 +80,7 @@ class _MadeFrom(TypedDict, total=False):
     schedule: list[NotNegative]  # noise levels of the calibration run's steps
     block_inputs: Literal["original", "mixed"]
     end_to_end: Iterations  # iterations of the last phase
+    unrolled: Index  # more iterations of it, against finished latents; absent: 0
     rest: RestKind  # which 16-bit parameters the last phase trains, too; absent: none
     rest_bits: RestBits  # of adaLN's matrices in the export that is trained for
     training_run: Digest  # digest of the plan (function `training_run`); absent in files of 0.8.0
@@ -126,6 +127,8 @@ class StageLosses(_StageLosses, total=False):
 
     # mean training loss of stretches of iterations; absent in older files
     curve: Annotated[list[float], Meta(max_length=256)]
+    # errors of finished latents with round-to-nearest, at the start and at the end of this stage, if it was trained on them
+    finished_latents: list[NotNegative]
     rest: Index  # number of arrays in rest.npz that this stage left; absent: it trained none
 
 

@@ -17,8 +17,10 @@ from calibration_store.layout import WeightPaths
 from calibration_store.rest_weights import read_rest
 from w4a8.model.catalog import BUNDLED_FOLDER
 from w4a8.model.folder import load_folder_transformer
+from w4a8.model.layers import model_layers
 from w4a8.options import RoundingOptions
 from w4a8.quantized.layer import QuantizedLayer
+from w4a8.rounding.finished_latents import FinishedLatents
 from w4a8.rounding.phases import jobs_of
 from w4a8.rounding.rest import ALL, VECTORS, bytes_of_rest, deployed_rest, nearest_8_bits, rest_places, size_of
 from w4a8.rounding.run import choose_end_to_end
@@ -27,7 +29,20 @@ from w4a8.rounding.whole_model import WholeModel
 
 pytestmark = pytest.mark.slow
 
-OPTIMIZE = ("--iters", 12, "--batch-size", 4, "--seed", 1)
+OPTIMIZE = (
+    "--iters",
+    10,
+    "--batch-size",
+    2,
+    "--seed",
+    1,
+    "--bits",
+    "mm[23456].*=16",
+    "--end-to-end",
+    12,
+    "--unrolled",
+    3,
+)
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +64,9 @@ def trained(ends, tmp_path_factory):
     """Return the same run after stage 3W, whose last phase has gained."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     shutil.copytree(ends, folder)
-    done = invoke("optimize_adaround", "--calib-dir", folder, *OPTIMIZE, "--end-to-end", 16)
+    done = invoke("optimize_adaround", "--calib-dir", folder, *OPTIMIZE)
     assert done.exit_code == 0, done.output
-    assert "then 16 end to end with adaLN and the final layer" in done.stdout
+    assert "then 12 end to end with adaLN and the final layer, 3 against finished latents" in done.stdout
     return folder
 
 
@@ -73,7 +88,11 @@ def test_the_rest_is_adaln_and_the_final_layer(transformer):
 def test_the_default_iterations_of_the_last_phase(transformer):
     assert choose_end_to_end(None, "model", True, transformer, 80, "all") == 40
     assert choose_end_to_end(None, "block", True, transformer, 80, "vectors") == 40
-    assert choose_end_to_end(None, "model", True, transformer, 80) == 0 == choose_end_to_end(None, "block", True, transformer, 80)
+    assert (
+        choose_end_to_end(None, "model", True, transformer, 80)
+        == 0
+        == choose_end_to_end(None, "block", True, transformer, 80)
+    )
     assert choose_end_to_end(None, "block", False, transformer, 80, "none") == 0
     assert RoundingOptions(calib_dir=None).tune_rest
 
@@ -117,11 +136,56 @@ def test_slopes_of_the_rest_are_those_of_the_loss(ends):
         assert (moved[0] - moved[1]) / 2 == pytest.approx(float((slope * step).sum()), rel=0.1), path
 
 
+def test_unrolled_steps_end_where_sampling_ended(ends):
+    """With the original's weights in place of the codes the last steps give the latents that stage 1 stored.
+
+    Slopes are those of the loss, which is computed without gradients.
+    """
+    settings = replace(SETTINGS, activation_bits=0, rest=ALL, micro_batch=2, unrolled=4)
+    rounding = rounding_of(ends, settings, "model")
+    mmdit = rounding.open()
+    samples = jobs_of(rounding)[0].samples(mmdit)
+    layers = trained_layers(jobs_of(rounding)[0].training(mmdit, samples), False)
+
+    class Original(WholeModel):
+        def _block_parameters(self, block, state):
+            own = {name: layer for name, layer in model_layers(mmdit).items() if layer.block == block}
+            biases = {name: layer.bias for name, layer in own.items() if layer.bias is not None}
+            return {
+                "weights": {n: layer.weight for n, layer in own.items()},
+                "biases": biases,
+                "ranges": {},
+                "rest": {},
+            }
+
+    last = jobs_of(rounding)[1].last_steps(samples)
+    assert len(last.sigmas) == 5 and last.sigmas[-1] == 0 and last.begin.shape == last.end.shape == (6, 16, 16, 16)
+    assert sorted([*last.training, *last.held_out]) == list(range(6)) and last.steps == [0, 0, 1, 1]
+    original = FinishedLatents(Original(mmdit, BLOCKS, samples, settings, layers), last)
+    assert original.loss(range(6), None) < 1e-5 * float(np.square(last.end).mean())  # text tokens are cached in float16
+    whole = WholeModel.build(mmdit, BLOCKS, samples, settings, layers)
+    finished = FinishedLatents(whole, last)
+    images = np.array([0, 3, 5])
+    loss, slopes = finished.slopes(whole.start, images)
+    error = finished.loss(images, whole.start)
+    assert error > 1e-4 and np.exp(loss.item()) == pytest.approx(error, rel=1e-3)
+    moved = [("rest", "final_layer.adaLN_modulation.layers.1.bias", 0.01), ("bias", "mm5.img.attn.v_proj", 1e-3),
+             ("rest", "multimodal_transformer_blocks.6.image_transformer_block.adaLN_modulation.layers.1.bias", 0.003),
+             ("zero_point", "mm2.txt.attn.v_proj", 0.02)]  # fmt: skip
+    for kind, name, size in moved:
+        slope, array = slopes[kind][name], whole.start[kind][name]
+        step = mx.sign(slope) * size * (size_of(array) if kind == "rest" else 1)
+        ways = [{**whole.start, kind: whole.start[kind] | {name: array + way * step}} for way in (1, -1)]
+        up, down = (np.log(finished.loss(images, state)) for state in ways)
+        assert (up - down) / 2 == pytest.approx(float((slope * step).sum()), rel=0.1), name
+
+
 def test_the_trained_rest_is_measured_and_exported(trained, tmp_path):
     """rest.npz has float16 values under their paths; stage 5 writes them, and stage 4's native model draws the same."""
     metadata = json.loads((trained / "adaround_weights/metadata.json").read_bytes())
     last = metadata["end_to_end_losses"]["stages"][0]
-    assert last["end_activations"] < last["start"] and last["rest"] == 36 and metadata["rest"] == "all"
+    nearest, start, end = last["finished_latents"]
+    assert end < start and 0 < nearest < 2 and last["rest"] == 36 and metadata["rest"] == "all"
     rest = read_rest(WeightPaths(trained), metadata)
     assert list(rest) == metadata["rest_parameters"] and all(array.dtype == np.float16 for array in rest.values())
     with np.load(trained / "adaround_weights/rest.npz") as found:
@@ -174,11 +238,9 @@ def test_a_missing_or_damaged_rest_is_told_and_made_anew(trained, tmp_path):
         with pytest.raises(Exception, match=message):
             read_rest(WeightPaths(trained), metadata)
     rest.unlink()
-    done = invoke("optimize_adaround", "--calib-dir", trained, *OPTIMIZE, "--end-to-end", 16, "--resume")
+    done = invoke("optimize_adaround", "--calib-dir", trained, *OPTIMIZE, "--resume")
     assert done.exit_code == 0 and folder_bytes(root) == folder_bytes(tmp_path / "before")
     one_line(
-        invoke(
-            "optimize_adaround", "--calib-dir", trained, *OPTIMIZE, "--end-to-end", 16, "--rest-bits", 8, "--resume"
-        ),
+        invoke("optimize_adaround", "--calib-dir", trained, *OPTIMIZE, "--rest-bits", 8, "--resume"),
         "has --rest-bits 16, not 8",
     )

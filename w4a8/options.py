@@ -137,6 +137,7 @@ class RoundingOptions(WritingOptions):
     sensitivity_only: bool = False
     group_size: int = 64
     end_to_end: int | None = None
+    unrolled: int = 0
     tune_rest: bool = True
     rest_bits: int = 16
     rounding: str = "ste"

@@ -31,7 +31,7 @@ with deferred("coremltools", "torch", transformers=t5):
         VAEDecoderConfig,
         VAEEncoderConfig,
     )
-    from diffusionkit.mlx.mmdit import MLPEmbedder, MMDiT, TimestepAdapter
+    from diffusionkit.mlx.mmdit import MLPEmbedder, MMDiT, TimestepAdapter, unpatchify
     from diffusionkit.mlx.model_io import _CONFIG as HUB_MMDIT_CONFIGS
     from diffusionkit.mlx.model_io import _DEFAULT_MODEL as HUB_TEXT_ENCODERS
     from diffusionkit.mlx.model_io import _MMDIT as HUB_MMDIT_FILES
@@ -50,5 +50,5 @@ __all__ = [  # noqa: RUF022
     "MMDIT_CKPT", "HUB_MMDIT_CONFIGS", "HUB_MMDIT_FILES", "HUB_TEXT_ENCODERS", "HUB_TEXT_FILES", "HEIGHT", "WIDTH",
     "SHIFT", "T5_MAX_LENGTH", "DiffusionPipeline", "FluxPipeline", "CFGDenoiser", "ModelSamplingDiscreteFlow",
     "FluxSampler", "LatentFormat", "SD3LatentFormat", "FluxLatentFormat", "append_dims", "model_io",
-    "MLPEmbedder", "MMDiT", "TimestepAdapter", "MMDiTConfig", "PositionalEncoding", "CLIPTextModel", "CLIPTextModelConfig", "SD3T5Encoder", "Tokenizer",
+    "MLPEmbedder", "MMDiT", "TimestepAdapter", "unpatchify", "MMDiTConfig", "PositionalEncoding", "CLIPTextModel", "CLIPTextModelConfig", "SD3T5Encoder", "Tokenizer",
     "T5Tokenizer", "VAEDecoder", "VAEDecoderConfig", "VAEEncoder", "VAEEncoderConfig",]  # fmt: skip

@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from calibration_store.names import MULTIMODAL, UNIFIED, block_kind, block_of, input_owner, is_post_gelu, layer_role
-from w4a8.model.diffusionkit import PositionalEncoding
+from w4a8.model.diffusionkit import PositionalEncoding, unpatchify
 
 ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_LINEARS = ("fc1", "fc2")
@@ -208,6 +208,13 @@ def positions(mmdit: nn.Module, tokens: Sequence[mx.array]) -> mx.array | None:
     height, width = image_token_grid(mmdit)
     text = sum(array.shape[1] for array in tokens) - height * width
     return mmdit.pre_sdpa_rope(text_sequence_length=text, latent_image_resolution=(height, width))
+
+
+def joined_patches(mmdit: nn.Module, patches: mx.array, height: int, width: int) -> mx.array:
+    """Join the patches of `run_final_layer` to a velocity (R, height, width, 16), as the model's own pass does."""
+    if mmdit.config.patchify_via_reshape:
+        return mmdit.x_embedder.unpack(patches, (height, width))
+    return unpatchify(patches, mmdit.config.patch_size, height, width, mmdit.config.vae_latent_dim)
 
 
 def run_final_layer(mmdit: nn.Module, tokens: mx.array, modulation_input: mx.array) -> mx.array:

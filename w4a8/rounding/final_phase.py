@@ -4,7 +4,7 @@ This is EfficientQAT's second phase (Chen et al. 2024).
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,26 @@ from calibration_store.rounding_checkpoint import Layers
 from calibration_store.weights import read_losses, read_quantized_block, write_losses, write_quantized_block
 from w4a8.backend.parallel import working_cores
 from w4a8.quantized.layer import deployed_grid
+from w4a8.rounding.finished_latents import UNROLLED, FinishedLatents, LastSteps
 from w4a8.rounding.iteration_bytes import IterationBytes
 from w4a8.rounding.jobs import Job
 from w4a8.rounding.rest import bytes_of_rest
 from w4a8.rounding.run import RoundingRun, num_weights
-from w4a8.rounding.settings import EVALUATED, LR_LAST_SCALES, LR_REST, warmed_cosine
-from w4a8.rounding.training import NotFiniteError, Training
+from w4a8.rounding.settings import (
+    EVALUATED,
+    LR_LAST_SCALES,
+    LR_REST,
+    LR_UNROLLED_REST,
+    LR_UNROLLED_SCALES,
+    warmed_cosine,
+)
+from w4a8.rounding.training import OPTIMIZERS, Adam, NotFiniteError, Training
 from w4a8.rounding.training_samples import Samples, spread_over
 from w4a8.rounding.unit_phase import UnitPhase
 from w4a8.rounding.units import UnitSpec
 from w4a8.rounding.whole_model import WholeModel
 
+EVALUATED_IMAGES = 32  # images that the loss of finished latents is measured on
 # Fields that are kept as {field}_before: their values at the start of this phase.
 KEPT_BEFORE = ("scale", "zero_point", "bias", "act_scale", "act_scales")
 
@@ -37,14 +46,26 @@ class FinalTraining(Training):
     """The training of a `WholeModel`."""
 
     unit: WholeModel
+    finished: FinishedLatents | None
     # All layers move at once, and where inputs have channels of one sign, a group's zero point changes the output much.
     codes_per_step = 1.0
     gained = False  # held-out samples are better off, as they are deployed; `measure` decides
 
+    def __init__(self, unit: WholeModel, finished: FinishedLatents | None = None):
+        """finished: the loss of finished latents, for the iterations after the first `end_to_end` ones."""
+        self.finished, self.finished_norm = finished, 1.0
+        super().__init__(unit)
+        if finished is not None:
+            self.finished_norm = finished.loss(self._judged(finished.last.training), None)
+
+    @staticmethod
+    def _judged(images: Sequence[int]) -> Sequence[int]:
+        return spread_over(images, EVALUATED_IMAGES)
+
     @property
     def iters(self) -> int:
         """The number of iterations."""
-        return self.settings.end_to_end
+        return self.settings.end_to_end + self.settings.unrolled
 
     @property
     def inputs_from(self) -> int:
@@ -53,16 +74,31 @@ class FinalTraining(Training):
 
     def step(self) -> float:
         """Take one iteration as Training.step says."""
-        loss, slopes = self.unit.slopes(self.state, self.drawn(self.iteration), self.iteration)
+        before = self.settings.end_to_end
+        if self.iteration >= before and self.finished is not None:
+            if self.iteration == before:
+                self.optimizers = {name: Adam(1e-3, bias_correction=True) for name in OPTIMIZERS}  # another loss
+            loss, slopes = self.finished.slopes(self.state, self.drawn_images(self.finished.last.training))
+            rate = warmed_cosine(self.iteration - before, self.settings.unrolled)
+            rates = LR_UNROLLED_SCALES * rate, LR_UNROLLED_REST * rate
+        else:
+            loss, slopes = self.unit.slopes(self.state, self.drawn(self.iteration), self.iteration)
+            rate = warmed_cosine(self.iteration, before)
+            rates = LR_LAST_SCALES * rate, LR_REST * rate
         self._check(loss, slopes)
         ranges, rest = slopes.pop("ranges"), slopes.pop("rest")
-        rate = warmed_cosine(self.iteration, self.iters)
-        self.move_grids(slopes, LR_LAST_SCALES * rate)
+        self.move_grids(slopes, rates[0])
         if rest:
-            self.move_rest(rest, LR_REST * rate)
+            self.move_rest(rest, rates[1])
         if ranges:
             self.move_ranges(ranges)
-        return self._finished(loss)
+        return self._finished(loss if self.iteration < before else mx.exp(loss) / self.finished_norm)
+
+    def drawn_images(self, training: Sequence[int]) -> np.ndarray:
+        """Return the images of an iteration, sorted: half as many as samples. Seed and iteration decide."""
+        random = np.random.default_rng([self.settings.seed, self.iteration])
+        count = min(max(1, self.settings.batch_size // 2), len(training))
+        return np.sort(random.choice(training, count, replace=False))
 
     def measure(self) -> dict[str, Any]:
         """Return the losses on held-out samples, and the last loss on training samples, too.
@@ -82,13 +118,18 @@ class FinalTraining(Training):
             "end_activations": deployed,
             "end_training": unit.loss(chosen, self.state),
         }
-        if deployed is None:
+        if self.finished is not None:
+            judged = self._judged(self.finished.last.held_out)
+            points = ((None, False), (unit.start, with_inputs), (self.state, with_inputs))
+            found = [self.finished.loss(judged, state, inputs) / self.finished_norm for state, inputs in points]
+            self.gained = found[2] < found[1]
+        elif deployed is None:
             self.gained = end < start
         else:
             self.gained = deployed < unit.loss(held_out, unit.start, True)
         if not all(math.isfinite(value) for value in losses.values() if value is not None):
             raise NotFiniteError(f"a held-out loss is not finite after iteration {self.iteration}")
-        return losses
+        return losses if self.finished is None else {**losses, "finished_latents": found}
 
 
 def before_phase(fields: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -127,12 +168,17 @@ class FinalPhase(Job):
     @property
     def iterations(self) -> int:
         """The number of iterations of the whole job."""
-        return self.run.settings.end_to_end
+        return self.run.settings.end_to_end + self.run.settings.unrolled
 
     @property
     def iteration_cost(self) -> float:
-        """The cost of one iteration, in iterations of a block: every block is run twice forwards and once backwards."""
-        return len(self.run.blocks) * 4 / 3
+        """The cost of one iteration, in iterations of a block: every block is run twice forwards and once backwards.
+
+        Against finished latents half as many images pass every unrolled step, once more forwards.
+        """
+        settings = self.run.settings
+        unrolled = settings.unrolled * UNROLLED * 5 / 8
+        return len(self.run.blocks) * 4 / 3 * (settings.end_to_end + unrolled) / self.iterations
 
     def peak_bytes(self) -> int:
         """Estimate the peak memory in bytes.
@@ -180,7 +226,14 @@ class FinalPhase(Job):
         for block in self.trained_blocks:
             layers |= read_quantized_block(run.paths, block, run.plan)
         before = {name: before_phase(fields) for name, fields in layers.items()}
-        return FinalTraining(WholeModel.build(mmdit, run.blocks, samples, run.settings, before, run.ranks))
+        whole = WholeModel.build(mmdit, run.blocks, samples, run.settings, before, run.ranks)
+        if not run.settings.unrolled:
+            return FinalTraining(whole)
+        return FinalTraining(whole, FinishedLatents(whole, self.last_steps(samples)))
+
+    def last_steps(self, samples: Samples) -> LastSteps:
+        """Return the end of every image's sampling. Raises StoreError where stage 1's latents are not there."""
+        return LastSteps.read(self.run.paths.calib_dir, self.run.cache, samples, self.run.schedule)
 
     def saves_before_writing(self) -> bool:
         """Return True: a kill between two blocks' files must not cost the training."""

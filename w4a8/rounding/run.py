@@ -57,6 +57,10 @@ class RoundingRun:
         rest = choose_rest(mmdit, options.tune_rest and whole and options.end_to_end != 0, before)
         rest = REST_KINDS[ranks.from_rank_0(REST_KINDS.index(rest))]
         end_to_end = choose_end_to_end(options.end_to_end, unit, whole, mmdit, settings.iters, rest)
+        if settings.unrolled and not end_to_end:
+            raise OptionError(
+                f"--unrolled {settings.unrolled} follows the last phase, which --end-to-end gives iterations"
+            )
         settings = replace(settings, end_to_end=end_to_end, rest=rest if end_to_end else NONE)
         return cls(opened, mmdit, paths, cache, schedule, settings, unit, blocks, ranks)
 
@@ -96,6 +100,8 @@ class RoundingRun:
         settings = asdict(self.settings)
         if self.settings.rest == NONE:  # as plans were before the rest was trained
             del settings["rest"], settings["rest_bits"]
+        if not self.settings.unrolled:
+            del settings["unrolled"]
         plan = {
             "format": WEIGHTS_FORMAT,
             "model_version": cache.get("model_version"),
@@ -132,8 +138,8 @@ class RoundingRun:
             f"W{settings.weight_bits}{f'A{settings.activation_bits}' if settings.activation_bits else ''}, "
             f"{f'groups of {settings.group_size}' if settings.group_size else 'per output channel'}, unit {self.unit}, "
             f"{settings.iters} iterations of {min(settings.batch_size, samples)} ({settings.micro_batch} at once)"
-            f"{f', then {settings.end_to_end} end to end' if settings.end_to_end else ''}"
-            f"{REST_WORDS[settings.rest]}, {samples} cached samples"
+            f"{f', then {settings.end_to_end} end to end' if settings.end_to_end else ''}{REST_WORDS[settings.rest]}"
+            f"{f', {settings.unrolled} against finished latents' if settings.unrolled else ''}, {samples} cached samples"
         )
 
 

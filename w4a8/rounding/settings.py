@@ -13,6 +13,7 @@ TUNE_SHARE = 0.3  # last share of the iterations: codes are decided; scales, zer
 INPUTS_FROM = 0.5  # share of the iterations after which inputs are quantized, too: not from the first one on
 LR_SCALES = 1e-3
 LR_LAST_SCALES = 3e-4  # of the last phase, where all grids move at once
+LR_UNROLLED_SCALES, LR_UNROLLED_REST = 2e-4, 1e-3  # against finished latents
 WARM_UP_SHARE = 0.1  # of the last phase, in which its learning rates rise
 LR_REST = 3e-3  # relative to the size of each parameter of the 16-bit rest
 DEFAULT_LR_ALPHA = {"ste": 4e-3, "sigmoid": 1e-2}  # by rounding method
@@ -46,6 +47,7 @@ class Settings:
     activation_rule: str = RoundingOptions.activation_rule
     block_inputs: str = "original"  # inputs that blocks are trained on; noted because 0.8.0 also had "mixed"
     end_to_end: int = 0  # iterations of the last phase, all blocks' grids against the model's output
+    unrolled: int = 0  # more iterations of it, against finished latents
     rest: RestKind = "none"  # the 16-bit parameters that the last phase trains, too: all, vectors or none
     rest_bits: int = RoundingOptions.rest_bits  # of adaLN's matrices in the export that is trained for
     layer_bits: Mapping[str, int] = field(default_factory=dict)  # layers whose codes have other bits than weight_bits
@@ -70,6 +72,7 @@ class Settings:
             seed=options.seed,
             activation_rule=options.activation_rule,
             rest_bits=options.rest_bits,
+            unrolled=options.unrolled,
         )
 
     @property

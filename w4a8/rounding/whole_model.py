@@ -4,7 +4,8 @@ The tokens between the blocks are kept, each block is run again where its gradie
 unpacked there.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import mlx.core as mx
@@ -26,6 +27,21 @@ from w4a8.rounding.settings import EVALUATED, STATIC_RULE, Indices, Settings
 from w4a8.rounding.training import grid_slopes
 from w4a8.rounding.training_samples import SampleBatch, TrainingSamples, spread_over
 from w4a8.rounding.units import SMALLEST_ERROR, Gradients, input_rule, step_rows
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Micro-batches on their way through the blocks, side by side: their modulation inputs, steps and QDrop's keys."""
+
+    modulations: Sequence[mx.array]
+    rows: Sequence[mx.array | None]  # cached step of each row; None where inputs stay as they are
+    streams: Sequence[mx.Stream]
+    key_of: Callable[[int, Block], mx.array | None]  # (micro-batch, block) -> key; None: nothing is dropped
+
+    @property
+    def ways(self) -> list[tuple[int, mx.Stream]]:
+        """The index and the stream of every micro-batch."""
+        return list(zip(range(len(self.modulations)), self.streams, strict=False))
 
 
 class WholeModel:
@@ -53,7 +69,7 @@ class WholeModel:
         self._of_block = {block: [name for name in layers if block_of(name) == block] for block in blocks}
         self._codes = {name: mx.array(fields["q"]) for name, fields in layers.items()}
         self._half = mx.bfloat16 if mmdit.config.depth_unified else mx.float16  # FLUX is deployed in bfloat16
-        self._places = rest_places(mmdit, settings.rest)
+        self.places = rest_places(mmdit, settings.rest)
         self._shifts = {name: mx.array(fields["act_shift"]) for name, fields in layers.items() if "act_shift" in fields}
         of_input = {self.input_of[name]: fields for name, fields in reversed(layers.items())}
         ranges = {name: f.get("act_scales", f.get("act_scale")) for name, f in of_input.items()}
@@ -64,7 +80,7 @@ class WholeModel:
             "range": {name: mx.log(mx.array(value)) for name, value in ranges.items() if value is not None},
             "rest": {
                 path: place.owner[place.key].astype(mx.float32)
-                for places in self._places.values()
+                for places in self.places.values()
                 for path, place in places.items()
             },
         }
@@ -93,7 +109,7 @@ class WholeModel:
         """
         parts = self.settings.micro_batches(indices)
         moved = {key: state[key] for key in ("scale", "zero_point", "bias", "rest")}
-        ranges = self._ranges(state, self.layers) if self.settings.activation_rule == STATIC_RULE else {}
+        ranges = self.learned_ranges(state)
         with streams_for(len(parts)) as streams:
             return summed(
                 self.ranks,
@@ -132,19 +148,23 @@ class WholeModel:
             "weights": {name: layer.weight for name, layer in quantized.items()},
             "biases": {name: layer.deployed_bias for name, layer in quantized.items() if layer.bias is not None},
             "ranges": self._ranges(state, names),
-            "rest": self._rest(block, state),
+            "rest": self.rest_of(block, state),
         }
 
     def stored_rest(self, state: Mapping[str, Arrays]) -> dict[str, np.ndarray]:
         """Return the rest as rest.npz holds it, by path: float16 values, or bfloat16's where the model has these."""
         return {path: np.array(array.astype(self._half).astype(mx.float16)) for path, array in state["rest"].items()}
 
-    def _rest(self, owner: str, state: Mapping[str, Arrays] | None) -> Arrays:
+    def rest_of(self, owner: str, state: Mapping[str, Arrays] | None) -> Arrays:
         """Return the rest of a block, or of the final layer, as it is deployed, by path; none where it is not trained."""
         if state is None:
             return {}
         bits = self.settings.rest_bits
-        return {path: deployed_rest(path, state["rest"][path], self._half, bits) for path in self._places[owner]}
+        return {path: deployed_rest(path, state["rest"][path], self._half, bits) for path in self.places[owner]}
+
+    def learned_ranges(self, state: Mapping[str, Arrays]) -> Arrays:
+        """Return the ranges of all inputs where they are learned, by layer; else none."""
+        return self._ranges(state, self.layers) if self.settings.activation_rule == STATIC_RULE else {}
 
     def _ranges(self, state: Mapping[str, Arrays], names: Sequence[str]) -> Arrays:
         """Return the ranges of these layers' inputs, () or (steps,); none where no ranges are trained."""
@@ -165,7 +185,7 @@ class WholeModel:
         drop = 0.0 if key is None else self.settings.qdrop
         forward = QuantizedForward(parameters["weights"], parameters["biases"], quantize, drop, key)
         substituted = substituted_layers(self.mmdit, forward.compute, self._of_block[block.name])
-        with substituted, placed(self._places[block.name], parameters["rest"]):
+        with substituted, placed(self.places[block.name], parameters["rest"]):
             given = block.run(tokens, modulation)
         forward.let_go()
         return given
@@ -178,7 +198,7 @@ class WholeModel:
         target = batch.outputs[0]
         if not self.samples.holds_velocity:
             target = run_final_layer(self.mmdit, target, batch.modulation)
-        with placed(self._places[FINAL_LAYER], rest):
+        with placed(self.places[FINAL_LAYER], rest):
             output = run_final_layer(self.mmdit, tokens, batch.modulation)
         return mx.mean(mx.square(output - target))
 
@@ -199,7 +219,7 @@ class WholeModel:
                 rows = step_rows(self.samples, part, modulations[index]) if with_inputs else None
                 tokens[index] = self._run(block, parameters, tokens[index], modulations[index], rows, None)
                 mx.eval(tokens[index])
-        rest = self._rest(FINAL_LAYER, state)
+        rest = self.rest_of(FINAL_LAYER, state)
         squares = [
             self._square(given[0], rest, self.samples.batch(part)) for given, part in zip(tokens, parts, strict=True)
         ]
@@ -222,7 +242,7 @@ class WholeModel:
 
         Each micro-batch gives its share of the means over `count` samples.
         """
-        settings, ways = self.settings, list(zip(range(len(parts)), streams, strict=False))
+        settings = self.settings
         batches = [self.samples.batch(part) for part in parts]
         rows: list[mx.array | None] = [None] * len(parts)
         if settings.activation_bits:
@@ -231,52 +251,67 @@ class WholeModel:
         def key_of(index: int, block: Block) -> mx.array:
             return mx.random.key(hash((settings.seed, iteration, int(parts[index][0]), block.index)) % 2**32)
 
-        kept: list[list[list[mx.array]]] = [[batch.tokens] for batch in batches]  # the inputs of every block
-        for block in self._blocks:
-            parameters = self._block_parameters(block.name, state)
-            mx.eval(parameters)
-            for index, stream in ways:
-                with mx.stream(stream):
-                    key = key_of(index, block)
-                    kept[index].append(
-                        self._run(block, parameters, kept[index][-1], batches[index].modulation, rows[index], key)
-                    )
-            mx.eval([each[-1] for each in kept])
+        passes = Passes([batch.modulation for batch in batches], rows, streams, key_of)
+        kept = self.forward(state, [batch.tokens for batch in batches], passes)
         losses: list[mx.array] = []
-        rest_slopes: list[Arrays] = []  # d loss / d rest of the final layer
-        rest = self._rest(FINAL_LAYER, state)
+        totals: list[Gradients] = []
+        rest = self.rest_of(FINAL_LAYER, state)
         mx.eval(rest)
-        slopes_of: list[list[mx.array]] = []  # d loss / d tokens that the present block gives, by micro-batch
-        for index, stream in ways:
+        slopes_of: list[list[mx.array]] = []
+        for index, stream in passes.ways:
             with mx.stream(stream):
                 square = partial(self._square, batch=batches[index])
                 loss, (slope, of_rest) = mx.value_and_grad(square, argnums=(0, 1))(kept[index].pop()[0], rest)
                 share = len(parts[index]) / count / self.norm
                 losses.append(share * loss)
                 slopes_of.append([share * slope])
-                rest_slopes.append({path: share * one for path, one in of_rest.items()})
-        mx.eval(losses, slopes_of, rest_slopes)
-        totals: list[Gradients] = [{"rest": of_rest} for of_rest in rest_slopes]
+                totals.append({"rest": {path: share * one for path, one in of_rest.items()}})
+        mx.eval(losses, slopes_of, totals)
+        self.backward(state, kept, slopes_of, totals, passes)
+        return list(zip(losses, totals, strict=True))
+
+    def forward(
+        self, state: Mapping[str, Arrays] | None, tokens: list[list[mx.array]], passes: Passes, keep: bool = True
+    ) -> list[list[list[mx.array]]]:
+        """Run micro-batches through all blocks, and return the inputs of every block and the last outputs of each.
+
+        tokens: the first block's inputs by micro-batch. keep: without it the last outputs alone are returned.
+        """
+        kept = [[each] for each in tokens]
+        for block in self._blocks:
+            parameters = self._block_parameters(block.name, state)
+            mx.eval(parameters)
+            for index, stream in passes.ways:
+                with mx.stream(stream):
+                    modulation, rows, key = passes.modulations[index], passes.rows[index], passes.key_of(index, block)
+                    kept[index].append(self._run(block, parameters, kept[index][-1], modulation, rows, key))
+                    if not keep:
+                        del kept[index][0]
+            mx.eval([each[-1] for each in kept])
+        return kept
+
+    def backward(
+        self, state: Mapping[str, Arrays], kept: list[list[list[mx.array]]], slopes_of: list[list[mx.array]],
+        totals: list[Gradients], passes: Passes,
+    ) -> None:  # fmt: skip
+        """Take slopes from the last block back to the first one, and put the slopes of the parameters into totals.
+
+        kept: every block's inputs by micro-batch, which are used up. slopes_of: d loss / d tokens that the last block
+        gives, by micro-batch; afterwards those of the first block's inputs.
+        """
         for block in reversed(self._blocks):
             parameters = self._block_parameters(block.name, state)
             mx.eval(parameters)
-            for index, stream in ways:
+            for index, stream in passes.ways:
                 with mx.stream(stream):
-                    run = partial(
-                        self._weighted,
-                        block,
-                        batches[index].modulation,
-                        rows[index],
-                        key_of(index, block),
-                        slopes_of[index],
-                    )
+                    modulation, rows, key = passes.modulations[index], passes.rows[index], passes.key_of(index, block)
+                    run = partial(self._weighted, block, modulation, rows, key, slopes_of[index])
                     given, slopes_of[index] = mx.grad(run, argnums=(0, 1))(parameters, kept[index].pop())
                     totals[index] = merged(totals[index], self._reduced(block.name, state, given))
             mx.eval(slopes_of, totals)
-        return list(zip(losses, totals, strict=True))
 
     def _weighted(
-        self, block: Block, modulation: mx.array, rows: mx.array | None, key: mx.array, slopes: Sequence[mx.array],
+        self, block: Block, modulation: mx.array, rows: mx.array | None, key: mx.array | None, slopes: Sequence[mx.array],
         parameters: dict[str, Arrays], tokens: list[mx.array],
     ) -> mx.array:  # fmt: skip
         """Return Σ tokens·slope of the block's tokens: its gradients are those of the loss."""
