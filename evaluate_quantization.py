@@ -18,7 +18,7 @@ from w4a8 import cli  # isort: skip  (first: it says what to do where packages a
 import click
 
 from calibration_store.choices import GRID_MAPS
-from calibration_store.limits import MOST_THRESHOLD
+from calibration_store.limits import MOST_IMAGES, MOST_THRESHOLD
 from w4a8.options import EvaluationOptions
 
 
@@ -45,6 +45,11 @@ from w4a8.options import EvaluationOptions
     "--min-gain",
     type=cli.DECIBELS,
     help="Exit with 1 when a variant's mean gain over round-to-nearest, image by image, is below this (dB).",
+)
+@click.option(
+    "--step-effects",
+    type=click.IntRange(0, MOST_IMAGES),
+    help="Measure with N images what an error at each step does to the finished latent; 0: do not.",
 )
 @click.option(
     "--max-step-error",
@@ -96,13 +101,14 @@ def run(options: EvaluationOptions) -> None:
     from w4a8.evaluation.gate import check_gate, refuse_gain_without_nearest
     from w4a8.evaluation.metrics import LOW_PSNR, compare_with_reference, read_reference
     from w4a8.evaluation.paired import add_gains
+    from w4a8.evaluation.step_effects import measured_effects, refuse_effects_without_weights
     from w4a8.evaluation.variants import default_variants, make_variant
     from w4a8.model.layers import model_layers
     from w4a8.model.memory_needs import needs_of, refuse_too_large
     from w4a8.model.prompt_encoder import PromptEncoder, say_what_is_not_read
     from w4a8.model.prompt_files import read_prompt_file
     from w4a8.report.evaluation_figures import draw_grid, plot_errors, write_sheets
-    from w4a8.report.tables import print_variants
+    from w4a8.report.tables import print_step_effects, print_variants
 
     manifest = read_manifest(options.calib_dir)
     ranks = join(options.calib_dir)
@@ -116,6 +122,7 @@ def run(options: EvaluationOptions) -> None:
         make_variant(name, options.calib_dir, options.scale_is, options.native)
         for name in dict.fromkeys(["fp", *names])
     ]
+    refuse_effects_without_weights(chosen, options.step_effects)
     given_prompts = read_prompt_file(options.prompt_file, note=click.echo) if options.prompt_file else None
     pipeline, info, fingerprint = load_evaluated(manifest, options.location, options.native)
     prompts, overlap = choose_prompts(manifest, info.captions, given_prompts, options.num_images, options.seed)
@@ -155,11 +162,16 @@ def run(options: EvaluationOptions) -> None:
         if "fp" not in names:
             del images["fp"], results["fp"]
         add_gains(results)
+        effects = None
+        if options.step_effects:
+            effects = measured_effects(pipeline, texts, sampling, paths, chosen, options.step_effects)
         draw_grid(paths.grid, prompts, original, images, results, options.grid_map == "flip")
         plot_errors(paths.error_plot, results)
         write_sheets(paths, prompts, options.seed, original, images)
-        write_metrics(paths, sampling.parameters(manifest, info, overlap), LOW_PSNR, results)
+        write_metrics(paths, sampling.parameters(manifest, info, overlap), LOW_PSNR, results, effects)
     click.echo(f"wrote {paths.metrics}, {paths.grid}, {paths.error_plot}, {paths.images}/")
+    if effects is not None:
+        print_step_effects(effects)
     print_variants(results, simulated=any(variant.rule is not None for variant in chosen))
     check_gate(results, options.min_psnr, options.max_step_error, options.min_gain)
 

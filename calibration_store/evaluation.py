@@ -13,11 +13,13 @@ from calibration_store.layout import EvaluationPaths
 from calibration_store.npz import LARGEST_NPZ, map_npz, read_npz, write_npz
 from calibration_store.schema import (
     FINITE,
+    Count,
     Digest,
     Index,
     JsonFormat,
     Member,
     Name,
+    NotNegative,
     Record,
     Seed,
     Share,
@@ -79,6 +81,24 @@ class VariantMetrics(_VariantMetrics, total=False):
     gain: Gain  # absent where no round-to-nearest was measured beside it, and before 0.9.0
 
 
+class StepEffect(TypedDict):
+    """What an error at one step does; relative to the lengths of the velocity, and of the finished latent."""
+
+    step: Index
+    sigma: NotNegative
+    velocity_error: NotNegative
+    moves: NotNegative  # the finished latent
+    left: NotNegative  # of the error that the step put in, at the end
+
+
+class StepEffects(TypedDict):
+    """The effects of single steps that are computed with a variant's weights."""
+
+    variant: Name
+    images: Count
+    steps: Annotated[list[StepEffect], Meta(min_length=1)]
+
+
 class _Metrics(TypedDict):
     format: str
     prompts: list[str]
@@ -90,6 +110,7 @@ class _Metrics(TypedDict):
 class Metrics(_Metrics, total=False):
     """The entries of metrics.json that the toolkit reads; the file has more."""
 
+    step_effects: StepEffects
     calibration_run: Digest  # identity of the run with selected_image_ids; files of 0.8.0 have neither key
     selected_image_ids: list[Index]
     weights_fingerprint: Digest | None
@@ -156,8 +177,13 @@ def write_variant(path: Path, identity: str, arrays: Mapping[str, np.ndarray]) -
 
 
 def write_metrics(
-    paths: EvaluationPaths, parameters: Mapping[str, Any], low_psnr: float, variants: Mapping[str, Mapping]
-) -> None:
-    """Write metrics.json: the run's parameters and every variant's metrics. low_psnr: in dB. Raises WriteError."""
+    paths: EvaluationPaths, parameters: Mapping[str, Any], low_psnr: float, variants: Mapping[str, Mapping],
+    effects: Mapping[str, Any] | None = None,
+) -> None:  # fmt: skip
+    """Write metrics.json: the run's parameters and every variant's metrics.
+
+    low_psnr: in dB; effects: what an error at each step does, where it was measured. Raises WriteError.
+    """
     content = {"format": EVALUATION_FORMAT, **parameters, "low_psnr": low_psnr, "variants": variants}
+    content |= {} if effects is None else {"step_effects": effects}
     write_json(paths.metrics, content)

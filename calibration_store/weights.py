@@ -80,7 +80,7 @@ class _MadeFrom(TypedDict, total=False):
     schedule: list[NotNegative]  # noise levels of the calibration run's steps
     block_inputs: Literal["original", "mixed"]
     end_to_end: Iterations  # iterations of the last phase
-    unrolled: Index  # more iterations of it, against finished latents; absent: 0
+    unrolled: Iterations  # more iterations of it, against finished latents; absent: 0
     rest: RestKind  # which 16-bit parameters the last phase trains, too; absent: none
     rest_bits: RestBits  # of adaLN's matrices in the export that is trained for
     training_run: Digest  # digest of the plan (function `training_run`); absent in files of 0.8.0

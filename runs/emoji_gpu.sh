@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From prompts to a measured W4A8 model of sd3-emoji on one GPU, in 5 minutes 30 s on an H100. Resumable as a whole.
+# From prompts to a measured W4A8 model of sd3-emoji on one GPU, in ten minutes on an H200. Resumable as a whole.
 #
 #   make setup MLX=cuda13 && runs/emoji_gpu.sh [folder]
 set -euo pipefail

@@ -34,23 +34,22 @@ ROADS = {
         "report_calibration.py",
     ),
     "demo": (  # runs/emoji.sh: 6 to 10 minutes on two cores
-        "generate_calibration_data.py --model sd3-emoji --num-images 24 --batch-size 12 --seed 3",
-        "tools/contact_sheet.py --columns 8 --size 128",
-        "cache_adaround_data.py --num-images 24 --stride 8",
-        "collect_layer_activations.py --num-images 8",
+        "generate_calibration_data.py --model sd3-emoji --num-images 64 --num-steps 20 --batch-size 16 --seed 3",
+        "tools/contact_sheet.py --columns 8 --size 96",
+        "cache_adaround_data.py --num-images 64 --steps 10,14,16,17,18",
+        "collect_layer_activations.py --num-images 6 --stride 2",
         "analyze_activations.py --plot",
-        "analyze_activations_multitier.py --plot",
-        "optimize_adaround.py --iters 80",
+        "optimize_adaround.py --iters 80 --end-to-end 0",
         "export_quantized_model.py",
-        "evaluate_quantization.py --num-steps 20 --variants w4-rtn,w4-adaround,native,a8,a8-token,native+a8-token",
+        "evaluate_quantization.py --num-steps 20 --variants w4-rtn,native,a8,native+a8-token --step-effects 2",
         "draw_images.py 'red heart' 'police car' mango --model {dir}/quantized_model --compare sd3-emoji --num-steps 20 --output {dir}/drawn",
         "report_calibration.py",
     ),
-    "emoji_gpu": (  # runs/emoji_gpu.sh: 5 minutes 30 s on an H100
+    "emoji_gpu": (  # runs/emoji_gpu.sh: ten minutes on an H200
         "generate_calibration_data.py --model sd3-emoji --num-images 3200 --num-steps 20 --stride 2 --batch-size 100 --no-images",
         "cache_adaround_data.py --num-images 3200 --steps 8,12,14,16,18",
-        "optimize_adaround.py --iters {iters} --batch-size 64 --no-alpha",
-        "evaluate_quantization.py --num-images 64 --num-steps 20 --batch-size 64 --variants w4-rtn,w4-adaround,a8-token,w4-adaround+a8-token",
+        "optimize_adaround.py --iters {iters} --batch-size 64 --no-alpha --activation-rule block --end-to-end 350 --unrolled 150",
+        "evaluate_quantization.py --num-images 64 --num-steps 20 --batch-size 64 --variants w4-rtn,w4-adaround,a8-block,w4-adaround+a8-block",
     ),
     "sd3_medium": (  # runs/sd3_medium.sh, which chooses the values
         "generate_calibration_data.py --model {model} --local-checkpoint {checkpoint} --lora {lora} --num-images {images} --num-steps {steps} --stride 3 {t5}",
@@ -104,7 +103,7 @@ VALUES: dict[str, dict[str, object]] = {  # of the words in braces, where a call
         "micro": "",
         "blocks": "",
     },
-    "emoji_gpu": {"iters": 1500},
+    "emoji_gpu": {"iters": 700},
 }
 AGAIN = {  # the option with which a stage goes on after an interruption; the others take --resume
     "export_quantized_model.py": "--force",

@@ -173,6 +173,7 @@ class EvaluationOptions(FolderOptions):
     min_psnr: float | None = None
     max_step_error: float | None = None
     min_gain: float | None = None
+    step_effects: int = 0
     reference: Path | None = None
     output: Path | None = None
     grid_map: str = "difference"

@@ -46,6 +46,7 @@ MOST_DRAWN, DRAWN_SIDE = (
     256,
 )  # the largest number of the run's pictures on the page, and their longer side in pixels
 PICTURE_BYTES = 13e6  # a limit for the pictures of the comparison; the least damaged ones are left out first
+MOST_OF_IT = 0.8  # share of the effect of all steps that the named steps make
 DIGITS = 6  # significant digits of a figure, enough to look at
 STAGES = (  # section of the page, scripts that make it, and its content, in the order of the road
     ("manifest", "generate_calibration_data.py", "prompts to latents"),
@@ -285,8 +286,25 @@ def comparison_of(paths: EvaluationPaths, metrics: Mapping[str, Any], exported_b
     return {
         "verdict": verdict_on(first, variants, exported_bits), "rows": rows, "prompts": metrics["prompts"],
         "seed": metrics["seed"], "steps": metrics["num_steps"], "first": first, "originals": originals, "pairs": pairs,
-        "all": len(pairs) * count, "shown": sum(map(len, pairs.values())),
+        "effects": effects_of(metrics.get("step_effects")), "all": len(pairs) * count, "shown": sum(map(len, pairs.values())),
     }  # fmt: skip
+
+
+def effects_of(effects: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return what an error at each step does, and in a sentence which steps make the image; None where it is not measured."""
+    if effects is None:
+        return None
+    steps = effects["steps"]
+    total = sum(row["moves"] for row in steps) or 1.0
+    ranked = sorted(steps, key=lambda row: -row["moves"])
+    chosen: list[int] = []
+    for row in ranked:
+        chosen.append(row["step"])
+        if sum(row["moves"] for row in steps if row["step"] in chosen) >= MOST_OF_IT * total:
+            break
+    listed = ", ".join(map(str, sorted(chosen)))
+    said = f"Step{'s' * (len(chosen) > 1)} {listed} of {len(steps)} make{'' if len(chosen) > 1 else 's'} {MOST_OF_IT:.0%} of what all steps do one by one."
+    return {**effects, "sentence": said, "most": ranked[0]["moves"] or 1.0}
 
 
 def pairs_of(

@@ -77,6 +77,19 @@ def print_tier_summary(summary: dict[str, Any]) -> None:
         click.echo(f"{title}: {len(names)} of {summary['num_layers']} layers{shown}")
 
 
+def print_step_effects(effects: Mapping[str, Any]) -> None:
+    """Print what an error at each step does, a column a step."""
+    images = f"{effects['images']} image{'s' * (effects['images'] > 1)}"
+    click.echo(
+        f"{effects['variant']} at one step alone ({images}): sigma, error of the velocity, finished latent moves by"
+    )
+    for row in effects["steps"]:
+        click.echo(
+            f"  step {row['step']:3}  {row['sigma']:5.3f}  {row['velocity_error']:6.3f}  {row['moves']:7.4f}  "
+            f"({row['left']:.2f} of what was put in)"
+        )
+
+
 def print_variants(results: dict[str, dict], simulated: bool) -> None:
     """Print the table of stage 4, a row for each variant, and the worst image of each.
 
