@@ -99,8 +99,7 @@ def run(options: EvaluationOptions) -> None:
         plan_evaluation,
     )
     from w4a8.evaluation.gate import check_gate, refuse_gain_without_nearest
-    from w4a8.evaluation.metrics import LOW_PSNR, compare_with_reference, read_reference
-    from w4a8.evaluation.paired import add_gains
+    from w4a8.evaluation.metrics import LOW_PSNR, add_gains, compare_with_reference, read_reference
     from w4a8.evaluation.step_effects import measured_effects, refuse_effects_without_weights
     from w4a8.evaluation.variants import default_variants, make_variant
     from w4a8.model.layers import model_layers
@@ -108,7 +107,7 @@ def run(options: EvaluationOptions) -> None:
     from w4a8.model.prompt_encoder import PromptEncoder, say_what_is_not_read
     from w4a8.model.prompt_files import read_prompt_file
     from w4a8.report.evaluation_figures import draw_grid, plot_errors, write_sheets
-    from w4a8.report.tables import print_step_effects, print_variants
+    from w4a8.report.tables import print_variants
 
     manifest = read_manifest(options.calib_dir)
     ranks = join(options.calib_dir)
@@ -162,17 +161,13 @@ def run(options: EvaluationOptions) -> None:
         if "fp" not in names:
             del images["fp"], results["fp"]
         add_gains(results)
-        effects = None
-        if options.step_effects:
-            effects = measured_effects(pipeline, texts, sampling, paths, chosen, options.step_effects)
+        effects = measured_effects(pipeline, texts, sampling, paths, chosen, options.step_effects)
         draw_grid(paths.grid, prompts, original, images, results, options.grid_map == "flip")
         plot_errors(paths.error_plot, results)
         write_sheets(paths, prompts, options.seed, original, images)
         write_metrics(paths, sampling.parameters(manifest, info, overlap), LOW_PSNR, results, effects)
     click.echo(f"wrote {paths.metrics}, {paths.grid}, {paths.error_plot}, {paths.images}/")
-    if effects is not None:
-        print_step_effects(effects)
-    print_variants(results, simulated=any(variant.rule is not None for variant in chosen))
+    print_variants(results, simulated=any(variant.rule is not None for variant in chosen), effects=effects)
     check_gate(results, options.min_psnr, options.max_step_error, options.min_gain)
 
 

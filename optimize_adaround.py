@@ -16,7 +16,7 @@ from w4a8 import cli  # isort: skip  (first: it says what to do where packages a
 
 import click
 
-from calibration_store.choices import GROUP_SIZES, INPUT_RULES, REST_BITS, ROUNDING_METHODS, UNIT_NAMES, WEIGHT_BITS
+from calibration_store.choices import GROUP_SIZES, INPUT_RULES, ROUNDING_METHODS, UNIT_NAMES, WEIGHT_BITS
 from calibration_store.limits import MOST_ITERATIONS, MOST_SECONDS
 from w4a8.options import RoundingOptions
 
@@ -89,26 +89,7 @@ WITHOUT_AN_OPTION = {
     type=click.Choice(UNIT_NAMES),
     help="What is trained for its own output.  [default: model up to 100 M weights, else block]",
 )
-@click.option(
-    "--end-to-end",
-    type=click.IntRange(0, MOST_ITERATIONS),
-    help="Iterations of a last phase: scales, zero points, biases and ranges of all blocks, and the 16-bit rest, against "
-    "the model's output.  [default: half of --iters; with --no-tune-rest 0 up to 100 M weights]",
-)
-@click.option(
-    "--unrolled",
-    type=click.IntRange(0, MOST_ITERATIONS),
-    help="More iterations of that phase against finished latents: the last four steps of sampling, unrolled.",
-)
-@click.option(
-    "--tune-rest/--no-tune-rest",
-    help="In that phase, train what stays in 16 bits, too: adaLN, norms, the final layer. The file does not grow.",
-)
-@click.option(
-    "--rest-bits",
-    type=click.Choice(REST_BITS),
-    help="Of adaLN in the export that is trained for, as in stage 5: 8 trains through that rounding.",
-)
+@cli.last_phase_options
 @click.option(
     "--rounding",
     type=click.Choice(ROUNDING_METHODS),

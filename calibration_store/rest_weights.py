@@ -15,7 +15,7 @@ from calibration_store.npz import LARGEST_NPZ, npz_arrays, write_npz
 from calibration_store.schema import CALIBRATION_RUN, TRAINING_RUN, of_run, run_fault
 
 INDEX = "index"  # the member that lists the others: JSON, {path: shape}
-REMEDY = "run optimize_adaround.py with --resume to make it anew"
+REST_REMEDY = "run optimize_adaround.py with --resume to make it anew"
 
 
 def write_rest(paths: WeightPaths, arrays: Mapping[str, np.ndarray], plan: Mapping[str, Any]) -> None:
@@ -39,8 +39,8 @@ def read_rest(paths: WeightPaths, plan: Mapping[str, Any]) -> dict[str, np.ndarr
     StoreError that names the file.
     """
     path = paths.rest
-    content = read_bytes(path, REMEDY, "missing", LARGEST_NPZ)
-    arrays = npz_arrays(path, content, REMEDY, lambda key: True, LARGEST_NPZ // 4)
+    content = read_bytes(path, REST_REMEDY, "missing", LARGEST_NPZ)
+    arrays = npz_arrays(path, content, REST_REMEDY, lambda key: True, LARGEST_NPZ // 4)
     noted = plan.get("rest_digest")
     fault = run_fault(arrays, plan.get(CALIBRATION_RUN)) or run_fault(arrays, plan.get(TRAINING_RUN), TRAINING_RUN)
     if fault is None and noted is not None and hashlib.sha256(content).hexdigest() != noted:
@@ -51,7 +51,7 @@ def read_rest(paths: WeightPaths, plan: Mapping[str, Any]) -> dict[str, np.ndarr
         if fault is None and (array.dtype.kind != "f" or not np.isfinite(array.astype(np.float16)).all()):
             fault = f"{key} holds no finite float16 values"
     if fault:
-        raise StoreError(f"{path}: {fault}; {REMEDY}")
+        raise StoreError(f"{path}: {fault}; {REST_REMEDY}")
     return {key: array.astype(np.float16) for key, array in own.items()}
 
 

@@ -37,7 +37,7 @@ from w4a8.rounding.training_samples import Samples
 
 pytestmark = pytest.mark.slow
 
-QUICK = ("--iters", 10, "--batch-size", 2)
+QUICK = ("--iters", 10, "--batch-size", 2, "--no-tune-rest")
 
 
 @pytest.fixture(scope="module")

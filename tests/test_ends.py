@@ -37,7 +37,7 @@ pytestmark = pytest.mark.slow
 
 BLOCKS = [f"mm{index}" for index in range(8)]
 CACHE = ("--num-images", 3, "--stride", 2)
-QUICK = ("--iters", 10, "--batch-size", 2)
+QUICK = ("--iters", 10, "--batch-size", 2, "--no-tune-rest")
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +279,7 @@ def test_slopes_block_by_block_are_those_of_the_whole(copy, rule):
     codes = unit.codes(training.state, hard=True)
     loss, gradients = unit.gradients(unit.quantized(training.state, codes, True), indices, 3)
     expected = grid_slopes(codes, training.state["scale"], training.state["zero_point"], gradients["weights"])
-    expected |= {"bias": gradients["biases"], "ranges": gradients["ranges"]}
+    expected |= {"bias": gradients["biases"], "ranges": gradients["ranges"], "rest": {}}
     found_loss, found = whole.slopes(whole.start, indices, 3)
     assert found_loss.item() == pytest.approx(loss.item(), rel=1e-5) and found.keys() == expected.keys()
     assert bool(expected["ranges"]) == (rule == "static")
@@ -318,7 +318,7 @@ def test_kills_in_every_phase_leave_the_same_files(copy):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("--end-to-end", 5, "--unit", "model"), "--end-to-end follows units that are smaller than the model"),
+        (("--end-to-end", 0, "--unrolled", 4), "--unrolled 4 follows the last phase"),
         (("--end-to-end", 5, "--blocks", "mm0"), "--end-to-end needs every block"),
     ],
 )

@@ -128,7 +128,18 @@ def everything(hub, roads, tmp_path_factory):
             "all",
             "then",
         ),
-        *("optimize_adaround", "--calib-dir", folder, "--iters", 10, "--batch-size", 2, "--unit", "block"),
+        *(
+            "optimize_adaround",
+            "--calib-dir",
+            folder,
+            "--iters",
+            10,
+            "--batch-size",
+            2,
+            "--unit",
+            "block",
+            "--no-tune-rest",
+        ),
     )
     assert done.returncode == 0, done.stderr
     return folder

@@ -33,7 +33,7 @@ from w4a8.rounding.training_samples import Samples, spread_over
 from w4a8.rounding.unit_training import UnitTraining
 from w4a8.rounding.units import BlockUnit, QuantizedUnit
 
-QUICK = ("--iters", 10, "--batch-size", 2)
+QUICK = ("--iters", 10, "--batch-size", 2, "--no-tune-rest")
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,8 @@ import pytest
 
 from calibration_store.errors import OptionError
 from w4a8.evaluation.gate import GateFailure, check_gate, refuse_gain_without_nearest
-from w4a8.evaluation.paired import add_gains, gain_words, nearest_of
+from w4a8.evaluation.metrics import add_gains
+from w4a8.evaluation.paired import gain_words, nearest_of
 from w4a8.report.variant_words import verdict_on
 
 

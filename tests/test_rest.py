@@ -15,16 +15,17 @@ from test_ends import BLOCKS, SETTINGS, rounding_of
 
 from calibration_store.layout import WeightPaths
 from calibration_store.rest_weights import read_rest
+from calibration_store.weights import read_quantized_block
 from w4a8.model.catalog import BUNDLED_FOLDER
 from w4a8.model.folder import load_folder_transformer
 from w4a8.model.layers import model_layers
 from w4a8.options import RoundingOptions
 from w4a8.quantized.layer import QuantizedLayer
+from w4a8.rounding.final_phase import FinalPhase, before_phase
 from w4a8.rounding.finished_latents import FinishedLatents
-from w4a8.rounding.phases import jobs_of
-from w4a8.rounding.rest import ALL, VECTORS, bytes_of_rest, deployed_rest, nearest_8_bits, rest_places, size_of
+from w4a8.rounding.rest import EVERYTHING, VECTORS, bytes_of_rest, deployed_rest, nearest_8_bits, rest_places, size_of
 from w4a8.rounding.run import choose_end_to_end
-from w4a8.rounding.unit_phase import trained_layers
+from w4a8.rounding.units import UnitSpec
 from w4a8.rounding.whole_model import WholeModel
 
 pytestmark = pytest.mark.slow
@@ -47,10 +48,10 @@ OPTIMIZE = (
 
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory):
-    """Return a calibration run of 6 images × 4 steps with the ends cached."""
+    """Return a calibration run of 4 images × 4 steps with the ends cached."""
     folder = tmp_path_factory.mktemp("rest") / "run"
-    assert generate("--num-images", 6, "--num-steps", 4, "--no-images", "--calib-dir", folder).exit_code == 0
-    assert invoke("cache_adaround_data", "--calib-dir", folder, "--num-images", 6, "--stride", 2).exit_code == 0
+    assert generate("--num-images", 4, "--num-steps", 4, "--no-images", "--calib-dir", folder).exit_code == 0
+    assert invoke("cache_adaround_data", "--calib-dir", folder, "--num-images", 4, "--stride", 2).exit_code == 0
     return folder
 
 
@@ -66,13 +67,13 @@ def trained(ends, tmp_path_factory):
     shutil.copytree(ends, folder)
     done = invoke("optimize_adaround", "--calib-dir", folder, *OPTIMIZE)
     assert done.exit_code == 0, done.output
-    assert "then 12 end to end with adaLN and the final layer, 3 against finished latents" in done.stdout
+    assert "then 8 end to end with adaLN and the final layer, 3 against finished latents" in done.stdout
     return folder
 
 
 def test_the_rest_is_adaln_and_the_final_layer(transformer):
     """Every parameter of the blocks and the final layer is either in a quantized layer or in the rest."""
-    places = rest_places(transformer, ALL)
+    places = rest_places(transformer, EVERYTHING)
     paths = {path for group in places.values() for path in group}
     assert list(places) == [*BLOCKS, "final_layer"] and len(paths) == 36
     assert all("adaLN_modulation.layers.1." in path or path.startswith("final_layer.linear.") for path in paths)
@@ -81,7 +82,7 @@ def test_the_rest_is_adaln_and_the_final_layer(transformer):
         "final_layer.linear.weight", "final_layer.adaLN_modulation.layers.1.weight",
     }  # fmt: skip
     own = dict(tree_flatten(transformer.parameters()))
-    assert bytes_of_rest(transformer, ALL) == 16 * sum(own[path].size for path in paths)
+    assert bytes_of_rest(transformer, EVERYTHING) == 16 * sum(own[path].size for path in paths)
     assert not any(rest_places(transformer, "none").values())
 
 
@@ -95,6 +96,17 @@ def test_the_default_iterations_of_the_last_phase(transformer):
     )
     assert choose_end_to_end(None, "block", False, transformer, 80, "none") == 0
     assert RoundingOptions(calib_dir=None).tune_rest
+
+
+def first_phase_of(folder, settings):
+    """Return the transformer, the samples, the layers as the first phase left them, and the job of the last phase."""
+    rounding = rounding_of(folder, settings, "model")
+    mmdit, job = rounding.open(), FinalPhase(rounding, UnitSpec("end to end", BLOCKS, list(rounding.layers)))
+    metadata = json.loads((folder / "adaround_weights/metadata.json").read_bytes())
+    layers = {}
+    for block in metadata["block_names"]:
+        layers |= read_quantized_block(WeightPaths(folder), block, metadata)
+    return mmdit, job.samples(mmdit), {name: before_phase(fields) for name, fields in layers.items()}, job
 
 
 @pytest.mark.parametrize("bits", [16, 8])
@@ -113,21 +125,17 @@ def test_the_loss_sees_the_rest_as_it_is_deployed(bits):
     assert mx.array_equal(nearest_8_bits(flat), flat)
 
 
-def test_slopes_of_the_rest_are_those_of_the_loss(ends):
+def test_slopes_of_the_rest_are_those_of_the_loss(trained):
     """A step along a parameter changes the loss, which is computed without gradients, as its slope says."""
-    settings = replace(SETTINGS, activation_bits=0, rest=ALL, micro_batch=2)
-    rounding = rounding_of(ends, settings, "model")
-    job = jobs_of(rounding)[0]
-    mmdit = rounding.open()
-    samples = job.samples(mmdit)
-    layers = trained_layers(job.training(mmdit, samples), False)
+    settings = replace(SETTINGS, activation_bits=0, rest=EVERYTHING, micro_batch=2)
+    mmdit, samples, layers, _ = first_phase_of(trained, settings)
     whole = WholeModel.build(mmdit, BLOCKS, samples, settings, layers)
-    indices = np.array(samples.training[:4])
+    indices = np.array(samples.training[:2])
     loss, slopes = whole.slopes(whole.start, indices, 0)
     assert loss.item() == pytest.approx(whole.loss(indices, whole.start), rel=1e-4)
     rest = whole.start["rest"]
     assert slopes["rest"].keys() == rest.keys()
-    for path in [path for path in rest if "final_layer" in path or ".6.image" in path]:
+    for path in [path for path in rest if path.endswith("weight") and ("final_layer" in path or ".6.image" in path)]:
         slope = slopes["rest"][path]
         step = mx.sign(slope) * size_of(rest[path]) * 0.02
         moved = [
@@ -136,20 +144,17 @@ def test_slopes_of_the_rest_are_those_of_the_loss(ends):
         assert (moved[0] - moved[1]) / 2 == pytest.approx(float((slope * step).sum()), rel=0.1), path
 
 
-def test_unrolled_steps_end_where_sampling_ended(ends):
+def test_unrolled_steps_end_where_sampling_ended(trained):
     """With the original's weights in place of the codes the last steps give the latents that stage 1 stored.
 
     Slopes are those of the loss, which is computed without gradients.
     """
-    settings = replace(SETTINGS, activation_bits=0, rest=ALL, micro_batch=2, unrolled=4)
-    rounding = rounding_of(ends, settings, "model")
-    mmdit = rounding.open()
-    samples = jobs_of(rounding)[0].samples(mmdit)
-    layers = trained_layers(jobs_of(rounding)[0].training(mmdit, samples), False)
+    settings = replace(SETTINGS, activation_bits=0, rest=EVERYTHING, micro_batch=2, unrolled=4)
+    mmdit, samples, layers, job = first_phase_of(trained, settings)
 
     class Original(WholeModel):
         def _block_parameters(self, block, state):
-            own = {name: layer for name, layer in model_layers(mmdit).items() if layer.block == block}
+            own = {name: model_layers(mmdit)[name] for name in self._of_block[block]}
             biases = {name: layer.bias for name, layer in own.items() if layer.bias is not None}
             return {
                 "weights": {n: layer.weight for n, layer in own.items()},
@@ -158,20 +163,19 @@ def test_unrolled_steps_end_where_sampling_ended(ends):
                 "rest": {},
             }
 
-    last = jobs_of(rounding)[1].last_steps(samples)
-    assert len(last.sigmas) == 5 and last.sigmas[-1] == 0 and last.begin.shape == last.end.shape == (6, 16, 16, 16)
-    assert sorted([*last.training, *last.held_out]) == list(range(6)) and last.steps == [0, 0, 1, 1]
+    last = job.last_steps(samples)
+    assert len(last.sigmas) == 5 and last.sigmas[-1] == 0 and last.begin.shape == last.end.shape == (4, 16, 16, 16)
+    assert sorted([*last.training, *last.held_out]) == list(range(4)) and last.steps == [0, 0, 1, 1]
     original = FinishedLatents(Original(mmdit, BLOCKS, samples, settings, layers), last)
-    assert original.loss(range(6), None) < 1e-5 * float(np.square(last.end).mean())  # text tokens are cached in float16
+    assert original.loss(range(4), None) < 1e-5 * float(np.square(last.end).mean())  # text tokens are cached in float16
     whole = WholeModel.build(mmdit, BLOCKS, samples, settings, layers)
     finished = FinishedLatents(whole, last)
-    images = np.array([0, 3, 5])
+    images = np.array([1, 3])
     loss, slopes = finished.slopes(whole.start, images)
     error = finished.loss(images, whole.start)
     assert error > 1e-4 and np.exp(loss.item()) == pytest.approx(error, rel=1e-3)
-    moved = [("rest", "final_layer.adaLN_modulation.layers.1.bias", 0.01), ("bias", "mm5.img.attn.v_proj", 1e-3),
-             ("rest", "multimodal_transformer_blocks.6.image_transformer_block.adaLN_modulation.layers.1.bias", 0.003),
-             ("zero_point", "mm2.txt.attn.v_proj", 0.02)]  # fmt: skip
+    moved = [("rest", "final_layer.adaLN_modulation.layers.1.bias", 0.01), ("bias", "mm1.img.attn.v_proj", 1e-3),
+             ("rest", "multimodal_transformer_blocks.6.image_transformer_block.adaLN_modulation.layers.1.bias", 0.003)]  # fmt: skip
     for kind, name, size in moved:
         slope, array = slopes[kind][name], whole.start[kind][name]
         step = mx.sign(slope) * size * (size_of(array) if kind == "rest" else 1)

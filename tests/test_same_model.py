@@ -78,7 +78,7 @@ def with_another_weight(model, folder):
         ("generate_calibration_data", SMALL),
         ("cache_adaround_data", ("--num-images", 2, "--stride", 2)),
         ("collect_layer_activations", ("--num-images", 2, "--stride", 2)),
-        ("optimize_adaround", ("--iters", 10, "--batch-size", 2, "--unit", "block")),
+        ("optimize_adaround", ("--iters", 10, "--batch-size", 2, "--unit", "block", "--no-tune-rest")),
     ],
 )
 def test_another_models_weights_are_refused_and_a_moved_folder_is_fine(run, model, tmp_path, script, arguments):
@@ -135,7 +135,7 @@ def test_a_run_that_grows_leaves_finished_stages_valid(run, model):
     for script, *arguments in (
         ("cache_adaround_data", "--num-images", 2, "--stride", 2, "--resume"),
         ("collect_layer_activations", "--num-images", 2, "--stride", 2, "--resume"),
-        ("optimize_adaround", "--iters", 10, "--batch-size", 2, "--unit", "block", "--resume"),
+        ("optimize_adaround", "--iters", 10, "--batch-size", 2, "--unit", "block", "--no-tune-rest", "--resume"),
     ):
         done = invoke(script, *arguments, "--calib-dir", run)
         assert done.exit_code == 0, done.output

@@ -27,7 +27,7 @@ ROADS = {
         "collect_layer_activations.py --num-images {used} --stride {stride}",
         "analyze_activations.py --plot",
         "analyze_activations_multitier.py",
-        "optimize_adaround.py --iters 10 --batch-size {batch} --micro-batch {micro} --unit block --blocks {blocks}",
+        "optimize_adaround.py --iters 10 --batch-size {batch} --micro-batch {micro} --no-tune-rest --unit block --blocks {blocks}",
         "export_quantized_model.py --weights w4-rtn --activations a8",
         "evaluate_quantization.py --num-images 1 --num-steps 1 --variants w4-rtn",
         "draw_images.py 'red heart' --model {dir}/quantized_model --num-steps 1 --output {dir}/drawn",

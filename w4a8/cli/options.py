@@ -10,12 +10,13 @@ from typing import Any, ClassVar, Literal
 
 import click
 
-from calibration_store.choices import NATIVE_WAYS, SCALE_MEANINGS
+from calibration_store.choices import NATIVE_WAYS, REST_BITS, SCALE_MEANINGS
 from calibration_store.limits import (
     MOST,
     MOST_DECIBELS,
     MOST_GUIDANCE,
     MOST_IMAGES,
+    MOST_ITERATIONS,
     MOST_LORA_SCALE,
     MOST_RATE,
     MOST_SEED,
@@ -221,6 +222,34 @@ def analysis_options(config: str) -> Callable:
         return function
 
     return add
+
+
+def last_phase_options(function: Callable) -> Callable:
+    """Add the options of the last phase of stage 3W: `--end-to-end`, `--unrolled`, `--tune-rest` and `--rest-bits`."""
+    for decorator in (
+        click.option(
+            "--rest-bits",
+            type=click.Choice(REST_BITS),
+            help="Of adaLN in the export that is trained for, as in stage 5: 8 trains through that rounding.",
+        ),
+        click.option(
+            "--tune-rest/--no-tune-rest",
+            help="In that phase, train what stays in 16 bits, too: adaLN, norms, the final layer. The file does not grow.",
+        ),
+        click.option(
+            "--unrolled",
+            type=click.IntRange(0, MOST_ITERATIONS),
+            help="More iterations of that phase against finished latents: the last four steps of sampling, unrolled.",
+        ),
+        click.option(
+            "--end-to-end",
+            type=click.IntRange(0, MOST_ITERATIONS),
+            help="Iterations of a last phase: scales, zero points, biases and ranges of all blocks, and the 16-bit rest, against "
+            "the model's output.  [default: half of --iters; with --no-tune-rest 0 up to 100 M weights]",
+        ),
+    ):
+        function = decorator(function)
+    return function
 
 
 def resume_options(function: Callable) -> Callable:

@@ -14,6 +14,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from calibration_store.errors import OptionError
 from w4a8.backend.lazy_imports import MissingPackage
 from w4a8.backend.parallel import on_every_core
+from w4a8.evaluation.paired import nearest_of
 from w4a8.evaluation.perceptual import lpips_distances, measures_lpips
 
 LOW_PSNR, HIGH_PSNR = 30.0, 40.0  # dB: metrics.json notes the shares of images below the first, and from the second on
@@ -85,6 +86,28 @@ def bootstrap_interval(values: np.ndarray, seed: int = 0) -> list[float]:
     """Return the 95 % interval of the mean of values (n,), by drawing n of them with replacement BOOTSTRAP times."""
     picks = np.random.default_rng(seed).integers(values.size, size=(BOOTSTRAP, values.size))
     return np.quantile(values[picks].mean(axis=1), [0.025, 0.975]).tolist()
+
+
+def add_gains(results: Mapping[str, dict[str, Any]]) -> None:
+    """Add the entry `gain` to the metrics of every variant that `nearest_of` compares: the difference of PSNR in dB.
+
+    It has the name `over`, the mean over images, its 95 % interval by drawing images again, and how many images gained
+    of how many. An image that equals the original's in either variant has no PSNR, and is left out.
+    """
+    for name, row in results.items():
+        over = nearest_of(name, results)
+        if over is None:
+            continue
+        pairs = [(new["psnr"], old["psnr"]) for new, old in zip(row["images"], results[over]["images"], strict=True)]
+        gains = np.array([new - old for new, old in pairs if new is not None and old is not None])
+        if gains.size:
+            row["gain"] = {
+                "over": over,
+                "mean": float(gains.mean()),
+                "interval": bootstrap_interval(gains),
+                "gained": int((gains > 0).sum()),
+                "images": int(gains.size),
+            }
 
 
 def describe_variant(

@@ -4,10 +4,6 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import numpy as np
-
-from w4a8.evaluation.metrics import bootstrap_interval
-
 NEAREST = re.compile(r"w(\d)-rtn([^+]*)")
 WEIGHTS = re.compile(r"w(\d)-[a-z]+([^+]*)(\+.*)?")
 
@@ -29,28 +25,6 @@ def nearest_of(variant: str, names: Collection[str]) -> str | None:
     same = [name for name in found if name[1] == own[1]]
     exact = [name for name in same if name == f"w{own[1]}-rtn{own[2]}"]
     return next(iter([*exact, *same]), None)
-
-
-def add_gains(results: Mapping[str, dict[str, Any]]) -> None:
-    """Add the entry `gain` to the metrics of every variant that `nearest_of` compares: the difference of PSNR in dB.
-
-    It has the name `over`, the mean over images, its 95 % interval by drawing images again, and how many images gained
-    of how many. An image that equals the original's in either variant has no PSNR, and is left out.
-    """
-    for name, row in results.items():
-        over = nearest_of(name, results)
-        if over is None:
-            continue
-        pairs = [(new["psnr"], old["psnr"]) for new, old in zip(row["images"], results[over]["images"], strict=True)]
-        gains = np.array([new - old for new, old in pairs if new is not None and old is not None])
-        if gains.size:
-            row["gain"] = {
-                "over": over,
-                "mean": float(gains.mean()),
-                "interval": bootstrap_interval(gains),
-                "gained": int((gains > 0).sum()),
-                "images": int(gains.size),
-            }
 
 
 def gain_words(gain: Mapping[str, Any]) -> str:

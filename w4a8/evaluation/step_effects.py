@@ -36,10 +36,14 @@ def refuse_effects_without_weights(variants: list[Variant], images: int) -> None
 def measured_effects(
     pipeline: Pipeline, texts: PromptEncoder, plan: EvaluationPlan, paths: EvaluationPaths, variants: list[Variant],
     images: int,
-) -> dict[str, Any]:  # fmt: skip
-    """Return the entry `step_effects` for the first `images` images of an evaluation whose original is on the disk."""
+) -> dict[str, Any] | None:  # fmt: skip
+    """Return the entry `step_effects` for the first `images` images of an evaluation whose original is on the disk.
+
+    Returns None for no images.
+    """
     original, variant = variants[0], variant_of_steps(variants)
-    assert variant is not None  # `refuse_effects_without_weights`
+    if not images or variant is None:
+        return None
     path = paths.run(original.name, plan.identity(original))
     shape = len(plan.prompts), plan.num_steps + 1, plan.latent_size
     arrays = read_variant(path, plan.identity(original), *shape)

@@ -90,11 +90,14 @@ def print_step_effects(effects: Mapping[str, Any]) -> None:
         )
 
 
-def print_variants(results: dict[str, dict], simulated: bool) -> None:
+def print_variants(results: dict[str, dict], simulated: bool, effects: Mapping[str, Any] | None = None) -> None:
     """Print the table of stage 4, a row for each variant, and the worst image of each.
 
-    results: {variant: its entry in metrics.json}; simulated: whether any variant quantizes activations.
+    results: {variant: its entry in metrics.json}; simulated: whether any variant quantizes activations; effects: what an
+    error at each step does, where it was measured.
     """
+    if effects is not None:
+        print_step_effects(effects)
     labels = {name: f"{name} (experimental)" if "multitier" in name.split("+") else name for name in results}
     width = max(map(len, labels.values()))
     click.echo(f"{'':{width}}  PSNR mean (95 %)       median   worst  >=40 dB  <30 dB    SSIM    FLIP  latent error")

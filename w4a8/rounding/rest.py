@@ -17,13 +17,13 @@ from w4a8.model.layers import model_blocks, model_layers
 from w4a8.quantized.layer import deployed, deployed_grid
 from w4a8.quantized.model import GROUPS_OF_THE_REST
 
-ALL, VECTORS, NONE = REST_KINDS
+EVERYTHING, VECTORS, NO_REST = REST_KINDS
 FINAL_LAYER = "final_layer"
 BYTES_PER_PARAMETER = 16  # master, two moments, slope
 REST_SHARE = 0.25  # the share of the device's memory that these may take; above it adaLN's matrices stay
 SMALLEST_SIZE = 0.01  # of a parameter, where its values are near 0
 LARGEST_CODE = 255  # of 8 bits
-SMALLEST_STEP = 1.2e-38  # where all weights of a group are 0
+FLAT_STEP = 1.2e-38  # where all weights of a group are 0
 
 
 class Place(NamedTuple):
@@ -41,7 +41,7 @@ def rest_places(mmdit: nn.Module, kind: RestKind) -> dict[str, dict[str, Place]]
     quantized = {id(layer.module) for layer in model_layers(mmdit).values()}
     prefixes = {f"{block.attribute}.{block.index}.": name for name, block in model_blocks(mmdit).items()}
     found: dict[str, dict[str, Place]] = {name: {} for name in (*model_blocks(mmdit), FINAL_LAYER)}
-    for path, module in mmdit.named_modules() if kind != NONE else ():
+    for path, module in mmdit.named_modules() if kind != NO_REST else ():
         owner = next((name for prefix, name in prefixes.items() if f"{path}.".startswith(prefix)), None)
         if path == FINAL_LAYER or path.startswith(f"{FINAL_LAYER}."):
             owner = FINAL_LAYER
@@ -49,7 +49,7 @@ def rest_places(mmdit: nn.Module, kind: RestKind) -> dict[str, dict[str, Place]]
             continue
         for key, array in module.items():
             plain = isinstance(array, mx.array) and not key.startswith("_")
-            if plain and (kind == ALL or owner == FINAL_LAYER or array.ndim == 1):
+            if plain and (kind == EVERYTHING or owner == FINAL_LAYER or array.ndim == 1):
                 found[owner][f"{path}.{key}"] = Place(module, key)
     return {owner: dict(sorted(places.items())) for owner, places in found.items()}
 
@@ -60,10 +60,10 @@ def choose_rest(mmdit: nn.Module, wanted: bool, before: Mapping[str, Any] | None
     wanted: the value of --tune-rest.
     """
     if not wanted or (before is not None and "rest" not in before):
-        return NONE
+        return NO_REST
     if before is not None:
         return before["rest"]
-    return ALL if bytes_of_rest(mmdit, ALL) <= REST_SHARE * device_memory() else VECTORS
+    return EVERYTHING if bytes_of_rest(mmdit, EVERYTHING) <= REST_SHARE * device_memory() else VECTORS
 
 
 def bytes_of_rest(mmdit: nn.Module, kind: RestKind) -> int:
@@ -101,7 +101,7 @@ def nearest_8_bits(weight: mx.array) -> mx.array:
     """Return a weight (out, in) rounded to nearest as `QuantizedLayer.nearest` rounds: 8 bits, groups of 64, min-max."""
     grouped = weight.reshape(len(weight), -1, GROUPS_OF_THE_REST)
     low, high = mx.minimum(grouped.min(axis=-1), 0), mx.maximum(grouped.max(axis=-1), 0)
-    scale = mx.maximum((high - low) / LARGEST_CODE, SMALLEST_STEP)
+    scale = mx.maximum((high - low) / LARGEST_CODE, FLAT_STEP)
     scale, zero_point = deployed_grid(scale, mx.round(-low / scale))
     codes = mx.clip(mx.round(grouped / scale[..., None] + zero_point[..., None]), 0, LARGEST_CODE)
     scale, minimum = deployed(scale, zero_point)

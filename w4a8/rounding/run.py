@@ -19,11 +19,15 @@ from w4a8.backend.processes import SINGLE_PROCESS, SingleProcess
 from w4a8.model.layers import Layer, model_blocks, model_layers
 from w4a8.options import RoundingOptions
 from w4a8.rounding.block_boundaries import BlockBoundaries
-from w4a8.rounding.rest import ALL, NONE, VECTORS, choose_rest
+from w4a8.rounding.rest import EVERYTHING, NO_REST, VECTORS, choose_rest
 from w4a8.rounding.settings import Settings
 from w4a8.rounding.units import MODEL, UNITS, Unit
 
-REST_WORDS = {NONE: "", ALL: " with adaLN and the final layer", VECTORS: " with adaLN's biases and the final layer"}
+REST_WORDS = {
+    NO_REST: "",
+    EVERYTHING: " with adaLN and the final layer",
+    VECTORS: " with adaLN's biases and the final layer",
+}
 MODEL_UNIT_LIMIT = 100_000_000  # weights up to which the default unit is the whole model
 
 
@@ -61,7 +65,7 @@ class RoundingRun:
             raise OptionError(
                 f"--unrolled {settings.unrolled} follows the last phase, which --end-to-end gives iterations"
             )
-        settings = replace(settings, end_to_end=end_to_end, rest=rest if end_to_end else NONE)
+        settings = replace(settings, end_to_end=end_to_end, rest=rest if end_to_end else NO_REST)
         return cls(opened, mmdit, paths, cache, schedule, settings, unit, blocks, ranks)
 
     @property
@@ -98,7 +102,7 @@ class RoundingRun:
         """The content of plan.json, which identifies the run, and most of metadata.json's."""
         cache = self.cache
         settings = asdict(self.settings)
-        if self.settings.rest == NONE:  # as plans were before the rest was trained
+        if self.settings.rest == NO_REST:  # as plans were before the rest was trained
             del settings["rest"], settings["rest_bits"]
         if not self.settings.unrolled:
             del settings["unrolled"]
@@ -172,7 +176,9 @@ def choose_unit(
     return unit, chosen
 
 
-def choose_end_to_end(given: int | None, unit: str, whole: bool, mmdit: nn.Module, iters: int, rest: str = NONE) -> int:
+def choose_end_to_end(
+    given: int | None, unit: str, whole: bool, mmdit: nn.Module, iters: int, rest: str = NO_REST
+) -> int:
     """Return the number of iterations of the last phase.
 
     given: `--end-to-end`, None for half of the iterations where the rest is trained, or where the model is large and
@@ -181,7 +187,7 @@ def choose_end_to_end(given: int | None, unit: str, whole: bool, mmdit: nn.Modul
     large = num_weights(model_layers(mmdit).values()) > MODEL_UNIT_LIMIT
     if given and not whole:
         raise OptionError("--end-to-end needs every block: leave --blocks out")
-    useful = rest != NONE or (large and unit != MODEL)
+    useful = rest != NO_REST or (large and unit != MODEL)
     return iters // 2 if given is None and whole and useful else given or 0
 
 
