@@ -120,12 +120,12 @@ def fault_of_help(path: Path) -> object:
     if "Usage:" not in text:
         return done.stderr
     seconds = []
-    while not seconds or (min(seconds) >= 0.3 and len(seconds) < 4):
+    while not seconds or (min(seconds) >= 0.5 and len(seconds) < 4):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, str(path), "-h"], check=True, stdout=subprocess.DEVNULL)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    return {name.split(".")[0] for name in loaded.split()} & set(HEAVY) or (min(seconds) >= 0.3 and seconds)
+    return {name.split(".")[0] for name in loaded.split()} & set(HEAVY) or (min(seconds) >= 0.5 and seconds)
 
 
 def test_no_file_is_too_long():
