@@ -57,6 +57,7 @@ def pixels(path):
 # --- sizes, seeds, one file ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_prompt_with_each_of_the_seeds(tmp_path):
     several = drawn(tmp_path / "several", "--seeds", "7, 3", "--batch-size", 3)
     assert len(several) == 4

@@ -293,7 +293,7 @@ def test_slopes_block_by_block_are_those_of_the_whole(copy, rule):
 
 
 def test_kills_in_every_phase_leave_the_same_files(copy):
-    command = [*QUICK, "--unit", "block", "--end-to-end", 12, "--checkpoint-seconds", 0.3]
+    command = [*QUICK, "--unit", "block", "--end-to-end", 6, "--checkpoint-seconds", 0.3]
     command += ["--bits", "mm[123456].*=16", "--tune-rest", "--unrolled", 2]
     done = invoke("optimize_adaround", "--calib-dir", copy, *command)
     assert done.exit_code == 0, done.output

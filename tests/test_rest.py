@@ -171,6 +171,14 @@ def test_unrolled_steps_end_where_sampling_ended(trained):
         assert (up - down) / 2 == pytest.approx(float((slope * step).sum()), rel=0.1), name
 
 
+def test_latents_that_are_not_there_are_told_before_any_work(ends, tmp_path):
+    shutil.copytree(ends, tmp_path / "run")
+    (tmp_path / "run/samples/0002_004.npz").unlink()
+    done = invoke("optimize_adaround", "--calib-dir", tmp_path / "run", *OPTIMIZE, "--unrolled", 2)
+    one_line(done, "0002_004.npz")
+    assert not list((tmp_path / "run/adaround_weights").glob("*.npz"))
+
+
 def test_the_trained_rest_is_measured_and_exported(trained, tmp_path):
     """rest.npz has float16 values under their paths; stage 5 writes them, and stage 4's native model draws the same."""
     metadata = json.loads((trained / "adaround_weights/metadata.json").read_bytes())

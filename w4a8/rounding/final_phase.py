@@ -13,12 +13,13 @@ import mlx.nn as nn
 import numpy as np
 
 from calibration_store.block_cache import block_keys, boundary_shapes
+from calibration_store.manifest import read_manifest
 from calibration_store.rest_weights import read_rest, write_rest
 from calibration_store.rounding_checkpoint import Layers
 from calibration_store.weights import read_losses, read_quantized_block, write_losses, write_quantized_block
 from w4a8.backend.parallel import working_cores
 from w4a8.quantized.layer import deployed_grid
-from w4a8.rounding.finished_latents import UNROLLED, FinishedLatents, LastSteps
+from w4a8.rounding.finished_latents import UNROLLED, FinishedLatents, LastSteps, read_ends
 from w4a8.rounding.iteration_bytes import IterationBytes
 from w4a8.rounding.jobs import Job
 from w4a8.rounding.rest import bytes_of_rest
@@ -210,6 +211,12 @@ class FinalPhase(Job):
         if read_losses(run.paths.end_to_end_losses, run.plan)["stages"][0].get("rest"):
             read_rest(run.paths, run.plan_on_disk)
         return all("scale_before" in fields for fields in layers.values())
+
+    def check_inputs(self) -> None:
+        """Raise StoreError where finished latents are trained on, and stage 1's are not there."""
+        run = self.run
+        if run.settings.unrolled:
+            read_ends(run.paths.calib_dir, read_manifest(run.paths.calib_dir), run.cache["selected_image_ids"])
 
     def open(self) -> nn.Module:
         """Return the transformer."""

@@ -60,14 +60,8 @@ class LastSteps:
 
         cache: the block cache's metadata; schedule: noise levels of the calibration run, num_steps + 1.
         """
-        manifest, paths = read_manifest(calib_dir), CalibrationPaths(calib_dir)
-        images, key_steps = cache["selected_image_ids"], cache["key_timesteps"]
-        saved = saved_steps(manifest["num_steps"], manifest["stride"])
-        first = max((step for step in saved if step <= manifest["num_steps"] - UNROLLED), default=saved[0])
-        ends = [
-            np.concatenate([read_sample(paths, manifest, image, step)["x"] for image in images]).astype(np.float32)
-            for step in (first, manifest["num_steps"])
-        ]
+        manifest, images, key_steps = read_manifest(calib_dir), cache["selected_image_ids"], cache["key_timesteps"]
+        first, ends = read_ends(calib_dir, manifest, images)
         of_image: dict[int, int] = {}  # the cached sample of the latest step
         for position, (image, step) in enumerate(samples.sample_ids):
             best = of_image.get(image)
@@ -85,6 +79,24 @@ class LastSteps:
             training=[at for at, image in enumerate(images) if image in trained],
             held_out=[at for at, image in enumerate(images) if image in judging],
         )  # fmt: skip
+
+
+def read_ends(
+    calib_dir: Path, manifest: Mapping[str, Any], images: Sequence[int]
+) -> tuple[int, tuple[np.ndarray, np.ndarray]]:
+    """Return the first unrolled step, and the images' latents before it and after the last step.
+
+    It is the last saved step before the last UNROLLED ones. Latents are (images, h, w, 16) float32. Raises StoreError
+    where one is missing or damaged.
+    """
+    paths, count = CalibrationPaths(calib_dir), manifest["num_steps"]
+    saved = saved_steps(count, manifest["stride"])
+    first = max((step for step in saved if step <= count - UNROLLED), default=saved[0])
+    begin, end = (
+        np.concatenate([read_sample(paths, manifest, image, step)["x"] for image in images]).astype(np.float32)
+        for step in (first, count)
+    )
+    return first, (begin, end)
 
 
 class FinishedLatents:

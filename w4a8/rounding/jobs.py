@@ -111,6 +111,9 @@ class Job(ABC):
         """Return the number of bytes that one cached sample takes in memory, where the training draws from a window."""
         return 0
 
+    def check_inputs(self) -> None:  # noqa: B027  (most jobs need nothing else)
+        """Raise a UserError where files that the job needs beside the cache are not there; called before any work."""
+
     # finished jobs
 
     @abstractmethod

@@ -37,6 +37,8 @@ def run_jobs(
     """
     run = jobs[0].run
     paths, ranks, own = run.paths, run.ranks, [job for job in jobs if job.is_one_process]
+    for job in todo:
+        job.check_inputs()
     if todo and ranks.rank == 0:
         remove_file(paths.metadata)  # it describes files that are about to change
     bar.n = sum(job.iterations for job in own if job not in todo)
