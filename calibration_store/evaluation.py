@@ -82,7 +82,7 @@ class VariantMetrics(_VariantMetrics, total=False):
 
 
 class StepEffect(TypedDict):
-    """What an error at one step does; relative to the lengths of the velocity, and of the finished latent."""
+    """The effect of an error at one step, relative to the lengths of the velocity and of the finished latent."""
 
     step: Index
     sigma: NotNegative

@@ -1,4 +1,4 @@
-"""What a name says: of a checkpoint about how to sample with it, of a lone file about what is wrong with it."""
+"""A checkpoint's name says how to sample with it; a lone file is told what is wrong with it."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What stays in 16 bits, trained in the last phase of stage 3W: its slopes, its file, its way into stages 4 and 5."""
+"""The last phase of stage 3W trains what stays in 16 bits: its slopes, its file, its way into stages 4 and 5."""
 
 import json
 import shutil

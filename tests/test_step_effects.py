@@ -1,4 +1,4 @@
-"""What an error at each step does to the image, against sampling whose weights are exchanged for one step."""
+"""Compare the effects of single steps with sampling whose weights are exchanged for one step."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What an error at each step of sampling does to the finished latent: quantized weights at one step, the original's else."""
+"""Measure what an error at each step of sampling does to the finished latent: one step alone has quantized weights."""
 
 from collections.abc import Callable
 from typing import Any
