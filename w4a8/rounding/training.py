@@ -227,13 +227,18 @@ class Training(ABC):
 
     def move_rest(self, gradients: Arrays, rate: float) -> None:
         """Move the 16-bit rest, {path: array}, in units of each parameter's size at the start, at a learning rate."""
-        sizes = {path: size_of(array) for path, array in self.unit.start["rest"].items()}
+        sizes = self._rest_sizes
         self.optimizers["rest"].learning_rate = rate
         moved = self.optimizers["rest"].apply_gradients(
             {path: gradient * sizes[path] for path, gradient in gradients.items()},
             {path: array / sizes[path] for path, array in self.state["rest"].items()},
         )
         self.state["rest"] = {path: array * sizes[path] for path, array in moved.items()}
+
+    @functools.cached_property
+    def _rest_sizes(self) -> dict[str, float]:
+        """The size of each parameter of the rest at the start; measured once, since each needs an evaluation."""
+        return {path: size_of(array) for path, array in self.unit.start["rest"].items()}
 
     def move_ranges(self, gradients: Arrays) -> None:
         """Move the activation ranges (on a log scale)."""
