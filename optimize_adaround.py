@@ -22,7 +22,7 @@ from w4a8.options import RoundingOptions
 
 NAMED_LIKE_THEIR_OPTION = (  # entries of the plan
     "unit", "iters", "batch_size", "weight_bits", "activation_bits", "group_size", "rounding", "qdrop", "lr_alpha", "lr_activation_scale",
-    "end_to_end", "unrolled", "rest_bits", "activation_rule", "average_bits", "seed", "micro_batch",
+    "end_to_end", "unrolled", "rest_bits", "migrate", "activation_rule", "average_bits", "seed", "micro_batch",
 )  # fmt: skip
 WITHOUT_AN_OPTION = {
     "selected_image_ids": "cached images", "key_timesteps": "cached steps", "bit_choices": "widths of --average-bits",
@@ -91,6 +91,11 @@ WITHOUT_AN_OPTION = {
 )
 @cli.last_phase_options
 @click.option(
+    "--migrate/--no-migrate",
+    help="Move wide input channels into the weights first (SmoothQuant), by changes of adaLN and of the value projections. "
+    "The model stays the same, but LoRAs that are put onto the result later do not fit it.",
+)
+@click.option(
     "--rounding",
     type=click.Choice(ROUNDING_METHODS),
     help="ste: hard codes, straight-through gradient; sigmoid: AdaRound's, hardened on the way.",
@@ -136,13 +141,14 @@ def run(options: RoundingOptions) -> None:
     from calibration_store.layout import BlockCachePaths
     from calibration_store.manifest import read_manifest
     from calibration_store.stage_folder import StageFolder
-    from calibration_store.weights import WEIGHTS_PLAN, weight_paths, write_weights_metadata
+    from calibration_store.weights import WEIGHTS_PLAN, weight_paths
     from w4a8.backend.launched import join
     from w4a8.backend.parallel import run_cpu_streams_side_by_side
     from w4a8.model.runs import run_schedule, run_transformer
     from w4a8.report.tables import print_losses
     from w4a8.rounding.bit_widths import choose_bits
     from w4a8.rounding.micro_batches import choose_micro_batch
+    from w4a8.rounding.migration import finish_weights, note_migration
     from w4a8.rounding.phases import (
         bytes_written,
         estimate_rounding,
@@ -206,9 +212,10 @@ def run(options: RoundingOptions) -> None:
                 for _ in verified(calib_dir, cache, [job.spec.blocks for job in todo], ranks):
                     ranks.advance(bar)
                 ranks.complete(bar)
+            note_migration(rounding)
             with cli.progress_bar(sum(job.iterations for job in jobs), jobs[0].name, "it") as bar:
                 run_jobs(jobs, todo, bar, options.checkpoint_seconds, options.alpha)
-            losses = folder.finish(lambda: write_weights_metadata(paths, plan))
+            losses = folder.finish(lambda: finish_weights(rounding))
     if losses is not None:
         print_losses(losses_by_job(jobs, losses))
     click.echo(f"wrote {paths.metadata} and a file per block")

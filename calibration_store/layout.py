@@ -151,6 +151,7 @@ class WeightPaths:
         self.checkpoint = self.root / "checkpoint.npz"
         self.end_to_end_losses = self.root / "end_to_end_losses.json"
         self.rest = self.root / "rest.npz"
+        self.migration = self.root / "migration.npz"
 
     def block(self, block: str) -> Path:
         return self.root / f"{block}.npz"
@@ -175,7 +176,7 @@ class WeightPaths:
 
     def owned_files(self) -> list[Path]:
         names = r"(metadata|plan|end_to_end_losses)\.json"
-        names += rf"|rest\.npz|checkpoint(_{BLOCK_PATTERN})?\.npz|{BLOCK_PATTERN}(\.npz|_losses\.json)"
+        names += rf"|(rest|migration)\.npz|checkpoint(_{BLOCK_PATTERN})?\.npz|{BLOCK_PATTERN}(\.npz|_losses\.json)"
         return files_matching(self.root, names) + [path for each in self.boundaries for path in each.owned_files()]
 
 

@@ -25,7 +25,7 @@ from calibration_store.files import file_digest, read_bytes, write_json
 from calibration_store.layout import WeightPaths
 from calibration_store.names import BlockName, LayerName, block_of, is_post_gelu, layer_key, split_key
 from calibration_store.npz import LARGEST_NPZ, npz_arrays, write_npz
-from calibration_store.rest_weights import read_rest
+from calibration_store.rest_weights import read_migration, read_rest
 from calibration_store.schema import (
     CALIBRATION_RUN,
     FINITE,
@@ -83,6 +83,7 @@ class _MadeFrom(TypedDict, total=False):
     unrolled: Iterations  # more iterations of it, against finished latents; absent: 0
     rest: RestKind  # which 16-bit parameters the last phase trains, too; absent: none
     rest_bits: RestBits  # of adaLN's matrices in the export that is trained for
+    migrate: bool  # wide input channels were migrated into the weights (migration.npz); absent: they were not
     training_run: Digest  # digest of the plan (function `training_run`); absent in files of 0.8.0
     w4a8_version: Name  # of the toolkit that began the run; absent before 0.9.0
     layer_bits: dict[LayerName, Bits]  # bits of the layers whose codes do not have weight_bits
@@ -166,6 +167,7 @@ class WeightsMetadata(_Weights, _MadeFrom, total=False):
     block_digests: dict[BlockName, Digest]  # SHA-256 of every block's file
     rest_parameters: list[Name]  # paths of the arrays in rest.npz; absent: there is no such file
     rest_digest: Digest  # its SHA-256
+    migration_digest: Digest  # of migration.npz; absent: there is no such file
 
 
 def weights_fault(content: WeightsPlan | WeightsMetadata) -> str | None:
@@ -348,9 +350,12 @@ def write_weights_metadata(paths: WeightPaths, plan: Mapping[str, Any]) -> dict[
     losses = {block: read_losses(paths.losses(block), plan) for block in plan["block_names"]}
     last = {"end_to_end_losses": read_losses(paths.end_to_end_losses, plan)} if plan.get("end_to_end") else {}
     digests = {block: file_digest(paths.block(block)) for block in plan["block_names"]}
-    rest = {}
-    if any(stage.get("rest") for each in last.values() for stage in each["stages"]):
-        rest = {"rest_parameters": list(read_rest(paths, plan)), "rest_digest": file_digest(paths.rest)}
+    rest: dict[str, Any] = {}
+    if plan.get("migrate"):
+        read_migration(paths, plan)
+        rest["migration_digest"] = file_digest(paths.migration)
+    if plan.get("migrate") or any(stage.get("rest") for each in last.values() for stage in each["stages"]):
+        rest |= {"rest_parameters": list(read_rest(paths, plan)), "rest_digest": file_digest(paths.rest)}
     content = {**plan, "format": WEIGHTS_FORMAT, "losses": losses, **last, "block_digests": digests, **rest}
     write_json(paths.metadata, content)
     return losses | {each["unit"]: each for each in last.values()}

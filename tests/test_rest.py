@@ -23,7 +23,7 @@ from w4a8.options import RoundingOptions
 from w4a8.quantized.layer import QuantizedLayer
 from w4a8.rounding.final_phase import FinalPhase, before_phase
 from w4a8.rounding.finished_latents import FinishedLatents
-from w4a8.rounding.rest import EVERYTHING, VECTORS, bytes_of_rest, deployed_rest, nearest_8_bits, rest_places, size_of
+from w4a8.rounding.rest import EVERYTHING, VECTORS, bytes_of_rest, deployed_rest, nearest_dense, rest_places, size_of
 from w4a8.rounding.run import choose_end_to_end
 from w4a8.rounding.units import UnitSpec
 from w4a8.rounding.whole_model import WholeModel
@@ -109,7 +109,7 @@ def test_the_loss_sees_the_rest_as_it_is_deployed(bits):
     assert mx.array_equal(slope, mx.full(weight.shape, 3.0))
     assert np.array_equal(np.array(deployed_rest("final_layer.linear.weight", weight, mx.float16, bits)), half)
     flat = mx.zeros((2, 64))
-    assert mx.array_equal(nearest_8_bits(flat), flat)
+    assert mx.array_equal(nearest_dense(flat, 8, 64), flat)
 
 
 def test_slopes_of_the_rest_are_those_of_the_loss(trained):

@@ -140,6 +140,7 @@ class RoundingOptions(WritingOptions):
     unrolled: int = 0
     tune_rest: bool = True
     rest_bits: int = 16
+    migrate: bool = False
     rounding: str = "ste"
     qdrop: float = 0.5
     lr_alpha: float | None = None

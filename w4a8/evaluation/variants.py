@@ -121,6 +121,7 @@ def make_variant(name: str, calib_dir: Path, scale_is: str | None = None, native
     if rule_part is not None:
         rule_class, bits = rule_part
         rule = rule_class.named(name, bits, calib_dir, weights is not None, scale_is)
+        rule = rule.after_migration({} if weights is None else weights.multipliers())
     return Variant(name, weights, rule, scale_is)
 
 
@@ -181,7 +182,7 @@ def export_variant(options: ExportOptions) -> tuple[Variant, Codes, str | None]:
         )
     name = weights + ("-all" if all_linears else f"-r{rest_bits}" if rest_bits != 16 else "")
     if activations is None and options.layout == "mlx" and ActivationPaths(calib_dir).quant_config.exists():
-        activations = "a8"
+        activations = trained_rule(make_weights(name, name, calib_dir)) or "a8"
     if activations in (None, "none"):
         variant, activations = make_variant(name, calib_dir), None
         return variant, _codes_of(variant), activations
@@ -191,7 +192,23 @@ def export_variant(options: ExportOptions) -> tuple[Variant, Codes, str | None]:
             f"--activations {activations}: not known; there are a8, a8-learned, a8-token (other bits, too), a8-block and none"
         )
     both = make_variant(f"{name}+{activations}", calib_dir, options.scale_is)
+    if both.rule is not None and both.rule.exported() is None:
+        raise OptionError(
+            f"--activations {activations}: its ranges are of inputs that these weights have divided (--migrate); "
+            "give a8-token, a8-block or a8-learned"
+        )
     return replace(both, name=name), _codes_of(both), activations
+
+
+def trained_rule(weights: Weights) -> str | None:
+    """Return the name of the rule for inputs that migrated weights were trained with; None for other weights.
+
+    The ranges of quant_config.json are of the model before the migration.
+    """
+    if not isinstance(weights, StoredWeights) or not weights.multipliers():
+        return None
+    rule, bits = weights.metadata.get("activation_rule"), weights.activation_bits
+    return f"a{bits}-{rule if rule != 'static' else 'learned'}" if bits else "a8-token"
 
 
 def _codes_of(variant: Variant) -> Codes:

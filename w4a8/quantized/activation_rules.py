@@ -60,6 +60,13 @@ class ActivationRule(ABC):
     def check(self, variant: str, layers: Mapping[str, Layer]) -> None:  # noqa: B027  (most have no file)
         """Raise StoreError that names the variant unless the files are of this model: all layers at every step."""
 
+    def after_migration(self, multipliers: Mapping[str, np.ndarray]) -> "ActivationRule":
+        """Return the rule for a model whose inputs were divided by these, (inputs,) by layer; here the rule itself.
+
+        Dynamic ranges follow the inputs, and learned ones were trained on the migrated model.
+        """
+        return self
+
     def exported(self) -> dict[str, Any] | None:
         """Return the content of activations.json (`rule_of_export` reads it); None for a rule that is not exported."""
         return None
@@ -143,6 +150,23 @@ class StaticByStep(ActivationRule):
                             f"{self.path}: {name} at sigma {sigma:g}: {entry[key].size} values of {key} for "
                             f"{layers[name].shape[1]} channels; {self.remedy}"
                         )
+
+    def after_migration(self, multipliers: Mapping[str, np.ndarray]) -> "StaticByStep":
+        """Return the rule on the same grids: an input x / m is quantized as x would be, and divided by m again."""
+
+        def migrated(layer: str, entry: dict[str, Any]) -> dict[str, Any]:
+            m = multipliers.get(layer)
+            if m is None:
+                return entry
+            shift = {"shift": entry["shift"] / m} if "shift" in entry else {}
+            return {**entry, **shift, "multipliers": entry.get("multipliers", np.float32(1)) / m}
+
+        if not multipliers:
+            return self
+        entries = {sigma: {n: migrated(n, e) for n, e in layers.items()} for sigma, layers in self.entries.items()}
+        rule = type(self)(entries, self.path, {})
+        rule.made_from, rule.remedy = self.made_from, self.remedy
+        return rule
 
     def at(self, sigma: float, rows_per_image: int) -> Quantize:
         """Return the function that quantizes by the ranges of the nearest noise level that has any."""

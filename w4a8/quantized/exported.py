@@ -19,7 +19,7 @@ from w4a8.model.packed import AUTO
 from w4a8.model.parts import TRANSFORMER, Pipeline
 from w4a8.quantized.activation_rules import STATIC, ActivationRule, Learned, StaticByStep
 from w4a8.quantized.dynamic_rules import DYNAMIC_PER_BLOCK, DYNAMIC_PER_TOKEN, DynamicPerBlock, DynamicPerToken
-from w4a8.quantized.model import Weights
+from w4a8.quantized.model import StoredWeights, Weights
 
 
 class ExportedWeights(Weights):
@@ -37,13 +37,15 @@ class ExportedWeights(Weights):
         self.sources = [paths.config]  # holds the fingerprint of the weight files
         self.made_from = [(paths.config, note)]
         learned = WeightPaths(calib_dir).metadata
-        stale = (
-            note["adaround_weights"] is not None
-            and learned.exists()
-            and file_digest(learned) != note["adaround_weights"]
-        )
-        if stale:
+        known = note["adaround_weights"] is not None and learned.exists()
+        if known and file_digest(learned) != note["adaround_weights"]:
             raise StoreError(f"{paths.config}: exported from other learned weights than {learned}; {self.remedy}")
+
+        self._learned = StoredWeights(calib_dir) if known else None
+
+    def multipliers(self) -> dict[str, np.ndarray]:
+        """Return those of the learned weights that were exported, where these are still there."""
+        return {} if self._learned is None else self._learned.multipliers()
 
     def check(self, variant: str, layers: Mapping[str, Layer]) -> None:
         """Raise StoreError unless the files are those that were exported. `made_from` names the model they are of."""

@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten
 
 from calibration_store.errors import OptionError, StoreError
 from calibration_store.names import block_of
-from calibration_store.rest_weights import read_rest
+from calibration_store.rest_weights import read_migration, read_rest
 from calibration_store.weights import WEIGHTS_METADATA, read_quantized_block, weight_paths
 from w4a8.backend.parallel import on_every_core
 from w4a8.model.layers import Layer, model_layers
@@ -70,6 +70,10 @@ class Weights(ABC):
     def bits_of(self, layer: str) -> int:
         """Return the bits of a layer's codes."""
         return self.bits
+
+    def multipliers(self) -> dict[str, np.ndarray]:
+        """Return what the inputs of layers are divided by in this model (`--migrate`), (inputs,) by layer; here nothing."""
+        return {}
 
     @abstractmethod
     def check(self, variant: str, layers: Mapping[str, Layer]) -> None:
@@ -149,11 +153,16 @@ class StoredWeights(Codes):
         self._bits_of = self.metadata.get("layer_bits", {})
         self.sources = [self.paths.metadata, *(self.paths.block(block) for block in self.metadata["block_names"])]
         self.sources += [self.paths.rest] if "rest_digest" in self.metadata else []
+        self.sources += [self.paths.migration] if "migration_digest" in self.metadata else []
         self.made_from = [(self.paths.metadata, self.metadata)]
 
     def rest(self) -> dict[str, np.ndarray]:
         """Return the arrays of rest.npz, {} where the run trained none. Raises StoreError."""
         return read_rest(self.paths, self.metadata) if "rest_digest" in self.metadata else {}
+
+    def multipliers(self) -> dict[str, np.ndarray]:
+        """Return the arrays of migration.npz, {} where the run migrated nothing. Raises StoreError."""
+        return read_migration(self.paths, self.metadata) if "migration_digest" in self.metadata else {}
 
     @property
     def uniform(self) -> bool:

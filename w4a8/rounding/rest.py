@@ -22,7 +22,6 @@ FINAL_LAYER = "final_layer"
 BYTES_PER_PARAMETER = 16  # master, two moments, slope
 REST_SHARE = 0.25  # the share of the device's memory that these may take; above it adaLN's matrices stay
 SMALLEST_SIZE = 0.01  # of a parameter, where its values are near 0
-LARGEST_CODE = 255  # of 8 bits
 FLAT_STEP = 1.2e-38  # where all weights of a group are 0
 
 
@@ -93,17 +92,18 @@ def deployed_rest(path: str, master: mx.array, half: mx.Dtype, bits: int) -> mx.
     """
     value = master.astype(half).astype(mx.float16).astype(mx.float32)
     if bits == 8 and "adaLN" in path and master.ndim == 2:
-        value = nearest_8_bits(value)
+        value = nearest_dense(value, 8, GROUPS_OF_THE_REST)
     return master + mx.stop_gradient(value - master)
 
 
-def nearest_8_bits(weight: mx.array) -> mx.array:
-    """Return a weight (out, in) rounded to nearest as `QuantizedLayer.nearest` rounds: 8 bits, groups of 64, min-max."""
-    grouped = weight.reshape(len(weight), -1, GROUPS_OF_THE_REST)
+def nearest_dense(weight: mx.array, bits: int, group_size: int) -> mx.array:
+    """Return a weight (out, in) rounded to nearest as `QuantizedLayer.nearest` rounds, on a min-max grid; groups of 0: rows."""
+    largest = 2.0**bits - 1
+    grouped = weight.reshape(len(weight), -1, group_size or weight.shape[1])
     low, high = mx.minimum(grouped.min(axis=-1), 0), mx.maximum(grouped.max(axis=-1), 0)
-    scale = mx.maximum((high - low) / LARGEST_CODE, FLAT_STEP)
+    scale = mx.maximum((high - low) / largest, FLAT_STEP)
     scale, zero_point = deployed_grid(scale, mx.round(-low / scale))
-    codes = mx.clip(mx.round(grouped / scale[..., None] + zero_point[..., None]), 0, LARGEST_CODE)
+    codes = mx.clip(mx.round(grouped / scale[..., None] + zero_point[..., None]), 0, largest)
     scale, minimum = deployed(scale, zero_point)
     return (codes * scale[..., None] + minimum[..., None]).reshape(weight.shape)
 

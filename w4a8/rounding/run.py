@@ -1,5 +1,6 @@
 """A run of stage 3W, and the choices of its unit and of its last phase."""
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,11 +13,13 @@ from calibration_store.block_cache import holds_ends
 from calibration_store.choices import REST_KINDS
 from calibration_store.errors import OptionError, StoreError
 from calibration_store.layout import WeightPaths
+from calibration_store.rest_weights import read_migration
 from calibration_store.stage_folder import shown
 from calibration_store.weights import LEARNING_RATES, WEIGHTS_FORMAT, WEIGHTS_METADATA, training_run
 from w4a8 import __version__
 from w4a8.backend.processes import SINGLE_PROCESS, SingleProcess
 from w4a8.model.layers import Layer, model_blocks, model_layers
+from w4a8.model.migration import migrate
 from w4a8.options import RoundingOptions
 from w4a8.rounding.block_boundaries import BlockBoundaries
 from w4a8.rounding.rest import EVERYTHING, NO_REST, VECTORS, choose_rest
@@ -35,7 +38,7 @@ MODEL_UNIT_LIMIT = 100_000_000  # weights up to which the default unit is the wh
 class RoundingRun:
     """A run of stage 3W: the model, the layers and units that are trained, the samples' cache, and the settings."""
 
-    open: Callable[[], nn.Module]  # gives the transformer, float32, whose weights are read when they are used
+    original: Callable[[], nn.Module]  # gives the transformer, float32, whose weights are read when they are used
     mmdit: nn.Module  # a transformer of which only shapes and the configuration are read
     paths: WeightPaths
     cache: Mapping[str, Any]  # the block cache's metadata
@@ -65,8 +68,20 @@ class RoundingRun:
             raise OptionError(
                 f"--unrolled {settings.unrolled} follows the last phase, which --end-to-end gives iterations"
             )
+        if settings.migrate and not whole:
+            raise OptionError("--migrate needs every block: leave --blocks out")
         settings = replace(settings, end_to_end=end_to_end, rest=rest if end_to_end else NO_REST)
         return cls(opened, mmdit, paths, cache, schedule, settings, unit, blocks, ranks)
+
+    def open(self) -> nn.Module:
+        """Return the transformer that is quantized, with migrated inputs where migration.npz has multipliers.
+
+        Raises StoreError for a damaged file.
+        """
+        mmdit = self.original()
+        if self.settings.migrate and os.path.lexists(self.paths.migration):
+            migrate(mmdit, read_migration(self.paths, self.plan_on_disk))
+        return mmdit
 
     @property
     def unit_class(self) -> type[Unit]:
@@ -106,6 +121,8 @@ class RoundingRun:
             del settings["rest"], settings["rest_bits"]
         if not self.settings.unrolled:
             del settings["unrolled"]
+        if not self.settings.migrate:
+            del settings["migrate"]
         plan = {
             "format": WEIGHTS_FORMAT,
             "model_version": cache.get("model_version"),
@@ -130,7 +147,7 @@ class RoundingRun:
         except StoreError:
             return self.plan
         same = noted.get("training_run") == self.plan["training_run"]
-        digests = {key: noted[key] for key in ("block_digests", "rest_digest") if key in noted}
+        digests = {key: noted[key] for key in ("block_digests", "rest_digest", "migration_digest") if key in noted}
         return self.plan | (digests if same else {})
 
     def __str__(self) -> str:
@@ -140,7 +157,8 @@ class RoundingRun:
         return (
             f"{len(self.layers)} layers of {len(self.blocks)} blocks{f' ({widths})' if len(counts) > 1 else ''}, "
             f"W{settings.weight_bits}{f'A{settings.activation_bits}' if settings.activation_bits else ''}, "
-            f"{f'groups of {settings.group_size}' if settings.group_size else 'per output channel'}, unit {self.unit}, "
+            f"{f'groups of {settings.group_size}' if settings.group_size else 'per output channel'}, "
+            f"{'wide inputs migrated, ' if settings.migrate else ''}unit {self.unit}, "
             f"{settings.iters} iterations of {min(settings.batch_size, samples)} ({settings.micro_batch} at once)"
             f"{f', then {settings.end_to_end} end to end' if settings.end_to_end else ''}{REST_WORDS[settings.rest]}"
             f"{f', {settings.unrolled} against finished latents' if settings.unrolled else ''}, {samples} cached samples"

@@ -50,6 +50,7 @@ class Settings:
     unrolled: int = 0  # more iterations of it, against finished latents
     rest: RestKind = "none"  # the 16-bit parameters that the last phase trains, too: all, vectors or none
     rest_bits: int = RoundingOptions.rest_bits  # of adaLN's matrices in the export that is trained for
+    migrate: bool = RoundingOptions.migrate  # wide input channels are migrated into the weights before they are rounded
     layer_bits: Mapping[str, int] = field(default_factory=dict)  # layers whose codes have other bits than weight_bits
     average_bits: float | None = None  # budget under which layer_bits were chosen out of bit_choices
     bit_choices: Sequence[int] = ()
@@ -73,6 +74,7 @@ class Settings:
             activation_rule=options.activation_rule,
             rest_bits=options.rest_bits,
             unrolled=options.unrolled,
+            migrate=options.migrate,
         )
 
     @property
