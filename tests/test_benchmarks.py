@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from conftest import ROOT, invoke
 from PIL import Image
 
-from benchmarks import peers, random_model, rounding_cost, run_all
+from benchmarks import peer_ways, peers, random_model, rounding_cost, run_all
 from benchmarks.figures import commit
 from benchmarks.peak_memory import PROMISE
 from tools import check_install, contact_sheet, folder_digest
@@ -105,15 +105,17 @@ def test_memory_fits_of_a_single_size():
 
 
 @pytest.mark.slow
-def test_peers_draw_with_every_way(run):
-    sizes = ("--iters", 2, "--batch-size", 2, "--num-images", 1, "--num-steps", 1, "--blocks", "mm7")
-    done = called(peers.main, "--calib-dir", run, *sizes)
+def test_peers_draw_with_every_way(run, tmp_path, monkeypatch):
+    sizes = ("--iters", 3, "--batch-size", 2, "--num-images", 1, "--num-steps", 1, "--blocks", "mm7")
+    monkeypatch.setattr(peers, "OURS", ((4, 64),))
+    done = called(peers.main, "--calib-dir", run, "--plot", tmp_path / "peers.png", *sizes)
     assert done.exit_code == 0, done.output
     psnr = {
-        name: float(re.search(rf"^{re.escape(name)} +[0-9.]+ +([0-9.]+)dB", done.stdout, re.MULTILINE)[1])
-        for name in peers.WAYS
+        name: float(re.search(rf"^{re.escape(name)} +[0-9.]+ +[0-9.]+ +([0-9.]+)dB", done.stdout, re.MULTILINE)[1])
+        for name in [*peers.PEERS, "SVDQuant, rank 16", "3W, 4 bits, groups of 64"]
     }
     assert all(20 < value < 80 for value in psnr.values()) and len(set(psnr.values())) > 3, psnr
+    assert Image.open(tmp_path / "peers.png").size[0] > 500
     assert "the model has mm0" in called(peers.main, "--calib-dir", run, *sizes[:-1], "mm9").stderr
 
 
@@ -128,7 +130,7 @@ def test_gptq_spreads_errors():
         difference = (codes - zero_point) * scale - weight
         return np.trace(difference @ gram @ difference.T)
 
-    codes = peers.gptq_codes(weight, gram, scale, zero_point)
+    codes = peer_ways.gptq_codes(weight, gram, scale, zero_point)
     nearest = np.clip(np.rint(weight / scale + zero_point), 0, 15)
     assert codes.dtype == np.uint8 and error(codes) < 0.6 * error(nearest)
 

@@ -280,9 +280,19 @@ def test_slopes_block_by_block_are_those_of_the_whole(copy, rule):
     loss, gradients = unit.gradients(unit.quantized(training.state, codes, True), indices, 3)
     expected = grid_slopes(codes, training.state["scale"], training.state["zero_point"], gradients["weights"])
     expected |= {"bias": gradients["biases"], "ranges": gradients["ranges"], "rest": {}}
-    found_loss, found = whole.slopes(whole.start, indices, 3)
-    assert found_loss.item() == pytest.approx(loss.item(), rel=1e-5) and found.keys() == expected.keys()
+    assert not whole.at_once
+    in_one = WholeModel(
+        mmdit, BLOCKS, samples, settings, trained_layers(training, False), at_once=True, norm=whole.norm
+    )
+    compare_slopes(whole.slopes(whole.start, indices, 3), loss, expected)
+    compare_slopes(in_one.slopes(whole.start, indices, 3), loss, expected)
     assert bool(expected["ranges"]) == (rule == "static")
+
+
+def compare_slopes(given, loss, expected):
+    """Hold (loss, slopes) against those of autograd."""
+    found_loss, found = given
+    assert found_loss.item() == pytest.approx(loss.item(), rel=1e-5) and found.keys() == expected.keys()
     for kind, layers in expected.items():
         largest = max((float(mx.abs(array).max()) for array in layers.values()), default=0)
         assert found[kind].keys() == layers.keys()

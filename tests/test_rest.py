@@ -116,7 +116,7 @@ def test_slopes_of_the_rest_are_those_of_the_loss(trained):
     """A step along a parameter changes the loss, which is computed without gradients, as its slope says."""
     settings = replace(SETTINGS, activation_bits=0, rest=EVERYTHING, micro_batch=2)
     mmdit, samples, layers, _ = first_phase_of(trained, settings)
-    whole = WholeModel.build(mmdit, BLOCKS, samples, settings, layers)
+    whole = WholeModel.build(mmdit, BLOCKS, samples, settings, layers, at_once=True)
     indices = np.array(samples.training[:2])
     loss, slopes = whole.slopes(whole.start, indices, 0)
     assert loss.item() == pytest.approx(whole.loss(indices, whole.start), rel=1e-4)

@@ -35,7 +35,7 @@ from w4a8.rounding.settings import (
 from w4a8.rounding.training import OPTIMIZERS, Adam, NotFiniteError, Training
 from w4a8.rounding.training_samples import Samples, spread_over
 from w4a8.rounding.unit_phase import UnitPhase
-from w4a8.rounding.units import UnitSpec
+from w4a8.rounding.units import MODEL, UnitSpec
 from w4a8.rounding.whole_model import WholeModel
 
 EVALUATED_IMAGES = 32  # images that the loss of finished latents is measured on
@@ -173,18 +173,20 @@ class FinalPhase(Job):
 
     @property
     def iteration_cost(self) -> float:
-        """The cost of one iteration, in iterations of a block: every block is run twice forwards and once backwards.
+        """The cost of one iteration, in iterations of a block, whose parts cost alike: once forwards, twice backwards.
 
-        Against finished latents half as many images pass every unrolled step, once more forwards.
+        Unless the model is run in one piece, every block is run once more forwards. Against finished latents half as many
+        images pass every unrolled step, once more forwards.
         """
         settings = self.run.settings
-        unrolled = settings.unrolled * UNROLLED * 5 / 8
-        return len(self.run.blocks) * 4 / 3 * (settings.end_to_end + unrolled) / self.iterations
+        parts = 3 if self.run.unit == MODEL else 4
+        unrolled = settings.unrolled * UNROLLED * (parts + 1) / parts / 2
+        return len(self.run.blocks) * parts / 3 * (settings.end_to_end + unrolled) / self.iterations
 
     def peak_bytes(self) -> int:
         """Estimate the peak memory in bytes.
 
-        It is the codes and grids of all layers, the tokens between the blocks, and the gradients of one block.
+        It is the codes and grids of all layers, the tokens between the blocks, and the gradients of what is run in one piece.
         """
         run, settings = self.run, self.run.settings
         units = [job for job in UnitPhase.of_run(run) if isinstance(job, UnitPhase)]
@@ -194,7 +196,7 @@ class FinalPhase(Job):
         at_once = min(settings.chunk * working_cores(), settings.batch_size)
         grids = 8 * 4 * sum(sizes) // (settings.group_size or 1024)  # scales, zero points, their moments and slopes
         largest = max((job.iteration_bytes() for job in units), key=lambda one: one.peak(1))
-        one = IterationBytes(4 * max(sizes), largest.sample, 1)
+        one = IterationBytes(4 * max(sizes), largest.sample, len(run.blocks) if run.unit == MODEL else 1)
         rest = bytes_of_rest(run.mmdit, settings.rest)
         return sum(sizes) + grids + rest + at_once * tokens * len(run.blocks) + one.peak(at_once)
 
@@ -233,7 +235,7 @@ class FinalPhase(Job):
         for block in self.trained_blocks:
             layers |= read_quantized_block(run.paths, block, run.plan)
         before = {name: before_phase(fields) for name, fields in layers.items()}
-        whole = WholeModel.build(mmdit, run.blocks, samples, run.settings, before, run.ranks)
+        whole = WholeModel.build(mmdit, run.blocks, samples, run.settings, before, run.ranks, run.unit == MODEL)
         if not run.settings.unrolled:
             return FinalTraining(whole)
         return FinalTraining(whole, FinishedLatents(whole, self.last_steps(samples)))

@@ -215,23 +215,16 @@ class FinishedLatents:
             slopes_of.append(slope)
         mx.eval(losses, slopes_of)
         totals: list[Gradients] = [{} for _ in parts]
-        rest = whole.rest_of(FINAL_LAYER, state)
         for step in reversed(range(len(self.last.sigmas) - 1)):
             texts, passes = self._passes(parts, streams, step, with_inputs)
             width = self.last.sigmas[step + 1] - self.last.sigmas[step]
             before = [each.pop() for each in latents]
             tokens = [[self._image_tokens(x, len(text)), text] for x, text in zip(before, texts, strict=True)]
-            kept = whole.forward(state, tokens, passes)
-            found: list[Gradients] = []
-            token_slopes: list[list[mx.array]] = []
-            for index, stream in passes.ways:
-                with mx.stream(stream):
-                    run = partial(self._weighted, passes.modulations[index], before[index], width * slopes_of[index])
-                    of_tokens, of_rest = mx.grad(run, argnums=(0, 1))(kept[index].pop()[0], rest)
-                    token_slopes.append([of_tokens])
-                    found.append({"rest": of_rest})
-            mx.eval(token_slopes, found)
-            whole.backward(state, kept, token_slopes, found, passes)
+            heads = [
+                partial(self._weighted, modulation, like, width * slope)
+                for modulation, like, slope in zip(passes.modulations, before, slopes_of, strict=True)
+            ]
+            _, token_slopes, found = whole.gradients(state, tokens, passes, heads)
             for index, stream in passes.ways:
                 with mx.stream(stream):
                     embed = partial(self._weighted_tokens, token_slopes[index][0])

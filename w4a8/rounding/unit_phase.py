@@ -60,6 +60,11 @@ class UnitPhase(Job):
         """The largest number of bytes that the job takes on the disk, checkpoints included."""
         return BYTES_PER_WEIGHT * num_weights(self.run.layers[name] for name in self.spec.layers)
 
+    @property
+    def iteration_cost(self) -> float:
+        """The cost of one iteration, in iterations of a block."""
+        return len(self.spec.blocks)
+
     def peak_bytes(self) -> int:
         """Return 0: a trial run of the first unit tells."""
         return 0

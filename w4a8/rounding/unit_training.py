@@ -1,4 +1,4 @@
-"""The training of one unit: first rounding variables, then, with the codes decided, scales, zero points and biases.
+"""The training of one unit: rounding variables with scales, zero points and biases; then, with the codes decided, the latter.
 
 Input ranges are trained from the middle of the iterations on.
 """
@@ -10,7 +10,7 @@ from w4a8.rounding.methods import Arrays
 from w4a8.rounding.settings import EVALUATED, LR_SCALES, cosine
 from w4a8.rounding.training import NotFiniteError, Training, grid_slopes
 from w4a8.rounding.training_samples import spread_over
-from w4a8.rounding.units import Gradients, Unit
+from w4a8.rounding.units import Unit
 
 
 class UnitTraining(Training):
@@ -52,10 +52,13 @@ class UnitTraining(Training):
         near = self.near(min(self.iteration + 1, self.iters - 1)) if settings.window else ()
         loss, gradients = unit.gradients(quantized, self.drawn(self.iteration), self.iteration, near)
         self._check(loss, gradients)
+        slopes = grid_slopes(codes, self.state["scale"], self.state["zero_point"], gradients["weights"])
+        done, whole = self.iteration, self.rounding_iters
         if tuning:
-            self.tune(codes, gradients)
+            done, whole = done - whole, max(1, self.iters - whole)
         else:
             self.round(gradients["weights"])
+        self.move_grids(slopes | {"bias": gradients["biases"]}, LR_SCALES * cosine(done / whole))
         if gradients["ranges"]:
             self.move_ranges(gradients["ranges"])
         return self._finished(loss)
@@ -74,13 +77,6 @@ class UnitTraining(Training):
         optimizer.learning_rate = settings.lr_alpha * cosine(progress)
         moved = optimizer.apply_gradients(gradients, alphas)
         self.state["alpha"], self.fixed = method.settle(alphas, moved, self.fixed, progress, self.iteration)
-
-    def tune(self, codes: Arrays, gradients: Gradients) -> None:
-        """Move scales, zero points and biases."""
-        state = self.state
-        slopes = grid_slopes(codes, state["scale"], state["zero_point"], gradients["weights"])
-        progress = (self.iteration - self.rounding_iters) / max(1, self.iters - self.rounding_iters)
-        self.move_grids(slopes | {"bias": gradients["biases"]}, LR_SCALES * cosine(progress))
 
     def measure(self) -> dict[str, Any]:
         """Return the losses of a finished training on held-out samples, and its last loss on training samples, too.

@@ -1,7 +1,7 @@
-"""The whole quantized model in the memory of one block: its loss, and the gradients of its grids, biases and ranges.
+"""The whole quantized model: its loss, and the gradients of its grids, biases and ranges.
 
-The tokens between the blocks are kept, each block is run again where its gradients are made, and its weights are
-unpacked there.
+A small model is run in one piece. A large one takes the memory of one block: the tokens between the blocks are kept, each
+block is run again where its gradients are made, and its weights are unpacked there.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +27,8 @@ from w4a8.rounding.settings import EVALUATED, STATIC_RULE, Indices, Settings
 from w4a8.rounding.training import grid_slopes
 from w4a8.rounding.training_samples import SampleBatch, TrainingSamples, spread_over
 from w4a8.rounding.units import SMALLEST_ERROR, Gradients, input_rule, step_rows
+
+Head = Callable[[mx.array, Arrays], mx.array]  # (the last block's image tokens, the final layer's rest) -> a loss
 
 
 @dataclass(frozen=True)
@@ -54,13 +56,14 @@ class WholeModel:
 
     def __init__(
         self, mmdit: nn.Module, blocks: Sequence[str], samples: TrainingSamples, settings: Settings, layers: Layers,
-        ranks: SingleProcess = SINGLE_PROCESS, norm: float = 1.0,
+        ranks: SingleProcess = SINGLE_PROCESS, at_once: bool = False, norm: float = 1.0,
     ):  # fmt: skip
         """Store the model, and take the start of the training from the layers' arrays.
 
-        layers: arrays of all blocks' files before this phase; ranks: the processes that share the work; norm: mean
-        squared error of the output with round-to-nearest, which `build` measures.
+        layers: arrays of all blocks' files before this phase; ranks: the processes that share the work; at_once: gradients
+        are made in one piece; norm: mean squared error of the output with round-to-nearest, which `build` measures.
         """
+        self.at_once = at_once
         self.mmdit, self.samples, self.settings, self.ranks, self.norm = mmdit, samples, settings, ranks, norm
         self.layers = list(layers)
         found = model_layers(mmdit)
@@ -88,10 +91,10 @@ class WholeModel:
     @classmethod
     def build(
         cls, mmdit: nn.Module, blocks: Sequence[str], samples: TrainingSamples, settings: Settings, layers: Layers,
-        ranks: SingleProcess = SINGLE_PROCESS,
+        ranks: SingleProcess = SINGLE_PROCESS, at_once: bool = False,
     ) -> "WholeModel":  # fmt: skip
         """Measure the norm on training samples, and return the model with it."""
-        whole = cls(mmdit, blocks, samples, settings, layers, ranks)
+        whole = cls(mmdit, blocks, samples, settings, layers, ranks, at_once)
         whole.norm = max(whole.loss(spread_over(samples.training, EVALUATED), None), SMALLEST_ERROR)
         return whole
 
@@ -252,23 +255,68 @@ class WholeModel:
             return mx.random.key(hash((settings.seed, iteration, int(parts[index][0]), block.index)) % 2**32)
 
         passes = Passes([batch.modulation for batch in batches], rows, streams, key_of)
-        kept = self.forward(state, [batch.tokens for batch in batches], passes)
-        losses: list[mx.array] = []
-        totals: list[Gradients] = []
+        shares = [len(part) / count / self.norm for part in parts]
+        heads = [partial(self._share, share, batch) for share, batch in zip(shares, batches, strict=True)]
+        losses, _, totals = self.gradients(state, [batch.tokens for batch in batches], passes, heads)
+        return list(zip(losses, totals, strict=True))
+
+    def _share(self, share: float, batch: SampleBatch, tokens: mx.array, rest: Arrays) -> mx.array:
+        return share * self._square(tokens, rest, batch)
+
+    def gradients(
+        self, state: Mapping[str, Arrays], tokens: list[list[mx.array]], passes: Passes, heads: Sequence[Head]
+    ) -> tuple[list[mx.array], list[list[mx.array]], list[Gradients]]:
+        """Return by micro-batch: the value of its head, and its slopes along the first block's inputs and the parameters.
+
+        tokens: the first block's inputs by micro-batch.
+        """
         rest = self.rest_of(FINAL_LAYER, state)
         mx.eval(rest)
+        if self.at_once:
+            return self._gradients_at_once(state, tokens, passes, heads, rest)
+        kept = self.forward(state, tokens, passes)
+        values: list[mx.array] = []
         slopes_of: list[list[mx.array]] = []
+        totals: list[Gradients] = []
         for index, stream in passes.ways:
             with mx.stream(stream):
-                square = partial(self._square, batch=batches[index])
-                loss, (slope, of_rest) = mx.value_and_grad(square, argnums=(0, 1))(kept[index].pop()[0], rest)
-                share = len(parts[index]) / count / self.norm
-                losses.append(share * loss)
-                slopes_of.append([share * slope])
-                totals.append({"rest": {path: share * one for path, one in of_rest.items()}})
-        mx.eval(losses, slopes_of, totals)
-        self.backward(state, kept, slopes_of, totals, passes)
-        return list(zip(losses, totals, strict=True))
+                value, (slope, of_rest) = mx.value_and_grad(heads[index], argnums=(0, 1))(kept[index].pop()[0], rest)
+                values.append(value)
+                slopes_of.append([slope])
+                totals.append({"rest": of_rest})
+        mx.eval(values, slopes_of, totals)
+        self._backward(state, kept, slopes_of, totals, passes)
+        return values, slopes_of, totals
+
+    def _gradients_at_once(
+        self, state: Mapping[str, Arrays], tokens: list[list[mx.array]], passes: Passes, heads: Sequence[Head], rest: Arrays
+    ) -> tuple[list[mx.array], list[list[mx.array]], list[Gradients]]:  # fmt: skip
+        """Return what `gradients` returns, from one graph of all blocks, which keeps what every block computes."""
+        parameters = {block.name: self._block_parameters(block.name, state) for block in self._blocks}
+        mx.eval(parameters)
+
+        def value_of(
+            index: int, parameters: dict[str, dict[str, Arrays]], rest: Arrays, tokens: list[mx.array]
+        ) -> mx.array:
+            modulation, rows = passes.modulations[index], passes.rows[index]
+            for block in self._blocks:
+                key = passes.key_of(index, block)
+                tokens = self._run(block, parameters[block.name], tokens, modulation, rows, key)
+            return heads[index](tokens[0], rest)
+
+        values, slopes_of, totals = list[mx.array](), list[list[mx.array]](), list[Gradients]()
+        for index, stream in passes.ways:
+            with mx.stream(stream):
+                taken = mx.value_and_grad(partial(value_of, index), argnums=(0, 1, 2))
+                value, (of_blocks, of_rest, slopes) = taken(parameters, rest, tokens[index])
+                total: Gradients = {"rest": of_rest}
+                for block, given in of_blocks.items():
+                    total = merged(total, self._reduced(block, state, given))
+                values.append(value)
+                slopes_of.append(slopes)
+                totals.append(total)
+        mx.eval(values, slopes_of, totals)
+        return values, slopes_of, totals
 
     def forward(
         self, state: Mapping[str, Arrays] | None, tokens: list[list[mx.array]], passes: Passes, keep: bool = True
@@ -290,7 +338,7 @@ class WholeModel:
             mx.eval([each[-1] for each in kept])
         return kept
 
-    def backward(
+    def _backward(
         self, state: Mapping[str, Arrays], kept: list[list[list[mx.array]]], slopes_of: list[list[mx.array]],
         totals: list[Gradients], passes: Passes,
     ) -> None:  # fmt: skip
