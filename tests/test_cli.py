@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 
 import click
@@ -18,7 +19,9 @@ import pytest
 from conftest import ROOT, generate, interruptible, invoke, start
 
 from calibration_store.stage_folder import shown
+from w4a8.backend.blas import cores
 from w4a8.backend.progress import ProgressLines, progress_bar
+from w4a8.backend.read_ahead import read_ahead
 from w4a8.backend.words import interpreter
 from w4a8.cli.command import resume_command
 
@@ -246,6 +249,46 @@ def test_progress_in_a_log_file(capsys):
         12 / rate, rel=0.1
     )  # 2 images in 0.2 s, whatever was there before
     assert re.fullmatch(r"w4 20/24 \(83%\), 0\.\d s, 0\.\d s to go, [\d.]+ image/s, loss=0.123, changed=1%", last)
+
+
+def test_the_time_to_go_follows_the_last_minute(capsys, monkeypatch):
+    """A hundred fast iterations, then slow ones: the line says what is left at the slow rate, the last one the mean."""
+    now = 1000.0
+    monkeypatch.setattr("w4a8.backend.progress.time.monotonic", lambda: now)
+    bar = ProgressLines(150, "model", "it")
+    for count, seconds in ((100, 1.0), (20, 5.0)):
+        for _ in range(count):
+            now += seconds
+            bar.update()
+    fast, *_, slow = capsys.readouterr().err.splitlines()
+    assert "2 min 20 s to go, 1.0 s/it" in fast, fast
+    assert "2 min 30 s to go, 5.0 s/it" in slow, slow
+    now += 200.0  # a single step that takes longer than a minute
+    bar.update()
+    assert "1 h 36 min to go, 200.0 s/it" in capsys.readouterr().err
+    bar.n = 150
+    bar.close()
+    assert "s to go" not in capsys.readouterr().err
+
+
+def test_files_are_read_ahead_in_order():
+    """At most as many as there are cores; an exception comes in its turn, and nothing is read for nobody."""
+    read, gate = [], threading.Event()
+
+    def slow(key):
+        read.append(key)
+        if key == 0:
+            gate.wait(10)
+        if key == 3:
+            raise ValueError("three")
+        return key * key
+
+    found = read_ahead(slow, range(50))
+    gate.set()
+    assert [next(found) for _ in range(3)] == [(0, 0), (1, 1), (2, 4)]
+    with pytest.raises(ValueError, match="three"):
+        next(found)
+    assert len(read) <= 4 + cores() and list(read_ahead(slow, [])) == []
 
 
 def test_progress_without_anything_to_do_and_slow_progress(capsys):

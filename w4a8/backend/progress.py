@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections import deque
 from typing import Any, Protocol
 
 import click
@@ -10,6 +11,7 @@ from tqdm import tqdm
 from w4a8.backend.words import format_seconds
 
 LOG_SECONDS = 10.0
+RATE_SECONDS = 60.0  # the time to go follows the rate of so many seconds, since phases and neighbours change it
 
 
 def progress_bar(
@@ -43,7 +45,8 @@ class ProgressBar(Protocol):
 class ProgressLines:
     """A progress bar for a log file, used as tqdm is: a line at most every `interval` seconds and one at the end.
 
-    The rate counts only what `update` was given; `initial`, and values assigned to `n`, took no time.
+    The rate is that of the last minute, in the last line that of the whole time. It counts only what `update` was given:
+    `initial`, and values assigned to `n`, took no time.
     """
 
     def __init__(self, total: int, description: str, unit: str, initial: int = 0, interval: float | None = LOG_SECONDS):
@@ -52,6 +55,7 @@ class ProgressLines:
         self.interval = interval
         self._done, self._postfix, self._closed = 0, "", False
         self._begin = self._printed = time.monotonic()
+        self._marks = deque([(self._begin, 0)])  # (time, count) of about every second of the last minute
 
     def __enter__(self) -> "ProgressLines":
         return self
@@ -63,7 +67,12 @@ class ProgressLines:
         """Advance by this count."""
         self.n += count
         self._done += count
-        if self.interval is not None and time.monotonic() - self._printed >= self.interval:
+        now = time.monotonic()
+        if now - self._marks[-1][0] >= 1:
+            self._marks.append((now, self._done))
+            while len(self._marks) > 2 and now - self._marks[1][0] > RATE_SECONDS:
+                self._marks.popleft()
+        if self.interval is not None and now - self._printed >= self.interval:
             self._print()
 
     def set_description(self, description: str, refresh: bool = True) -> None:
@@ -85,8 +94,9 @@ class ProgressLines:
         spent = self._printed - self._begin
         percent = 100 * self.n // self.total if self.total else 100
         parts = [f"{self.description} {self.n}/{self.total} ({percent}%)", format_seconds(spent)]
-        if self._done and spent:
-            each = spent / self._done
+        since, counted = (self._begin, 0) if self.n >= self.total else self._marks[0]
+        if self._done > counted and self._printed > since:
+            each = (self._printed - since) / (self._done - counted)
             if self.n < self.total:
                 parts.append(f"{format_seconds(each * (self.total - self.n))} to go")
             parts.append(f"{each:.1f} s/{self.unit}" if each >= 1 else f"{1 / each:.1f} {self.unit}/s")
