@@ -22,15 +22,16 @@ from w4a8.options import CacheOptions
 @cli.stage(CacheOptions)
 @cli.calib_dir_option
 @cli.model_location_options
+@cli.effort_option("late steps of each image")
 @click.option(
     "--num-images",
     type=cli.IMAGES,
-    help="Images to use, evenly over the whole calibration run.  [default: 5, or what --max-bytes allows]",
+    help="Images to use, evenly over the whole calibration run.  [default: all that fit --max-bytes, or a quarter of the free disk, 16 GB at most]",
 )
 @click.option(
     "--stride",
     type=cli.STEPS,
-    help="Use every Nth saved step.  [default: 5, or what --max-bytes allows, images first]",
+    help="Use every Nth saved step.  [default: by --effort; with --max-bytes what it allows, images first]",
 )
 @click.option("--steps", help="Saved steps to use instead of every Nth, such as 8,12,16-19: late ones make the image.")
 @click.option("--blocks", help="Blocks to cache, such as mm0,mm5.  [default: all]")
@@ -69,6 +70,8 @@ def run(options: CacheOptions) -> None:
     from w4a8.backend.estimates import Estimate
     from w4a8.backend.launched import join
     from w4a8.block_recording import Recording
+    from w4a8.effort import effort_of
+    from w4a8.model.layers import model_layers, num_weights
     from w4a8.model.parts import TEXT, TRANSFORMER
     from w4a8.model.runs import load_run_pipeline
     from w4a8.passes import StoredPasses, choose_amount, sample_ids_of, select_passes
@@ -86,7 +89,8 @@ def run(options: CacheOptions) -> None:
         pipeline = load_run_pipeline(manifest, {TRANSFORMER: dtype, TEXT: dtype}, options.location)
         recording = Recording(pipeline.mmdit, options.blocks, boundaries == ENDS)
         sample_bytes = recording.bytes_of_sample(pipeline, manifest["latent_size"], manifest["cfg_scale"] > 0)
-        num_images, stride, steps = choose_amount(options, manifest, before, sample_bytes)
+        effort = effort_of(options.effort, num_weights(model_layers(pipeline.mmdit).values()))
+        num_images, stride, steps = choose_amount(options, effort, manifest, before, sample_bytes)
         images, selection = select_passes(manifest, num_images, stride, folder.before(num_images=num_images), steps)
         plan = plan_cache(selection, options.blocks, boundaries)
         sample_ids, run_id = sample_ids_of(plan), plan["calibration_run"]
@@ -94,6 +98,8 @@ def run(options: CacheOptions) -> None:
             f"{manifest['model_version']}: images {cli.shortened(plan['selected_image_ids'])}, {len(plan['key_timesteps'])} steps each, "
             f"{len(sample_ids)} samples, {boundaries} of the boundaries"
         )
+        if options.num_images is None and num_images < len(manifest["images"]):
+            click.echo(f"{num_images} of {len(manifest['images'])} images fit; --max-bytes allows more.")
         folder.check(plan)
         passes = StoredPasses.open(
             pipeline, options.calib_dir, manifest, images, 1 if options.dry_run else options.text_group

@@ -29,7 +29,10 @@ from w4a8.options import GenerationOptions
 )
 @cli.lora_option
 @cli.prompts_option(".  [default: built-in list, drawn by --seed]")
-@click.option("--num-images", type=cli.IMAGES, help="Images to sample.")
+@cli.effort_option("images")
+@click.option(
+    "--num-images", type=cli.IMAGES, help="Images to sample.  [default: by --effort; under --resume the run's]"
+)
 @click.option("--num-steps", type=cli.STEPS, help="Euler steps per image.  [default: 50; FLUX.1-schnell 4]")
 @click.option("--cfg-weight", type=cli.GUIDANCE, help="Guidance; 0 or 1 turns it off.  [default: the model's]")
 @click.option(
@@ -45,7 +48,11 @@ from w4a8.options import GenerationOptions
     "--latent-size", type=cli.SIDE, nargs=2, metavar="H W", help="Latent height and width.  [default: the model's]"
 )
 @click.option("--stride", type=cli.STEPS, help="Save every Nth step; the finished latent always.")
-@click.option("--batch-size", type=cli.COUNT, help="Images in one forward pass.")
+@click.option(
+    "--batch-size",
+    type=cli.COUNT,
+    help="Images in one forward pass.  [default: 1; 16 where --effort chooses the images of a small model]",
+)
 @click.option("--t5/--no-t5", "use_t5", help="Use the T5 text encoder.  [default: the model's]")
 @click.option(
     "--text-bits",
@@ -87,6 +94,7 @@ def run(options: GenerationOptions) -> None:
         plan_run,
         refuse_foreign_pictures,
         refuse_hub_options,
+        with_amount,
     )
     from w4a8.model.catalog import model_fingerprint
     from w4a8.model.hub_parts import describe_checkpoint
@@ -99,11 +107,12 @@ def run(options: GenerationOptions) -> None:
     ranks = join(options.calib_dir)
     given_prompts = read_prompt_file(options.prompt_file, note=click.echo) if options.prompt_file else None
     info = chosen_model(options)
+    options = with_amount(options, info)
     prompts = given_prompts or draw_builtin_prompts(info.captions, options.seed)
     plan = plan_run(options, info, prompts)
     refuse_hub_options(info, plan)
     plan["weights_fingerprint"] = model_fingerprint(info, plan["use_t5"])
-    say_how_many_prompts(prompts, options.num_images, options.prompt_file)
+    say_how_many_prompts(prompts, plan["num_images"], options.prompt_file)
     paths, complete = CalibrationPaths(options.calib_dir), {}
     flags = cli.flags(
         main, activation_dtype="dtype", use_t5="use_t5", num_steps="num_steps", cfg_scale="cfg_weight", negative_prompt="negative_prompt",
@@ -118,9 +127,9 @@ def run(options: GenerationOptions) -> None:
             click.echo(continue_run(plan, manifest), err=True, nl=False)
             complete = complete_images(paths, plan, info)
         print_plan(plan, info, paths, complete)
-        require_space(paths.root, bytes_to_do(plan, info, options.num_images - len(complete)), budget=options.max_bytes)
-        if manifest is not None and len(complete) == options.num_images:
-            click.echo(f"nothing to do: all {options.num_images} images are complete in {paths.root}")
+        require_space(paths.root, bytes_to_do(plan, info, plan["num_images"] - len(complete)), budget=options.max_bytes)
+        if manifest is not None and len(complete) == plan["num_images"]:
+            click.echo(f"nothing to do: all {plan['num_images']} images are complete in {paths.root}")
             if not options.dry_run:
                 folder.begin(begun(plan))
                 folder.finish(
@@ -151,8 +160,8 @@ def run(options: GenerationOptions) -> None:
         if options.force:
             warn_of_old_results(paths)
         with (
-            cli.interruptible(lambda: f"{len(complete)} of {options.num_images} images are complete in {paths.root}"),
-            cli.progress_bar(options.num_images, "images", "image", initial=len(complete)) as bar,
+            cli.interruptible(lambda: f"{len(complete)} of {plan['num_images']} images are complete in {paths.root}"),
+            cli.progress_bar(plan["num_images"], "images", "image", initial=len(complete)) as bar,
         ):
             generate(pipeline, texts, paths, plan, complete, together, bar, ranks)
     click.echo(f"wrote {paths.manifest}, {paths.samples}/" + (f" and {paths.images}/" if options.save_images else ""))

@@ -33,13 +33,18 @@ WITHOUT_AN_OPTION = {
 @cli.stage(RoundingOptions)
 @cli.calib_dir_option
 @cli.model_location_options
+@cli.effort_option("iterations, phase by phase")
 @click.option("--blocks", help="Blocks to train, such as mm0,mm5.  [default: all that are cached]")
 @click.option(
     "--iters",
     type=click.IntRange(10, MOST_ITERATIONS),
-    help="Iterations per unit; the last 30 % tune scales and ranges.",
+    help="Iterations per unit; the last 30 % tune scales and ranges alone.  [default: by --effort]",
 )
-@click.option("--batch-size", type=cli.COUNT, help="Cached samples per iteration.")
+@click.option(
+    "--batch-size",
+    type=cli.COUNT,
+    help="Cached samples per iteration.  [default: 16; small models at --effort best 64]",
+)
 @click.option(
     "--micro-batch",
     type=cli.COUNT,
@@ -90,11 +95,6 @@ WITHOUT_AN_OPTION = {
     help="What is trained for its own output.  [default: model up to 100 M weights, else block]",
 )
 @cli.last_phase_options
-@click.option(
-    "--migrate/--no-migrate",
-    help="Move wide input channels into the weights first (SmoothQuant), by changes of adaLN and of the value projections. "
-    "The model stays the same, but LoRAs that are put onto the result later do not fit it.",
-)
 @click.option(
     "--rounding",
     type=click.Choice(ROUNDING_METHODS),

@@ -22,6 +22,8 @@ REST_KINDS: tuple[RestKind, ...] = get_args(RestKind)
 TierBits = Literal[4, 6, 8]  # bits of a layer's input in a multi-tier config
 TIER_BITS: tuple[int, ...] = get_args(TierBits)
 
+EffortName = Literal["fast", "good", "best"]  # how much a run takes where no option says so
+EFFORTS: tuple[EffortName, ...] = get_args(EffortName)
 UnitName = Literal["model", "block"]  # the part of a model that stage 3W trains for that part's output
 UNIT_NAMES: tuple[str, ...] = get_args(UnitName)
 KnownUnit = Literal["model", "block", "sublayer", "layer"]  # files of 0.8.0 also have the last two

@@ -2,11 +2,12 @@
 # The whole road on the bundled model, in ten minutes on two cores; `make demo` runs it. Resumable as a whole.
 #
 #   runs/emoji.sh [folder]
+#   EFFORT=good runs/emoji.sh calibration_data/good      half an hour, and better images
 set -euo pipefail
 . "$(dirname "$0")/begin.bash"
 DIR=${1:-calibration_data/demo}
 echo "The whole road on the bundled model: 6 to 10 minutes on two cores, into $DIR. Ctrl-C and the same command again go on."
-$PY tools/road.py demo "$DIR"
+$PY tools/road.py demo "$DIR" ${EFFORT:+effort="$EFFORT"}
 echo
 echo "Done. Open $DIR/report/index.html: what was measured, every image beside its original, and how to go on."
 echo "The quantized model is $DIR/quantized_model; draw with it: $PY draw_images.py --model $DIR/quantized_model \"red heart\""

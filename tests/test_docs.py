@@ -71,7 +71,8 @@ def test_commands_in_sources_exist():
 
 @pytest.mark.parametrize("recipe", sorted(path.name for path in (ROOT / "runs").glob("*.sh")))
 def test_recipes_run_a_road(recipe):
-    (road,) = re.findall(r"^\$PY tools/road\.py (\w+) ", (ROOT / "runs" / recipe).read_text(), re.MULTILINE)
+    text = (ROOT / "runs" / recipe).read_text()
+    (road,) = re.findall(r"^\$PY tools/(?:road\.py (?=\w+ )|(?=sd3_medium\.py))(\w+)", text, re.MULTILINE)
     assert len(ROADS[road]) >= 4
 
 
@@ -112,19 +113,6 @@ def test_recipes_begin_nothing_by_mistake(recipe):
     assert recipe_said(recipe, "--paln")[2].startswith("Error: --paln: not known;")
     code, output, errors = recipe_said(recipe)
     assert (code, output) == (2, "") and errors.startswith("Error: /none: not found; run `make setup` first")
-
-
-@pytest.mark.parametrize("memory", ["16", "32", "64", "8", ""])
-def test_the_plan_of_sd3_medium_needs_no_model(memory):
-    """Empty: as much as this machine has."""
-    environment = os.environ | {"MEMORY": memory, "PYTHON": "/none"}
-    done = subprocess.run(
-        [ROOT / "runs/sd3_medium.sh", "--plan"], env=environment, capture_output=True, text=True, check=False
-    )
-    if memory == "8":
-        assert done.returncode == 2 and done.stderr == "Error: MEMORY=8: 16, 32 or 64\n"
-    else:
-        assert done.returncode == 0 and done.stdout.count("\n") == 8, done.stderr
 
 
 def test_the_readme_shows_every_module_and_script():

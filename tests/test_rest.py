@@ -74,8 +74,8 @@ def test_the_rest_is_adaln_and_the_final_layer(transformer):
 
 
 def test_the_default_iterations_of_the_last_phase(transformer):
-    assert choose_end_to_end(None, "model", True, transformer, 80, "all") == 40
-    assert choose_end_to_end(None, "block", True, transformer, 80, "vectors") == 40
+    assert choose_end_to_end(None, "model", True, transformer, 40, "all") == 40
+    assert choose_end_to_end(None, "block", True, transformer, 40, "vectors") == 40
     assert (
         choose_end_to_end(None, "model", True, transformer, 80)
         == 0

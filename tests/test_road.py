@@ -10,8 +10,11 @@ import time
 
 import click
 import pytest
+from click.testing import CliRunner
 from conftest import ROOT, folder_bytes, interruptible
 
+import tools.sd3_medium
+from calibration_store.choices import EFFORTS
 from tools.road import ROADS, again, commands
 
 TINY = [line.split()[0] for line in ROADS["tiny"]]
@@ -64,13 +67,65 @@ def test_recipes_hand_their_values_on():
     assert recipe("emoji.sh") == "tools/road.py demo /tmp/folder"
     assert recipe("emoji_gpu.sh") == "tools/road.py emoji_gpu /tmp/folder"
     assert recipe("emoji_gpu.sh", ITERS="7") == "tools/road.py emoji_gpu /tmp/folder iters=7"
-    line = recipe("sd3_medium.sh", MEMORY="32", LORA="style.safetensors:0.8", IMAGES="5")
-    _, road, folder, *values = line.split()
-    generate = commands(road, folder, **dict(value.split("=", 1) for value in values))[0]
-    assert generate[3:] == [
-        "--model", "argmaxinc/mlx-stable-diffusion-3-medium", "--lora", "style.safetensors:0.8", "--num-images", "5",
-        "--num-steps", "28", "--stride", "3", "--t5",
-    ]  # fmt: skip
+    assert recipe("emoji.sh", EFFORT="good") == "tools/road.py demo /tmp/folder effort=good"
+
+
+def sd3_medium(*words, **environment):
+    """Return what tools/sd3_medium.py gives, without the variables of the shell that runs the tests."""
+    names = (
+        "EFFORT",
+        "MEMORY",
+        "MODEL",
+        "CHECKPOINT",
+        "LORA",
+        "PASS_SECONDS",
+        "IMAGES",
+        "ITERS",
+        "STEPS",
+        "CACHE",
+        "T5",
+    )
+    return CliRunner(env=dict.fromkeys(names) | environment).invoke(tools.sd3_medium.main, [*words, "--plan"])
+
+
+@pytest.mark.parametrize(
+    "memory, planned, t5", [("16", "16 GB;", False), ("40", "36 GB (of 40);", True), ("400", "128 GB (of 400);", True)]
+)
+def test_the_plan_of_sd3_medium(memory, planned, t5):
+    """Rows add up, the commands are the road's, and every effort takes longer than the one before."""
+    hours = []
+    for effort in EFFORTS:
+        done = sd3_medium("here", EFFORT=effort, MEMORY=memory, PASS_SECONDS="0.045")
+        assert done.exit_code == 0 and f"effort {effort}, planned for {planned}" in done.stdout, done.output
+        rows = [float(size) for size in re.findall(r"([\d.]+) GB  ", done.stdout)]
+        assert sum(rows[:-1]) == pytest.approx(rows[-1], abs=0.5)
+        assert done.stdout.count(".py --calib-dir here") == 8 and ("--stride 3 --t5\n" in done.stdout) == t5
+        hours.append(re.search(r"in all +[\d.]+ GB +(.+)", done.stdout)[1])
+    assert hours[0].startswith("1") and "min" in hours[0] and len(set(hours)) == 3
+
+
+def test_a_plan_takes_the_words_that_people_give(tmp_path):
+    lora = tmp_path / "style.safetensors"
+    lora.touch()
+    done = sd3_medium(
+        MEMORY="32", PASS_SECONDS="1", LORA=f"{lora}:0.8", IMAGES="5", ITERS="40", CACHE="1", CHECKPOINT=str(tmp_path)
+    )
+    assert f"--local-checkpoint {tmp_path} --lora {lora}:0.8 --num-images 5 --num-steps 28" in done.stdout, done.output
+    assert "--iters 40 --end-to-end 20" in done.stdout and "--max-bytes 1GB" in done.stdout
+    for variables, message in (
+        ({"LORA": f"{lora}x:0.8"}, "style.safetensorsx not found"),
+        ({"CHECKPOINT": "nowhere.safetensors"}, "CHECKPOINT=nowhere.safetensors: not found"),
+        ({"MEMORY": "8"}, "8 GB: SD3-Medium needs 16 GB or more"),
+        ({"EFFORT": "most"}, "'most' is not one of"),
+    ):
+        done = sd3_medium(**{"MEMORY": "16", "PASS_SECONDS": "1"} | variables)
+        assert done.exit_code == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.output
+
+
+@pytest.mark.slow
+def test_a_plan_times_a_block_of_this_machine():
+    done = sd3_medium(MEMORY="16")
+    assert 0.001 < float(re.search(r"a pass at 512 px takes ([\d.]+) s: one random block", done.stdout)[1]) < 1000
 
 
 @pytest.fixture(scope="module")

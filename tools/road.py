@@ -34,12 +34,12 @@ ROADS = {
         "report_calibration.py",
     ),
     "demo": (  # runs/emoji.sh: 6 to 10 minutes on two cores
-        "generate_calibration_data.py --model sd3-emoji --num-images 64 --num-steps 20 --batch-size 16 --seed 3",
+        "generate_calibration_data.py --model sd3-emoji --effort {effort} --num-steps 20 --seed 3",
         "tools/contact_sheet.py --columns 8 --size 96",
-        "cache_adaround_data.py --num-images 64 --steps 10,14,16,17,18",
+        "cache_adaround_data.py --effort {effort}",
         "collect_layer_activations.py --num-images 6 --stride 2",
         "analyze_activations.py --plot",
-        "optimize_adaround.py --iters 80 --end-to-end 0",
+        "optimize_adaround.py --effort {effort}",
         "export_quantized_model.py",
         "evaluate_quantization.py --num-steps 20 --variants w4-rtn,native,a8,native+a8-token --step-effects 2",
         "draw_images.py 'red heart' 'police car' mango --model {dir}/quantized_model --compare sd3-emoji --num-steps 20 --output {dir}/drawn",
@@ -56,7 +56,7 @@ ROADS = {
         "cache_adaround_data.py --max-bytes {cache}GB",
         "collect_layer_activations.py --num-images {statistics} --stride 2",
         "analyze_activations.py",
-        "optimize_adaround.py --iters {iters} --no-alpha",
+        "optimize_adaround.py --iters {iters} --end-to-end {last} --no-alpha",
         "export_quantized_model.py",
         "evaluate_quantization.py --num-images {judged} --variants w4-rtn,native,native+a8-token --batch-size 2",
         "report_calibration.py",
@@ -103,6 +103,7 @@ VALUES: dict[str, dict[str, object]] = {  # of the words in braces, where a call
         "micro": "",
         "blocks": "",
     },
+    "demo": {"effort": "fast"},
     "emoji_gpu": {"iters": 700},
 }
 AGAIN = {  # the option with which a stage goes on after an interruption; the others take --resume
@@ -149,7 +150,11 @@ def main(road: str, folder: Path, values: tuple[str, ...]) -> int:
     """Run a ROAD in FOLDER, and print each command before it runs. Called again, the road goes on where it was."""
     if wrong := [value for value in values if "=" not in value]:
         raise click.UsageError(f"{wrong[0]}: not NAME=VALUE")
-    lines = commands(road, folder, **dict(value.split("=", 1) for value in values))
+    return run_commands(commands(road, folder, **dict(value.split("=", 1) for value in values)))
+
+
+def run_commands(lines: list[list[str]]) -> int:
+    """Run a road's commands, each printed before, and return the first code that is not 0."""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is the stage's: it finishes, and says how to go on
     for number, line in enumerate(lines, 1):

@@ -90,7 +90,7 @@ def plan_drawing(options: DrawingOptions, infos: Sequence[ModelInfo], prompts: l
         cfg_weight=cfg_weight,
         negative_prompt=options.negative_prompt,
         latent_size=latent_size,
-        batch_size=min(options.batch_size, len(drawn)),
+        batch_size=min(options.batch_size or 1, len(drawn)),
         use_t5=options.use_t5,
         dtype=choose_dtype(first, options.dtype),
         native=options.native,

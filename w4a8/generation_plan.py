@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ from calibration_store.layout import CalibrationPaths
 from calibration_store.manifest import MANIFEST_FORMAT, prompts_digest, read_manifest
 from calibration_store.samples import is_complete, sample_bytes
 from w4a8.backend.processes import SINGLE_PROCESS, SingleProcess
+from w4a8.effort import SMALL_MODEL, effort_of
 from w4a8.model.catalog import (
     ModelInfo,
     choose_dtype,
     describe_model,
+    model_files,
     package_versions,
     refuse_080,
     with_guidance,
@@ -27,6 +30,8 @@ from w4a8.options import GenerationOptions
 DEFAULT_MODEL = "argmaxinc/mlx-stable-diffusion-3-medium"
 PNG_BYTES_PER_PIXEL = 3  # an upper bound for a compressed RGB image
 MANIFEST_BYTES_PER_IMAGE = 400
+SMALL_BATCH = 16  # images of a small model in one pass
+HUB_WEIGHTS = 2_000_000_000  # of the smallest hub model, SD3-Medium
 
 
 def model_of_run(options: GenerationOptions) -> tuple[str, Path | None]:
@@ -51,6 +56,28 @@ def chosen_model(options: GenerationOptions) -> ModelInfo:
     return with_text_bits(info, options.text_bits)
 
 
+def with_amount(options: GenerationOptions, info: ModelInfo) -> GenerationOptions:
+    """Return the options with numbers of images and of images at once.
+
+    Those that are not given are under --resume the run's, else the effort's for a model of this size.
+    """
+    size = weights_of(info)
+    images = effort_of(options.effort, size).num_images
+    at_once = SMALL_BATCH if options.num_images is None and size <= SMALL_MODEL else 1
+    if options.resume and CalibrationPaths(options.calib_dir).manifest.exists():
+        manifest = read_manifest(options.calib_dir)
+        images, at_once = manifest["num_images"], manifest["batch_option"]
+    return replace(options, num_images=options.num_images or images, batch_size=options.batch_size or at_once)
+
+
+def weights_of(info: ModelInfo) -> int:
+    """Return about how many weights a transformer has, by the bytes of its file; hub models are all large."""
+    if info.folder is None:
+        return HUB_WEIGHTS
+    found = (model_files(info, False) or {}).get("mmdit")
+    return HUB_WEIGHTS if found is None else os.path.getsize(found) // 2
+
+
 def plan_run(options: GenerationOptions, info: ModelInfo, prompts: Sequence[str]) -> dict[str, Any]:
     """Return the manifest of a run before its first image.
 
@@ -58,6 +85,7 @@ def plan_run(options: GenerationOptions, info: ModelInfo, prompts: Sequence[str]
     contradict each other or the model.
     """
     num_images, seed, negative_prompt = options.num_images, options.seed, options.negative_prompt
+    assert num_images is not None and options.batch_size is not None  # `with_amount` has chosen
     num_steps = choose_steps(info, options.num_steps)
     cfg_weight = choose_guidance(info, options.cfg_weight)
     latent_size = options.latent_size or info.latent_size

@@ -7,6 +7,7 @@ neither MLX nor NumPy, since `--help` needs it.
 from dataclasses import dataclass
 from pathlib import Path
 
+from calibration_store.choices import EffortName
 from calibration_store.errors import OptionError
 from w4a8.model.location import UNCHANGED_LOCATION, Lora, ModelLocation
 
@@ -44,7 +45,7 @@ class SamplingOptions:
     guidance: float | None = None
     negative_prompt: str = ""
     latent_size: tuple[int, int] | None = None
-    batch_size: int = 1
+    batch_size: int | None = None
     use_t5: bool | None = None
     text_bits: str = "16"
     dtype: str | None = None
@@ -54,11 +55,12 @@ class SamplingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions(SamplingOptions, WritingOptions):
-    """Options of stage 1, generate_calibration_data.py."""
+    """Options of stage 1, generate_calibration_data.py. No num_images: the run's under --resume, else the effort's."""
 
     model: str | None = None
     local_checkpoint: Path | None = None
-    num_images: int = 10
+    num_images: int | None = None
+    effort: EffortName = "good"
     seed: int = 42
     stride: int = 1
     text_group: int | None = None
@@ -67,9 +69,10 @@ class GenerationOptions(SamplingOptions, WritingOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class CacheOptions(WritingOptions):
-    """Options of stage 2W, cache_adaround_data.py. None: chosen by --max-bytes, or 5 images and every 5th step."""
+    """Options of stage 2W, cache_adaround_data.py. None: all images and the effort's steps, or what --max-bytes allows."""
 
     location: ModelLocation = UNCHANGED_LOCATION
+    effort: EffortName = "good"
     num_images: int | None = None
     stride: int | None = None
     steps: str | None = None
@@ -121,13 +124,14 @@ class TierOptions(AnalysisOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class RoundingOptions(WritingOptions):
-    """Options of stage 3W, optimize_adaround.py. None: chosen by the model's size, memory, or the rounding method."""
+    """Options of stage 3W, optimize_adaround.py. None: chosen by effort, the model's size, memory, or the method."""
 
     location: ModelLocation = UNCHANGED_LOCATION
     blocks: str | None = None
     unit: str | None = None
-    iters: int = 400
-    batch_size: int = 16
+    effort: EffortName = "good"
+    iters: int | None = None
+    batch_size: int | None = None
     micro_batch: int | None = None
     weight_bits: int = 4
     activation_bits: int = 8
@@ -137,7 +141,7 @@ class RoundingOptions(WritingOptions):
     sensitivity_only: bool = False
     group_size: int = 64
     end_to_end: int | None = None
-    unrolled: int = 0
+    unrolled: int | None = None
     tune_rest: bool = True
     rest_bits: int = 16
     migrate: bool = False

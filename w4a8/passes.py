@@ -1,6 +1,7 @@
 """Passes of the model at latents that stage 1 stored; stages 2W and 2A record them."""
 
 import re
+import shutil
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -19,6 +20,7 @@ from calibration_store.samples import read_sample
 from w4a8 import __version__
 from w4a8.backend.parallel import threads_for
 from w4a8.backend.words import shortened
+from w4a8.effort import Effort, late_steps
 from w4a8.model.memory_needs import needs_of, refuse_too_large
 from w4a8.model.parts import Pipeline
 from w4a8.model.prompt_encoder import PromptEncoder, TextConditioning
@@ -228,34 +230,45 @@ def chosen_steps(manifest: Mapping[str, Any], text: str | None) -> list[int] | N
 
 
 FEWEST_STEPS = 4  # steps of each image, while a budget leaves images out
+DISK_SHARE, MOST_CACHED = 0.25, 16e9  # share of the free disk, and bytes, that a cache takes where no budget is given
+
+
+def default_budget(folder: Path) -> int:
+    """Return the bytes that a cache in this folder takes at most where --max-bytes does not say."""
+    return int(min(DISK_SHARE * shutil.disk_usage(folder).free, MOST_CACHED))
 
 
 def choose_amount(
-    options: CacheOptions, manifest: Mapping[str, Any], before: Mapping[str, Any] | None, sample_bytes: int
+    options: CacheOptions,
+    effort: Effort,
+    manifest: Mapping[str, Any],
+    before: Mapping[str, Any] | None,
+    sample_bytes: int,
 ) -> tuple[int, int, list[int] | None]:
     """Choose (number of images, stride, steps or None).
 
-    They are the given ones, or those of the plan before, or as many as fit --max-bytes. before: the plan that --resume
-    goes on with. A budget is spent on images first, then on steps. Without a budget the default is 5 images and every
-    5th step. With `--steps` the stride is 1. Raises OptionError as `chosen_steps` does.
+    They are the given ones, or those of the plan before, which --resume goes on with. Else they are as many as fit
+    --max-bytes, images first, or without it all images that fit `default_budget`, with the effort's late steps. With steps
+    the stride is 1. Raises OptionError as `chosen_steps` does.
     """
-    num_images, stride, budget = options.num_images, options.stride, options.max_bytes
+    num_images, stride = options.num_images, options.stride
     steps = chosen_steps(manifest, options.steps)
-    if before is not None and budget is not None:  # the budget was spent when the run began
-        num_images, stride = num_images or before["num_images"], stride or before["stride"]
+    if before is not None:
+        if stride is None and steps is None:
+            stride, steps = before["stride"], before["key_timesteps"]
+        return num_images or before["num_images"], stride or 1, steps
+    budget = default_budget(options.calib_dir) if options.max_bytes is None else options.max_bytes
+    fitting, most, saved = max(1, budget // sample_bytes), len(manifest["images"]), select_steps(manifest, 1)
+    if steps is None and stride is None and options.max_bytes is None:
+        steps = late_steps(saved, manifest["num_steps"], effort.steps)
     if steps is not None:
-        fitting = 5 if budget is None else max(1, min(budget // sample_bytes // len(steps), len(manifest["images"])))
-        return num_images or fitting, 1, steps
-    if budget is None:
-        return num_images or 5, stride or 5, None
-    fitting = max(1, budget // sample_bytes)
-    saved = len(select_steps(manifest, 1))
-    steps_of = {each: len(select_steps(manifest, each)) for each in range(1, saved + 1)}
+        return num_images or min(max(1, fitting // len(steps)), most), 1, steps
+    steps_of = {each: len(select_steps(manifest, each)) for each in range(1, len(saved) + 1)}
     if num_images is None:
-        few_steps = min(FEWEST_STEPS, saved) if stride is None else steps_of.get(stride, 1)
-        num_images = min(max(1, fitting // few_steps), len(manifest["images"]))
+        few_steps = min(FEWEST_STEPS, len(saved)) if stride is None else steps_of.get(stride, 1)
+        num_images = min(max(1, fitting // few_steps), most)
     if stride is None:
-        stride = next((each for each, count in steps_of.items() if num_images * count <= fitting), saved)
+        stride = next((each for each, count in steps_of.items() if num_images * count <= fitting), len(saved))
     return num_images, stride, None
 
 

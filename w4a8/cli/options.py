@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import click
 
-from calibration_store.choices import NATIVE_WAYS, REST_BITS, SCALE_MEANINGS
+from calibration_store.choices import EFFORTS, NATIVE_WAYS, REST_BITS, SCALE_MEANINGS
 from calibration_store.limits import (
     MOST,
     MOST_DECIBELS,
@@ -224,9 +224,26 @@ def analysis_options(config: str) -> Callable:
     return add
 
 
+def effort_option(what: str) -> Callable:
+    """Return a decorator that adds `--effort`, which decides `what` in a stage."""
+    return click.option(
+        "--effort",
+        type=click.Choice(EFFORTS),
+        help=f"Decides the number of {what}, where no option does; give every stage the same.",
+    )
+
+
 def last_phase_options(function: Callable) -> Callable:
-    """Add the options of the last phase of stage 3W: `--end-to-end`, `--unrolled`, `--tune-rest` and `--rest-bits`."""
+    """Add the options of the last phase of stage 3W: `--end-to-end`, `--unrolled`, `--tune-rest` and `--rest-bits`.
+
+    And `--migrate`, which changes what that phase trains before any phase.
+    """
     for decorator in (
+        click.option(
+            "--migrate/--no-migrate",
+            help="Move wide input channels into the weights first (SmoothQuant), by changes of adaLN and of the value "
+            "projections. The model stays the same, but LoRAs that are put onto the result later do not fit it.",
+        ),
         click.option(
             "--rest-bits",
             type=click.Choice(REST_BITS),
@@ -239,13 +256,13 @@ def last_phase_options(function: Callable) -> Callable:
         click.option(
             "--unrolled",
             type=click.IntRange(0, MOST_ITERATIONS),
-            help="More iterations of that phase against finished latents: the last four steps of sampling, unrolled.",
+            help="More iterations of that phase against finished latents: the last four steps of sampling, unrolled.  [default: 0, or by --effort]",
         ),
         click.option(
             "--end-to-end",
             type=click.IntRange(0, MOST_ITERATIONS),
             help="Iterations of a last phase: scales, zero points, biases and ranges of all blocks, and the 16-bit rest, against "
-            "the model's output.  [default: half of --iters; with --no-tune-rest 0 up to 100 M weights]",
+            "the model's output.  [default: half of --iters, or by --effort; with --no-tune-rest 0 up to 100 M weights]",
         ),
     ):
         function = decorator(function)

@@ -4,7 +4,7 @@ Each kind of block is a class: the multimodal blocks of SD3 and FLUX, and FLUX's
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -186,6 +186,11 @@ def model_blocks(mmdit: nn.Module) -> dict[str, Block]:
 def model_layers(mmdit: nn.Module) -> dict[str, Layer]:
     """Return every linear layer of the blocks by its name, in the order of the forward pass of each stream."""
     return {layer.name: layer for block in model_blocks(mmdit).values() for layer in block.layers}
+
+
+def num_weights(layers: Iterable[Layer]) -> int:
+    """Return the number of weights of these layers, biases not counted."""
+    return sum(out * width for out, width in (layer.shape for layer in layers))
 
 
 def note_latent_size(mmdit: nn.Module, latent_size: Sequence[int]) -> None:

@@ -18,12 +18,13 @@ from calibration_store.rest_weights import read_rest, write_rest
 from calibration_store.rounding_checkpoint import Layers
 from calibration_store.weights import read_losses, read_quantized_block, write_losses, write_quantized_block
 from w4a8.backend.parallel import working_cores
+from w4a8.model.layers import num_weights
 from w4a8.quantized.layer import deployed_grid
 from w4a8.rounding.finished_latents import UNROLLED, FinishedLatents, LastSteps, read_ends
 from w4a8.rounding.iteration_bytes import IterationBytes
 from w4a8.rounding.jobs import Job
 from w4a8.rounding.rest import bytes_of_rest
-from w4a8.rounding.run import RoundingRun, num_weights
+from w4a8.rounding.run import RoundingRun
 from w4a8.rounding.settings import (
     EVALUATED,
     LR_LAST_SCALES,

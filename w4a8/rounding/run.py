@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -18,7 +18,8 @@ from calibration_store.stage_folder import shown
 from calibration_store.weights import LEARNING_RATES, WEIGHTS_FORMAT, WEIGHTS_METADATA, training_run
 from w4a8 import __version__
 from w4a8.backend.processes import SINGLE_PROCESS, SingleProcess
-from w4a8.model.layers import Layer, model_blocks, model_layers
+from w4a8.effort import SMALL_MODEL, rounding_effort
+from w4a8.model.layers import Layer, model_blocks, model_layers, num_weights
 from w4a8.model.migration import migrate
 from w4a8.options import RoundingOptions
 from w4a8.rounding.block_boundaries import BlockBoundaries
@@ -31,7 +32,6 @@ REST_WORDS = {
     EVERYTHING: " with adaLN and the final layer",
     VECTORS: " with adaLN's biases and the final layer",
 }
-MODEL_UNIT_LIMIT = 100_000_000  # weights up to which the default unit is the whole model
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,17 @@ class RoundingRun:
         opened: gives the transformer; schedule: noise levels of the calibration run, num_steps + 1; before: the plan
         that --resume goes on with. Raises OptionError for options that do not fit this cache and model.
         """
-        mmdit, settings = opened(), Settings.of(options)
+        mmdit = opened()
+        size = num_weights(model_layers(mmdit).values())
+        effort = rounding_effort(options, size, before)
+        settings = Settings.of(options, effort)
         unit, blocks = choose_unit(mmdit, cache["block_names"], options.blocks, options.unit, settings.group_size)
         whole = list(model_blocks(mmdit)) == list(blocks)
-        rest = choose_rest(mmdit, options.tune_rest and whole and options.end_to_end != 0, before)
+        rest = choose_rest(mmdit, options.tune_rest and whole and effort.end_to_end != 0, before)
         rest = REST_KINDS[ranks.from_rank_0(REST_KINDS.index(rest))]
-        end_to_end = choose_end_to_end(options.end_to_end, unit, whole, mmdit, settings.iters, rest)
+        end_to_end = choose_end_to_end(options.end_to_end, unit, whole, mmdit, effort.end_to_end, rest)
+        if options.unrolled is None and not end_to_end:
+            settings = replace(settings, unrolled=0)
         if settings.unrolled and not end_to_end:
             raise OptionError(
                 f"--unrolled {settings.unrolled} follows the last phase, which --end-to-end gives iterations"
@@ -171,7 +176,7 @@ def choose_unit(
     """Return (unit, blocks) of a run.
 
     cached: names of the cached blocks; blocks: `--blocks`, None for all that are cached; unit: `--unit`, None for the
-    model up to MODEL_UNIT_LIMIT weights, else the block. Raises OptionError for blocks that are not cached, for groups
+    model up to SMALL_MODEL weights, else the block. Raises OptionError for blocks that are not cached, for groups
     that do not divide a layer's inputs, and for the unit "model" without every block.
     """
     every = list(model_blocks(mmdit))
@@ -190,28 +195,23 @@ def choose_unit(
             "--unit model needs every block: run cache_adaround_data.py without --blocks, and leave --blocks out here"
         )
     if unit is None:
-        unit = MODEL if chosen == every and num_weights(layers) <= MODEL_UNIT_LIMIT else "block"
+        unit = MODEL if chosen == every and num_weights(layers) <= SMALL_MODEL else "block"
     return unit, chosen
 
 
 def choose_end_to_end(
-    given: int | None, unit: str, whole: bool, mmdit: nn.Module, iters: int, rest: str = NO_REST
+    given: int | None, unit: str, whole: bool, mmdit: nn.Module, default: int, rest: str = NO_REST
 ) -> int:
     """Return the number of iterations of the last phase.
 
-    given: `--end-to-end`, None for half of the iterations where the rest is trained, or where the model is large and
-    its blocks are the units. whole: every block is trained. Raises OptionError where not every block is.
+    given: `--end-to-end`, None for the default where the rest is trained, or where the model is large and its blocks are
+    the units, else for none. whole: every block is trained. Raises OptionError where not every block is.
     """
-    large = num_weights(model_layers(mmdit).values()) > MODEL_UNIT_LIMIT
+    large = num_weights(model_layers(mmdit).values()) > SMALL_MODEL
     if given and not whole:
         raise OptionError("--end-to-end needs every block: leave --blocks out")
     useful = rest != NO_REST or (large and unit != MODEL)
-    return iters // 2 if given is None and whole and useful else given or 0
-
-
-def num_weights(layers: Iterable[Layer]) -> int:
-    """Return the number of weights of these layers, biases not counted."""
-    return sum(out * width for out, width in (layer.shape for layer in layers))
+    return default if given is None and whole and useful else given or 0
 
 
 def what_may_change(before: Mapping[str, Any] | None) -> list[str]:

@@ -15,11 +15,12 @@ from calibration_store.sensitivity import SENSITIVITY, write_sensitivity
 from w4a8 import __version__
 from w4a8.backend.parallel import streams_for
 from w4a8.backend.progress import progress_bar
+from w4a8.effort import SMALL_MODEL
 from w4a8.model.hooks import substituted_layers
-from w4a8.model.layers import Block, Layer, model_blocks, run_final_layer
+from w4a8.model.layers import Block, Layer, model_blocks, num_weights, run_final_layer
 from w4a8.quantized.layer import QuantizedLayer
 from w4a8.rounding.quantized_forward import QuantizedForward
-from w4a8.rounding.run import MODEL_UNIT_LIMIT, RoundingRun, num_weights
+from w4a8.rounding.run import RoundingRun
 from w4a8.rounding.training_samples import SampleBatch, Samples, TrainingSamples, spread_over, verified
 
 MEASURED_ON, AT_ONCE = (32, 8), (16, 2)  # samples, for small models and for large ones
@@ -69,7 +70,7 @@ def measure_sensitivity(run: RoundingRun, choices: Sequence[int]) -> dict[str, A
     for _ in verified(run.paths.calib_dir, run.cache, [run.blocks]):
         pass
     samples = Samples.of_cache(run.paths.calib_dir, run.cache, run.mmdit, run.blocks)
-    large = num_weights(layers.values()) > MODEL_UNIT_LIMIT
+    large = num_weights(layers.values()) > SMALL_MODEL
     chosen, chunk = spread_over(samples.training, MEASURED_ON[large]), AT_ONCE[large]
     chunks = [chosen[i : i + chunk] for i in range(0, len(chosen), chunk)]
     probe = SensitivityProbe.open(mmdit, run.blocks, samples, chunks)

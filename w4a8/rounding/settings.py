@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from calibration_store.choices import RestKind
+from w4a8.effort import Effort
 from w4a8.options import RoundingOptions
 
 TUNE_SHARE = 0.3  # last share of the iterations: codes are decided; scales, zero points, biases and ranges are trained
@@ -28,11 +29,11 @@ Indices = Sequence[int] | np.ndarray  # indices of cached samples
 class Settings:
     """The settings that decide the result of a run beside the cache, as plan.json notes them.
 
-    Defaults are those of the options.
+    Defaults are those of the options, where these have any.
     """
 
-    iters: int = RoundingOptions.iters
-    batch_size: int = RoundingOptions.batch_size
+    iters: int = 400
+    batch_size: int = 16
     weight_bits: int = RoundingOptions.weight_bits
     activation_bits: int = RoundingOptions.activation_bits  # 0: inputs stay as they are
     group_size: int = RoundingOptions.group_size
@@ -57,12 +58,15 @@ class Settings:
     excluded: Sequence[str] = ()  # layers that stay as they are
 
     @classmethod
-    def of(cls, options: RoundingOptions) -> "Settings":
-        """Return the settings that these options give; the model, memory and single layers' bits decide the rest."""
+    def of(cls, options: RoundingOptions, effort: Effort) -> "Settings":
+        """Return the settings that these options give; the model, memory and single layers' bits decide the rest.
+
+        effort: iterations, and samples of each.
+        """
         rate = DEFAULT_LR_ALPHA[options.rounding] if options.lr_alpha is None else options.lr_alpha
         return cls(
-            iters=options.iters,
-            batch_size=options.batch_size,
+            iters=effort.iters,
+            batch_size=effort.batch_size,
             weight_bits=options.weight_bits,
             activation_bits=options.activation_bits,
             group_size=options.group_size,
@@ -73,7 +77,7 @@ class Settings:
             seed=options.seed,
             activation_rule=options.activation_rule,
             rest_bits=options.rest_bits,
-            unrolled=options.unrolled,
+            unrolled=effort.unrolled,
             migrate=options.migrate,
         )
 

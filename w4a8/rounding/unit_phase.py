@@ -11,12 +11,12 @@ from calibration_store.block_cache import VELOCITY, block_keys, boundary_shapes,
 from calibration_store.names import block_of
 from calibration_store.rounding_checkpoint import Layers
 from calibration_store.weights import write_losses, write_quantized_block
-from w4a8.model.layers import model_blocks
+from w4a8.model.layers import model_blocks, num_weights
 from w4a8.model.parts import check_finite
 from w4a8.quantized.arithmetic import grid_position
 from w4a8.rounding.iteration_bytes import TRAINING_SCORE_ARRAYS, TRAINING_TOKEN_ARRAYS, IterationBytes
 from w4a8.rounding.jobs import Job
-from w4a8.rounding.run import RoundingRun, num_weights
+from w4a8.rounding.run import RoundingRun
 from w4a8.rounding.training import Training
 from w4a8.rounding.training_samples import Samples
 from w4a8.rounding.unit_training import UnitTraining
