@@ -78,7 +78,7 @@ def test_stages_without_numbers(tmp_path, monkeypatch):
     done = invoke("cache_adaround_data", "--calib-dir", folder, "--resume")
     assert done.exit_code == 0 and "15 samples" in done.stdout
     done = invoke("optimize_adaround", "--calib-dir", folder, "--effort", "best", "--dry-run")
-    assert "700 iterations of 15 (1 at once), then 350 end to end" in done.stdout, done.output
+    assert "700 iterations of 15 (15 at once), then 350 end to end" in done.stdout, done.output
     assert "150 against finished latents" in done.stdout
     done = invoke("optimize_adaround", "--calib-dir", folder, "--effort", "best", "--no-tune-rest", "--dry-run")
     assert "700 iterations" in done.stdout and "end to end" not in done.stdout, done.output

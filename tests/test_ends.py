@@ -20,6 +20,7 @@ from calibration_store.layout import WeightPaths
 from calibration_store.manifest import read_manifest
 from calibration_store.weights import read_quantized_block
 from w4a8.block_recording import Recording
+from w4a8.effort import effort_of
 from w4a8.model.parts import TEXT, TRANSFORMER
 from w4a8.model.runs import load_run_pipeline, run_schedule, run_transformer
 from w4a8.options import CacheOptions
@@ -128,15 +129,17 @@ def test_several_samples_in_a_pass_give_the_same(ends, monkeypatch):
 
 
 def test_a_budget_picks_images_first(ends):
-    manifest = {"images": [{}] * 100, "num_steps": 20, "stride": 1}
+    manifest, effort = {"images": [{}] * 100, "num_steps": 20, "stride": 1}, effort_of("good", 1)
 
     def pick(samples, images=None, stride=None, steps=None):
         options = CacheOptions(num_images=images, stride=stride, steps=steps, max_bytes=samples * 1000)
-        return choose_amount(options, manifest, None, 1000)[:2]
+        return choose_amount(options, effort, manifest, None, 1000)[:2]
 
     assert pick(40) == (10, 5) and pick(400) == (100, 5) and pick(2000) == (100, 1) and pick(10**6) == (100, 1)
     assert pick(1) == (1, 20) and pick(40, images=20) == (20, 10) and pick(40, stride=10) == (20, 10)
-    assert pick(40, steps="1,2") == (20, 1) and choose_amount(CacheOptions(), manifest, None, 1000) == (5, 5, None)
+    assert pick(40, steps="1,2") == (20, 1)
+    whole = choose_amount(CacheOptions(calib_dir=ends), effort, manifest, None, 1000)
+    assert whole == (100, 1, [10, 14, 16, 17, 18])
     done = invoke("cache_adaround_data", "--calib-dir", ends, "--force", "--dry-run", "--max-bytes", "1MB")
     assert done.exit_code == 0 and "images [0, 2], 4 steps each, 8 samples, ends" in done.stdout
     needs = float(re.search(r"to do: 8 of 8 samples .* at most ([\d.]+) kB", done.stdout)[1])

@@ -187,9 +187,12 @@ class FinalPhase(Job):
     def peak_bytes(self) -> int:
         """Estimate the peak memory in bytes.
 
-        It is the codes and grids of all layers, the tokens between the blocks, and the gradients of what is run in one piece.
+        It is the codes and grids of all layers, the tokens between the blocks, and the gradients of one block. In one piece
+        it takes less than the first phase, whose trial tells: there are no rounding variables.
         """
         run, settings = self.run, self.run.settings
+        if run.unit == MODEL:
+            return 0
         units = [job for job in UnitPhase.of_run(run) if isinstance(job, UnitPhase)]
         sizes = [num_weights(run.layers[name] for name in job.spec.layers) for job in units]
         cached = boundary_shapes(run.cache)
@@ -197,7 +200,7 @@ class FinalPhase(Job):
         at_once = min(settings.chunk * working_cores(), settings.batch_size)
         grids = 8 * 4 * sum(sizes) // (settings.group_size or 1024)  # scales, zero points, their moments and slopes
         largest = max((job.iteration_bytes() for job in units), key=lambda one: one.peak(1))
-        one = IterationBytes(4 * max(sizes), largest.sample, len(run.blocks) if run.unit == MODEL else 1)
+        one = IterationBytes(4 * max(sizes), largest.sample, 1)
         rest = bytes_of_rest(run.mmdit, settings.rest)
         return sum(sizes) + grids + rest + at_once * tokens * len(run.blocks) + one.peak(at_once)
 
