@@ -11,7 +11,6 @@ import struct
 import subprocess
 import sys
 import termios
-import threading
 import time
 
 import click
@@ -19,9 +18,7 @@ import pytest
 from conftest import ROOT, generate, interruptible, invoke, start
 
 from calibration_store.stage_folder import shown
-from w4a8.backend.blas import cores
 from w4a8.backend.progress import ProgressLines, progress_bar
-from w4a8.backend.read_ahead import read_ahead
 from w4a8.backend.words import interpreter
 from w4a8.cli.command import resume_command
 
@@ -269,26 +266,6 @@ def test_the_time_to_go_follows_the_last_minute(capsys, monkeypatch):
     bar.n = 150
     bar.close()
     assert "s to go" not in capsys.readouterr().err
-
-
-def test_files_are_read_ahead_in_order():
-    """At most as many as there are cores; an exception comes in its turn, and nothing is read for nobody."""
-    read, gate = [], threading.Event()
-
-    def slow(key):
-        read.append(key)
-        if key == 0:
-            gate.wait(10)
-        if key == 3:
-            raise ValueError("three")
-        return key * key
-
-    found = read_ahead(slow, range(50))
-    gate.set()
-    assert [next(found) for _ in range(3)] == [(0, 0), (1, 1), (2, 4)]
-    with pytest.raises(ValueError, match="three"):
-        next(found)
-    assert len(read) <= 4 + cores() and list(read_ahead(slow, [])) == []
 
 
 def test_progress_without_anything_to_do_and_slow_progress(capsys):

@@ -15,7 +15,6 @@ from calibration_store.statistics import ActivationStatistics, LayerStatistics
 from w4a8.analysis.bit_allocation import allocate
 from w4a8.analysis.clipping_ranges import expected_sqnrs, mean_square, unmigrated_clipping_ranges
 from w4a8.analysis.w4a8_config import DEAD_SCALE
-from w4a8.backend.read_ahead import read_ahead
 from w4a8.options import TierOptions
 
 
@@ -63,10 +62,10 @@ def measure_steps(statistics: ActivationStatistics, with_sqnr: bool) -> dict[str
     with_sqnr: as for `measure_layer`.
     """
     steps: dict[str, dict[str, Decision]] = {}
-    for key, layers in read_ahead(statistics.read_step, statistics.step_keys):
+    for key in statistics.step_keys:
         steps[key] = {}
         seen: dict[tuple[bytes, bytes], Decision] = {}
-        for name, layer in layers.items():
+        for name, layer in statistics.read_step(key).items():
             same_input = (layer.avg_min.tobytes(), layer.avg_max.tobytes())  # q, k and v of a stream share theirs
             try:
                 seen[same_input] = seen.get(same_input) or measure_layer(layer, with_sqnr)

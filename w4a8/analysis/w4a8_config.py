@@ -16,7 +16,6 @@ from w4a8.analysis.clipping_ranges import (
     outlier_multipliers,
     unmigrated_clipping_ranges,
 )
-from w4a8.backend.read_ahead import read_ahead
 
 DEAD_SCALE = 1.0  # the scale of a layer that saw nothing but zeros, for which any positive range is exact
 
@@ -86,7 +85,8 @@ def describe_steps(
     """
     steps: dict[str, dict[str, LayerStep]] = {}
     widest: dict[str, np.ndarray] = {}
-    for key, layers in read_ahead(statistics.read_step, statistics.step_keys):
+    for key in statistics.step_keys:
+        layers = statistics.read_step(key)
         steps[key] = {}
         refuse_other_layers(statistics, key, layers, steps)
         for name, layer in layers.items():
