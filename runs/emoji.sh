@@ -6,7 +6,7 @@
 set -euo pipefail
 . "$(dirname "$0")/begin.bash"
 DIR=${1:-calibration_data/demo}
-echo "The whole road on the bundled model: 6 to 10 minutes on two cores, into $DIR. Ctrl-C and the same command again go on."
+echo "The whole road on the bundled model: 4 to 10 minutes on two cores, into $DIR. Ctrl-C and the same command again go on."
 $PY tools/road.py demo "$DIR" ${EFFORT:+effort="$EFFORT"}
 echo
 echo "Done. Open $DIR/report/index.html: what was measured, every image beside its original, and how to go on."

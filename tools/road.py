@@ -33,7 +33,7 @@ ROADS = {
         "draw_images.py 'red heart' --model {dir}/quantized_model --num-steps 1 --output {dir}/drawn",
         "report_calibration.py",
     ),
-    "demo": (  # runs/emoji.sh: 6 to 10 minutes on two cores
+    "demo": (  # runs/emoji.sh: 4 to 10 minutes on two cores
         "generate_calibration_data.py --model sd3-emoji --effort {effort} --num-steps 20 --seed 3",
         "tools/contact_sheet.py --columns 8 --size 96",
         "cache_adaround_data.py --effort {effort}",
