@@ -55,7 +55,7 @@ def test_images_are_the_given_ones_the_runs_or_the_efforts(tmp_path):
         return found.num_images, found.batch_size
 
     assert amount(small) == (240, 16) and amount(large) == (512, 1)
-    assert amount(small, effort="fast") == (64, 16) and amount(large, effort="fast") == (128, 1)
+    assert amount(small, effort="fast") == (128, 16) and amount(large, effort="fast") == (128, 1)
     assert amount(small, num_images=3) == (3, 1) and amount(small, num_images=3, batch_size=2) == (3, 2)
     done = generate("--num-images", 3, "--batch-size", 2, "--num-steps", 2, "--no-images", "--calib-dir", tmp_path)
     assert done.exit_code == 0

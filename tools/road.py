@@ -41,7 +41,7 @@ ROADS = {
         "analyze_activations.py --plot",
         "optimize_adaround.py --effort {effort}",
         "export_quantized_model.py",
-        "evaluate_quantization.py --num-steps 20 --variants w4-rtn,native,a8,native+a8-token --step-effects 2",
+        "evaluate_quantization.py --num-images 32 --num-steps 20 --batch-size 16 --variants w4-rtn,native,native+a8-token --step-effects 2",
         "draw_images.py 'red heart' 'police car' mango --model {dir}/quantized_model --compare sd3-emoji --num-steps 20 --output {dir}/drawn",
         "report_calibration.py",
     ),

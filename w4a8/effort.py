@@ -34,7 +34,7 @@ class Effort(NamedTuple):
 
 
 OF_SMALL_MODELS = {
-    "fast": Effort(64, 5, 80, 0, 0),
+    "fast": Effort(128, 5, 100, 0, 0),
     "good": Effort(240, 5, 260, 130, 0),
     "best": Effort(3200, 5, 700, 350, 150, 64),
 }
