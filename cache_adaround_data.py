@@ -91,6 +91,7 @@ def run(options: CacheOptions) -> None:
         sample_bytes = recording.bytes_of_sample(pipeline, manifest["latent_size"], manifest["cfg_scale"] > 0)
         effort = effort_of(options.effort, num_weights(model_layers(pipeline.mmdit).values()))
         num_images, stride, steps = choose_amount(options, effort, manifest, before, sample_bytes)
+        num_images = ranks.from_rank_0(num_images)  # by the free disk, which each of them finds at another moment
         images, selection = select_passes(manifest, num_images, stride, folder.before(num_images=num_images), steps)
         plan = plan_cache(selection, options.blocks, boundaries)
         sample_ids, run_id = sample_ids_of(plan), plan["calibration_run"]
@@ -98,8 +99,8 @@ def run(options: CacheOptions) -> None:
             f"{manifest['model_version']}: images {cli.shortened(plan['selected_image_ids'])}, {len(plan['key_timesteps'])} steps each, "
             f"{len(sample_ids)} samples, {boundaries} of the boundaries"
         )
-        if options.num_images is None and num_images < len(manifest["images"]):
-            click.echo(f"{num_images} of {len(manifest['images'])} images fit; --max-bytes allows more.")
+        if options.num_images is None and before is None and num_images < len(manifest["images"]):
+            click.echo(f"{num_images} of {len(manifest['images'])} images fit; a larger --max-bytes allows more.")
         folder.check(plan)
         passes = StoredPasses.open(
             pipeline, options.calib_dir, manifest, images, 1 if options.dry_run else options.text_group

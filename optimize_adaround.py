@@ -6,8 +6,8 @@ Writes  adaround_weights/: {block}.npz with codes, scales, zero points and range
 python optimize_adaround.py --calib-dir calibration_data/demo --iters 80 --resume
 
 A unit (the whole model or a block) is quantized and trained against what it gave unquantized on the
-cached samples (AdaRound, BRECQ, TaQ-DiT). First the rounding variables α: up where α >= 0. Then, with the codes
-decided, scales, zero points, biases and activation ranges (LSQ) together. Every loss is relative: 1 is the error of
+cached samples (AdaRound, BRECQ, TaQ-DiT): rounding variables α (up where α >= 0), scales, zero points and biases, at
+the end with the codes decided; from the middle on with quantized inputs and their ranges (LSQ). Every loss is relative: 1 is the error of
 round-to-nearest on a min-max grid; in the table at the end on the samples of the column, in the files on the training
 samples. All in float32.
 """
@@ -43,7 +43,7 @@ WITHOUT_AN_OPTION = {
 @click.option(
     "--batch-size",
     type=cli.COUNT,
-    help="Cached samples per iteration.  [default: 16; small models at --effort best 64]",
+    help="Cached samples per iteration.  [default: 16; small models at --effort best without --iters 64]",
 )
 @click.option(
     "--micro-batch",

@@ -119,6 +119,7 @@ class Export(_Export, total=False):
     w4a8_version: Name  # of the toolkit that exported; absent before 0.9.0
     layer_bits: dict[LayerName, Annotated[int, Meta(ge=2, le=8)]]
     excluded: list[LayerName]
+    migrated: bool  # stage 3W divided inputs (migration.npz); absent: it did not
 
 
 class ModelConfig(_ModelConfig, total=False):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import pytest
 from conftest import generate, invoke
@@ -73,12 +74,14 @@ def test_stages_without_numbers(tmp_path, monkeypatch):
     assert metadata["key_timesteps"] == [5, 6, 7, 8, 9] and "images fit" not in done.stdout
     monkeypatch.setattr("w4a8.passes.MOST_CACHED", 15 * 93_000)
     done = invoke("cache_adaround_data", "--calib-dir", folder, "--force")
-    assert "15 samples" in done.stdout and "3 of 6 images fit; --max-bytes allows more." in done.stdout, done.output
+    assert "15 samples" in done.stdout and "3 of 6 images fit; a larger --max-bytes allows more." in done.stdout, (
+        done.output
+    )
     monkeypatch.undo()
     done = invoke("cache_adaround_data", "--calib-dir", folder, "--resume")
     assert done.exit_code == 0 and "15 samples" in done.stdout
     done = invoke("optimize_adaround", "--calib-dir", folder, "--effort", "best", "--dry-run")
-    assert "700 iterations of 15 (15 at once), then 350 end to end" in done.stdout, done.output
+    assert re.search(r"700 iterations of 15 \(\d+ at once\), then 350 end to end", done.stdout), done.output
     assert "150 against finished latents" in done.stdout
     done = invoke("optimize_adaround", "--calib-dir", folder, "--effort", "best", "--no-tune-rest", "--dry-run")
     assert "700 iterations" in done.stdout and "end to end" not in done.stdout, done.output
@@ -86,3 +89,6 @@ def test_stages_without_numbers(tmp_path, monkeypatch):
     assert invoke(*run, "--iters", 10, "--batch-size", 2).exit_code == 0
     done = invoke(*run, "--resume")
     assert done.exit_code == 0 and "10 iterations of 2" in done.stdout, done.output
+    assert invoke(*run, "--iters", 10, "--end-to-end", 3, "--force").exit_code == 0
+    done = invoke(*run, "--resume")
+    assert done.exit_code == 0 and "then 3 end to end" in done.stdout, done.output

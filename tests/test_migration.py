@@ -94,8 +94,8 @@ def test_static_ranges_beside_migrated_weights_are_those_of_the_original():
         }
     }
     rule = StaticByStep(entries, BUNDLED_FOLDER, {})
-    after = rule.after_migration({"a": m, "b": m})
-    assert rule.after_migration({}) is rule and after.exported() is None
+    after = rule.after_migration("w4", lambda: {"a": m, "b": m})
+    assert rule.after_migration("w4", dict) is rule and after.exported() is None
     for name in "ab":
         expected = np.array(rule.at(0.5, 1)(name, x)) / m
         np.testing.assert_allclose(np.array(after.at(0.5, 1)(name, x / m)), expected, rtol=1e-4, atol=1e-5)
@@ -148,6 +148,8 @@ def test_migrated_weights_go_through_the_stages(ends, tmp_path):  # noqa: F811
     variants = json.loads((folder / "evaluation/metrics.json").read_bytes())["variants"]
     assert variants["native"]["psnr"]["mean"] == pytest.approx(variants["w4-adaround"]["psnr"]["mean"], abs=0.2)
     assert json.loads((folder / "quantized_model/config.json").read_bytes())["export"]["activations"] == "a8-token"
+    again = (*OPTIMIZE, "--no-tune-rest", "--iters", 12, "--force", "--dry-run")
+    assert invoke("optimize_adaround", "--calib-dir", folder, *again).exit_code == 0
     export = ("export_quantized_model", "--calib-dir", folder, "--force", "--activations")
     one_line(invoke(*export, "a8"), "--activations a8: its ranges are of inputs that these weights have divided")
 
@@ -162,3 +164,28 @@ def test_migrated_weights_go_through_the_stages(ends, tmp_path):  # noqa: F811
 def test_a_migration_of_some_blocks_is_refused(ends, tmp_path):  # noqa: F811
     done = invoke("optimize_adaround", "--calib-dir", ends, "--migrate", "--blocks", "mm0")
     one_line(done, "--migrate needs every block: leave --blocks out")
+
+
+@pytest.mark.slow
+def test_learned_ranges_go_with_the_migrated_weights_alone(ends, tmp_path):  # noqa: F811
+    """Also stage 5's folder needs the multipliers for a static rule; without them it says so."""
+    folder = tmp_path / "run"
+    shutil.copytree(ends, folder)
+    static = ("--activation-rule", "static", "--no-tune-rest")
+    assert invoke("optimize_adaround", "--calib-dir", folder, *OPTIMIZE, *static).exit_code == 0
+    evaluate = ("evaluate_quantization", "--calib-dir", folder, "--num-images", 1, "--num-steps", 1, "--variants")
+    assert invoke(*evaluate, "w4-adaround+a8-learned").exit_code == 0
+    for variant in ("a8-learned", "w4-rtn+a8-learned"):
+        one_line(invoke(*evaluate, variant), f"{variant}: the learned ranges are of inputs that --migrate divided")
+    for script, *arguments in (
+        ("collect_layer_activations", "--num-images", 1, "--stride", 4),
+        ("analyze_activations",),
+        ("export_quantized_model",),
+    ):
+        done = invoke(script, "--calib-dir", folder, *arguments)
+        assert done.exit_code == 0, done.output
+    export = json.loads((folder / "quantized_model/config.json").read_bytes())["export"]
+    assert export["migrated"] is True and export["activations"] == "a8-learned"
+    shutil.rmtree(folder / "adaround_weights")
+    assert invoke(*evaluate, "native+a8-token").exit_code == 0
+    one_line(invoke(*evaluate, "native+a8"), "stage 3W migrated its inputs, and migration.npz is not there")

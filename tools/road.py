@@ -33,7 +33,7 @@ ROADS = {
         "draw_images.py 'red heart' --model {dir}/quantized_model --num-steps 1 --output {dir}/drawn",
         "report_calibration.py",
     ),
-    "demo": (  # runs/emoji.sh: 4 to 10 minutes on two cores
+    "demo": (  # runs/emoji.sh: 6 minutes on two cores, twice as long on slow ones
         "generate_calibration_data.py --model sd3-emoji --effort {effort} --num-steps 20 --seed 3",
         "tools/contact_sheet.py --columns 8 --size 96",
         "cache_adaround_data.py --effort {effort}",
@@ -53,7 +53,7 @@ ROADS = {
     ),
     "sd3_medium": (  # runs/sd3_medium.sh, which chooses the values
         "generate_calibration_data.py --model {model} --local-checkpoint {checkpoint} --lora {lora} --num-images {images} --num-steps {steps} --stride 3 {t5}",
-        "cache_adaround_data.py --max-bytes {cache}GB",
+        "cache_adaround_data.py --effort {effort} --num-images {images} --max-bytes {cache}",
         "collect_layer_activations.py --num-images {statistics} --stride 2",
         "analyze_activations.py",
         "optimize_adaround.py --iters {iters} --end-to-end {last} --no-alpha",

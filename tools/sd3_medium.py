@@ -101,7 +101,7 @@ def main(
     size_2w = number * work.steps * SAMPLE_BYTES / 1e9 if cache is None else cache
     values = {
         "model": model, "checkpoint": checkpoint or "", "lora": lora, "images": number, "steps": steps, "t5": t5 or machine.t5,
-        "cache": f"{size_2w:.3g}", "statistics": machine.statistics, "iters": count, "last": last, "judged": machine.judged,
+        "effort": effort, "cache": "" if cache is None else f"{cache:g}GB", "statistics": machine.statistics, "iters": count, "last": last, "judged": machine.judged,
     }  # fmt: skip
     lines = commands("sd3_medium", folder, **values)
     if not plan_only:
@@ -133,7 +133,7 @@ def planned(
     images: int, steps: int, cache: float, machine: Machine, iters: int, last: int, t5: bool, seconds: float
 ) -> list[Row]:
     """Return the rows of a plan; seconds: of one pass. Sizes were measured at 512 px with guidance (README)."""
-    samples, passes = int(cache * 1e9 / SAMPLE_BYTES), machine.statistics * (STEPS // SAVED_EVERY // 2 + 1)
+    samples, passes = int(cache * 1e9 / SAMPLE_BYTES), machine.statistics * (steps // SAVED_EVERY // 2 + 1)
     stored = images * ((steps // SAVED_EVERY + 1) * 0.131e6 + 0.6e6)
     learning = (BLOCKS * iters * BLOCK_ITERATION + last * LAST_ITERATION) * seconds
     return [

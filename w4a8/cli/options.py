@@ -256,13 +256,13 @@ def last_phase_options(function: Callable) -> Callable:
         click.option(
             "--unrolled",
             type=click.IntRange(0, MOST_ITERATIONS),
-            help="More iterations of that phase against finished latents: the last four steps of sampling, unrolled.  [default: 0, or by --effort]",
+            help="More iterations of that phase against finished latents: the last four steps of sampling, unrolled.  [default: 0; without --iters by --effort]",
         ),
         click.option(
             "--end-to-end",
             type=click.IntRange(0, MOST_ITERATIONS),
             help="Iterations of a last phase: scales, zero points, biases and ranges of all blocks, and the 16-bit rest, against "
-            "the model's output.  [default: half of --iters, or by --effort; with --no-tune-rest 0 up to 100 M weights]",
+            "the model's output.  [default: half of --iters, without it by --effort; with --no-tune-rest 0 up to 100 M weights]",
         ),
     ):
         function = decorator(function)

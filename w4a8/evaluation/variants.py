@@ -121,7 +121,7 @@ def make_variant(name: str, calib_dir: Path, scale_is: str | None = None, native
     if rule_part is not None:
         rule_class, bits = rule_part
         rule = rule_class.named(name, bits, calib_dir, weights is not None, scale_is)
-        rule = rule.after_migration({} if weights is None else weights.multipliers())
+        rule = rule.after_migration(name, dict if weights is None else weights.multipliers)
     return Variant(name, weights, rule, scale_is)
 
 

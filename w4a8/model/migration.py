@@ -14,7 +14,6 @@ import numpy as np
 from w4a8.model.layers import Block, MultimodalBlock, model_blocks
 
 MODULATED = {"attn": (0, 1), "mlp": (3, 4)}  # where an input's shift and scale stand among adaLN's outputs
-Multipliers = Mapping[str, np.ndarray]  # (inputs,) float32 by layer
 
 
 def migrated_together(block: Block, kept: Sequence[str] = ()) -> list[list[str]]:
@@ -35,8 +34,11 @@ def migrated_together(block: Block, kept: Sequence[str] = ()) -> list[list[str]]
     return [names for key, names in groups.items() if not set(touched[key]) & set(kept)]
 
 
-def migrate(mmdit: nn.Module, multipliers: Multipliers) -> None:
-    """Divide the inputs of layers by their multipliers, and multiply their weights. adaLN is rounded as it is deployed."""
+def migrate(mmdit: nn.Module, multipliers: Mapping[str, np.ndarray]) -> None:
+    """Divide the inputs of layers by their multipliers, (inputs,) float32 by layer, and multiply their weights.
+
+    adaLN is rounded as it is deployed.
+    """
     half = mx.bfloat16 if mmdit.config.depth_unified else mx.float16
     for block in model_blocks(mmdit).values():
         layers = {layer.name: layer for layer in block.layers}

@@ -26,6 +26,7 @@ from w4a8.quantized.model import StoredWeights, check_coverage
 
 # The values of `rule` in activations.json.
 STATIC_BY_STEP, STATIC = "static by step", "static"
+Multipliers = Callable[[], Mapping[str, np.ndarray]]  # gives (inputs,) by layer
 Quantize = Callable[[str, mx.array], mx.array]  # (layer, x (R, tokens, 1, channels) float32) -> x̂
 
 
@@ -60,10 +61,10 @@ class ActivationRule(ABC):
     def check(self, variant: str, layers: Mapping[str, Layer]) -> None:  # noqa: B027  (most have no file)
         """Raise StoreError that names the variant unless the files are of this model: all layers at every step."""
 
-    def after_migration(self, multipliers: Mapping[str, np.ndarray]) -> "ActivationRule":
-        """Return the rule for a model whose inputs were divided by these, (inputs,) by layer; here the rule itself.
+    def after_migration(self, variant: str, multipliers: Multipliers) -> "ActivationRule":
+        """Return the rule for a model whose inputs were divided by these; here the rule itself, which follows the inputs.
 
-        Dynamic ranges follow the inputs, and learned ones were trained on the migrated model.
+        variant: names the model in errors. Raises a UserError where the rule has no ranges for such inputs.
         """
         return self
 
@@ -151,17 +152,18 @@ class StaticByStep(ActivationRule):
                             f"{layers[name].shape[1]} channels; {self.remedy}"
                         )
 
-    def after_migration(self, multipliers: Mapping[str, np.ndarray]) -> "StaticByStep":
+    def after_migration(self, variant: str, multipliers: Multipliers) -> "StaticByStep":
         """Return the rule on the same grids: an input x / m is quantized as x would be, and divided by m again."""
+        divided_by = multipliers()
 
         def migrated(layer: str, entry: dict[str, Any]) -> dict[str, Any]:
-            m = multipliers.get(layer)
+            m = divided_by.get(layer)
             if m is None:
                 return entry
             shift = {"shift": entry["shift"] / m} if "shift" in entry else {}
             return {**entry, **shift, "multipliers": entry.get("multipliers", np.float32(1)) / m}
 
-        if not multipliers:
+        if not divided_by:
             return self
         entries = {sigma: {n: migrated(n, e) for n, e in layers.items()} for sigma, layers in self.entries.items()}
         rule = type(self)(entries, self.path, {})
@@ -270,6 +272,14 @@ class Learned(ActivationRule):
             if shift.shape != layers[name].shape[1:]:  # a single value would broadcast over the channels
                 width = layers[name].shape[1]
                 raise StoreError(f"{variant}: {name}: {shift.size} values of shift for {width} channels; {self.remedy}")
+
+    def after_migration(self, variant: str, multipliers: Multipliers) -> "Learned":
+        """Return the rule itself: its ranges were trained on the migrated model. Raises OptionError for another model."""
+        if self._stored is not None and self._stored.multipliers().keys() != multipliers().keys():
+            raise OptionError(
+                f"{variant}: the learned ranges are of inputs that --migrate divided; they go with the learned weights alone"
+            )
+        return self
 
     def range_at(self, name: str, sigma: float) -> float:
         """Return a layer's clipping range at a noise level: log-linear between known levels, the nearest outside."""

@@ -96,6 +96,7 @@ class ExportSource:
             "calibration_run": run.get("calibration_run"),
             "selected_image_ids": run.get("selected_image_ids", []),
             "adaround_weights": learned and file_digest(learned.paths.metadata),
+            **({"migrated": True} if self.weights.multipliers() else {}),
             "files": {
                 role: weights_fingerprint({role: written})
                 for path, written in files.items()

@@ -44,8 +44,14 @@ class ExportedWeights(Weights):
         self._learned = StoredWeights(calib_dir) if known else None
 
     def multipliers(self) -> dict[str, np.ndarray]:
-        """Return those of the learned weights that were exported, where these are still there."""
-        return {} if self._learned is None else self._learned.multipliers()
+        """Return those of the learned weights that were exported. Raises StoreError where these are not there any more."""
+        if not self.config["export"].get("migrated"):
+            return {}
+        if self._learned is None:
+            raise StoreError(
+                f"{self.folder}: stage 3W migrated its inputs, and migration.npz is not there: no range of a static rule fits"
+            )
+        return self._learned.multipliers()
 
     def check(self, variant: str, layers: Mapping[str, Layer]) -> None:
         """Raise StoreError unless the files are those that were exported. `made_from` names the model they are of."""

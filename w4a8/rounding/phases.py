@@ -137,6 +137,7 @@ def print_shares(run: RoundingRun, jobs: Sequence[Job], todo: Sequence[Job]) -> 
 def kept_after_interrupt(paths: WeightPaths) -> str:
     """Return a sentence about the files that an interrupted run leaves."""
     names = [path.stem for path in paths.owned_files() if path.parent == paths.root and path.suffix == ".npz"]
+    names = [name for name in names if name not in (paths.rest.stem, paths.migration.stem)]
     blocks = [name for name in names if not name.startswith("checkpoint")]
     kept = [f"finished blocks ({', '.join(blocks)})"] if blocks else []
     kept += ["a checkpoint"] if len(blocks) < len(names) else []

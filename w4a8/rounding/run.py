@@ -15,7 +15,7 @@ from calibration_store.errors import OptionError, StoreError
 from calibration_store.layout import WeightPaths
 from calibration_store.rest_weights import read_migration
 from calibration_store.stage_folder import shown
-from calibration_store.weights import LEARNING_RATES, WEIGHTS_FORMAT, WEIGHTS_METADATA, training_run
+from calibration_store.weights import LEARNING_RATES, WEIGHTS_FORMAT, WEIGHTS_METADATA, WEIGHTS_PLAN, training_run
 from w4a8 import __version__
 from w4a8.backend.processes import SINGLE_PROCESS, SingleProcess
 from w4a8.effort import SMALL_MODEL, rounding_effort
@@ -66,7 +66,10 @@ class RoundingRun:
         whole = list(model_blocks(mmdit)) == list(blocks)
         rest = choose_rest(mmdit, options.tune_rest and whole and effort.end_to_end != 0, before)
         rest = REST_KINDS[ranks.from_rank_0(REST_KINDS.index(rest))]
-        end_to_end = choose_end_to_end(options.end_to_end, unit, whole, mmdit, effort.end_to_end, rest)
+        given = options.end_to_end
+        if before is not None and given is None and options.iters is None:
+            given = effort.end_to_end  # the run's
+        end_to_end = choose_end_to_end(given, unit, whole, mmdit, effort.end_to_end, rest)
         if options.unrolled is None and not end_to_end:
             settings = replace(settings, unrolled=0)
         if settings.unrolled and not end_to_end:
@@ -79,14 +82,22 @@ class RoundingRun:
         return cls(opened, mmdit, paths, cache, schedule, settings, unit, blocks, ranks)
 
     def open(self) -> nn.Module:
-        """Return the transformer that is quantized, with migrated inputs where migration.npz has multipliers.
+        """Return the transformer that is quantized, with migrated inputs once this run has chosen multipliers.
 
-        Raises StoreError for a damaged file.
+        Raises StoreError for a damaged file of them.
         """
         mmdit = self.original()
-        if self.settings.migrate and os.path.lexists(self.paths.migration):
+        if self.settings.migrate and os.path.lexists(self.paths.migration) and self._has_begun:
             migrate(mmdit, read_migration(self.paths, self.plan_on_disk))
         return mmdit
+
+    @property
+    def _has_begun(self) -> bool:
+        """Whether the plan on the disk is this run's, not one that --force will remove."""
+        try:
+            return WEIGHTS_PLAN.read(self.paths.plan).get("training_run") == self.plan["training_run"]
+        except StoreError:
+            return False
 
     @property
     def unit_class(self) -> type[Unit]:

@@ -66,7 +66,7 @@ def measure_sensitivity(run: RoundingRun, choices: Sequence[int]) -> dict[str, A
     Every layer's weight is measured at each of these bits, and every input, one at a time. Raises StoreError for a
     damaged cache.
     """
-    mmdit, layers = run.open(), run.layers
+    mmdit, layers = run.original(), run.layers
     for _ in verified(run.paths.calib_dir, run.cache, [run.blocks]):
         pass
     samples = Samples.of_cache(run.paths.calib_dir, run.cache, run.mmdit, run.blocks)

@@ -1,4 +1,4 @@
-"""The first phase: every unit learns its rounding for its own output, then its grids and ranges (BRECQ, AdaRound)."""
+"""The first phase: every unit learns its rounding, grids and ranges for its own output (BRECQ, AdaRound)."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,8 +46,9 @@ class UnitPhase(Job):
 
     @property
     def timed_from(self) -> int:
-        """The first iteration that tunes grids: it costs the most."""
-        return self.run.settings.rounding_iters
+        """An iteration that moves rounding and grids, with quantized inputs if any are: it costs the most."""
+        settings = self.run.settings
+        return max(0, min(settings.inputs_from, settings.rounding_iters - 2))
 
     @property
     def is_one_process(self) -> bool:
