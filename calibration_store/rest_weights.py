@@ -1,4 +1,4 @@
-"""What stage 3W writes beside the blocks' files: the trained 16-bit rest, and the multipliers of migrated inputs.
+"""Files of stage 3W beside the blocks' files: the trained 16-bit rest, and the multipliers of migrated inputs.
 
 rest.npz has adaLN, norms and the final layer under their paths in the model, float16; migration.npz has a multiplier for
 each channel of an input, float32, under the layer that stands for the input. Member `index` lists the others.

@@ -59,7 +59,7 @@ def test_a_migrated_model_computes_the_same():
 
 
 def test_layers_that_keep_their_weights_keep_others_from_migrating():
-    """What a kept layer reads is not migrated, nor what a kept value projection makes."""
+    """The input of a kept layer is not migrated, nor the output of a kept value projection."""
     mmdit = load_folder_transformer(BUNDLED_FOLDER, mx.float32)
     for block, count in LAYERS.items():
         assert sum(map(len, migrated_together(model_blocks(mmdit)[block]))) == count

@@ -34,7 +34,7 @@ CACHING, COLLECTING = 1.15, 1.26
 
 
 class Machine(NamedTuple):
-    """What a machine of some memory can do: read T5-XXL, images for statistics, images to compare."""
+    """The work for a machine of some memory: with T5-XXL or not, images for statistics, images to compare."""
 
     t5: str
     statistics: int

@@ -23,7 +23,7 @@ LATE = (
 
 
 class Effort(NamedTuple):
-    """What a run takes: images of stage 1, cached steps of each, and stage 3W's iterations, phase by phase."""
+    """The work of a run: images of stage 1, cached steps of each, and stage 3W's iterations, phase by phase."""
 
     num_images: int
     steps: int

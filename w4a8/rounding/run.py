@@ -93,7 +93,7 @@ class RoundingRun:
 
     @property
     def _has_begun(self) -> bool:
-        """Whether the plan on the disk is this run's, not one that --force will remove."""
+        """True where the plan on the disk is this run's, and not one that --force will remove."""
         try:
             return WEIGHTS_PLAN.read(self.paths.plan).get("training_run") == self.plan["training_run"]
         except StoreError:
