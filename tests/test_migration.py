@@ -1,5 +1,6 @@
 """`--migrate` of stage 3W: the model stays the same, wide channels become narrow, later stages read the result."""
 
+import dataclasses
 import json
 import shutil
 
@@ -8,15 +9,16 @@ import numpy as np
 import pytest
 from conftest import folder_bytes, invoke
 from finished_run import one_line
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 from test_rest import ends  # noqa: F401  (a fixture)
 
 from calibration_store.layout import WeightPaths
 from calibration_store.rest_weights import read_migration, read_rest
 from w4a8.evaluation.variants import make_variant
 from w4a8.model.catalog import BUNDLED_FOLDER
+from w4a8.model.diffusionkit import HUB_MMDIT_CONFIGS, MMDiT
 from w4a8.model.folder import load_folder_transformer
-from w4a8.model.layers import model_blocks, model_layers, run_final_layer
+from w4a8.model.layers import model_blocks, model_layers, note_latent_size, run_final_layer
 from w4a8.model.migration import migrate, migrated_together
 from w4a8.quantized.activation_rules import StaticByStep
 from w4a8.quantized.dynamic_rules import DynamicPerToken
@@ -56,6 +58,39 @@ def test_a_migrated_model_computes_the_same():
     for name, m in multipliers.items():
         if not name.endswith("v_proj"):  # whose rows are divided, too
             np.testing.assert_allclose(np.array(layers[name].weight), weights[name] * m, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "hub_id, largest",
+    [("argmaxinc/mlx-stable-diffusion-3.5-large", 1e-3), ("argmaxinc/mlx-FLUX.1-schnell", 4e-3)],  # FLUX: bfloat16
+)
+def test_other_families_compute_the_same(hub_id, largest):
+    """Normalized q and k, and FLUX's joined tokens, with few blocks and heads; unified blocks are left alone."""
+    config = HUB_MMDIT_CONFIGS[hub_id]
+    sizes = {"depth_multimodal": 2, "depth_unified": min(1, config.depth_unified), "num_heads": 2}
+    width = 2 * (config.hidden_size // config.num_heads)
+    mmdit = MMDiT(dataclasses.replace(config, **sizes, hidden_size_override=width, low_memory_mode=False))
+    mx.random.seed(3)
+    mmdit.update(tree_map(lambda array: mx.random.normal(array.shape) * 0.05, mmdit.parameters()))
+    note_latent_size(mmdit, (8, 8))
+    tokens = [mx.random.normal((2, count, 1, width)) for count in (16, 7)]
+    modulation = mx.random.normal((2, 1, 1, width))
+
+    def output():
+        given = tokens
+        for block in model_blocks(mmdit).values():
+            given = block.run(given, modulation)
+        return np.array(given[0])
+
+    before, layers, generator = output(), model_layers(mmdit), np.random.default_rng(0)
+    groups = [names for block in model_blocks(mmdit).values() for names in migrated_together(block)]
+    assert not any(name.startswith("uni") for names in groups for name in names)
+    multipliers = {}
+    for names in groups:
+        m = np.exp(generator.uniform(-2, 2, layers[names[0]].shape[1])).astype(np.float32)
+        multipliers |= dict.fromkeys(names, m)
+    migrate(mmdit, multipliers)
+    assert np.sqrt(np.mean((output() - before) ** 2) / np.mean(before**2)) < largest
 
 
 def test_layers_that_keep_their_weights_keep_others_from_migrating():

@@ -36,6 +36,7 @@ from w4a8.model.folder import FolderPipeline
 from w4a8.model.hooks import hooked_layers
 from w4a8.model.layers import model_layers
 from w4a8.model.loading import load_pipeline, whole_model
+from w4a8.model.migration import MODULATED
 from w4a8.model.prompt_encoder import encode_prompts
 from w4a8.model.prompts import draw_builtin_prompts
 from w4a8.model.sampling import decode_latents, euler_steps, initial_noise
@@ -44,7 +45,6 @@ TABLE = Path(__file__).resolve().parent / "sd3_medium_extremes.json"
 REAL_BLOCKS = (23, 22, 0, 14, 20, 8, 3, 11, 17, 5, 21, 1, 12, 6, 18, 9, 2, 15, 4, 16, 7, 19, 10, 13)  # wild ones early
 STREAMS = {"img": "image_transformer_block", "txt": "text_transformer_block"}
 READERS = {"attn": ("attn.q_proj", "attn.k_proj", "attn.v_proj"), "mlp": ("mlp.fc1",)}
-MODULATION = {"attn": (0, 1), "mlp": (3, 4)}  # where shift and scale stand among adaLN's outputs
 ADALN = "adaLN_modulation.layers.1"
 CHANNELS_PER_OUTLIER = 48
 SPREAD = 4  # the channels that are wide on every token vary by a quarter of the widest one
@@ -154,7 +154,7 @@ def choose_scales(absmax: np.ndarray, persistence: np.ndarray, ratio: float, rng
 
 def scale_modulated(weights: Weights, stream: str, part: str, scales: np.ndarray) -> None:
     """Multiply (1 + scale) · LN(x) + shift by `scales` (C,); the layers that read it take the factor out."""
-    shift, scale = MODULATION[part]
+    shift, scale = MODULATED[part]
     adaln = f"{stream}.{ADALN}"
     rows = weights[weight(adaln)].reshape(-1, scales.size, scales.size)  # a view: (parameters, C, C)
     bias = weights[weight(adaln, "bias")].reshape(-1, scales.size)
