@@ -22,7 +22,7 @@ from w4a8.options import RoundingOptions
 
 NAMED_LIKE_THEIR_OPTION = (  # entries of the plan
     "unit", "iters", "batch_size", "weight_bits", "activation_bits", "group_size", "rounding", "qdrop", "lr_alpha", "lr_activation_scale",
-    "end_to_end", "unrolled", "rest_bits", "migrate", "activation_rule", "average_bits", "seed", "micro_batch",
+    "end_to_end", "unrolled", "rest_bits", "precision", "migrate", "activation_rule", "average_bits", "seed", "micro_batch",
 )  # fmt: skip
 WITHOUT_AN_OPTION = {
     "selected_image_ids": "cached images", "key_timesteps": "cached steps", "bit_choices": "widths of --average-bits",

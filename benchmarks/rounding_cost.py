@@ -16,11 +16,12 @@ import numpy as np
 
 from benchmarks.figures import record
 from benchmarks.pass_timing import random_transformer
+from calibration_store.choices import PRODUCT_PRECISIONS
 from w4a8.backend.parallel import run_cpu_streams_side_by_side
 from w4a8.cli import format_bytes, format_seconds, stage_command
 from w4a8.model.layers import Block, model_blocks, model_layers
-from w4a8.rounding.quantized_forward import QuantizedForward
-from w4a8.rounding.settings import STATIC_RULE, TUNE_SHARE, Indices, Settings
+from w4a8.rounding.quantized_forward import PRODUCTS, QuantizedForward
+from w4a8.rounding.settings import INPUTS_FROM, TUNE_SHARE, Indices, Settings
 from w4a8.rounding.training_samples import SampleBatch
 from w4a8.rounding.unit_training import UnitTraining
 from w4a8.rounding.units import BlockUnit
@@ -34,21 +35,29 @@ BLOCKS = 24
 @click.option("--text-tokens", type=click.IntRange(min=1), default=154, help="Text tokens.")
 @click.option("--samples", type=click.IntRange(min=8), default=64, help="Cached samples.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, help="Samples per iteration.")
+@click.option("--precision", type=click.Choice(PRODUCT_PRECISIONS), default="bfloat16", help="Of products.")
+@click.option("--micro-batch", type=click.IntRange(min=1), default=16, help="Samples at once.")
 @click.option("--timed", type=click.IntRange(min=1), default=10, help="Iterations that are timed, of each phase.")
-def main(hidden: int, tokens: int, text_tokens: int, samples: int, batch_size: int, timed: int) -> None:
+def main(
+    hidden: int, tokens: int, text_tokens: int, samples: int, batch_size: int, precision: str, micro_batch: int, timed: int
+) -> None:  # fmt: skip
     """Measure the cost of learned rounding for one block."""
     run_cpu_streams_side_by_side()
     # The first of two blocks is measured, because the last one has no text MLP.
     mmdit = random_transformer(mx.float32, depth_multimodal=2, hidden_size_override=hidden, num_heads=hidden // 64)
     data = RandomSamples(model_blocks(mmdit)["mm0"], samples, tokens, text_tokens, hidden)
-    settings = Settings(batch_size=batch_size, activation_rule=STATIC_RULE)
+    settings = Settings(batch_size=batch_size, micro_batch=min(micro_batch, batch_size), precision=precision)
     spec = BlockUnit.specs(model_layers(mmdit), ["mm0"])[0]
     start = time.perf_counter()
     training = UnitTraining(BlockUnit.build(mmdit, spec, data, settings))
     set_up = time.perf_counter() - start
     mx.reset_peak_memory()
     seconds = {}
-    for phase, iteration in (("rounding", 0), ("tuning", settings.rounding_iters)):
+    for phase, iteration in (
+        ("rounding", 0),
+        ("with inputs", settings.inputs_from),
+        ("tuning", settings.rounding_iters),
+    ):
         training.iteration = iteration
         for _ in range(2):
             training.step()
@@ -58,11 +67,12 @@ def main(hidden: int, tokens: int, text_tokens: int, samples: int, batch_size: i
         seconds[phase] = (time.perf_counter() - start) / timed
     parts = profile(training)
     iters = settings.iters
-    block = set_up + iters * ((1 - TUNE_SHARE) * seconds["rounding"] + TUNE_SHARE * seconds["tuning"])
+    shares = {"rounding": INPUTS_FROM, "with inputs": 1 - TUNE_SHARE - INPUTS_FROM, "tuning": TUNE_SHARE}
+    block = set_up + iters * sum(share * seconds[phase] for phase, share in shares.items())
     click.echo(f"{mx.default_device()}: hidden {hidden}, {tokens} + {text_tokens} tokens, batches of {batch_size}")
     record("stage 3W: projected time for 24 blocks", BLOCKS * block / 60, 60, "min")
     for phase, value in seconds.items():
-        click.echo(f"{phase:10} {1 / value:7.2f} iterations/s")
+        click.echo(f"{phase:12} {1e3 * value:7.1f} ms an iteration")
     click.echo(f"peak memory {format_bytes(mx.get_peak_memory())}, samples {format_bytes(data.num_bytes)}")
     click.echo("of a rounding iteration: " + ", ".join(f"{name} {value:.0%}" for name, value in parts.items()))
     click.echo(
@@ -81,12 +91,15 @@ class RandomSamples:
         self.held_out: Sequence[int] = range(count // 8)
         self.all_steps: Sequence[int] = range(1)
         self.holds_velocity = False
+        self.on_device = [mx.array(array) for array in self.arrays]
         outputs = []
         for index in range(count):
             batch = self.batch([index])
             found = block.run(batch.tokens, batch.modulation)
             outputs.append([np.array(array.astype(mx.float16)) for array in found])
         self.arrays += [np.stack(part) for part in zip(*outputs, strict=True)]
+        self.on_device = [mx.array(array) for array in self.arrays]
+        mx.eval(self.on_device)
 
     @property
     def num_bytes(self) -> int:
@@ -99,8 +112,8 @@ class RandomSamples:
 
     def batch(self, indices: Indices) -> SampleBatch:
         """Return the rows of these samples in float32."""
-        picked = (array[np.asarray(indices)] for array in self.arrays)
-        found = [mx.array(array.reshape(-1, *array.shape[2:])).astype(mx.float32) for array in picked]
+        picked = (array[mx.array(np.asarray(indices))] for array in self.on_device)
+        found = [array.reshape(-1, *array.shape[2:]).astype(mx.float32) for array in picked]
         return SampleBatch(found[:2], found[2], found[3:])
 
     def keep(self, indices: Indices) -> None:
@@ -123,7 +136,9 @@ def profile(training: UnitTraining) -> dict[str, float]:
     batch = timed("reading the batch", lambda: unit.samples.batch(indices))
     quantized = unit.quantized(training.state, unit.codes(training.state, hard=False), with_ranges=False)
     weights = timed("quantizing weights", lambda: quantized.weights)
-    timed("forward", lambda: unit.loss_parts(QuantizedForward(weights, quantized.biases), batch))
+    products = PRODUCTS[training.settings.precision]
+    forward = QuantizedForward(weights, quantized.biases, products=products)
+    timed("forward", lambda: unit.loss_parts(forward, batch))
     gradients = timed("forward and backward", lambda: unit.gradients(quantized, indices, 0))[1]
 
     def move() -> Any:

@@ -24,6 +24,8 @@ TIER_BITS: tuple[int, ...] = get_args(TierBits)
 
 EffortName = Literal["fast", "good", "best"]  # how much a run takes where no option says so
 EFFORTS: tuple[EffortName, ...] = get_args(EffortName)
+ProductPrecision = Literal["float32", "bfloat16"]  # of the products of stage 3W
+PRODUCT_PRECISIONS: tuple[ProductPrecision, ...] = get_args(ProductPrecision)
 UnitName = Literal["model", "block"]  # the part of a model that stage 3W trains for that part's output
 UNIT_NAMES: tuple[str, ...] = get_args(UnitName)
 KnownUnit = Literal["model", "block", "sublayer", "layer"]  # files of 0.8.0 also have the last two

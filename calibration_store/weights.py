@@ -15,6 +15,7 @@ from calibration_store.choices import (
     GroupSize,
     InputRule,
     KnownUnit,
+    ProductPrecision,
     RestBits,
     RestKind,
     RoundingMethodName,
@@ -83,6 +84,7 @@ class _MadeFrom(TypedDict, total=False):
     unrolled: Iterations  # more iterations of it, against finished latents; absent: 0
     rest: RestKind  # which 16-bit parameters the last phase trains, too; absent: none
     rest_bits: RestBits  # of adaLN's matrices in the export that is trained for
+    precision: ProductPrecision  # of products in training; absent: float32
     migrate: bool  # wide input channels were migrated into the weights (migration.npz); absent: they were not
     training_run: Digest  # digest of the plan (function `training_run`); absent in files of 0.8.0
     w4a8_version: Name  # of the toolkit that began the run; absent before 0.9.0

@@ -7,7 +7,7 @@ neither MLX nor NumPy, since `--help` needs it.
 from dataclasses import dataclass
 from pathlib import Path
 
-from calibration_store.choices import EffortName
+from calibration_store.choices import EffortName, ProductPrecision
 from calibration_store.errors import OptionError
 from w4a8.model.location import UNCHANGED_LOCATION, Lora, ModelLocation
 
@@ -144,6 +144,7 @@ class RoundingOptions(WritingOptions):
     unrolled: int | None = None
     tune_rest: bool = True
     rest_bits: int = 16
+    precision: ProductPrecision | None = None
     migrate: bool = False
     rounding: str = "ste"
     qdrop: float = 0.5

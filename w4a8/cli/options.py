@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import click
 
-from calibration_store.choices import EFFORTS, NATIVE_WAYS, REST_BITS, SCALE_MEANINGS
+from calibration_store.choices import EFFORTS, NATIVE_WAYS, PRODUCT_PRECISIONS, REST_BITS, SCALE_MEANINGS
 from calibration_store.limits import (
     MOST,
     MOST_DECIBELS,
@@ -236,9 +236,15 @@ def effort_option(what: str) -> Callable:
 def last_phase_options(function: Callable) -> Callable:
     """Add the options of the last phase of stage 3W: `--end-to-end`, `--unrolled`, `--tune-rest` and `--rest-bits`.
 
-    And `--migrate`, which changes what that phase trains before any phase.
+    And `--migrate`, which changes what that phase trains before any phase, and `--precision`, which is every phase's.
     """
     for decorator in (
+        click.option(
+            "--precision",
+            type=click.Choice(PRODUCT_PRECISIONS),
+            help="Of products and attention while weights are trained; losses, sums and master values are float32.  "
+            "[default: bfloat16 on a GPU above 100 M weights, else float32]",
+        ),
         click.option(
             "--migrate/--no-migrate",
             help="Move wide input channels into the weights first (SmoothQuant), by changes of adaLN and of the value "

@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from calibration_store.block_cache import holds_ends
-from calibration_store.choices import REST_KINDS
+from calibration_store.choices import REST_KINDS, ProductPrecision
 from calibration_store.errors import OptionError, StoreError
 from calibration_store.layout import WeightPaths
 from calibration_store.rest_weights import read_migration
@@ -24,7 +25,7 @@ from w4a8.model.migration import migrate
 from w4a8.options import RoundingOptions
 from w4a8.rounding.block_boundaries import BlockBoundaries
 from w4a8.rounding.rest import EVERYTHING, NO_REST, VECTORS, choose_rest
-from w4a8.rounding.settings import Settings
+from w4a8.rounding.settings import BFLOAT16, FLOAT32, Settings
 from w4a8.rounding.units import MODEL, UNITS, Unit
 
 REST_WORDS = {
@@ -62,6 +63,7 @@ class RoundingRun:
         size = num_weights(model_layers(mmdit).values())
         effort = rounding_effort(options, size, before)
         settings = Settings.of(options, effort)
+        settings = replace(settings, precision=choose_precision(options.precision, size, before))
         unit, blocks = choose_unit(mmdit, cache["block_names"], options.blocks, options.unit, settings.group_size)
         whole = list(model_blocks(mmdit)) == list(blocks)
         rest = choose_rest(mmdit, options.tune_rest and whole and effort.end_to_end != 0, before)
@@ -139,6 +141,8 @@ class RoundingRun:
             del settings["unrolled"]
         if not self.settings.migrate:
             del settings["migrate"]
+        if self.settings.precision == FLOAT32:
+            del settings["precision"]
         plan = {
             "format": WEIGHTS_FORMAT,
             "model_version": cache.get("model_version"),
@@ -174,7 +178,7 @@ class RoundingRun:
             f"{len(self.layers)} layers of {len(self.blocks)} blocks{f' ({widths})' if len(counts) > 1 else ''}, "
             f"W{settings.weight_bits}{f'A{settings.activation_bits}' if settings.activation_bits else ''}, "
             f"{f'groups of {settings.group_size}' if settings.group_size else 'per output channel'}, "
-            f"{'wide inputs migrated, ' if settings.migrate else ''}unit {self.unit}, "
+            f"{'wide inputs migrated, ' if settings.migrate else ''}{'' if settings.precision == FLOAT32 else f'products in {settings.precision}, '}unit {self.unit}, "
             f"{settings.iters} iterations of {min(settings.batch_size, samples)} ({settings.micro_batch} at once)"
             f"{f', then {settings.end_to_end} end to end' if settings.end_to_end else ''}{REST_WORDS[settings.rest]}"
             f"{f', {settings.unrolled} against finished latents' if settings.unrolled else ''}, {samples} cached samples"
@@ -223,6 +227,14 @@ def choose_end_to_end(
         raise OptionError("--end-to-end needs every block: leave --blocks out")
     useful = rest != NO_REST or (large and unit != MODEL)
     return default if given is None and whole and useful else given or 0
+
+
+def choose_precision(given: ProductPrecision | None, size: int, before: Mapping[str, Any] | None) -> ProductPrecision:
+    """Return the precision of products: `--precision`, or an earlier run's, or by device and number of weights."""
+    if given is None and before is not None:
+        return before.get("precision", FLOAT32)
+    on_cpu = mx.default_device() == mx.Device(mx.cpu)
+    return given or (FLOAT32 if on_cpu or size <= SMALL_MODEL else BFLOAT16)
 
 
 def what_may_change(before: Mapping[str, Any] | None) -> list[str]:

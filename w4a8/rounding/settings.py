@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from calibration_store.choices import RestKind
+from calibration_store.choices import PRODUCT_PRECISIONS, ProductPrecision, RestKind
 from w4a8.effort import Effort
 from w4a8.options import RoundingOptions
 
@@ -19,6 +19,7 @@ WARM_UP_SHARE = 0.1  # of the last phase, in which its learning rates rise
 LR_REST = 3e-3  # relative to the size of each parameter of the 16-bit rest
 DEFAULT_LR_ALPHA = {"ste": 4e-3, "sigmoid": 1e-2}  # by rounding method
 EVALUATED = 64  # samples that a loss is measured on
+FLOAT32, BFLOAT16 = PRODUCT_PRECISIONS
 # Rules for the inputs: dynamic per token, or a learned range for each noise level.
 TOKEN_RULE, BLOCK_RULE, STATIC_RULE = "token", "block", "static"
 
@@ -51,6 +52,7 @@ class Settings:
     unrolled: int = 0  # more iterations of it, against finished latents
     rest: RestKind = "none"  # the 16-bit parameters that the last phase trains, too: all, vectors or none
     rest_bits: int = RoundingOptions.rest_bits  # of adaLN's matrices in the export that is trained for
+    precision: ProductPrecision = "float32"  # of products and attention; losses, sums and master values are float32
     migrate: bool = RoundingOptions.migrate  # wide input channels are migrated into the weights before they are rounded
     layer_bits: Mapping[str, int] = field(default_factory=dict)  # layers whose codes have other bits than weight_bits
     average_bits: float | None = None  # budget under which layer_bits were chosen out of bit_choices

@@ -13,15 +13,14 @@ from w4a8.analysis.clipping_ranges import channel_clipping_range
 from w4a8.backend.parallel import compiled, on_every_core, streams_for
 from w4a8.backend.processes import SINGLE_PROCESS, SingleProcess
 from w4a8.backend.sums import summed
-from w4a8.model.hooks import substituted_layers
 from w4a8.model.layers import Layer, model_blocks, model_layers, run_final_layer
-from w4a8.quantized.activation_rules import Learned
+from w4a8.quantized.activation_rules import Learned, Quantize
 from w4a8.quantized.arithmetic import grid_position, searched_grid
 from w4a8.quantized.dynamic_rules import Dynamic, DynamicPerBlock, DynamicPerToken
 from w4a8.quantized.layer import QuantizedLayer, deployed_grid
 from w4a8.rounding.methods import METHODS, Arrays
-from w4a8.rounding.quantized_forward import QuantizedForward
-from w4a8.rounding.settings import BLOCK_RULE, EVALUATED, STATIC_RULE, Indices, Settings
+from w4a8.rounding.quantized_forward import PRODUCTS, QuantizedForward, original_forward
+from w4a8.rounding.settings import BLOCK_RULE, EVALUATED, FLOAT32, STATIC_RULE, Indices, Settings
 from w4a8.rounding.training_samples import SampleBatch, TrainingSamples, spread_over
 
 STATE_KEYS = ("alpha", "scale", "zero_point", "bias", "range")
@@ -117,6 +116,7 @@ class Unit:
         """
         self.mmdit, self.samples, self.settings, self.ranks = mmdit, samples, settings, ranks
         self.name, self.layers = spec.name, spec.layers
+        self._products = PRODUCTS[settings.precision]
         self.method = METHODS[settings.rounding](settings)
         self._decided = compiled(lambda floor, alpha, top: mx.clip(floor + (alpha >= 0).astype(mx.float32), 0, top))
         self._undecided = compiled(lambda floor, alpha, top: mx.clip(floor + self.method.up(alpha), 0, top))
@@ -158,10 +158,9 @@ class Unit:
     def run(self, batch: SampleBatch, forward: QuantizedForward) -> list[mx.array]:
         """Return the tokens that the last block gives for a batch, with substituted layers."""
         tokens = batch.tokens
-        with substituted_layers(self.mmdit, forward.compute):
+        with forward.installed(self.mmdit, self._blocks):
             for block in self._blocks:
                 tokens = block.run(tokens, batch.modulation)
-        forward.let_go()
         return tokens
 
     def outputs(self, batch: SampleBatch, forward: QuantizedForward) -> list[mx.array]:
@@ -201,8 +200,8 @@ class Unit:
             chosen = chunks[min(start + ranks.rank, len(chunks) - 1)]  # a rank without one does the last again
             batch, quantize = self.samples.batch(chosen), None
             if state.rule is not None:
-                quantize = state.rule.of_rows(step_rows(self.samples, chosen, batch.modulation))
-            found = parts(QuantizedForward(weights, biases, quantize), batch)
+                quantize = of_rows(state.rule, self.settings, step_rows(self.samples, chosen, batch.modulation))
+            found = parts(QuantizedForward(weights, biases, quantize, products=self._products), batch)
             mx.eval(found)
             for chunk, each in zip(chunks[start:], ranks.gathered(found, found), strict=False):
                 share = len(chunk) / len(indices)
@@ -213,8 +212,9 @@ class Unit:
         """Return a function (weights, biases and ranges; batch; step of each row; key) -> loss and gradients."""
 
         def loss_of(parameters: Gradients, batch: SampleBatch, rows: mx.array, key: mx.array) -> mx.array:
-            quantize = self.rule(parameters["ranges"]).of_rows(rows) if with_inputs else None
-            forward = QuantizedForward(parameters["weights"], parameters["biases"], quantize, self.settings.qdrop, key)
+            quantize = of_rows(self.rule(parameters["ranges"]), self.settings, rows) if with_inputs else None
+            weights, biases = parameters["weights"], parameters["biases"]
+            forward = QuantizedForward(weights, biases, quantize, self.settings.qdrop, key, products=self._products)
             parts = self.loss_parts(forward, batch)
             return sum(parts, mx.array(0.0)) / len(parts)
 
@@ -336,7 +336,7 @@ class Unit:
         """Yield the inputs (tokens, channels) of these layers in the unquantized unit, a few samples at a time."""
         size = min(8, self.settings.chunk)
         for begin in range(0, len(indices), size):
-            watching = QuantizedForward({}, {}, watched=names)
+            watching = original_forward(self._blocks, self._products, names)
             self.run(self.samples.batch(indices[begin : begin + size]), watching)
             yield watching.inputs
 
@@ -370,6 +370,13 @@ UNITS: dict[str, type[Unit]] = {"block": BlockUnit, MODEL: ModelUnit}
 def step_rows(samples: TrainingSamples, indices: Indices, rows: mx.array) -> mx.array:
     """Return the cached step of each of the rows of these samples, as a position in key_timesteps: (rows,)."""
     return mx.array(np.repeat(samples.steps(indices), len(rows) // len(indices)))
+
+
+def of_rows(rule: Learned | Dynamic, settings: Settings, rows: mx.array) -> Quantize | DynamicPerToken:
+    """Return the rule's function for rows of these cached steps, or the rule itself where one kernel applies it."""
+    if settings.precision != FLOAT32 and isinstance(rule, DynamicPerToken):
+        return rule
+    return rule.of_rows(rows)
 
 
 def input_rule(settings: Settings, ranges: Arrays, shifts: Arrays) -> Learned | Dynamic:

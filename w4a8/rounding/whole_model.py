@@ -17,16 +17,15 @@ from calibration_store.rounding_checkpoint import Layers
 from w4a8.backend.parallel import on_every_core, streams_for
 from w4a8.backend.processes import SINGLE_PROCESS, SingleProcess
 from w4a8.backend.sums import summed
-from w4a8.model.hooks import substituted_layers
 from w4a8.model.layers import Block, model_blocks, model_layers, run_final_layer
 from w4a8.quantized.layer import QuantizedLayer
 from w4a8.rounding.methods import Arrays
-from w4a8.rounding.quantized_forward import QuantizedForward
+from w4a8.rounding.quantized_forward import PRODUCTS, QuantizedForward
 from w4a8.rounding.rest import FINAL_LAYER, deployed_rest, placed, rest_places
 from w4a8.rounding.settings import EVALUATED, STATIC_RULE, Indices, Settings
 from w4a8.rounding.training import grid_slopes
 from w4a8.rounding.training_samples import SampleBatch, TrainingSamples, spread_over
-from w4a8.rounding.units import SMALLEST_ERROR, Gradients, input_rule, step_rows
+from w4a8.rounding.units import SMALLEST_ERROR, Gradients, input_rule, of_rows, step_rows
 
 Head = Callable[[mx.array, Arrays], mx.array]  # (the last block's image tokens, the final layer's rest) -> a loss
 
@@ -184,14 +183,13 @@ class WholeModel:
         """
         quantize = None
         if rows is not None:
-            quantize = input_rule(self.settings, parameters["ranges"], self._shifts).of_rows(rows)
-        drop = 0.0 if key is None else self.settings.qdrop
-        forward = QuantizedForward(parameters["weights"], parameters["biases"], quantize, drop, key)
-        substituted = substituted_layers(self.mmdit, forward.compute, self._of_block[block.name])
-        with substituted, placed(self.places[block.name], parameters["rest"]):
-            given = block.run(tokens, modulation)
-        forward.let_go()
-        return given
+            quantize = of_rows(input_rule(self.settings, parameters["ranges"], self._shifts), self.settings, rows)
+        drop, products = 0.0 if key is None else self.settings.qdrop, PRODUCTS[self.settings.precision]
+        weights, biases = parameters["weights"], parameters["biases"]
+        forward = QuantizedForward(weights, biases, quantize, drop, key, products=products)
+        installed = forward.installed(self.mmdit, [block], self._of_block[block.name])
+        with installed, placed(self.places[block.name], parameters["rest"]):
+            return block.run(tokens, modulation)
 
     def _square(self, tokens: mx.array, rest: Arrays, batch: SampleBatch) -> mx.array:
         """Return the mean squared error of the output of these image tokens.
