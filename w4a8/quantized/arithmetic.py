@@ -3,6 +3,7 @@
 import numpy as np
 
 CACHED = 2**17  # number of weights that a core's cache holds
+SHRINKS = np.linspace(1, 0.6, 21).tolist()  # shares of a group's range that `searched_grid` tries
 
 
 def min_max_grid(weight: np.ndarray, bits: int, group_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -29,7 +30,7 @@ def searched_grid(weight: np.ndarray, bits: int, group_size: int) -> tuple[np.nd
 def _searched(weight: np.ndarray, bits: int, group_size: int) -> tuple[np.ndarray, np.ndarray]:
     grouped = _grouped(weight, group_size).astype(np.float32)
     best_error = None
-    for shrink in np.linspace(1, 0.6, 21):
+    for shrink in SHRINKS:
         scale, zero_point = _grid(grouped, bits, shrink)
         error = grouped / scale[..., None]  # the only large array: what follows is computed in its place
         error += zero_point[..., None]

@@ -5,6 +5,7 @@ This is EfficientQAT's second phase (Chen et al. 2024).
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from w4a8.backend.parallel import working_cores
 from w4a8.model.layers import num_weights
 from w4a8.quantized.layer import deployed_grid
 from w4a8.rounding.finished_latents import UNROLLED, FinishedLatents, LastSteps, read_ends
-from w4a8.rounding.iteration_bytes import IterationBytes
 from w4a8.rounding.jobs import Job
 from w4a8.rounding.rest import bytes_of_rest
 from w4a8.rounding.run import RoundingRun
@@ -200,7 +200,7 @@ class FinalPhase(Job):
         at_once = min(settings.chunk * working_cores(), settings.batch_size)
         grids = 8 * 4 * sum(sizes) // (settings.group_size or 1024)  # scales, zero points, their moments and slopes
         largest = max((job.iteration_bytes() for job in units), key=lambda one: one.peak(1))
-        one = IterationBytes(4 * max(sizes), largest.sample, 1)
+        one = replace(largest, weights=4 * max(sizes), blocks=1)
         rest = bytes_of_rest(run.mmdit, settings.rest)
         return sum(sizes) + grids + rest + at_once * tokens * len(run.blocks) + one.peak(at_once)
 

@@ -128,7 +128,16 @@ class RoundingRun:
         """The boundaries between blocks, where they are needed and not cached; None elsewhere."""
         if self.unit == MODEL or not holds_ends(self.cache):
             return None
-        return BlockBoundaries(self.cache, self.paths, self.plan, self.settings.chunk, self.ranks, self.boundary_dtype)
+        half = mx.bfloat16 if self.mmdit.config.depth_unified else mx.float16  # the model's own
+        return BlockBoundaries(
+            self.cache,
+            self.paths,
+            self.plan,
+            self.settings.chunk,
+            self.ranks,
+            self.boundary_dtype,
+            None if self.settings.precision == FLOAT32 else half,
+        )
 
     @cached_property
     def plan(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
@@ -14,9 +15,11 @@ from calibration_store.weights import write_losses, write_quantized_block
 from w4a8.model.layers import model_blocks, num_weights
 from w4a8.model.parts import check_finite
 from w4a8.quantized.arithmetic import grid_position
-from w4a8.rounding.iteration_bytes import TRAINING_SCORE_ARRAYS, TRAINING_TOKEN_ARRAYS, IterationBytes
+from w4a8.rounding.iteration_bytes import IterationBytes
 from w4a8.rounding.jobs import Job
 from w4a8.rounding.run import RoundingRun
+from w4a8.rounding.settings import FLOAT32
+from w4a8.rounding.sixteen_bits import QUERIES
 from w4a8.rounding.training import Training
 from w4a8.rounding.training_samples import Samples
 from w4a8.rounding.unit_training import UnitTraining
@@ -78,8 +81,9 @@ class UnitPhase(Job):
         rows, hidden, tokens = shapes[0][0], shapes[0][-1], sum(shape[1] for shape in shapes)
         arrays, scores = rows * tokens * hidden, rows * config.num_heads * tokens**2
         weights = num_weights(run.layers[name] for name in self.spec.layers)
-        sample = 4 * int(TRAINING_TOKEN_ARRAYS * arrays + TRAINING_SCORE_ARRAYS * scores)
-        return IterationBytes(4 * weights, sample, len(self.spec.blocks))
+        some = 0 if mx.cuda.is_available() else scores // tokens * min(QUERIES, tokens)
+        half = run.settings.precision != FLOAT32
+        return IterationBytes.of_shapes(weights, arrays, scores, some, len(self.spec.blocks), half)
 
     def sample_bytes(self) -> int:
         """Return the number of bytes that one cached sample takes in memory."""

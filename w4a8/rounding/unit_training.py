@@ -90,14 +90,12 @@ class UnitTraining(Training):
         deployed = unit.quantized(state, codes, with_ranges=True)
         first = unit.quantized(unit.start, unit.codes(unit.start, hard=True), with_ranges=False)
         hardened = unit.quantized({**unit.start, "alpha": state["alpha"]}, codes, with_ranges=False)
-        losses = {
-            "nearest": unit.loss(held_out, unit.nearest_state()),
-            "start": unit.loss(held_out, first),
-            "hardened": unit.loss(held_out, hardened),
-            "end": unit.loss(held_out, final),
-            "end_activations": unit.loss(held_out, deployed) if deployed.rule is not None else None,
-            "end_training": unit.loss(chosen, final),
-        }
+        points = {"nearest": unit.nearest_state(), "start": first, "hardened": hardened, "end": final}
+        if deployed.rule is not None:
+            points["end_activations"] = deployed
+        losses: dict[str, float | None] = {"end_activations": None}
+        losses |= dict(zip(points, unit.losses(held_out, list(points.values())), strict=True))
+        losses["end_training"] = unit.losses(chosen, [final])[0]
         for name, value in losses.items():
             if value is not None and not math.isfinite(value):
                 raise NotFiniteError(f"the held-out loss {name!r} is not finite after iteration {self.iteration}")

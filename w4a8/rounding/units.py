@@ -10,20 +10,19 @@ import numpy as np
 from mlx.utils import tree_map
 
 from w4a8.analysis.clipping_ranges import channel_clipping_range
-from w4a8.backend.parallel import compiled, on_every_core, streams_for
+from w4a8.backend.parallel import compiled, streams_for
 from w4a8.backend.processes import SINGLE_PROCESS, SingleProcess
 from w4a8.backend.sums import summed
 from w4a8.model.layers import Layer, model_blocks, model_layers, run_final_layer
 from w4a8.quantized.activation_rules import Learned, Quantize
-from w4a8.quantized.arithmetic import grid_position, searched_grid
 from w4a8.quantized.dynamic_rules import Dynamic, DynamicPerBlock, DynamicPerToken
-from w4a8.quantized.layer import QuantizedLayer, deployed_grid
+from w4a8.quantized.layer import QuantizedLayer
 from w4a8.rounding.methods import METHODS, Arrays
 from w4a8.rounding.quantized_forward import PRODUCTS, QuantizedForward, original_forward
 from w4a8.rounding.settings import BLOCK_RULE, EVALUATED, FLOAT32, STATIC_RULE, Indices, Settings
 from w4a8.rounding.training_samples import SampleBatch, TrainingSamples, spread_over
+from w4a8.rounding.unit_grids import UnitGrids
 
-STATE_KEYS = ("alpha", "scale", "zero_point", "bias", "range")
 Gradients = dict[str, Arrays]  # by kind: weights, biases and ranges
 LossParts = Callable[[QuantizedForward, SampleBatch], list[mx.array]]  # an error of each output
 SMALLEST_RANGE, SMALLEST_ERROR = 1e-8, 1e-20
@@ -62,33 +61,6 @@ class QuantizedUnit:
     def ranges(self) -> Arrays:
         """The learned ranges by layer, () or (steps,); none where the rule has none."""
         return dict(self.rule.ranges) if isinstance(self.rule, Learned) else {}
-
-
-@dataclass(frozen=True)
-class UnitGrids:
-    """The grids that the training of a unit's layers starts from, found in the weights alone."""
-
-    nearest: dict[str, QuantizedLayer]  # round-to-nearest on a min-max grid
-    floor: Arrays  # (out, in) float32: the code below each weight on the searched grid
-    start: dict[str, Arrays]  # α, scale and zero point by layer
-
-    @classmethod
-    def search(cls, weights: Arrays, settings: Settings) -> "UnitGrids":
-        """Search a grid for each of the weights (out, in), on every core."""
-        dense = {name: np.array(weight, np.float32) for name, weight in weights.items()}
-        method, found = METHODS[settings.rounding](settings), cls({}, {}, {key: {} for key in STATE_KEYS})
-
-        def grids(name: str) -> tuple[QuantizedLayer, np.ndarray, np.ndarray]:
-            bits, group = settings.bits(name), settings.group_size
-            grid = deployed_grid(*searched_grid(dense[name], bits, group))
-            return QuantizedLayer.nearest(dense[name], bits, group), *grid
-
-        for name, (nearest, scale, zero_point) in zip(dense, on_every_core(grids, dense), strict=True):
-            position = grid_position(dense[name], scale, zero_point)
-            found.nearest[name], found.floor[name] = nearest, mx.array(np.floor(position))
-            found.start["alpha"][name] = method.first_alpha(position - np.floor(position))
-            found.start["scale"][name], found.start["zero_point"][name] = mx.array(scale), mx.array(zero_point)
-        return found
 
 
 @dataclass(frozen=True)
@@ -184,28 +156,35 @@ class Unit:
 
     def mean_squares(self, state: QuantizedUnit, indices: Indices) -> list[float]:
         """Return the mean squared error of each output over these samples."""
-        return self._over_batches(self.square_parts, state, indices)
+        return self._over_batches(self.square_parts, [state], indices)[0]
 
-    def loss(self, indices: Indices, state: QuantizedUnit) -> float:
-        """Return the mean over outputs of the error relative to round-to-nearest's, which is 1 on training samples."""
-        errors = self._over_batches(self.loss_parts, state, indices)
-        return sum(errors) / len(errors)
+    def losses(self, indices: Indices, states: Sequence[QuantizedUnit]) -> list[float]:
+        """Return for each state the mean over outputs of the error over these samples.
 
-    def _over_batches(self, parts: LossParts, state: QuantizedUnit, indices: Indices) -> list[float]:
-        """Return the mean of each of `parts` over these samples; processes share the micro-batches."""
-        weights, biases, chunks = state.weights, state.biases, self.settings.micro_batches(indices)
-        ranks = self.ranks
-        totals: list[float] = []
+        Errors are relative to round-to-nearest's, which is 1 on training samples.
+        """
+        return [sum(errors) / len(errors) for errors in self._over_batches(self.loss_parts, states, indices)]
+
+    def _over_batches(self, parts: LossParts, states: Sequence[QuantizedUnit], indices: Indices) -> list[list[float]]:
+        """Return for each state the mean of each of `parts` over these samples; processes share the micro-batches."""
+        dense = [(state.weights, state.biases, state.rule) for state in states]
+        mx.eval([weights for weights, _, _ in dense])
+        ranks, chunks = self.ranks, self.settings.micro_batches(indices)
+        totals: list[list[float]] = [[] for _ in states]
         for start in range(0, len(chunks), ranks.size):
             chosen = chunks[min(start + ranks.rank, len(chunks) - 1)]  # a rank without one does the last again
-            batch, quantize = self.samples.batch(chosen), None
-            if state.rule is not None:
-                quantize = of_rows(state.rule, self.settings, step_rows(self.samples, chosen, batch.modulation))
-            found = parts(QuantizedForward(weights, biases, quantize, products=self._products), batch)
-            mx.eval(found)
+            batch = self.samples.batch(chosen)
+            rows = step_rows(self.samples, chosen, batch.modulation)
+            found = []
+            for weights, biases, rule in dense:
+                quantize = None if rule is None else of_rows(rule, self.settings, rows)
+                forward = QuantizedForward(weights, biases, quantize, products=self._products)
+                found.append(mx.stack(parts(forward, batch)))
+                mx.eval(found[-1])
             for chunk, each in zip(chunks[start:], ranks.gathered(found, found), strict=False):
                 share = len(chunk) / len(indices)
-                totals = [a + share * float(b) for a, b in zip(totals or [0.0] * len(each), each, strict=True)]
+                for at, errors in enumerate(np.array(mx.stack(each)).tolist()):
+                    totals[at] = [a + share * b for a, b in zip(totals[at] or [0.0] * len(errors), errors, strict=True)]
         return totals
 
     def _loss_and_gradients(self, with_inputs: bool) -> Callable:
