@@ -1,0 +1,228 @@
+"""Stage 3W with 16-bit products: attention and GELU against float64, gradients against float32's, files and options."""
+
+import json
+import shutil
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from conftest import folder_bytes, invoke
+from finished_run import finished_run
+
+import w4a8.rounding.block_boundaries as boundaries_module
+from benchmarks.pass_timing import random_transformer
+from w4a8.model.layers import model_blocks, model_layers
+from w4a8.quantized.arithmetic import min_max_grid, searched_grid
+from w4a8.quantized.dynamic_rules import DynamicPerToken
+from w4a8.rounding import sixteen_bits
+from w4a8.rounding.fused_inputs import dropped_inputs
+from w4a8.rounding.iteration_bytes import IterationBytes
+from w4a8.rounding.quantized_forward import original_forward
+from w4a8.rounding.settings import Settings
+from w4a8.rounding.training_samples import SampleBatch
+from w4a8.rounding.unit_grids import grids_on_device
+from w4a8.rounding.unit_training import UnitTraining
+from w4a8.rounding.units import BlockUnit
+
+
+def draws(*shape, count=1, scale=1.0):
+    return [scale * np.random.default_rng(seed).standard_normal(shape) for seed in range(count)]
+
+
+def attention_in_float64(q, k, v, slope, scale):
+    """Return softmax(scale·q·kᵀ)·v, and d Σ output·slope / d (q, k, v), as the textbook has them."""
+    scores = scale * q @ k.swapaxes(-1, -2)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    of_weights = slope @ v.swapaxes(-1, -2)
+    of_scores = weights * (of_weights - (weights * of_weights).sum(-1, keepdims=True)) * scale
+    return weights @ v, (of_scores @ k, of_scores.swapaxes(-1, -2) @ q, weights.swapaxes(-1, -2) @ slope)
+
+
+@pytest.mark.parametrize("way", ["tiles", "recomputed"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(mx.float32, 1e-5), (mx.bfloat16, 0.02)])
+@pytest.mark.parametrize("tokens", [256, 300])
+def test_attention_and_its_gradients_against_float64(way, dtype, tolerance, tokens):
+    attend = sixteen_bits._recomputed(0.125) if way == "recomputed" else lambda *x: sixteen_bits._tiled(*x, 0.125)
+    *inputs, slope = (
+        np.array(mx.array(x, mx.float32).astype(dtype).astype(mx.float32)) for x in draws(1, 2, tokens, 64, count=4)
+    )
+    expected, slopes = attention_in_float64(*(x.astype(np.float64) for x in (*inputs, slope)), 0.125)
+    given = [mx.array(x).astype(dtype) for x in inputs]
+    output, found = mx.vjp(attend, given, [mx.array(slope).astype(dtype)])
+    for one, other in zip((*output, *found), (expected, *slopes), strict=True):
+        assert one.dtype == dtype and one.shape == other.shape
+        assert abs(np.array(one.astype(mx.float32)) - other).max() < tolerance * abs(other).max()
+
+
+def test_gradients_of_attention_keep_few_scores():
+    """On a CPU the forward pass has an array of all scores, and autograd's backward pass has several."""
+    tokens, rows = 2048, 2
+    given, peaks = [mx.array(x, mx.float32) for x in draws(1, rows, tokens, 16, count=3)], []
+    for attend in (sixteen_bits._recomputed(0.25), lambda *x: mx.fast.scaled_dot_product_attention(*x, scale=0.25)):
+        mx.eval(given)
+        mx.reset_peak_memory()
+        mx.eval(mx.grad(lambda *x, attend=attend: attend(*x).sum(), argnums=(0, 1, 2))(*given))
+        peaks.append(mx.get_peak_memory() / (4 * rows * tokens**2))
+    assert peaks[0] < 2.2 and peaks[1] > 2.8
+
+
+def test_gelu_computes_in_float32():
+    x = np.linspace(-6, 6, 4001)
+    given = mx.array(x, mx.float32).astype(mx.bfloat16)
+    exact = np.array(given.astype(mx.float32), np.float64)
+    (output,), (slope,) = mx.vjp(sixteen_bits._gelu("none"), [given], [mx.ones_like(given)])
+    density = np.exp(-(exact**2) / 2) / np.sqrt(2 * np.pi)
+    share = np.array([0.5 * (1 + float(mx.erf(mx.array(value / np.sqrt(2))))) for value in exact])
+    for found, expected in ((output, exact * share), (slope, share + exact * density)):
+        error = abs(np.array(found.astype(mx.float32)) - expected)
+        assert (error <= 2.0**-8 * abs(expected) + 1e-6).all()  # the rounding of the result alone
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.25])
+def test_dropped_inputs_are_quantized_or_as_they_were(drop):
+    rule, x = DynamicPerToken(8), mx.array(draws(3, 40, 1, 256)[0], mx.float32)
+    given, (slope,) = mx.vjp(
+        lambda x: dropped_inputs(rule, x, drop, mx.random.key(1), mx.bfloat16),
+        [x],
+        [mx.ones_like(x).astype(mx.bfloat16)],
+    )
+    quantized = given[0] == rule.at(0.0, 1)("", x).astype(mx.bfloat16)
+    stays = given[0] == x.astype(mx.bfloat16)
+    assert (quantized | stays).all() and given[0].dtype == mx.bfloat16
+    assert 1 - (quantized & ~stays).mean().item() / (~(quantized & stays)).mean().item() == pytest.approx(
+        drop, abs=0.02
+    )
+    assert slope.dtype == x.dtype and (slope == 1).all()
+
+
+@pytest.mark.parametrize("group_size", [0, 64])
+def test_grids_on_the_device_are_numpys(group_size):
+    weight = (draws(96, 256)[0] ** 3).astype(np.float32)
+    nearest, best = grids_on_device(mx.array(weight), 4, group_size)
+    for found, expected in (
+        (nearest, min_max_grid(weight, 4, group_size)),
+        (best, searched_grid(weight, 4, group_size)),
+    ):
+        for one, other in zip(found, expected, strict=True):
+            assert np.allclose(np.array(one), other, rtol=1e-5)
+
+
+class Rows:
+    """Random samples of a block (TrainingSamples), one channel of whose tokens is `widest` times the others."""
+
+    training, held_out, all_steps, holds_velocity = range(2, 8), range(2), range(1), False
+
+    def __init__(self, block, hidden, widest):
+        tokens = [mx.array(x, mx.float32) for x in (*draws(16, 12, 1, hidden), *draws(16, 5, 1, hidden))]
+        widen = mx.where(mx.arange(hidden) == 3, widest, 1.0)
+        self.rows = [tokens[0] * widen, tokens[1] * widen, mx.array(draws(16, 1, 1, hidden)[0], mx.float32)]
+        self.rows += block.run(self.rows[:2], self.rows[2])
+
+    def steps(self, indices):
+        return np.zeros(len(indices), int)
+
+    def batch(self, indices):
+        at = mx.array(np.stack([2 * np.asarray(indices), 2 * np.asarray(indices) + 1], axis=1).ravel())
+        rows = [array[at] for array in self.rows]
+        return SampleBatch(rows[:2], rows[2], rows[3:])
+
+    def keep(self, indices):
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["token", "block", "static"])
+@pytest.mark.parametrize("widest", [1.0, 2e5])  # FLUX's tokens exceed float16's 65,504
+def test_a_block_learns_with_bfloat16_products(widest, rule):
+    mmdit = random_transformer(mx.float32, depth_multimodal=2, hidden_size_override=128, num_heads=2)
+    rows, spec = Rows(model_blocks(mmdit)["mm0"], 128, widest), BlockUnit.specs(model_layers(mmdit), ["mm0"])[0]
+    units = {}
+    for precision in ("float32", "bfloat16"):
+        settings = Settings(iters=40, batch_size=4, precision=precision, activation_rule=rule)
+        units[precision] = BlockUnit.build(mmdit, spec, rows, settings)
+    found = {}
+    for precision, unit in units.items():
+        state = unit.quantized(unit.start, unit.codes(unit.start, hard=True), with_ranges=False)
+        found[precision] = unit.gradients(state, np.arange(2, 6), 0)[1]["weights"]
+    for name in spec.layers:
+        one, other = (np.array(found[precision][name], np.float64).ravel() for precision in found)
+        assert one @ other > 0.98 * np.linalg.norm(one) * np.linalg.norm(other), name
+    training = UnitTraining(units["bfloat16"])
+    while training.iteration < training.iters:
+        training.step()
+    losses = training.measure()
+    assert losses["end_training"] < 0.9 and all(np.isfinite(value) for value in losses.values())
+
+
+def test_the_unquantized_block_in_16_bits_is_near_float32():
+    mmdit = random_transformer(mx.float32, depth_multimodal=2, hidden_size_override=128, num_heads=2)
+    block = model_blocks(mmdit)["mm0"]
+    rows = Rows(block, 128, 1.0)
+    with original_forward([block], mx.float16).installed(mmdit, [block]):
+        found = block.run(rows.rows[:2], rows.rows[2])
+    assert isinstance(block.module.image_transformer_block.mlp.act_fn, nn.GELU)  # all is put back
+    for one, other in zip(found, rows.rows[3:], strict=True):
+        assert 0 < mx.abs(one - other).max() < 5e-3 * mx.abs(other).max()
+
+
+def test_16_bit_products_take_less_memory():
+    float32, half = (IterationBytes.of_shapes(10**6, 10**6, 10**7, 10**5, 1, half=half) for half in (False, True))
+    assert half.peak(1) < 0.65 * float32.peak(1)
+
+
+# --- files and options --------------------------------------------------------------------------------------
+
+
+def optimize(folder, *arguments):
+    quick = ("--calib-dir", folder, "--iters", 10, "--batch-size", 2, "--unit", "block", "--blocks", "mm0,mm1")
+    return invoke("optimize_adaround", *quick, *arguments)
+
+
+@pytest.fixture
+def ends(tmp_path_factory, tmp_path):
+    """Return a run of 3 images × 2 steps whose cache holds the ends."""
+    folder = shutil.copytree(finished_run(tmp_path_factory.getbasetemp()), tmp_path / "run")
+    shutil.rmtree(folder / "adaround_weights")
+    done = invoke(
+        "cache_adaround_data",
+        "--calib-dir",
+        folder,
+        "--num-images",
+        3,
+        "--stride",
+        2,
+        "--boundaries",
+        "ends",
+        "--force",
+    )
+    assert done.exit_code == 0, done.output
+    return folder
+
+
+@pytest.mark.slow
+def test_boundaries_in_memory_give_the_same_files(ends, monkeypatch):
+    weights, found = ends / "adaround_weights", {}
+    for room in (0, 10**12):
+        monkeypatch.setattr(boundaries_module, "memory_beside_gpu", lambda room=room: room)
+        done = optimize(ends, "--force")
+        assert done.exit_code == 0, done.output
+        found[room] = {path: data for path, data in folder_bytes(weights).items() if path.endswith(".npz")}
+    assert found[0] and found[0] == found[10**12]
+    assert "precision" not in json.loads((weights / "metadata.json").read_text())  # float32 on a CPU
+    (weights / "mm1.npz").unlink()
+    done = optimize(ends, "--resume")  # the boundaries before mm1 are made anew
+    assert done.exit_code == 0 and (weights / "mm1.npz").read_bytes() == found[0]["mm1.npz"], done.output
+
+
+@pytest.mark.slow
+def test_the_precision_is_the_runs(ends, monkeypatch):
+    monkeypatch.setattr(boundaries_module, "memory_beside_gpu", lambda: 10**12)
+    done = optimize(ends, "--precision", "bfloat16")
+    assert done.exit_code == 0 and "products in bfloat16" in done.output, done.output
+    noted = json.loads((ends / "adaround_weights" / "metadata.json").read_text())
+    assert noted["precision"] == "bfloat16"
+    assert optimize(ends, "--resume").exit_code == 0
+    done = optimize(ends, "--resume", "--precision", "float32")
+    assert done.exit_code == 2 and "--precision" in done.output
