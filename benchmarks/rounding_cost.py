@@ -90,7 +90,7 @@ class RandomSamples:
         self.training: Sequence[int] = range(count // 8, count)
         self.held_out: Sequence[int] = range(count // 8)
         self.all_steps: Sequence[int] = range(1)
-        self.holds_velocity = False
+        self.holds_velocity, self.held_bytes = False, 0
         self.on_device = [mx.array(array) for array in self.arrays]
         outputs = []
         for index in range(count):

@@ -40,7 +40,7 @@ OF_SMALL_MODELS = {
 }
 OF_LARGE_MODELS = {
     "fast": Effort(128, 4, 50, 50, 0),
-    "good": Effort(512, 4, 200, 100, 0),
+    "good": Effort(512, 4, 150, 75, 0),
     "best": Effort(512, 8, 400, 200, 0),
 }
 assert tuple(OF_SMALL_MODELS) == tuple(OF_LARGE_MODELS) == EFFORTS

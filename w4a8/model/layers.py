@@ -193,6 +193,11 @@ def num_weights(layers: Iterable[Layer]) -> int:
     return sum(out * width for out, width in (layer.shape for layer in layers))
 
 
+def half_dtype(mmdit: nn.Module) -> mx.Dtype:
+    """Return the 16-bit dtype that a model is run in: FLUX's is bfloat16."""
+    return mx.bfloat16 if mmdit.config.depth_unified else mx.float16
+
+
 def note_latent_size(mmdit: nn.Module, latent_size: Sequence[int]) -> None:
     """Note the latent size (height, width) of the tokens that blocks are run with; FLUX's positions depend on it."""
     mmdit["_latent_size"] = tuple(latent_size)

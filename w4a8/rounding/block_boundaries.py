@@ -1,11 +1,9 @@
 """The boundaries between blocks, made block after block from a cache of the ends.
 
-In all that is one forward pass over the samples. Beside a GPU with memory of its own the host's memory holds the
-boundaries, if it has room; else files do.
+In all that is one forward pass over the samples.
 """
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
@@ -23,25 +21,21 @@ from calibration_store.files import BackgroundWriter, remove_folder
 from calibration_store.layout import BoundaryPaths, WeightPaths
 from calibration_store.npz import npz_bytes, write_npz
 from w4a8.backend import blas
-from w4a8.backend.memory import memory_beside_gpu
 from w4a8.backend.parallel import streams_for
 from w4a8.backend.processes import SINGLE_PROCESS, SingleProcess
 from w4a8.backend.progress import progress_bar
 from w4a8.model.layers import model_blocks
 from w4a8.passes import SampleId, sample_ids_of
 from w4a8.rounding.quantized_forward import original_forward
-from w4a8.rounding.training_samples import Reader, Samples, cache_reader, moved, reader, stacked
+from w4a8.rounding.training_samples import Reader, Samples, cache_reader, reader, stacked
 
 REMEDY = "run optimize_adaround.py with --resume to make it anew"
 
 
-HOST_SHARE = 0.5  # share of the host's memory that two boundaries may take
-
-
 class BlockBoundaries:
-    """The boundaries on both sides of a block, in files or in memory, while the run walks through the model.
+    """The files of the boundaries on both sides of a block, while the run walks through the model.
 
-    A run that was killed goes on with the files, or makes anew what was in memory.
+    A run that was killed goes on with them.
     """
 
     def __init__(
@@ -62,16 +56,6 @@ class BlockBoundaries:
         self.shapes = boundary_shapes(cache)
         self.sample_ids = sample_ids_of(cache)
         self._whole: set[str] = set()  # blocks whose boundary this process has made, or seen to be whole
-        self._held: dict[
-            str, list[np.ndarray]
-        ] = {}  # boundaries in memory by block, (samples, rows, tokens, 1, hidden)
-        self._index = {sample_id: index for index, sample_id in enumerate(self.sample_ids)}
-        self._modulations: dict[SampleId, list[np.ndarray]] = {}
-
-    @cached_property
-    def in_memory(self) -> bool:
-        """True where two boundaries, which a block needs, fit the host's memory beside a GPU; one process alone has them."""
-        return self.ranks.size == 1 and 2 * self._largest() <= HOST_SHARE * memory_beside_gpu()
 
     def samples(self, mmdit: nn.Module, block: str) -> Samples:
         """Return the samples that a block is trained on.
@@ -82,27 +66,27 @@ class BlockBoundaries:
         self._make(mmdit, block)
         kept = {self.paths.boundary(name).root for name in (before, block) if name}
         self._remove([each for each in self.paths.boundaries if each.root not in kept])
-        self._let_go(before, block)
+        modulation = cache_reader(self.paths.calib_dir, self.cache, ["modulation_input"])
         inputs, outputs = self._inputs(block), self._boundary(block)
         return Samples.load(
             self.sample_ids,
-            lambda sample_id: [*inputs(sample_id), *self._modulation(sample_id), *outputs(sample_id)],
+            lambda sample_id: [*inputs(sample_id), *modulation(sample_id), *outputs(sample_id)],
             self.cache["key_timesteps"],
             inputs=len(self._keys(before) if before else block_keys(self.cache, block)[0]),
-            mapped=not self.in_memory or before is None,
         )
 
     def few(self, mmdit: nn.Module, count: int) -> Samples:
         """Return some of the first block's samples, 2·count at most, for a trial run; write nothing."""
         block, sample_ids = self.blocks[0], self.sample_ids[: 2 * count]
         inputs = self._inputs(block)
+        modulation = cache_reader(self.paths.calib_dir, self.cache, ["modulation_input"])
         outputs = {
-            sample_id: [np.array(tokens) for tokens in self._run(mmdit, block, self._given(block, [sample_id]))[1:]]
+            sample_id: [np.array(tokens) for tokens in self._run(mmdit, block, self._given(block, [sample_id]))]
             for sample_id in sample_ids
         }
         return Samples.load(
             sample_ids,
-            lambda sample_id: [*inputs(sample_id), *self._modulation(sample_id), *outputs[sample_id]],
+            lambda sample_id: [*inputs(sample_id), *modulation(sample_id), *outputs[sample_id]],
             self.cache["key_timesteps"],
             inputs=len(block_keys(self.cache, block)[0]),
         )
@@ -111,18 +95,18 @@ class BlockBoundaries:
         """Remove all boundaries that are left."""
         self._remove(self.paths.boundaries)
 
-    def num_bytes(self) -> int:
-        """Return the largest number of bytes on the disk at the same time: three boundaries, or none."""
-        return 0 if self.in_memory else 3 * self._largest()
+    def memory_bytes(self) -> int:
+        """Return the bytes of the device's memory that all samples take: none, since files hold them."""
+        return 0
 
-    def _largest(self) -> int:
-        """Return the number of bytes of the largest boundary."""
+    def num_bytes(self) -> int:
+        """Return the largest number of bytes on the disk at the same time: three boundaries."""
         zero = np.zeros((), self.dtype)
         boundaries = [
             {key: np.broadcast_to(zero, self.shapes[key]) for key in self._keys(block)} for block in self.blocks
         ]
         largest = max(npz_bytes(cached_sample_arrays(0, 0, arrays, self.run)) for arrays in boundaries)
-        return largest * len(self.sample_ids)
+        return 3 * largest * len(self.sample_ids)
 
     # which tokens lie where
 
@@ -143,28 +127,13 @@ class BlockBoundaries:
         return self._boundary(before)
 
     def _boundary(self, block: str) -> Reader:
-        """Return a reader of the tokens that a block gives, mapped or in memory."""
-        if self.in_memory:
-            held = self._held[block]
-            return lambda sample_id: [array[self._index[sample_id]] for array in held]
+        """Return a reader of the tokens that a block gives, mapped."""
         return reader(
             self.paths.boundary(block),
             {key: self.shapes[key] for key in self._keys(block)},
             REMEDY,
             self.dtype,
         )
-
-    def _let_go(self, *kept: str | None) -> None:
-        """Forget the boundaries in memory that are not of these blocks."""
-        self._whole -= {name for name in self._held if name not in kept}
-        self._held = {name: arrays for name, arrays in self._held.items() if name in kept}
-
-    def _modulation(self, sample_id: SampleId) -> list[np.ndarray]:
-        """Return a sample's modulation input, which every block needs, and which is read once."""
-        if sample_id not in self._modulations:
-            read = cache_reader(self.paths.calib_dir, self.cache, ["modulation_input"])
-            self._modulations[sample_id] = [array.copy() for array in read(sample_id)]
-        return self._modulations[sample_id]
 
     # how boundaries are made
 
@@ -175,18 +144,13 @@ class BlockBoundaries:
         boundary, keys, ranks = self.paths.boundary(block), self._keys(block), self.ranks
         chunks = [self.sample_ids[start : start + self.chunk] for start in range(0, len(self.sample_ids), self.chunk)]
         own = [chunks[number] for number in ranks.owned_indices(len(chunks))]
-        left = own
-        if not self.in_memory:
-            left = [chunk for chunk in own if not all(self._holds(boundary, keys, sample_id) for sample_id in chunk)]
+        left = [chunk for chunk in own if not all(self._holds(boundary, keys, sample_id) for sample_id in chunk)]
         if not ranks.total(len(left)):
             self._whole.add(block)
             return
         before = self._before(block)
         if before is not None:
             self._make(mmdit, before)
-        if self.in_memory:
-            shapes = [(len(self.sample_ids), *self.shapes[key]) for key in keys]
-            self._held[block] = [np.empty(shape, self.dtype) for shape in shapes]
         with (
             progress_bar(len(self.sample_ids), f"{block} of every sample", "sample", leave=False) as bar,
             BackgroundWriter(pending=2, threads=min(4, blas.cores())) as writer,
@@ -202,44 +166,33 @@ class BlockBoundaries:
                         made.append(self._run(mmdit, block, arrays))
                 mx.async_eval(made)
                 given = [self._given(block, chunk) for chunk in following]  # while it computes
-                for chunk, (finite, *tokens) in zip(turn, made, strict=True):
-                    if not finite.item():
-                        raise StoreError(f"{block}: a token does not fit {self.dtype}, or is not finite")
-                    if self.in_memory:
-                        writer.submit(self._hold, block, chunk, tokens)
-                    else:
-                        named = dict(zip(keys, map(np.array, tokens), strict=True))
-                        writer.submit(self._write, boundary, chunk, named)
+                for chunk, tokens in zip(turn, made, strict=True):
+                    named = dict(zip(keys, map(np.array, tokens), strict=True))
+                    writer.submit(self._write, boundary, block, chunk, named)
                     ranks.advance(bar, len(chunk))
             writer.drain()
             ranks.complete(bar)
         self._whole.add(block)
-        self._let_go(before, block)
 
     def _given(self, block: str, chunk: Sequence[SampleId]) -> list[mx.array]:
         """Return a block's inputs for some samples, rows one below the other: its tokens, and the modulation input."""
-        readers = (self._inputs(block), self._modulation)
-        if self.in_memory and self._before(block) is not None:
-            return [rows for read in readers for rows in moved(map(read, chunk))]
-        return [mx.array(rows) for read in readers for rows in stacked(read, chunk)]
+        modulation = cache_reader(self.paths.calib_dir, self.cache, ["modulation_input"])
+        return [mx.array(rows) for read in (self._inputs(block), modulation) for rows in stacked(read, chunk)]
 
     def _run(self, mmdit: nn.Module, block: str, given: Sequence[mx.array]) -> list[mx.array]:
-        """Return whether all tokens that a block gives are finite, and the tokens in the dtype between blocks, unevaluated."""
+        """Return the tokens that a block gives, in the dtype between blocks, unevaluated."""
         *tokens, modulation = [array.astype(mx.float32) for array in given]
         module = model_blocks(mmdit)[block]
         with original_forward([module], self.products).installed(mmdit, [module]):
-            found = [tokens.astype(getattr(mx, self.dtype)) for tokens in module.run(tokens, modulation)]
-        return [mx.stack([mx.isfinite(tokens).all() for tokens in found]).all(), *found]
+            return [tokens.astype(getattr(mx, self.dtype)) for tokens in module.run(tokens, modulation)]
 
-    def _hold(self, block: str, chunk: Sequence[SampleId], tokens: Sequence[mx.array]) -> None:
-        """Copy the tokens of some samples into memory."""
-        begin = self._index[chunk[0]]
-        for held, array in zip(self._held[block], tokens, strict=True):
-            rows = held[begin : begin + len(chunk)]
-            np.copyto(rows, np.array(array, copy=False).reshape(rows.shape))
-
-    def _write(self, boundary: BoundaryPaths, chunk: Sequence[SampleId], tokens: Mapping[str, np.ndarray]) -> None:
-        """Write a file for each sample."""
+    def _write(
+        self, boundary: BoundaryPaths, block: str, chunk: Sequence[SampleId], tokens: Mapping[str, np.ndarray]
+    ) -> None:
+        """Write a file for each sample. Raises StoreError where a token is not finite, or does not fit the dtype."""
+        for key, array in tokens.items():
+            if not np.isfinite(array).all():
+                raise StoreError(f"{block}: {key} does not fit {self.dtype}, or is not finite")
         for index, sample_id in enumerate(chunk):
             rows = {
                 key: array[slice(*np.array([index, index + 1]) * (len(array) // len(chunk)))]

@@ -34,7 +34,7 @@ from w4a8.rounding.settings import (
     warmed_cosine,
 )
 from w4a8.rounding.training import OPTIMIZERS, Adam, NotFiniteError, Training
-from w4a8.rounding.training_samples import Samples, spread_over
+from w4a8.rounding.training_samples import Samples, TrainingSamples, spread_over
 from w4a8.rounding.unit_phase import UnitPhase
 from w4a8.rounding.units import MODEL, UnitSpec
 from w4a8.rounding.whole_model import WholeModel
@@ -232,7 +232,7 @@ class FinalPhase(Job):
         """Return the inputs of the first block, and the outputs of the whole model."""
         return Samples.of_cache(self.run.paths.calib_dir, self.run.cache, mmdit, self.run.blocks)
 
-    def training(self, mmdit: nn.Module, samples: Samples) -> Training:
+    def training(self, mmdit: nn.Module, samples: TrainingSamples) -> Training:
         """Return the training, which starts where the first phase's files end."""
         run = self.run
         layers: Layers = {}
@@ -242,6 +242,7 @@ class FinalPhase(Job):
         whole = WholeModel.build(mmdit, run.blocks, samples, run.settings, before, run.ranks, run.unit == MODEL)
         if not run.settings.unrolled:
             return FinalTraining(whole)
+        assert isinstance(samples, Samples)  # as `samples` gives them
         return FinalTraining(whole, FinishedLatents(whole, self.last_steps(samples)))
 
     def last_steps(self, samples: Samples) -> LastSteps:

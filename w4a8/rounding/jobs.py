@@ -20,7 +20,7 @@ from w4a8.backend.progress import ProgressBar
 from w4a8.rounding.job_checkpoint import JobCheckpoint
 from w4a8.rounding.run import RoundingRun
 from w4a8.rounding.training import NotFiniteError, Training, train
-from w4a8.rounding.training_samples import Samples
+from w4a8.rounding.training_samples import TrainingSamples
 from w4a8.rounding.units import UnitSpec
 
 
@@ -151,15 +151,15 @@ class Job(ABC):
         """
 
     @abstractmethod
-    def samples(self, mmdit: nn.Module) -> Samples:
+    def samples(self, mmdit: nn.Module) -> TrainingSamples:
         """Return the samples that the job is trained on."""
 
-    def few_samples(self, mmdit: nn.Module) -> Samples:
+    def few_samples(self, mmdit: nn.Module) -> TrainingSamples:
         """Return samples for a trial run; the call must write nothing."""
         return self.samples(mmdit)
 
     @abstractmethod
-    def training(self, mmdit: nn.Module, samples: Samples) -> Training:
+    def training(self, mmdit: nn.Module, samples: TrainingSamples) -> Training:
         """Return the training at its first iteration."""
 
     @abstractmethod

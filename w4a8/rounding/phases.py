@@ -113,6 +113,7 @@ def estimate_rounding(jobs: Sequence[Job], todo: Sequence[Job], resumed: bool) -
     costs = left + sum(job.iterations * (job.iteration_cost / tried.iteration_cost - 1) for job in todo)
     peak = max(mx.get_peak_memory(), *(job.peak_bytes() for job in jobs))
     peak += settings.window * max(job.sample_bytes() for job in jobs)
+    peak += 0 if run.boundaries is None else run.boundaries.memory_bytes()
     return Estimate(
         work=f"{len(todo)} of {len(jobs)} units, {left} iterations",
         seconds=seconds * costs / at_once,

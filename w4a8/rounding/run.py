@@ -20,10 +20,11 @@ from calibration_store.weights import LEARNING_RATES, WEIGHTS_FORMAT, WEIGHTS_ME
 from w4a8 import __version__
 from w4a8.backend.processes import SINGLE_PROCESS, SingleProcess
 from w4a8.effort import SMALL_MODEL, rounding_effort
-from w4a8.model.layers import Layer, model_blocks, model_layers, num_weights
+from w4a8.model.layers import Layer, half_dtype, model_blocks, model_layers, num_weights
 from w4a8.model.migration import migrate
 from w4a8.options import RoundingOptions
 from w4a8.rounding.block_boundaries import BlockBoundaries
+from w4a8.rounding.held_boundaries import HeldBoundaries
 from w4a8.rounding.rest import EVERYTHING, NO_REST, VECTORS, choose_rest
 from w4a8.rounding.settings import BFLOAT16, FLOAT32, Settings
 from w4a8.rounding.units import MODEL, UNITS, Unit
@@ -124,20 +125,19 @@ class RoundingRun:
         return replace(self, ranks=SINGLE_PROCESS)
 
     @cached_property
-    def boundaries(self) -> BlockBoundaries | None:
-        """The boundaries between blocks, where they are needed and not cached; None elsewhere."""
+    def boundaries(self) -> BlockBoundaries | HeldBoundaries | None:
+        """The boundaries between blocks, where they are needed and not cached; None elsewhere.
+
+        With 16-bit products the device's memory holds them where it has room.
+        """
         if self.unit == MODEL or not holds_ends(self.cache):
             return None
-        half = mx.bfloat16 if self.mmdit.config.depth_unified else mx.float16  # the model's own
-        return BlockBoundaries(
-            self.cache,
-            self.paths,
-            self.plan,
-            self.settings.chunk,
-            self.ranks,
-            self.boundary_dtype,
-            None if self.settings.precision == FLOAT32 else half,
-        )
+        cache, paths, chunk, dtype = self.cache, self.paths, self.settings.chunk, self.boundary_dtype
+        if self.settings.precision == FLOAT32:
+            return BlockBoundaries(cache, paths, self.plan, chunk, self.ranks, dtype)
+        if HeldBoundaries.fits(cache, dtype):
+            return HeldBoundaries(cache, paths, chunk, dtype, half_dtype(self.mmdit))
+        return BlockBoundaries(cache, paths, self.plan, chunk, self.ranks, dtype, half_dtype(self.mmdit))
 
     @cached_property
     def plan(self) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class SampleBatch(NamedTuple):
 
     tokens: list[mx.array]  # image and text; for FLUX's unified blocks one array of both
     modulation: mx.array
-    outputs: list[mx.array]
+    outputs: list[mx.array]  # none where the unit computes them anew
 
 
 class TrainingSamples(Protocol):
@@ -56,6 +56,10 @@ class TrainingSamples(Protocol):
     @property
     def holds_velocity(self) -> bool:
         """True where the output is the model's velocity, not the last block's tokens."""
+
+    @property
+    def held_bytes(self) -> int:
+        """The bytes that they take of the memory that MLX does not count."""
 
     def steps(self, indices: Indices) -> np.ndarray:
         """Return the step of each of these samples, as a position in key_timesteps: (samples,) integers."""
@@ -85,16 +89,15 @@ class Samples:
 
     def __init__(
         self, sample_ids: Sequence[SampleId], read: Reader, key_timesteps: Sequence[int], inputs: int, num_bytes: int,
-        arrays: Sequence[np.ndarray] | Sequence[mx.array] = (), holds_velocity: bool = False, mapped: bool = True,
+        arrays: Sequence[np.ndarray] | Sequence[mx.array] = (), holds_velocity: bool = False,
     ):  # fmt: skip
         """Store how samples are read: their arrays are the inputs, the modulation input, and the outputs.
 
         inputs: the number of input arrays; num_bytes: of all samples; arrays: those of all samples, (samples, …) each,
-        where they are held in memory; holds_velocity: as in TrainingSamples; mapped: `read` gives mapped files, which are
-        read on every core, and not arrays in memory.
+        where they are held in memory; holds_velocity: as in TrainingSamples.
         """
         self.sample_ids, self.num_bytes, self.holds_velocity = sample_ids, num_bytes, holds_velocity
-        self._read, self._inputs, self._arrays, self._mapped = read, inputs, arrays, mapped
+        self._read, self._inputs, self._arrays = read, inputs, arrays
         self._steps = np.array([list(key_timesteps).index(step) for _, step in sample_ids])
         self.all_steps = range(len(key_timesteps))
         self._near: dict[int, list[mx.array]] = {}  # the samples that `keep` has in memory
@@ -103,9 +106,9 @@ class Samples:
     @classmethod
     def load(
         cls, sample_ids: Sequence[SampleId], read: Reader, key_timesteps: Sequence[int], inputs: int = 2,
-        holds_velocity: bool = False, mapped: bool = True,
+        holds_velocity: bool = False,
     ) -> "Samples":  # fmt: skip
-        """Return these samples, read into memory if all of them fit; mapped: as in the constructor.
+        """Return these samples, read into memory if all of them fit.
 
         read: gives a sample's arrays, whose first `inputs` are its inputs; it leaves no file open, since an operating
         system allows a few hundred. Raises StoreError as `read` does.
@@ -120,7 +123,7 @@ class Samples:
                     array[index] = member
             if mx.default_device() != mx.Device(mx.cpu):
                 arrays = [mx.array(array) for array in filled]
-        return cls(sample_ids, read, key_timesteps, inputs, num_bytes, arrays, holds_velocity, mapped)
+        return cls(sample_ids, read, key_timesteps, inputs, num_bytes, arrays, holds_velocity)
 
     @classmethod
     def of_cache(cls, calib_dir: Path, cache: Mapping[str, Any], mmdit: nn.Module, blocks: Sequence[str]) -> "Samples":
@@ -163,10 +166,8 @@ class Samples:
             if all(index in self._near for index in indices):
                 members = zip(*(self._near[index] for index in indices), strict=True)
                 rows = [mx.concatenate(list(each)) for each in members]
-            elif self._mapped:
-                rows = [mx.array(each) for each in self._stacked(indices)]
             else:
-                rows = moved(self._read(self.sample_ids[index]) for index in indices)
+                rows = [mx.array(each) for each in self._stacked(indices)]
             found = [array.astype(mx.float32) for array in rows]
         *tokens, modulation = found[: self._inputs + 1]
         return SampleBatch(tokens, modulation, found[self._inputs + 1 :])
@@ -177,9 +178,7 @@ class Samples:
             return
         kept = {index: self._near[index] for index in indices if index in self._near}
         new = [index for index in indices if index not in kept]
-        if not self._mapped:
-            kept |= {index: list(map(mx.array, self._read(self.sample_ids[index]))) for index in new}
-        elif new:
+        if new:
             parts = [np.split(rows, len(new)) for rows in self._stacked(new)]
             kept |= {index: list(map(mx.array, arrays)) for index, *arrays in zip(new, *parts, strict=True)}
         self._near = kept
@@ -192,14 +191,6 @@ class Samples:
 
     def _stacked(self, indices: Indices) -> list[np.ndarray]:
         return stacked(self._read, [self.sample_ids[index] for index in indices])
-
-
-def moved(samples: Iterable[Sequence[np.ndarray]]) -> list[mx.array]:
-    """Return the arrays of some samples that are in memory, rows one below the other.
-
-    A GPU takes a sample's arrays one by one sooner than one large array.
-    """
-    return [mx.concatenate(list(map(mx.array, members))) for members in zip(*samples, strict=True)]
 
 
 def stacked(read: Reader, sample_ids: Sequence[SampleId]) -> list[np.ndarray]:

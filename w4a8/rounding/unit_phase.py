@@ -21,7 +21,7 @@ from w4a8.rounding.run import RoundingRun
 from w4a8.rounding.settings import FLOAT32
 from w4a8.rounding.sixteen_bits import QUERIES
 from w4a8.rounding.training import Training
-from w4a8.rounding.training_samples import Samples
+from w4a8.rounding.training_samples import Samples, TrainingSamples
 from w4a8.rounding.unit_training import UnitTraining
 from w4a8.rounding.units import MODEL
 
@@ -106,19 +106,19 @@ class UnitPhase(Job):
             check_finite(model_blocks(mmdit)[name].module, f"{self.run.plan['model_version']}, {name}")
         return mmdit
 
-    def samples(self, mmdit: nn.Module) -> Samples:
+    def samples(self, mmdit: nn.Module) -> TrainingSamples:
         """Return the inputs and outputs of the unit's blocks; make the boundaries that are needed and not cached."""
         run = self.run
         if run.boundaries is not None:
             return run.boundaries.samples(mmdit, self.spec.blocks[0])
         return Samples.of_cache(run.paths.calib_dir, run.cache, mmdit, self.spec.blocks)
 
-    def few_samples(self, mmdit: nn.Module) -> Samples:
+    def few_samples(self, mmdit: nn.Module) -> TrainingSamples:
         """Return samples for a trial run, without a boundary on the disk."""
         run = self.run
         return self.samples(mmdit) if run.boundaries is None else run.boundaries.few(mmdit, run.settings.batch_size)
 
-    def training(self, mmdit: nn.Module, samples: Samples) -> Training:
+    def training(self, mmdit: nn.Module, samples: TrainingSamples) -> Training:
         """Return the unit's training at its first iteration."""
         return UnitTraining(self.run.unit_class.build(mmdit, self.spec, samples, self.run.settings, self.run.ranks))
 

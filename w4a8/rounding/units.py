@@ -13,7 +13,7 @@ from w4a8.analysis.clipping_ranges import channel_clipping_range
 from w4a8.backend.parallel import compiled, streams_for
 from w4a8.backend.processes import SINGLE_PROCESS, SingleProcess
 from w4a8.backend.sums import summed
-from w4a8.model.layers import Layer, model_blocks, model_layers, run_final_layer
+from w4a8.model.layers import Layer, half_dtype, model_blocks, model_layers, run_final_layer
 from w4a8.quantized.activation_rules import Learned, Quantize
 from w4a8.quantized.dynamic_rules import Dynamic, DynamicPerBlock, DynamicPerToken
 from w4a8.quantized.layer import QuantizedLayer
@@ -140,8 +140,11 @@ class Unit:
         return self.run(batch, forward)
 
     def targets(self, batch: SampleBatch) -> list[mx.array]:
-        """Return the unquantized unit's `outputs`: here as the cache holds them."""
-        return batch.outputs
+        """Return the unquantized unit's `outputs`: here as the samples have them, or else computed in the model's 16 bits."""
+        if batch.outputs:
+            return batch.outputs
+        given = self.run(batch, original_forward(self._blocks, half_dtype(self.mmdit)))
+        return [mx.stop_gradient(tokens.astype(mx.float32)) for tokens in given]
 
     # the loss
 

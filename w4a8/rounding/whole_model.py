@@ -17,7 +17,7 @@ from calibration_store.rounding_checkpoint import Layers
 from w4a8.backend.parallel import on_every_core, streams_for
 from w4a8.backend.processes import SINGLE_PROCESS, SingleProcess
 from w4a8.backend.sums import summed
-from w4a8.model.layers import Block, model_blocks, model_layers, run_final_layer
+from w4a8.model.layers import Block, half_dtype, model_blocks, model_layers, run_final_layer
 from w4a8.quantized.layer import QuantizedLayer
 from w4a8.rounding.methods import Arrays
 from w4a8.rounding.quantized_forward import PRODUCTS, QuantizedForward
@@ -70,7 +70,7 @@ class WholeModel:
         self._blocks = [model_blocks(mmdit)[name] for name in blocks]
         self._of_block = {block: [name for name in layers if block_of(name) == block] for block in blocks}
         self._codes = {name: mx.array(fields["q"]) for name, fields in layers.items()}
-        self._half = mx.bfloat16 if mmdit.config.depth_unified else mx.float16  # FLUX is deployed in bfloat16
+        self._half = half_dtype(mmdit)
         self.places = rest_places(mmdit, settings.rest)
         self._shifts = {name: mx.array(fields["act_shift"]) for name, fields in layers.items() if "act_shift" in fields}
         of_input = {self.input_of[name]: fields for name, fields in reversed(layers.items())}

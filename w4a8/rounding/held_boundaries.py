@@ -1,0 +1,144 @@
+"""All samples' inputs of one block in the device's memory; block after block they are replaced by its outputs.
+
+What a block gives is not kept: its unit computes its targets from the inputs (`Unit.targets`). No file is written, so a run
+that was killed walks through the finished blocks anew, in a forward pass of 16-bit products.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from calibration_store.block_cache import block_keys, boundary_shapes
+from calibration_store.errors import StoreError
+from calibration_store.layout import WeightPaths
+from w4a8.backend.memory import device_memory
+from w4a8.backend.progress import progress_bar
+from w4a8.model.layers import model_blocks
+from w4a8.passes import SampleId, sample_ids_of
+from w4a8.rounding.quantized_forward import original_forward
+from w4a8.rounding.settings import Indices
+from w4a8.rounding.training_samples import SampleBatch, cache_reader, split_samples, stacked
+
+HELD_SHARE = 0.3  # share of the device's memory that the samples may take
+
+
+class HeldSamples:
+    """A block's samples in memory, without its outputs (TrainingSamples)."""
+
+    def __init__(self, sample_ids: Sequence[SampleId], key_timesteps: Sequence[int], rows: list[list[mx.array]]):
+        """rows: of each sample the block's input tokens, and last its modulation input."""
+        self.rows, self.holds_velocity, self.held_bytes = rows, False, 0  # MLX counts their bytes
+        self._steps = np.array([list(key_timesteps).index(step) for _, step in sample_ids])
+        self.all_steps = range(len(key_timesteps))
+        self.training, self.held_out = split_samples([image_id for image_id, _ in sample_ids])
+
+    def steps(self, indices: Indices) -> np.ndarray:
+        """Return steps as TrainingSamples.steps says."""
+        return self._steps[np.asarray(indices)]
+
+    def batch(self, indices: Indices) -> SampleBatch:
+        """Return a batch as TrainingSamples.batch says, but no outputs."""
+        members = zip(*(self.rows[index] for index in indices), strict=True)
+        *tokens, modulation = [mx.concatenate(list(each)).astype(mx.float32) for each in members]
+        return SampleBatch(tokens, modulation, [])
+
+    def keep(self, indices: Indices) -> None:
+        """Do nothing: all samples are in memory."""
+
+
+class HeldBoundaries:
+    """The walk of all samples through the blocks, in memory; it stands in for `BlockBoundaries`."""
+
+    def __init__(
+        self, cache: Mapping[str, Any], paths: WeightPaths, chunk: int, dtype: str, products: mx.Dtype
+    ):  # fmt: skip
+        """Store where the ends lie, and how samples walk.
+
+        cache: metadata of the block cache; chunk: the number of samples that are run at once; dtype: of tokens between
+        blocks; products: the 16-bit dtype that blocks compute in.
+        """
+        self._cache, self._paths, self._chunk, self._products = cache, paths, chunk, products
+        self._dtype = getattr(mx, dtype)
+        self._blocks: list[str] = cache["block_names"]
+        self._ids = sample_ids_of(cache)
+        self._held: HeldSamples | None = None
+        self._at = 0  # the index of the block whose inputs are held
+
+    @classmethod
+    def fits(cls, cache: Mapping[str, Any], dtype: str) -> bool:
+        """Return whether a block's inputs of all samples fit the device's memory."""
+        return cls._bytes(cache, dtype) <= HELD_SHARE * device_memory()
+
+    @staticmethod
+    def _bytes(cache: Mapping[str, Any], dtype: str) -> int:
+        shapes, keys = boundary_shapes(cache), block_keys(cache, cache["block_names"][0])[0]
+        elements = sum(int(np.prod(shapes[key])) for key in keys)
+        return len(sample_ids_of(cache)) * elements * np.dtype(dtype).itemsize
+
+    def memory_bytes(self) -> int:
+        """Return the bytes of the device's memory that the samples take."""
+        return self._bytes(self._cache, {mx.float16: "float16"}.get(self._dtype, "float32"))
+
+    def num_bytes(self) -> int:
+        """Return the number of bytes on the disk: none."""
+        return 0
+
+    def samples(self, mmdit: nn.Module, block: str) -> HeldSamples:
+        """Return the samples that a block is trained on, walked up to it."""
+        index = self._blocks.index(block)
+        if self._held is None or index < self._at:
+            self._held, self._at = self._read(self._ids), 0
+        while self._at < index:
+            self._walk(mmdit, self._blocks[self._at], self._held)
+            self._at += 1
+        return self._held
+
+    def few(self, mmdit: nn.Module, count: int) -> HeldSamples:
+        """Return some of the first block's samples, 2·count at most, for a trial run."""
+        return self._read(self._ids[: 2 * count])
+
+    def finish(self) -> None:
+        """Let the samples go."""
+        self._held = None
+
+    def _read(self, sample_ids: Sequence[SampleId]) -> HeldSamples:
+        keys = [*block_keys(self._cache, self._blocks[0])[0], "modulation_input"]
+        read, rows = cache_reader(self._paths.calib_dir, self._cache, keys), list[list[mx.array]]()
+        with progress_bar(len(sample_ids), "reading the cache", "sample", leave=False) as bar:
+            for begin in range(0, len(sample_ids), self._chunk):
+                part = sample_ids[begin : begin + self._chunk]
+                arrays = [mx.array(each) for each in stacked(read, part)]
+                rows += cut(arrays, len(part))
+                mx.eval(rows[begin:])
+                bar.update(len(part))
+        return HeldSamples(sample_ids, self._cache["key_timesteps"], rows)
+
+    def _walk(self, mmdit: nn.Module, name: str, held: HeldSamples) -> None:
+        """Replace the inputs of a block by what it gives. Raises StoreError where a token is not finite."""
+        block, rows = model_blocks(mmdit)[name], held.rows
+        forward = original_forward([block], self._products)
+        with (
+            forward.installed(mmdit, [block]),
+            progress_bar(len(rows), f"{name} of every sample", "sample", leave=False) as bar,
+        ):
+            for begin in range(0, len(rows), self._chunk):
+                part = range(begin, min(begin + self._chunk, len(rows)))
+                tokens, modulation, _ = held.batch(part)
+                given = [array.astype(self._dtype) for array in block.run(tokens, modulation)]
+                finite = mx.stack([mx.isfinite(array).all() for array in given]).all()
+                modulations = [rows[index][-1] for index in part]
+                rows[begin : part.stop] = [
+                    [*arrays, own] for arrays, own in zip(cut(given, len(part)), modulations, strict=True)
+                ]
+                mx.eval(rows[begin : part.stop], finite)
+                if not finite.item():
+                    raise StoreError(f"{name}: a token does not fit {self._dtype}, or is not finite")
+                bar.update(len(part))
+
+
+def cut(arrays: Sequence[mx.array], count: int) -> list[list[mx.array]]:
+    """Return the arrays of each of `count` samples, whose rows are one below the other."""
+    return [list(members) for members in zip(*(mx.split(array, count) for array in arrays), strict=True)]
