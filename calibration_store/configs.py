@@ -13,7 +13,7 @@ from calibration_store.errors import StoreError
 from calibration_store.files import atomic_file, open_regular, write_json
 from calibration_store.names import LayerName
 from calibration_store.schema import CALIBRATION_RUN, Bounded, Index, JsonFormat, NotNegative, Positive, distinct
-from calibration_store.statistics import metadata_fault, sigma_fault
+from calibration_store.statistics_metadata import metadata_fault, sigma_fault
 
 W4A8_FORMAT = "per_timestep_quant_config_v4"
 MULTITIER_FORMAT = "per_timestep_quant_config_v3"

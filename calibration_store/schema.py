@@ -4,6 +4,7 @@ A format is declared once, from the pieces of this module, beside the code that 
 break an array: tools/corruption_campaign.py derives its damaged files from the same declarations.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -225,7 +226,7 @@ class Record:
                 if not member.optional:
                     return f"no {name}"
                 continue
-            if array.dtype.name not in member.dtypes:
+            if _dtype_name(array.dtype) not in member.dtypes:
                 return f"{name} is {array.dtype}, not {' or '.join(member.dtypes)}"
             fault = _shape_fault(name, array.shape, member.shape, sizes)
             if fault:
@@ -238,6 +239,12 @@ class Record:
             if all(array is not None for array in given) and not relation.holds(*given):
                 return relation.says
         return None
+
+
+@functools.cache
+def _dtype_name(dtype: np.dtype) -> str:
+    """Return `dtype.name`, which NumPy puts together anew at every call."""
+    return dtype.name
 
 
 def _shape_fault(name: str, found: tuple[int, ...], wanted: tuple, sizes: dict[str, int]) -> str | None:

@@ -3,15 +3,12 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
 
-import msgspec
 import numpy as np
 from msgspec import Meta
 
-from calibration_store.choices import Precision
 from calibration_store.errors import StoreError
 from calibration_store.files import write_json
 from calibration_store.histograms import HISTOGRAM_BINS, histogram_fault
@@ -28,7 +25,6 @@ from calibration_store.schema import (
     NOT_NEGATIVE,
     Bounded,
     Count,
-    Digest,
     Index,
     JsonFormat,
     Member,
@@ -38,12 +34,12 @@ from calibration_store.schema import (
     Relation,
     Share,
     StepKey,
-    Steps,
     distinct,
     of_run,
     run_fault,
 )
-from calibration_store.version import W4A8_VERSION, noted_version
+from calibration_store.statistics_metadata import metadata_fault, sigma_fault
+from calibration_store.version import noted_version
 
 STATISTICS_FORMAT = "per_timestep_npz_v2"
 
@@ -95,7 +91,7 @@ class LayerStatistics:
 
     def _reach(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
         shift = 0.0 if self.shift is None else self.shift.astype(np.float64)
-        return np.maximum(np.abs(low - shift), np.abs(high - shift)).astype(np.float64)
+        return np.maximum(np.abs(low - shift), np.abs(high - shift)).astype(np.float64, copy=False)
 
     def tensor_absmax(self) -> float:
         """Return the maximum over channels of max(|avg_min|, |avg_max|)."""
@@ -112,12 +108,16 @@ class ActivationStatistics:
     sigma_map: dict[str, float]
     metadata: dict[str, Any]
 
+    def step_path(self, key: str) -> Path:
+        """Return the path of the arrays of one step."""
+        return self.timestep_dir / f"step_{key}.npz"
+
     def read_step(self, key: str) -> dict[str, LayerStatistics]:
         """Read every layer's statistics at one step, {layer: statistics}. key: one of `step_keys`.
 
-        Raises StoreError, one line that names file and layer, when an array is missing, not finite or impossible.
+        Layers of one input, as q, k and v are, have equal arrays and entries, and share one object. Raises StoreError, one line that names file and layer, when an array is missing, not finite or impossible.
         """
-        index_path, path = self.timestep_dir / f"step_{key}_index.json", self.timestep_dir / f"step_{key}.npz"
+        index_path, path = self.timestep_dir / f"step_{key}_index.json", self.step_path(key)
         remedy = f"run {COLLECT} with --force to make it anew (TROUBLESHOOTING_GUIDE Issue 21)"
         index = STEP_INDEX.read(index_path, remedy)
         arrays = read_npz(path, remedy, _is_known)
@@ -131,10 +131,16 @@ class ActivationStatistics:
             prefix, _, field = member.rpartition("__")
             if field in STATISTICS.members:
                 fields.setdefault(prefix, {})[field] = array
-        layers, own = {}, "calibration_run" in self.metadata
+        layers: dict[str, LayerStatistics] = {}
+        known: dict[tuple[tuple[str, int], ...], LayerStatistics] = {}  # by the identities of a layer's arrays
+        own = CALIBRATION_RUN in self.metadata
         for name, entry in index.items():
             prefix = layer_prefix(name)
             found = fields.pop(prefix, {})
+            arrays_of = tuple((field, id(array)) for field, array in sorted(found.items()))
+            if arrays_of in known and known[arrays_of].entry == entry:
+                layers[name] = known[arrays_of]
+                continue
             if not {"avg_min", "avg_max"} <= found.keys():
                 raise StoreError(
                     f"{path}: no {prefix}__avg_min and __avg_max for layer {name} of {index_path.name}; {remedy}"
@@ -142,7 +148,7 @@ class ActivationStatistics:
             fault = STATISTICS.fault(found) or _entry_fault(found, entry, own)
             if fault:
                 raise StoreError(f"{path}: {name}: {fault}; {remedy}")
-            layers[name] = LayerStatistics(
+            layers[name] = known[arrays_of] = LayerStatistics(
                 found["avg_min"], found["avg_max"], _pair(found, "min", "max"), _pair(found, "mean", "mean_square"),
                 found.get("shift"), found.get("hist_counts"), found.get("hist_edges"), entry,
             )  # fmt: skip
@@ -182,7 +188,7 @@ def _within(low: str, high: str) -> Relation:
     return Relation(
         f"{low} is above {high}",
         (low, high),
-        lambda a, b: bool((a <= b + 1e-5 * np.abs(b) + 1e-30).all()),
+        lambda a, b: bool((a <= b).all() or (a <= b + 1e-5 * np.abs(b) + 1e-30).all()),
         lambda a, b: {low: (np.abs(a) + np.abs(b) + 1).astype(a.dtype)},
     )
 
@@ -245,44 +251,6 @@ def _entry_fault(fields: Mapping[str, np.ndarray], entry: Mapping[str, Any], own
     return histogram_fault(fields, entry, own) if "hist_counts" in fields else None
 
 
-class StatisticsMetadata(TypedDict, total=False):
-    """The metadata of statistics, and of the configs made from them."""
-
-    num_images: Count
-    num_timesteps: Count
-    total_processed: Count
-    key_timesteps: list[Index]
-    selected_image_ids: list[Index]
-    stride: Steps
-    num_steps: Steps
-    cfg_weight: NotNegative
-    model_version: Name
-    activation_dtype: Precision
-    calibration_run: Digest
-    weights_fingerprint: Digest
-    w4a8_version: Name  # of the toolkit that collected, or analyzed; absent before 0.9.0
-
-
-HUB_OWNER = "argmaxinc/"  # of the hub models that DiffusionKit knows
-
-
-def metadata_fault(metadata: Mapping[str, Any]) -> str | None:
-    """Return what is wrong with the metadata of statistics, or of a config made from them; None for sound ones."""
-    try:
-        msgspec.convert(metadata, StatisticsMetadata)
-    except msgspec.ValidationError as error:
-        return f"metadata: {error}"
-    if "calibration_run" not in metadata:
-        return None
-    if metadata.get("model_version", "").startswith(HUB_OWNER) and W4A8_VERSION not in metadata:
-        return "metadata: measured by 0.8.0, which computed hub models without the bias of k"
-    ids, steps = metadata.get("selected_image_ids", []), metadata.get("key_timesteps", [])
-    counts = (metadata.get("num_images"), metadata.get("num_timesteps"), metadata.get("total_processed"))
-    if counts != (len(ids), len(steps), len(ids) * len(steps)):
-        return f"metadata: {counts} images, steps and passes for {len(ids)} image ids and {len(steps)} steps"
-    return distinct(ids, "metadata: image") or distinct(steps, "metadata: step")
-
-
 class _Statistics(TypedDict):
     format: Literal["per_timestep_npz_v2"]
     step_keys: Annotated[list[StepKey | Index], Meta(min_length=1)]
@@ -317,13 +285,6 @@ def statistics_fault(content: Statistics) -> str | None:
     if Path(content.get("timestep_dir", "")).is_absolute():
         return f"timestep_dir {content['timestep_dir']} is absolute, and files are beside the one that names them"
     return sigma_fault(content["sigma_map"])
-
-
-def sigma_fault(sigma_map: Mapping[str, float]) -> str | None:
-    """Return the fault of a schedule, {step key: sigma}, whose sigmas do not fall from at most 1; else None."""
-    sigmas = [sigma_map[key] for key in sorted(sigma_map, key=int)]
-    falls = all(later < earlier for earlier, later in pairwise(sigmas)) and sigmas[0] <= 1.001
-    return None if falls else "sigma_map: sigmas do not fall from 1 step after step"
 
 
 STATISTICS_FILE = JsonFormat(STATISTICS_FORMAT, Statistics, COLLECT, statistics_fault)

@@ -3,6 +3,8 @@
 import itertools
 import json
 import math
+import multiprocessing
+import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import pytest
 from conftest import ROOT, folder_bytes, generate, invoke
 
 from calibration_store.histograms import histogram_edges, histogram_grid
+from w4a8.analysis import steps
 from w4a8.analysis.clipping_ranges import (
     absolute_histogram,
     centred_histogram,
@@ -21,6 +24,7 @@ from w4a8.analysis.clipping_ranges import (
     histogram_percentile,
 )
 from w4a8.analysis.tiers import Decision, decide_by_average
+from w4a8.backend.second_process import with_second_process
 
 IMAGES, STEPS = 3, 4
 
@@ -62,6 +66,40 @@ def step(folder, key):
         prefix = name.replace(".", "_") + "__"
         layers[name] = {k[len(prefix) :]: v for k, v in arrays.items() if k.startswith(prefix)}
     return layers, index
+
+
+def test_two_processes_write_what_one_does(copy, monkeypatch):
+    stages = (analyze, analyze_tiers)
+    assert [stage(copy).exit_code for stage in stages] == [0, 0]
+    one = folder_bytes(copy)
+    for name in ("quant_config.json", "quant_config_multitier.json"):
+        (copy / "activations" / name).unlink()
+    monkeypatch.setattr(steps, "SECOND_PROCESS_BYTES", 0)
+    monkeypatch.setattr(steps, "cores", lambda: 2)
+    assert [stage(copy).exit_code for stage in stages] == [0, 0] and folder_bytes(copy) == one
+    path = copy / "activations/timestep_stats/step_1.npz"
+    path.write_bytes(path.read_bytes()[:-40])
+    done = analyze(copy)
+    assert done.exit_code == 2 and "step_1.npz: truncated or damaged; run collect" in done.stderr
+
+
+def half_of(number):
+    """Return half of an even number; end the process that has 6 without a word."""
+    if number == 6 and multiprocessing.parent_process():
+        os.abort()
+    if number % 2:
+        raise ValueError(f"{number} is odd")
+    return number // 2, os.getpid()
+
+
+def test_a_second_process_takes_every_second_item():
+    found = with_second_process(half_of, [0, 2, 4, 6, 8, 1, 10])
+    results = [next(found) for _ in range(5)]
+    assert [half for half, _ in results] == [0, 1, 2, 3, 4]
+    assert [pid == os.getpid() for _, pid in results] == [True, False, True, True, True]
+    with pytest.raises(ValueError, match="1 is odd"):
+        next(found)
+    assert multiprocessing.active_children() == []
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import zipfile
 from typing import Any
 
 import numpy as np
@@ -110,6 +111,23 @@ def test_damaged_npz_files_are_named(tmp_path):
     np.savez(path, x=np.array([{"a": 1}], dtype=object))
     with pytest.raises(StoreError, match="a.npz: holds a pickled array"):
         read_npz(path, "do y", {"x"}.__contains__)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_equal_members_of_an_npz_are_one_array(tmp_path, save):
+    """A member whose directory entry is another's, but whose bytes are not, is unpacked by itself, and refused."""
+    path, values = tmp_path / "a.npz", np.arange(1000.0)
+    save(path, x=values, y=values + 0, z=values[::-1])
+    arrays = read_npz(path, "do y", lambda key: True)
+    assert arrays["x"] is arrays["y"] and not arrays["x"].flags.writeable
+    assert np.array_equal(arrays["y"], values) and np.array_equal(arrays["z"], values[::-1])
+    with zipfile.ZipFile(path) as archive:
+        later = archive.getinfo("y.npy")
+    content = bytearray(path.read_bytes())
+    content[later.header_offset + later.compress_size // 2 + 100] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(StoreError, match="a.npz: truncated or damaged; do y"):
+        read_npz(path, "do y", lambda key: True)
 
 
 def test_a_sample_of_another_run_is_named(tmp_path):

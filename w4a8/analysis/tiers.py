@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -14,6 +15,7 @@ from calibration_store.sensitivity import input_gain
 from calibration_store.statistics import ActivationStatistics, LayerStatistics
 from w4a8.analysis.bit_allocation import allocate
 from w4a8.analysis.clipping_ranges import expected_sqnrs, mean_square, unmigrated_clipping_ranges
+from w4a8.analysis.steps import each_step
 from w4a8.analysis.w4a8_config import DEAD_SCALE
 from w4a8.options import TierOptions
 
@@ -56,23 +58,24 @@ def measure_layer(layer: LayerStatistics, with_sqnr: bool) -> Decision:
     return Decision(layer.tensor_absmax() or DEAD_SCALE, shift, shifted_scale, ranges, sqnr, power)
 
 
-def measure_steps(statistics: ActivationStatistics, with_sqnr: bool) -> dict[str, dict[str, Decision]]:
-    """Return {step key: {layer: Decision}}, bits still open. Raises StoreError that names file and layer.
+def measure_step(statistics: ActivationStatistics, with_sqnr: bool, key: str) -> dict[str, Decision]:
+    """Return {layer: Decision} of one step, bits still open. Raises StoreError that names file and layer.
 
     with_sqnr: as for `measure_layer`.
     """
-    steps: dict[str, dict[str, Decision]] = {}
-    for key in statistics.step_keys:
-        steps[key] = {}
-        seen: dict[tuple[bytes, bytes], Decision] = {}
-        for name, layer in statistics.read_step(key).items():
-            same_input = (layer.avg_min.tobytes(), layer.avg_max.tobytes())  # q, k and v of a stream share theirs
-            try:
-                seen[same_input] = seen.get(same_input) or measure_layer(layer, with_sqnr)
-                steps[key][name] = replace(seen[same_input])
-            except ValueError as error:
-                raise StoreError(f"{statistics.timestep_dir}/step_{key}.npz: {name}: {error}") from None
-    return steps
+    measured: dict[int, Decision] = {}  # by the identity of a layer's statistics, which q, k and v share
+    layers = statistics.read_step(key)
+    for name, layer in layers.items():
+        try:
+            measured[id(layer)] = measured.get(id(layer)) or measure_layer(layer, with_sqnr)
+        except ValueError as error:
+            raise StoreError(f"{statistics.step_path(key)}: {name}: {error}") from None
+    return {name: replace(measured[id(layer)]) for name, layer in layers.items()}
+
+
+def measure_steps(statistics: ActivationStatistics, with_sqnr: bool) -> dict[str, dict[str, Decision]]:
+    """Return {step key: `measure_step` of it}. Raises StoreError that names file and layer."""
+    return dict(each_step(partial(measure_step, statistics, with_sqnr), statistics))
 
 
 def decide_by_threshold(decisions: list[Decision], plain: tuple[float, float], shifted: tuple[float, float]) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from w4a8.analysis.clipping_ranges import (
     outlier_multipliers,
     unmigrated_clipping_ranges,
 )
+from w4a8.analysis.steps import each_step
 
 DEAD_SCALE = 1.0  # the scale of a layer that saw nothing but zeros, for which any positive range is exact
 
@@ -75,38 +77,55 @@ def percentile_ranges(layer: LayerStatistics) -> tuple[float, float | None]:
     return float(scale), min(float(layer.reach().max()), shifted)
 
 
+def describe_step(
+    statistics: ActivationStatistics, use_hist_p999: bool, key: str
+) -> dict[str, tuple[LayerStep, np.ndarray]]:
+    """Describe every layer at one step: return {layer: (LayerStep, average reach)}.
+
+    The average reach (channels,) float64 is max |x − shift| between the average minimum and maximum. Raises StoreError
+    that names file and layer.
+    """
+    described: dict[int, tuple[LayerStep, np.ndarray]] = {}  # by identity: q, k and v share their statistics
+    layers = statistics.read_step(key)
+    for name, layer in layers.items():
+        try:
+            if id(layer) not in described:
+                described[id(layer)] = describe_layer(layer, use_hist_p999), layer.reach()
+        except ValueError as error:
+            raise StoreError(f"{statistics.step_path(key)}: {name}: {error}") from None
+    return {name: described[id(layer)] for name, layer in layers.items()}
+
+
 def describe_steps(
     statistics: ActivationStatistics, use_hist_p999: bool
 ) -> tuple[dict[str, dict[str, LayerStep]], dict[str, np.ndarray]]:
     """Describe every layer at every step: return {step key: {layer: LayerStep}} and {layer: widest average reach}.
 
-    The widest average reach (channels,) float64 is the largest, over the steps, of max |x − shift| between the average
-    minimum and maximum. Raises StoreError that names file and layer.
+    The widest average reach (channels,) float64 is the largest of `describe_step` over the steps. Raises StoreError that
+    names file and layer.
     """
     steps: dict[str, dict[str, LayerStep]] = {}
     widest: dict[str, np.ndarray] = {}
-    for key in statistics.step_keys:
-        layers = statistics.read_step(key)
-        steps[key] = {}
+    for key, described in each_step(partial(describe_step, statistics, use_hist_p999), statistics):
+        layers = {name: layer for name, (layer, _) in described.items()}
         refuse_other_layers(statistics, key, layers, steps)
-        for name, layer in layers.items():
-            try:
-                steps[key][name] = describe_layer(layer, use_hist_p999)
-            except ValueError as error:
-                raise StoreError(f"{statistics.timestep_dir}/step_{key}.npz: {name}: {error}") from None
-            widest[name] = np.maximum(widest.get(name, 0), layer.reach())
+        steps[key] = layers
+        for name, (_, reach) in described.items():
+            widest[name] = np.maximum(widest.get(name, 0), reach)
     return steps, widest
 
 
-def refuse_other_layers(statistics: ActivationStatistics, key: str, layers: dict, steps: dict) -> None:
+def refuse_other_layers(
+    statistics: ActivationStatistics, key: str, layers: dict[str, LayerStep], steps: dict[str, dict[str, LayerStep]]
+) -> None:
     """Raise StoreError for a layer that has other channels than at a step before, or a shift at only one of both."""
     for name, layer in layers.items():
         before = next((step[name] for step in steps.values() if name in step), None)
         if before is None:
             continue
-        if before.reach.shape != layer.avg_min.shape or (before.shift is None) != (layer.shift is None):
+        if before.reach.shape != layer.reach.shape or (before.shift is None) != (layer.shift is None):
             raise StoreError(
-                f"{statistics.timestep_dir}/step_{key}.npz: {name}: {layer.avg_min.size} channels, "
+                f"{statistics.step_path(key)}: {name}: {layer.reach.size} channels, "
                 f"{'no ' if layer.shift is None else 'a '}shift; not so at the steps before"
             )
 
@@ -136,6 +155,7 @@ def config_steps(
     """Yield the config's `per_timestep`, one (step key, {layer: entry}) at a time."""
     for key, layers in steps.items():
         entries = {}
+        migrated: dict[tuple[int, bytes], float] = {}  # by a layer's step and its multipliers, which q, k and v share
         for name, layer in layers.items():
             entry: dict[str, Any] = {"bits": 8, "scale": layer.scale}
             if layer.shift is not None:
@@ -146,8 +166,11 @@ def config_steps(
                 entry["clipping_range"] = layer.unmigrated_range
                 if name in outlier_config:
                     multipliers = outlier_config[name]["multiplier_vector"]
-                    migrated = channel_clipping_range(layer.reach, layer.power, multipliers, [8])
-                    entry |= {"unmigrated_clipping_range": layer.unmigrated_range, "clipping_range": float(migrated[0])}
+                    same = (id(layer), multipliers.tobytes())
+                    if same not in migrated:
+                        ranges = channel_clipping_range(layer.reach, layer.power, multipliers, [8])
+                        migrated[same] = float(ranges[0])
+                    entry |= {"unmigrated_clipping_range": layer.unmigrated_range, "clipping_range": migrated[same]}
             entries[name] = entry
         yield key, entries
 
