@@ -27,7 +27,7 @@ from tools.road import commands
 from w4a8.backend import blas
 from w4a8.backend.parallel import run_cpu_streams_side_by_side
 from w4a8.cli import format_bytes, stage_command
-from w4a8.model.diffusionkit import MMDiT, VAEDecoder, VAEDecoderConfig
+from w4a8.model.diffusionkit import MMDiT
 from w4a8.model.layers import model_blocks, model_layers
 from w4a8.rounding.settings import STATIC_RULE, Settings
 from w4a8.rounding.unit_training import UnitTraining
@@ -133,11 +133,10 @@ def bare_pass(environment: dict[str, str], size: str, latent: int, t5: bool) -> 
 
 
 def print_fits(sizes: int | None) -> None:
-    """Measure passes, decoding and iterations of stage 3W at several sizes, and print the constants that fit them."""
+    """Measure passes and iterations of stage 3W at several sizes, and print the constants that fit them."""
     click.echo(f"{mx.default_device()} float32, peaks in arrays of 4 bytes")
     blas.cores = lambda: 1  # one group of rows
     fit_passes(sizes)
-    fit_decoding(sizes)
     fit_iterations(sizes)
 
 
@@ -162,24 +161,6 @@ def fit_passes(sizes: int | None) -> None:
         peaks.append((mx.get_peak_memory() - active) / 4)
         arrays.append(elements(rows, side * side // 4 + TEXT, hidden))
     click.echo("forward pass: arrays of tokens, of scores")
-    solve(arrays, peaks)
-
-
-def fit_decoding(sizes: int | None) -> None:
-    """Fit the peak of decoding an image in pixels of the last channels."""
-    decoder, channels = VAEDecoder(), VAEDecoderConfig().block_out_channels[0]
-    mx.eval(decoder.parameters())
-    arrays, peaks = [], []
-    for side in (8, 16, 24)[:sizes]:
-        latent = mx.random.normal((1, side, side, 16))
-        mx.eval(latent)
-        mx.clear_cache()
-        active = mx.get_active_memory()
-        mx.reset_peak_memory()
-        mx.eval(decoder(latent))
-        peaks.append((mx.get_peak_memory() - active) / 4)
-        arrays.append((64 * side * side * channels,))
-    click.echo("decoding: pixels x last channels")
     solve(arrays, peaks)
 
 

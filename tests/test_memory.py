@@ -24,6 +24,8 @@ from calibration_store.weights import read_quantized_block
 from w4a8.backend import blas, parallel
 from w4a8.evaluation.variants import make_variant
 from w4a8.model.catalog import BUNDLED_FOLDER, describe_model
+from w4a8.model.decoding import decode, decoding_elements
+from w4a8.model.diffusionkit import VAEDecoder
 from w4a8.model.layers import model_layers
 from w4a8.model.loading import load_pipeline
 from w4a8.model.parts import DECODER, TEXT, TRANSFORMER, whole_model
@@ -363,3 +365,20 @@ def test_settings_default_to_the_whole_batch():
         ).chunk
         == 2
     )
+
+
+@pytest.mark.parametrize(("channels", "resnets", "side"), [((16, 32), 2, 16), ((8, 16, 16, 64), 1, 8), ((8, 8), 1, 40)])
+def test_decoding_takes_what_shapes_say_and_changes_no_bit(channels, resnets, side):
+    """The last decoder is so narrow that the attention's scores take the most."""
+    decoder = VAEDecoder(block_out_channels=channels, layers_per_block=resnets, resnet_groups=8)
+    latent = mx.random.normal((1, side, side + 2, 16))
+    mx.eval(decoder.parameters(), latent)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    pixels = decode(decoder, latent)
+    peak = mx.get_peak_memory() - before
+    assert mx.array_equal(pixels, decoder(latent)).item()
+    said = 4 * decoding_elements(channels, resnets, side, side + 2)
+    if mx.default_device() == mx.Device(mx.cpu):
+        assert 0.95 < peak / said < 1.05

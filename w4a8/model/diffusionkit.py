@@ -40,7 +40,7 @@ with deferred("coremltools", "torch", transformers=t5):
     from diffusionkit.mlx.scripts.generate_images import HEIGHT, SHIFT, WIDTH
     from diffusionkit.mlx.t5 import SD3T5Encoder
     from diffusionkit.mlx.tokenizer import T5Tokenizer, Tokenizer
-    from diffusionkit.mlx.vae import VAEDecoder, VAEEncoder
+    from diffusionkit.mlx.vae import VAEDecoder, VAEEncoder, upsample_nearest
 
 for _name in logging.root.manager.loggerDict:
     if _name.startswith(("diffusionkit", "argmaxtools")):
@@ -51,4 +51,4 @@ __all__ = [  # noqa: RUF022
     "SHIFT", "T5_MAX_LENGTH", "DiffusionPipeline", "FluxPipeline", "CFGDenoiser", "ModelSamplingDiscreteFlow",
     "FluxSampler", "LatentFormat", "SD3LatentFormat", "FluxLatentFormat", "append_dims", "model_io",
     "MLPEmbedder", "MMDiT", "TimestepAdapter", "unpatchify", "MMDiTConfig", "PositionalEncoding", "CLIPTextModel", "CLIPTextModelConfig", "SD3T5Encoder", "Tokenizer",
-    "T5Tokenizer", "VAEDecoder", "VAEDecoderConfig", "VAEEncoder", "VAEEncoderConfig",]  # fmt: skip
+    "T5Tokenizer", "VAEDecoder", "VAEDecoderConfig", "VAEEncoder", "VAEEncoderConfig", "upsample_nearest",]  # fmt: skip

@@ -13,13 +13,13 @@ from calibration_store.sizes import format_bytes
 from w4a8.backend.memory import device_memory
 from w4a8.model.catalog import model_files
 from w4a8.model.checkpoint_contents import read_contents
+from w4a8.model.decoding import decoding_elements
 from w4a8.model.diffusionkit import MMDiTConfig, VAEDecoderConfig
 from w4a8.model.parts import DECODER, TEXT, TRANSFORMER, Pipeline
 
-# The numbers of arrays that a pass, and an image's decoding, hold at their peak: arrays of (rows, tokens, hidden),
-# attention scores (a GPU never holds them), and arrays of pixels with the decoder's last channels. They were measured
-# on a CPU with benchmarks/peak_memory.py --fit.
-TOKEN_ARRAYS, SCORE_ARRAYS, PIXEL_ARRAYS = 16.2, 1.31, 58.4
+# The numbers of arrays that a pass holds at its peak: arrays of (rows, tokens, hidden), and attention scores (a GPU
+# never holds them). They were measured on a CPU with benchmarks/peak_memory.py --fit.
+TOKEN_ARRAYS, SCORE_ARRAYS = 16.2, 1.31
 
 
 SCALE_BITS = 0.5  # bits of scale and bias for a packed weight, in groups of 64
@@ -105,11 +105,11 @@ def pass_bytes(
 
 
 def decoding_bytes(pipeline: Pipeline, latent_size: tuple[int, int], itemsize: int) -> int:
-    """Estimate the bytes of one image's decoding beside the decoder's weights."""
-    vae = getattr(pipeline, "model_config", {}).get("vae")
-    channels = vae["block_out_channels"][0] if vae else VAEDecoderConfig().block_out_channels[0]
-    pixels = latent_size[0] * latent_size[1] * pipeline.info.vae_downscale**2
-    return int(PIXEL_ARRAYS * channels * pixels * itemsize)
+    """Return the bytes of one image's decoding beside the decoder's weights; on a GPU it takes less."""
+    vae, hub = getattr(pipeline, "model_config", {}).get("vae"), VAEDecoderConfig()
+    channels = vae["block_out_channels"] if vae else hub.block_out_channels
+    resnets = vae["decoder_layers_per_block"] if vae else hub.layers_per_block
+    return decoding_elements(channels, resnets, *latent_size) * itemsize
 
 
 def refuse_too_large(pipeline: Pipeline, needs: Needs, images: int, options: Sequence[str]) -> bool:

@@ -11,6 +11,7 @@ from calibration_store.errors import OptionError
 from calibration_store.limits import MOST_SEED
 from w4a8.backend.parallel import row_groups, side_by_side
 from w4a8.model.catalog import ModelError, ModelInfo
+from w4a8.model.decoding import decode
 from w4a8.model.diffusionkit import CFGDenoiser, append_dims
 from w4a8.model.modulation import modulation_cache
 from w4a8.model.parts import Pipeline
@@ -133,7 +134,7 @@ def decode_latents(pipeline: Pipeline, x: mx.array, image_ids: Sequence[int] | N
     images = []
     for row in range(x.shape[0]):
         latent = pipeline.latent_format.process_out(x[row : row + 1]).astype(pipeline.activation_dtype)
-        pixels = pipeline.decoder(latent)[0].astype(mx.float32)
+        pixels = decode(pipeline.decoder, latent)[0].astype(mx.float32)
         if not mx.isfinite(pixels).all().item():
             what = "the decoded pixels" if mx.isfinite(latent).all().item() else "the finished latent's values"
             image = row if image_ids is None else image_ids[row]
