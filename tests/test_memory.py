@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import ROOT, folder_bytes, invoke, memory_limit
@@ -23,12 +24,13 @@ from calibration_store.manifest import read_manifest
 from calibration_store.weights import read_quantized_block
 from w4a8.backend import blas, parallel
 from w4a8.evaluation.variants import make_variant
-from w4a8.model.catalog import BUNDLED_FOLDER, describe_model
+from w4a8.model import parts
+from w4a8.model.catalog import BUNDLED_FOLDER, ModelError, describe_model
 from w4a8.model.decoding import decode, decoding_elements
 from w4a8.model.diffusionkit import VAEDecoder
 from w4a8.model.layers import model_layers
 from w4a8.model.loading import load_pipeline
-from w4a8.model.parts import DECODER, TEXT, TRANSFORMER, whole_model
+from w4a8.model.parts import DECODER, TEXT, TRANSFORMER, check_finite, whole_model
 from w4a8.model.prompt_encoder import PromptEncoder, encode_prompts
 from w4a8.model.runs import run_transformer
 from w4a8.rounding.iteration_bytes import IterationBytes
@@ -382,3 +384,17 @@ def test_decoding_takes_what_shapes_say_and_changes_no_bit(channels, resnets, si
     said = 4 * decoding_elements(channels, resnets, side, side + 2)
     if mx.default_device() == mx.Device(mx.cpu):
         assert 0.95 < peak / said < 1.05
+
+
+def test_weights_are_cast_and_checked_in_groups_on_every_core(monkeypatch):
+    monkeypatch.setattr(parts, "READ_AT_ONCE", 5000)
+    model = nn.Sequential(*(nn.Linear(64, 64 + i) for i in range(5)), nn.QuantizedLinear(64, 8))
+    model.set_dtype(mx.float16)
+    before = {name: np.array(array) for name, array in tree_flatten(model.parameters())}
+    check_finite(model, "a.safetensors", mx.float32)
+    after = dict(tree_flatten(model.parameters()))
+    assert {array.dtype for name, array in after.items()} == {mx.float32, mx.uint32}
+    assert all(np.array_equal(np.array(after[name]), array) for name, array in before.items())
+    model.layers[3].weight[2, 5] = mx.inf
+    with pytest.raises(ModelError, match=r"a.safetensors: layers.3.weight holds NaN or infinity \(1 such weights\)"):
+        check_finite(model, "a.safetensors", mx.float16)

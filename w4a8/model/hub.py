@@ -9,7 +9,6 @@ from contextlib import contextmanager
 
 import mlx.core as mx
 from huggingface_hub import constants as hub_constants
-from mlx.utils import tree_map
 
 from calibration_store.model_folder import weight_file
 from w4a8.model.catalog import ExportedHubModel, HubModel, ModelError, model_files
@@ -57,7 +56,7 @@ class HubPipeline(Pipeline):
         half = self.parts[part] != "float32"
         if part == TRANSFORMER:
             self.load_mmdit()
-            check_finite(self.mmdit, self.info.checkpoint or f"{self.info.version}, transformer")
+            check_finite(self.mmdit, self.info.checkpoint or f"{self.info.version}, transformer", self.dtype)
         elif part == DECODER:
             self.decoder = self.load_decoder(half)
             check_finite(self.decoder, f"{self.info.checkpoint or self.info.version}, VAE decoder")
@@ -84,9 +83,8 @@ class HubPipeline(Pipeline):
             raise ModelError(f"cannot load {source}: {' '.join(str(error).split())[:200]}") from None
 
     def load_mmdit(self) -> None:
-        """Load the transformer as DiffusionKit's loader does, with LoRAs fused."""
+        """Open the transformer as DiffusionKit's loader does, with LoRAs fused; its weights are not read yet."""
         self.mmdit = open_transformer(self.info)
-        self.mmdit.update(tree_map(lambda array: array.astype(self.dtype), self.mmdit.parameters()))
 
     def load_decoder(self, half: bool) -> VAEDecoder:
         """Load the VAE decoder in the family's 16 bits, or in float32."""

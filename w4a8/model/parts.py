@@ -1,7 +1,7 @@
 """DiffusionKit's pipeline in parts: each in a precision that the stage states, in memory only while it is needed."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map_with_path
 
 from calibration_store.model_folder import check_weight_file
+from w4a8.backend.parallel import streams_for
 from w4a8.model.catalog import ModelError, ModelInfo
 from w4a8.model.clip_tokenizer import ClipTokenizer
 from w4a8.model.diffusionkit import (
@@ -133,9 +134,9 @@ class Pipeline(DiffusionPipeline, ABC):
         """Turn an error of the block into a ModelError that names the file."""
 
 
-def cast(value: mx.array, dtype: mx.Dtype) -> mx.array:
+def cast(value: mx.array, dtype: mx.Dtype, stream: mx.Stream | None = None) -> mx.array:
     """Cast an array to a precision; packed codes (uint32) stay as they are."""
-    return value if value.dtype == mx.uint32 else value.astype(dtype)
+    return value if value.dtype == mx.uint32 else value.astype(dtype, stream=stream)
 
 
 def to_numpy(array: mx.array) -> np.ndarray:
@@ -163,30 +164,60 @@ def load_weights(
             )  # fmt: skip
             adopt(model, native)
         weights = with_loras(weights, SD3, loras)
-        model.load_weights([(key, cast(weights.pop(key), dtype)) for key in list(weights)])
+        model.load_weights([(key, weights.pop(key)) for key in list(weights)])
     except (RuntimeError, ValueError) as error:
         raise ModelError(f"cannot load {path}: {' '.join(str(error).split())[:200]}") from None
-    check_finite(model, path)
+    check_finite(model, path, dtype)
     return model
 
 
-CHECKED_AT_ONCE = 16  # number of weights that are read before they are evaluated
+READ_AT_ONCE = 10**8  # elements of the weights that are read before they are evaluated
 
 
-def check_finite(model: nn.Module, source: Path | str) -> None:
+def check_finite(model: nn.Module, source: Path | str, dtype: mx.Dtype | None = None) -> None:
     """Read a model's weights, a few at a time, and check that they are finite, because NaN would reach every image.
 
-    Raises ModelError that names the source and a weight that is not finite.
+    dtype: the precision that weights are cast to while they are read; None: they stay as they are. The cores of a CPU
+    share the work. Raises ModelError that names the source and a weight that is not finite.
     """
-    named, bad = list(dict(tree_flatten(model.parameters())).items()), []
-    for start in range(0, len(named), CHECKED_AT_ONCE):
-        some = named[start : start + CHECKED_AT_ONCE]
-        # On a CPU a sum takes a third of the time of isfinite; only a weight whose sum overflows is looked at closely.
-        sums = mx.stack([array.sum().astype(mx.float32) for _, array in some])
-        mx.eval([array for _, array in some], sums)
-        unclear = [pair for pair, finite in zip(some, np.isfinite(np.array(sums)), strict=True) if not finite]
-        bad += [name for name, array in unclear if not mx.isfinite(array).all().item()]
+    bad: list[str] = []
+    named = dict(tree_flatten(model.parameters()))
+    with streams_for(len(named)) as streams:
+        turns = _shared_out(named, streams)
+        del named  # the casts alone hold what is read, until they are done
+        if dtype is not None:
+            model.update(tree_map_with_path(lambda name, array: cast(array, dtype, turns[name]), model.parameters()))
+        for some in _groups(list(dict(tree_flatten(model.parameters())).items())):
+            # On a CPU a sum takes a third of the time of isfinite; only a weight whose sum overflows is looked at closely.
+            sums = [array.sum(stream=turns[name]).astype(mx.float32, stream=turns[name]) for name, array in some]
+            mx.eval([array for _, array in some], sums)
+            unclear = [pair for pair, total in zip(some, sums, strict=True) if not np.isfinite(np.array(total))]
+            bad += [name for name, array in unclear if not mx.isfinite(array).all().item()]
     if bad:
         raise ModelError(
             f"{source}: {bad[0]} holds NaN or infinity ({len(bad)} such weights); copy or download it again"
         )
+
+
+def _shared_out(named: Mapping[str, mx.array], streams: Sequence[mx.Stream]) -> dict[str, mx.Stream]:
+    """Return {name: the stream that has the fewest elements when its turn comes}."""
+    given, turns = [0] * len(streams), {}
+    for name, array in named.items():
+        turn = given.index(min(given))
+        given[turn] += array.size
+        turns[name] = streams[turn]
+    return turns
+
+
+def _groups(named: Sequence[tuple[str, mx.array]]) -> Iterator[list[tuple[str, mx.array]]]:
+    """Yield weights in groups of at most READ_AT_ONCE elements, or of one weight that is larger."""
+    some: list[tuple[str, mx.array]] = []
+    size = 0
+    for name, array in named:
+        if some and size + array.size > READ_AT_ONCE:
+            yield some
+            some, size = [], 0
+        some.append((name, array))
+        size += array.size
+    if some:
+        yield some
