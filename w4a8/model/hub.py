@@ -94,15 +94,15 @@ class HubPipeline(Pipeline):
         return decoder
 
     def load_encoder(self, name: str, dtype: mx.Dtype) -> CLIPTextModel:
-        """Load clip_l or clip_g, from the checkpoint or from the hub."""
-        return load_clip(self.info, name, dtype)
+        """Open clip_l or clip_g, from the checkpoint or from the hub; `check_finite` casts it."""
+        return load_clip(self.info, name)
 
     def _load_text(self, half: bool) -> None:
         version, encoders = self.info.version, {}
         dtype = self.float16_dtype if half else mx.float32
         for name in self.family.clip:
             encoders[name] = self.load_encoder(name, dtype)
-            check_finite(encoders[name], f"{version}, CLIP-{name[-1].upper()}")
+            check_finite(encoders[name], f"{version}, CLIP-{name[-1].upper()}", dtype)
             fuse_text_encoder(encoders[name], name, self.family, self.info.loras)
         if self.use_t5:
             t5_encoder = load_t5(dtype)

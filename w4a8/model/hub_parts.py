@@ -102,8 +102,8 @@ def empty_clip(encoder: str) -> CLIPTextModel:
     )
 
 
-def load_clip(info: ModelInfo, encoder: str, dtype: mx.Dtype) -> CLIPTextModel:
-    """Load clip_l or clip_g, from the checkpoint where it holds the encoder whole, else from the hub.
+def load_clip(info: ModelInfo, encoder: str) -> CLIPTextModel:
+    """Open clip_l or clip_g as it is, from the checkpoint where it holds the encoder whole, else from the hub.
 
     Raises HubFileError, or ModelError for arrays that are not the encoder's.
     """
@@ -112,7 +112,7 @@ def load_clip(info: ModelInfo, encoder: str, dtype: mx.Dtype) -> CLIPTextModel:
     prefix = (contents.clip(encoder) if contents is not None else None) or ""
     files = contents.files if contents is not None and prefix else (text_file(encoder),)
     path, arrays = files[0], {key: array for file in files for key, array in load_arrays(file).items()}
-    named = [(key.removeprefix(prefix), array.astype(dtype)) for key, array in arrays.items() if key.startswith(prefix)]
+    named = [(key.removeprefix(prefix), array) for key, array in arrays.items() if key.startswith(prefix)]
     load_exactly(model, [pair for item in named for pair in model_io.map_clip_text_encoder_weights(*item)], path)
     return model
 
