@@ -20,7 +20,7 @@ from calibration_store.choices import PRODUCT_PRECISIONS
 from w4a8.backend.parallel import run_cpu_streams_side_by_side
 from w4a8.cli import format_bytes, format_seconds, stage_command
 from w4a8.model.layers import Block, model_blocks, model_layers
-from w4a8.rounding.quantized_forward import PRODUCTS, QuantizedForward
+from w4a8.rounding.quantized_forward import PRODUCT_DTYPES, QuantizedForward
 from w4a8.rounding.settings import INPUTS_FROM, TUNE_SHARE, Indices, Settings
 from w4a8.rounding.training_samples import SampleBatch
 from w4a8.rounding.unit_training import UnitTraining
@@ -136,7 +136,7 @@ def profile(training: UnitTraining) -> dict[str, float]:
     batch = timed("reading the batch", lambda: unit.samples.batch(indices))
     quantized = unit.quantized(training.state, unit.codes(training.state, hard=False), with_ranges=False)
     weights = timed("quantizing weights", lambda: quantized.weights)
-    products = PRODUCTS[training.settings.precision]
+    products = PRODUCT_DTYPES[training.settings.precision]
     forward = QuantizedForward(weights, quantized.biases, products=products)
     timed("forward", lambda: unit.loss_parts(forward, batch))
     gradients = timed("forward and backward", lambda: unit.gradients(quantized, indices, 0))[1]

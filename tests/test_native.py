@@ -6,8 +6,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
+from benchmarks.pass_timing import random_transformer
 from calibration_store.choices import NATIVE_WAYS, WEIGHT_BITS
+from w4a8.model.layers import model_blocks, model_layers
 from w4a8.model.packed import (
     DENSE,
     DEQUANTIZE,
@@ -19,6 +22,7 @@ from w4a8.model.packed import (
     get_ready,
     native_module,
     resolve,
+    unpack_together,
 )
 from w4a8.quantized.arithmetic import pack_codes
 from w4a8.quantized.layer import Packed, QuantizedLayer
@@ -176,3 +180,29 @@ def test_codes_are_packed_from_the_lowest_bits_on(bits):
         assert [number >> 32 * i & 0xFFFFFFFF for i in range(len(words))] == words.tolist()
     ones, zeros = mx.ones((3, 3)), mx.zeros((3, 3))
     assert np.array_equal(np.array(mx.dequantize(mx.array(packed), ones, zeros, 32, bits)), codes)
+
+
+def test_layers_that_are_unpacked_together_compute_the_same():
+    mmdit = random_transformer(mx.float32, depth_multimodal=2, hidden_size_override=128, num_heads=2)
+    chosen = {id(layer.module) for layer in model_layers(mmdit).values()}
+    nn.quantize(mmdit, 64, 4, class_predicate=lambda path, module: id(module) in chosen)
+    adopt(mmdit, DEQUANTIZE)
+    block, keys = model_blocks(mmdit)["mm0"], mx.random.split(mx.random.key(0), 3)
+    tokens = [mx.random.normal((2, count, 1, 128), key=key) for count, key in zip((9, 5), keys, strict=False)]
+    given = tokens, mx.random.normal((2, 1, 1, 128), key=keys[2])
+    before = [np.array(each) for each in block.run(*given)]
+    parameters = {name: np.array(array) for name, array in tree_flatten(mmdit.parameters())}
+    unpack_together(mmdit)
+    layers = model_layers(mmdit)
+    group = layers["mm0.img.attn.q_proj"].module.together
+    alike = [name for name, layer in layers.items() if layer.module.together is group]
+    assert alike == [
+        f"mm0.img.{role}" for role in ("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.o_proj", "mlp.fc1")
+    ]
+    assert layers["mm0.img.mlp.fc2"].module.together is None
+    for _ in range(2):
+        for one, other in zip(before, block.run(*given), strict=True):
+            assert np.array_equal(one, np.array(other))
+        assert not group._waiting  # nothing unpacked is held after a pass
+    for name, array in tree_flatten(mmdit.parameters()):
+        assert np.array_equal(np.array(array), parameters[name])

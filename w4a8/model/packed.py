@@ -5,6 +5,7 @@ matrix-vector product per token. Therefore the input is flattened to two dimensi
 chosen by device and number of rows. benchmarks/native_speed.py measures every way.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -13,6 +14,7 @@ from mlx.utils import tree_map_with_path
 
 from w4a8.backend.memory import device_memory
 from w4a8.backend.parallel import announce_compilation
+from w4a8.model.layers import model_layers
 
 AUTO, QUANTIZED, DEQUANTIZE, DENSE = "auto", "quantized", "dequantize", "dense"
 FEW_ROWS = 256  # up to this number of rows CUDA multiplies packed weights faster than it unpacks them
@@ -47,6 +49,7 @@ class NativeLinear(nn.QuantizedLinear):
     """
 
     way = DEQUANTIZE
+    together: "Together | None" = None  # the layers that are unpacked with this one
 
     def __init__(self, packed: Packed, bias: mx.array | None = None):
         nn.Module.__init__(self)
@@ -58,6 +61,8 @@ class NativeLinear(nn.QuantizedLinear):
 
     def dense_weight(self) -> mx.array:
         """Unpack Ŵ (out, in) in the dtype of the scales."""
+        if self.together is not None:
+            return self.together.weight_of(self)
         return mx.dequantize(*self.packed_arrays, self.group_size, self.bits)
 
     @property
@@ -83,6 +88,45 @@ class NativeLinear(nn.QuantizedLinear):
         y = mx.quantized_matmul(rows, *self.packed_arrays, transpose=True, group_size=self.group_size, bits=self.bits)
         y = y + self["bias"] if "bias" in self else y
         return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+class Together:
+    """Packed layers of one stream and width, which are unpacked by one kernel, since launches cost more than its work."""
+
+    def __init__(self, layers: Sequence[NativeLinear]):
+        """Join the layers' packed arrays, of which each layer then has its rows."""
+        arrays = [mx.concatenate(list(parts)) for parts in zip(*(layer.packed_arrays for layer in layers), strict=True)]
+        mx.eval(arrays)
+        self._arrays, self._first = arrays, layers[0]
+        self._rows: dict[int, slice] = {}
+        self._waiting: dict[int, mx.array] = {}  # unpacked weights whose layers were not called yet
+        begin = 0
+        for layer in layers:
+            rows = slice(begin, begin + len(layer["weight"]))
+            layer["weight"], layer["scales"], layer["biases"] = (array[rows] for array in arrays)
+            layer.together, self._rows[id(layer)], begin = self, rows, rows.stop
+
+    def weight_of(self, layer: NativeLinear) -> mx.array:
+        """Return a layer's unpacked weight (out, in); the other layers' wait until these are called, once."""
+        if id(layer) not in self._waiting:
+            codes, scales, biases = self._arrays
+            dense = mx.dequantize(codes, scales, biases, self._first.group_size, self._first.bits)
+            self._waiting = {name: dense[rows] for name, rows in self._rows.items()}
+        return self._waiting.pop(id(layer))
+
+
+def unpack_together(mmdit: nn.Module) -> None:
+    """Let the layers of each stream that have the same inputs' width and packing be unpacked together."""
+    alike: dict[tuple, list[NativeLinear]] = {}
+    for layer in model_layers(mmdit).values():
+        module = layer.module
+        if isinstance(module, NativeLinear) and module.way in (AUTO, DEQUANTIZE):
+            stream = layer.name.removesuffix(layer.role)
+            kind = (stream, layer.shape[1], module.bits, module.group_size, module["scales"].dtype)
+            alike.setdefault(kind, []).append(module)
+    for layers in alike.values():
+        if len(layers) > 1:
+            Together(layers)
 
 
 class NativeEmbedding(nn.QuantizedEmbedding):
@@ -141,10 +185,11 @@ def resolve(way: str, bytes_of_dense: int) -> str:
 
 
 def get_ready(model: nn.Module) -> None:
-    """Compile the kernels that unpack this model's weights on a GPU, and announce it."""
+    """Compile the kernels that unpack this model's weights on a GPU, announce it, and join what is unpacked together."""
     if mx.default_device() == mx.Device(mx.cpu):
         return
     kinds = {(m.bits, m.group_size): m for m in model.modules() if isinstance(m, NativeLinear)}
     if kinds:
         announce_compilation("4-bit kernels")
         mx.eval([module.dense_weight() for module in kinds.values()])
+        unpack_together(model)

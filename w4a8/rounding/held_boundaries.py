@@ -20,7 +20,7 @@ from w4a8.model.layers import model_blocks
 from w4a8.passes import SampleId, sample_ids_of
 from w4a8.rounding.quantized_forward import original_forward
 from w4a8.rounding.settings import Indices
-from w4a8.rounding.training_samples import SampleBatch, cache_reader, split_samples, stacked
+from w4a8.rounding.training_samples import SampleBatch, cache_reader, split_samples
 
 HELD_SHARE = 0.3  # share of the device's memory that the samples may take
 
@@ -108,12 +108,9 @@ class HeldBoundaries:
         keys = [*block_keys(self._cache, self._blocks[0])[0], "modulation_input"]
         read, rows = cache_reader(self._paths.calib_dir, self._cache, keys), list[list[mx.array]]()
         with progress_bar(len(sample_ids), "reading the cache", "sample", leave=False) as bar:
-            for begin in range(0, len(sample_ids), self._chunk):
-                part = sample_ids[begin : begin + self._chunk]
-                arrays = [mx.array(each) for each in stacked(read, part)]
-                rows += cut(arrays, len(part))
-                mx.eval(rows[begin:])
-                bar.update(len(part))
+            for sample_id in sample_ids:
+                rows.append([mx.array(array) for array in read(sample_id)])
+                bar.update()
         return HeldSamples(sample_ids, self._cache["key_timesteps"], rows)
 
     def _walk(self, mmdit: nn.Module, name: str, held: HeldSamples) -> None:
@@ -131,7 +128,7 @@ class HeldBoundaries:
                 finite = mx.stack([mx.isfinite(array).all() for array in given]).all()
                 modulations = [rows[index][-1] for index in part]
                 rows[begin : part.stop] = [
-                    [*arrays, own] for arrays, own in zip(cut(given, len(part)), modulations, strict=True)
+                    [*arrays, own] for arrays, own in zip(cut_samples(given, len(part)), modulations, strict=True)
                 ]
                 mx.eval(rows[begin : part.stop], finite)
                 if not finite.item():
@@ -139,6 +136,6 @@ class HeldBoundaries:
                 bar.update(len(part))
 
 
-def cut(arrays: Sequence[mx.array], count: int) -> list[list[mx.array]]:
+def cut_samples(arrays: Sequence[mx.array], count: int) -> list[list[mx.array]]:
     """Return the arrays of each of `count` samples, whose rows are one below the other."""
     return [list(members) for members in zip(*(mx.split(array, count) for array in arrays), strict=True)]

@@ -18,7 +18,7 @@ from w4a8.quantized.activation_rules import Learned, Quantize
 from w4a8.quantized.dynamic_rules import Dynamic, DynamicPerBlock, DynamicPerToken
 from w4a8.quantized.layer import QuantizedLayer
 from w4a8.rounding.methods import METHODS, Arrays
-from w4a8.rounding.quantized_forward import PRODUCTS, QuantizedForward, original_forward
+from w4a8.rounding.quantized_forward import PRODUCT_DTYPES, QuantizedForward, original_forward
 from w4a8.rounding.settings import BLOCK_RULE, EVALUATED, FLOAT32, STATIC_RULE, Indices, Settings
 from w4a8.rounding.training_samples import SampleBatch, TrainingSamples, spread_over
 from w4a8.rounding.unit_grids import UnitGrids
@@ -88,7 +88,7 @@ class Unit:
         """
         self.mmdit, self.samples, self.settings, self.ranks = mmdit, samples, settings, ranks
         self.name, self.layers = spec.name, spec.layers
-        self._products = PRODUCTS[settings.precision]
+        self._products = PRODUCT_DTYPES[settings.precision]
         self.method = METHODS[settings.rounding](settings)
         self._decided = compiled(lambda floor, alpha, top: mx.clip(floor + (alpha >= 0).astype(mx.float32), 0, top))
         self._undecided = compiled(lambda floor, alpha, top: mx.clip(floor + self.method.up(alpha), 0, top))

@@ -20,7 +20,7 @@ from w4a8.backend.sums import summed
 from w4a8.model.layers import Block, half_dtype, model_blocks, model_layers, run_final_layer
 from w4a8.quantized.layer import QuantizedLayer
 from w4a8.rounding.methods import Arrays
-from w4a8.rounding.quantized_forward import PRODUCTS, QuantizedForward
+from w4a8.rounding.quantized_forward import PRODUCT_DTYPES, QuantizedForward
 from w4a8.rounding.rest import FINAL_LAYER, deployed_rest, placed, rest_places
 from w4a8.rounding.settings import EVALUATED, STATIC_RULE, Indices, Settings
 from w4a8.rounding.training import grid_slopes
@@ -184,7 +184,7 @@ class WholeModel:
         quantize = None
         if rows is not None:
             quantize = of_rows(input_rule(self.settings, parameters["ranges"], self._shifts), self.settings, rows)
-        drop, products = 0.0 if key is None else self.settings.qdrop, PRODUCTS[self.settings.precision]
+        drop, products = 0.0 if key is None else self.settings.qdrop, PRODUCT_DTYPES[self.settings.precision]
         weights, biases = parameters["weights"], parameters["biases"]
         forward = QuantizedForward(weights, biases, quantize, drop, key, products=products)
         installed = forward.installed(self.mmdit, [block], self._of_block[block.name])
