@@ -27,9 +27,10 @@ from w4a8.model.model_source import HUB_ID
 
 BLOCKS, IMAGE_TOKENS, TEXT_TOKENS, WIDTH = 24, 1024, 154, 1536  # of SD3-Medium at 512 px
 STEPS, SAVED_EVERY, SAMPLE_BYTES = 28, 3, 7.5e6  # a sample of the ends, in stage 2W's cache
-# Ratios to a plain pass that were measured on an H100 (README): an iteration of 16 samples on one block takes 0.26 s and one of
-# the last phase 4.4 s in float32, where a pass in float16 takes 0.045 s.
-BLOCK_ITERATION, LAST_ITERATION = 0.26 / 0.045, 4.4 / 0.045
+# Ratios to a plain pass that were measured on an H200 with products in bfloat16, where a pass in float16 takes 0.018 s
+# (benchmarks/results/2026-11-29-precision-h200.txt): an iteration of 16 samples on one block takes 0.073 s, one of the last
+# phase 2.2 s, and 4 s for every block go into 2,048 samples' walk through it, its grids and its losses.
+BLOCK_ITERATION, LAST_ITERATION, BETWEEN_BLOCKS = 0.073 / 0.018, 2.2 / 0.018, 4 / 0.018 / 2048
 CACHING, COLLECTING = 1.15, 1.26
 
 
@@ -122,7 +123,7 @@ def main(
     if total > free:
         click.echo(f"  The disk has {free / 1e9:.1f} GB: give CACHE=… or EFFORT=fast, or another folder.")
     click.echo(
-        "Times of stages are a pass times ratios that were measured on an H100; on a Mac they were not measured.\nCommands:"
+        "Times of stages are a pass times ratios that were measured on an H200 and an H100; on a Mac they were not measured.\nCommands:"
     )
     for line in lines:
         click.echo(f"  {interpreter()} {shlex.join(line)}")
@@ -135,13 +136,14 @@ def planned(
     """Return the rows of a plan; seconds: of one pass. Sizes were measured at 512 px with guidance (README)."""
     samples, passes = int(cache * 1e9 / SAMPLE_BYTES), machine.statistics * (steps // SAVED_EVERY // 2 + 1)
     stored = images * ((steps // SAVED_EVERY + 1) * 0.131e6 + 0.6e6)
-    learning = (BLOCKS * iters * BLOCK_ITERATION + last * LAST_ITERATION) * seconds
+    blocks = BLOCKS * (iters * BLOCK_ITERATION + samples * BETWEEN_BLOCKS)
+    learning = (blocks + last * LAST_ITERATION) * seconds
     return [
         Row("download", 15.5e9 if t5 else 6.0e9, 0, "with T5, 9.5 GB; the hub's cache keeps it" if t5 else "without T5"),
         Row(f"1   {images} images", stored, images * steps * seconds, f"{10.8 if t5 else 5.4} GB of memory"),
         Row(f"2W  {samples} samples", cache * 1e9, samples * seconds * CACHING, "5.4 GB of memory"),
         Row(f"2A  {passes} passes", passes * 8.4e6 + 90e6, passes * seconds * COLLECTING, "5.4 GB of memory"),
-        Row(f"3W  24 blocks, {iters} each, then {last}", 2.2e9, learning, "5 to 17 GB of memory, as --micro-batch allows"),
+        Row(f"3W  24 blocks, {iters} each, then {last}", 2.2e9, learning, "5 to 16 GB of memory, and the samples where they fit"),
         Row("5   the 4-bit model", 2.3e9, 0, "5.4 GB of memory"),
         Row(f"4   {machine.judged} images, four ways", machine.judged * 4 * (steps + 1) * 0.262e6,
             machine.judged * 4 * steps * seconds, "5.4 GB of memory"),
