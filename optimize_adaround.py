@@ -5,11 +5,10 @@ Writes  adaround_weights/: {block}.npz with codes, scales, zero points and range
 
 python optimize_adaround.py --calib-dir calibration_data/demo --iters 80 --resume
 
-A unit (the whole model or a block) is quantized and trained against what it gave unquantized on the
-cached samples (AdaRound, BRECQ, TaQ-DiT): rounding variables α (up where α >= 0), scales, zero points and biases, at
-the end with the codes decided; from the middle on with quantized inputs and their ranges (LSQ). Every loss is relative: 1 is the error of
-round-to-nearest on a min-max grid; in the table at the end on the samples of the column, in the files on the training
-samples. All in float32.
+A unit (the whole model or a block) is quantized and trained against what it gave unquantized on the cached samples
+(AdaRound, BRECQ, TaQ-DiT): rounding variables α (up where α >= 0), scales, zero points and biases, at the end with the
+codes decided; from the middle on with quantized inputs and their ranges (LSQ). Every loss is relative: 1 is the error of
+round-to-nearest on a min-max grid, in the table on the samples of the column, in the files on the training samples.
 """
 
 from w4a8 import cli  # isort: skip  (first: it says what to do where packages are missing)
@@ -94,7 +93,7 @@ WITHOUT_AN_OPTION = {
     type=click.Choice(UNIT_NAMES),
     help="What is trained for its own output.  [default: model up to 100 M weights, else block]",
 )
-@cli.last_phase_options
+@cli.training_options
 @click.option(
     "--rounding",
     type=click.Choice(ROUNDING_METHODS),
@@ -143,6 +142,7 @@ def run(options: RoundingOptions) -> None:
     from calibration_store.stage_folder import StageFolder
     from calibration_store.weights import WEIGHTS_PLAN, weight_paths
     from w4a8.backend.launched import join
+    from w4a8.backend.memory import limited_memory
     from w4a8.backend.parallel import run_cpu_streams_side_by_side
     from w4a8.model.runs import run_schedule, run_transformer
     from w4a8.report.tables import print_losses
@@ -182,7 +182,7 @@ def run(options: RoundingOptions) -> None:
         options.force,
         ranks,
     )
-    with folder.held(options.dry_run):
+    with limited_memory(options.max_memory), folder.held(options.dry_run):
         opened, before = run_transformer(manifest, options.location), folder.before()
         rounding = RoundingRun.plan_run(options, opened, paths, cache, schedule, ranks, before)
         rounding = choose_micro_batch(rounding, options.micro_batch, before)

@@ -1,6 +1,7 @@
 """Stage 3W with 16-bit products: attention and GELU against float64, gradients against float32's, files and options."""
 
 import json
+import re
 import shutil
 
 import mlx.core as mx
@@ -202,21 +203,35 @@ def ends(tmp_path_factory, tmp_path):
 
 @pytest.mark.slow
 def test_samples_in_memory_and_in_files_learn_alike(ends, monkeypatch):
-    weights, losses = ends / "adaround_weights", {}
-    for share in (0, 1):
-        monkeypatch.setattr(held_boundaries, "HELD_SHARE", share)
+    weights, losses, files = ends / "adaround_weights", {}, {}
+    for place, device, host in (("files", 0, 0), ("device", 1, 0), ("host", 0, 10**12)):
+        monkeypatch.setattr(held_boundaries, "HELD_SHARE", device)
+        monkeypatch.setattr(held_boundaries, "memory_beside_gpu", lambda host=host: host)
         done = optimize(ends, "--precision", "bfloat16", "--force")
         assert done.exit_code == 0 and "products in bfloat16" in done.output, done.output
         noted = json.loads((weights / "metadata.json").read_text())
         assert noted["precision"] == "bfloat16"
-        losses[share] = {block: row["stages"][0] for block, row in noted["losses"].items()}
-    for block, held in losses[1].items():
-        filed = losses[0][block]
+        losses[place] = {block: row["stages"][0] for block, row in noted["losses"].items()}
+        files[place] = [(weights / f"{block}.npz").read_bytes() for block in ("mm0", "mm1")]
+    assert files["device"] == files["host"]
+    for block, held in losses["host"].items():
+        filed = losses["files"][block]  # its targets are float16
         assert held["nearest"] == pytest.approx(filed["nearest"], rel=0.02)
         assert held["end_training"] == pytest.approx(filed["end_training"], rel=0.1) and held["end_training"] < 0.9
-    before = (weights / "mm1.npz").read_bytes()
     (weights / "mm1.npz").unlink()
     done = optimize(ends, "--resume")  # the precision is the run's; samples walk up to mm1 anew
-    assert done.exit_code == 0 and (weights / "mm1.npz").read_bytes() == before, done.output
+    assert done.exit_code == 0 and (weights / "mm1.npz").read_bytes() == files["host"][1], done.output
     done = optimize(ends, "--resume", "--precision", "float32")
     assert done.exit_code == 2 and "--precision" in done.output
+
+
+@pytest.mark.slow
+def test_less_memory_is_less_at_once(ends):
+    """--max-memory stands in for a smaller device, and only while the command runs."""
+    before, quick = mx.get_memory_limit(), ("--force", "--dry-run", "--batch-size", 6)
+    plenty, little, refused = (
+        optimize(ends, *quick, *limit) for limit in ((), ("--max-memory", "100MB"), ("--max-memory", "20MB"))
+    )
+    found = [int(re.search(r"\((\d+) at once\)", done.output).group(1)) for done in (plenty, little)]
+    assert found[1] < found[0] <= 6 and mx.get_memory_limit() == before
+    assert refused.exit_code == 2 and "of memory, and 20.0 MB are there" in refused.output, refused.output

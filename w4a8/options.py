@@ -145,6 +145,7 @@ class RoundingOptions(WritingOptions):
     tune_rest: bool = True
     rest_bits: int = 16
     precision: ProductPrecision | None = None
+    max_memory: int | None = None
     migrate: bool = False
     rounding: str = "ste"
     qdrop: float = 0.5

@@ -1,7 +1,10 @@
 """The memory that a run may use."""
 
+import contextlib
+import os
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.core as mx
@@ -17,9 +20,33 @@ def device_memory() -> int:
     """
     limits = [mx.get_memory_limit()]
     if mx.default_device() == mx.Device(mx.cpu):
-        if sys.platform != "darwin":
-            limits.append(resource.getrlimit(resource.RLIMIT_AS)[0])
-        limits += [
-            int(text) for path in CGROUP_LIMITS if path.exists() and (text := path.read_text().strip()).isdigit()
-        ]
+        limits += _process_limits()
     return min(limit for limit in limits if limit > 0)
+
+
+@contextlib.contextmanager
+def limited_memory(num_bytes: int | None) -> Iterator[None]:
+    """Let MLX use at most so many bytes until exit, and everything that follows `device_memory`; None changes nothing."""
+    if num_bytes is None:
+        yield
+        return
+    before = mx.set_memory_limit(min(num_bytes, mx.get_memory_limit()))
+    try:
+        yield
+    finally:
+        mx.set_memory_limit(before)
+
+
+def memory_beside_gpu() -> int:
+    """Return the bytes of the host's memory that this process may use; 0 where a GPU shares them, or there is none."""
+    if not mx.cuda.is_available() or mx.default_device() == mx.Device(mx.cpu):
+        return 0
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_process_limits()]
+    return min(limit for limit in limits if limit > 0)
+
+
+def _process_limits() -> list[int]:
+    """Return the limits in bytes of the process and its cgroup; one that is not set is negative, or very large."""
+    limits = [] if sys.platform == "darwin" else [resource.getrlimit(resource.RLIMIT_AS)[0]]
+    files = (path.read_text().strip() for path in CGROUP_LIMITS if path.exists())
+    return limits + [int(text) for text in files if text.isdigit()]

@@ -23,7 +23,6 @@ from w4a8.cli.options import (
     analysis_options,
     calib_dir_option,
     effort_option,
-    last_phase_options,
     lora_option,
     max_bytes_option,
     model_location_options,
@@ -32,6 +31,7 @@ from w4a8.cli.options import (
     resume_options,
     scale_is_option,
     text_group_option,
+    training_options,
 )
 
 __all__ = [
@@ -57,7 +57,6 @@ __all__ = [
     "format_seconds",
     "interpreter",
     "interruptible",
-    "last_phase_options",
     "lora_option",
     "max_bytes_option",
     "model_location_options",
@@ -70,4 +69,5 @@ __all__ = [
     "stage",
     "stage_command",
     "text_group_option",
+    "training_options",
 ]

@@ -233,17 +233,20 @@ def effort_option(what: str) -> Callable:
     )
 
 
-def last_phase_options(function: Callable) -> Callable:
-    """Add the options of the last phase of stage 3W: `--end-to-end`, `--unrolled`, `--tune-rest` and `--rest-bits`.
-
-    And `--migrate`, which changes what that phase trains before any phase, and `--precision`, which is every phase's.
-    """
+def training_options(function: Callable) -> Callable:
+    """Add stage 3W's options of the last phase, and `--migrate`, `--precision` and `--max-memory`, which concern them all."""
     for decorator in (
         click.option(
             "--precision",
             type=click.Choice(PRODUCT_PRECISIONS),
             help="Of products and attention while weights are trained; losses, sums and master values are float32.  "
             "[default: bfloat16 on a GPU above 100 M weights, else float32]",
+        ),
+        click.option(
+            "--max-memory",
+            type=ByteCount(),
+            help="Memory that MLX may use, such as 17GB: samples at once, samples held on the device and the trained rest "
+            "follow from it.  [default: the device's]",
         ),
         click.option(
             "--migrate/--no-migrate",

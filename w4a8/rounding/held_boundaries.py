@@ -1,6 +1,6 @@
-"""All samples' inputs of one block in the device's memory; block after block they are replaced by its outputs.
+"""All samples' inputs of one block in memory; block after block they are replaced by its outputs.
 
-What a block gives is not kept: its unit computes its targets from the inputs (`Unit.targets`). No file is written, so a run
+The memory is the host's beside a GPU that has its own, if it has room, since the GPU's is dearer; else the device's. What a block gives is not kept: its unit computes its targets from the inputs (`Unit.targets`). No file is written, so a run
 that was killed walks through the finished blocks anew, in a forward pass of 16-bit products.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 from calibration_store.block_cache import block_keys, boundary_shapes
 from calibration_store.errors import StoreError
 from calibration_store.layout import WeightPaths
-from w4a8.backend.memory import device_memory
+from w4a8.backend.memory import device_memory, memory_beside_gpu
 from w4a8.backend.progress import progress_bar
 from w4a8.model.layers import model_blocks
 from w4a8.passes import SampleId, sample_ids_of
@@ -22,15 +22,19 @@ from w4a8.rounding.quantized_forward import original_forward
 from w4a8.rounding.settings import Indices
 from w4a8.rounding.training_samples import SampleBatch, cache_reader, split_samples
 
-HELD_SHARE = 0.3  # share of the device's memory that the samples may take
+HELD_SHARE, HOST_SHARE = 0.3, 0.5  # shares of the device's memory, and of the host's, that the samples may take
+# Of each sample the block's input tokens, and last its modulation input; MLX's arrays or NumPy's.
+Rows = list[list[Any]]
 
 
 class HeldSamples:
     """A block's samples in memory, without its outputs (TrainingSamples)."""
 
-    def __init__(self, sample_ids: Sequence[SampleId], key_timesteps: Sequence[int], rows: list[list[mx.array]]):
-        """rows: of each sample the block's input tokens, and last its modulation input."""
-        self.rows, self.holds_velocity, self.held_bytes = rows, False, 0  # MLX counts their bytes
+    def __init__(self, sample_ids: Sequence[SampleId], key_timesteps: Sequence[int], rows: Rows):
+        """Store the rows, MLX arrays on the device or NumPy's on the host, and choose the samples that judge."""
+        self.rows, self.holds_velocity = rows, False
+        self.held_bytes = sum(array.nbytes for row in rows for array in row if isinstance(array, np.ndarray))
+        self._near: dict[int, list[mx.array]] = {}  # the host's samples that are on the device already
         self._steps = np.array([list(key_timesteps).index(step) for _, step in sample_ids])
         self.all_steps = range(len(key_timesteps))
         self.training, self.held_out = split_samples([image_id for image_id, _ in sample_ids])
@@ -41,46 +45,63 @@ class HeldSamples:
 
     def batch(self, indices: Indices) -> SampleBatch:
         """Return a batch as TrainingSamples.batch says, but no outputs."""
-        members = zip(*(self.rows[index] for index in indices), strict=True)
+        members = zip(*(self._on_device(index) for index in indices), strict=True)
         *tokens, modulation = [mx.concatenate(list(each)).astype(mx.float32) for each in members]
         return SampleBatch(tokens, modulation, [])
 
     def keep(self, indices: Indices) -> None:
-        """Do nothing: all samples are in memory."""
+        """Keep samples as TrainingSamples.keep says; those on the device are there anyway."""
+        self._near = {index: self._on_device(index) for index in indices} if self.held_bytes else {}
+
+    def let_go(self) -> None:
+        """Forget the samples that `keep` has brought to the device."""
+        self._near = {}
+
+    def _on_device(self, index: int) -> list[mx.array]:
+        # A GPU takes a sample's arrays one by one sooner than one large array.
+        return self._near.get(index) or [mx.array(array) for array in self.rows[index]]
 
 
 class HeldBoundaries:
     """The walk of all samples through the blocks, in memory; it stands in for `BlockBoundaries`."""
 
     def __init__(
-        self, cache: Mapping[str, Any], paths: WeightPaths, chunk: int, dtype: str, products: mx.Dtype
+        self, cache: Mapping[str, Any], paths: WeightPaths, chunk: int, dtype: str, products: mx.Dtype, on_host: bool
     ):  # fmt: skip
         """Store where the ends lie, and how samples walk.
 
         cache: metadata of the block cache; chunk: the number of samples that are run at once; dtype: of tokens between
-        blocks; products: the 16-bit dtype that blocks compute in.
+        blocks; products: the 16-bit dtype that blocks compute in; on_host: the host's memory has room for the samples.
         """
         self._cache, self._paths, self._chunk, self._products = cache, paths, chunk, products
-        self._dtype = getattr(mx, dtype)
+        self._dtype, self._on_host = getattr(mx, dtype), on_host
         self._blocks: list[str] = cache["block_names"]
         self._ids = sample_ids_of(cache)
         self._held: HeldSamples | None = None
         self._at = 0  # the index of the block whose inputs are held
 
     @classmethod
-    def fits(cls, cache: Mapping[str, Any], dtype: str) -> bool:
-        """Return whether a block's inputs of all samples fit the device's memory."""
-        return cls._bytes(cache, dtype) <= HELD_SHARE * device_memory()
+    def where_it_fits(
+        cls, cache: Mapping[str, Any], paths: WeightPaths, chunk: int, dtype: str, products: mx.Dtype, processes: int
+    ) -> "HeldBoundaries | None":  # fmt: skip
+        """Return the walk in the host's memory or the device's, whichever has room for all samples; None for neither.
+
+        processes: the number of those that hold all samples each.
+        """
+        room = processes * cls._bytes(cache, getattr(mx, dtype).size)
+        on_host = room <= HOST_SHARE * memory_beside_gpu()
+        if not on_host and room > HELD_SHARE * device_memory():
+            return None
+        return cls(cache, paths, chunk, dtype, products, on_host)
 
     @staticmethod
-    def _bytes(cache: Mapping[str, Any], dtype: str) -> int:
+    def _bytes(cache: Mapping[str, Any], itemsize: int) -> int:
         shapes, keys = boundary_shapes(cache), block_keys(cache, cache["block_names"][0])[0]
-        elements = sum(int(np.prod(shapes[key])) for key in keys)
-        return len(sample_ids_of(cache)) * elements * np.dtype(dtype).itemsize
+        return len(sample_ids_of(cache)) * sum(int(np.prod(shapes[key])) for key in keys) * itemsize
 
     def memory_bytes(self) -> int:
         """Return the bytes of the device's memory that the samples take."""
-        return self._bytes(self._cache, {mx.float16: "float16"}.get(self._dtype, "float32"))
+        return 0 if self._on_host else self._bytes(self._cache, self._dtype.size)
 
     def num_bytes(self) -> int:
         """Return the number of bytes on the disk: none."""
@@ -91,6 +112,7 @@ class HeldBoundaries:
         index = self._blocks.index(block)
         if self._held is None or index < self._at:
             self._held, self._at = self._read(self._ids), 0
+        self._held.let_go()
         while self._at < index:
             self._walk(mmdit, self._blocks[self._at], self._held)
             self._at += 1
@@ -106,10 +128,11 @@ class HeldBoundaries:
 
     def _read(self, sample_ids: Sequence[SampleId]) -> HeldSamples:
         keys = [*block_keys(self._cache, self._blocks[0])[0], "modulation_input"]
-        read, rows = cache_reader(self._paths.calib_dir, self._cache, keys), list[list[mx.array]]()
+        read, rows = cache_reader(self._paths.calib_dir, self._cache, keys), list[list[Any]]()
+        own = np.array if self._on_host else mx.array
         with progress_bar(len(sample_ids), "reading the cache", "sample", leave=False) as bar:
             for sample_id in sample_ids:
-                rows.append([mx.array(array) for array in read(sample_id)])
+                rows.append([own(array) for array in read(sample_id)])
                 bar.update()
         return HeldSamples(sample_ids, self._cache["key_timesteps"], rows)
 
@@ -126,16 +149,15 @@ class HeldBoundaries:
                 tokens, modulation, _ = held.batch(part)
                 given = [array.astype(self._dtype) for array in block.run(tokens, modulation)]
                 finite = mx.stack([mx.isfinite(array).all() for array in given]).all()
-                modulations = [rows[index][-1] for index in part]
-                rows[begin : part.stop] = [
-                    [*arrays, own] for arrays, own in zip(cut_samples(given, len(part)), modulations, strict=True)
-                ]
-                mx.eval(rows[begin : part.stop], finite)
+                mx.eval(given, finite)
                 if not finite.item():
                     raise StoreError(f"{name}: a token does not fit {self._dtype}, or is not finite")
+                for index, arrays in zip(part, cut_samples(given, len(part), self._on_host), strict=True):
+                    rows[index] = [*arrays, rows[index][-1]]
                 bar.update(len(part))
 
 
-def cut_samples(arrays: Sequence[mx.array], count: int) -> list[list[mx.array]]:
-    """Return the arrays of each of `count` samples, whose rows are one below the other."""
-    return [list(members) for members in zip(*(mx.split(array, count) for array in arrays), strict=True)]
+def cut_samples(arrays: Sequence[mx.array], count: int, on_host: bool) -> Rows:
+    """Return the arrays of each of `count` samples, whose rows are one below the other, on the host or the device."""
+    parts: list[Any] = [np.split(np.array(array), count) if on_host else mx.split(array, count) for array in arrays]
+    return [list(members) for members in zip(*parts, strict=True)]

@@ -8,6 +8,7 @@ from calibration_store.errors import OptionError
 from calibration_store.sizes import format_bytes
 from w4a8.backend.memory import device_memory
 from w4a8.backend.parallel import working_cores
+from w4a8.rounding.held_boundaries import HeldBoundaries
 from w4a8.rounding.run import RoundingRun
 from w4a8.rounding.training_samples import fit_in_memory
 from w4a8.rounding.unit_phase import UnitPhase
@@ -24,8 +25,8 @@ def choose_micro_batch(run: RoundingRun, given: int | None, before: Mapping[str,
     the largest that fits. Raises OptionError when not even one sample fits.
     """
     units, memory = [job for job in UnitPhase.of_run(run) if isinstance(job, UnitPhase)], device_memory()
-    held = 0 if run.boundaries is None else run.boundaries.memory_bytes()
-    memory -= held
+    memory -= 0 if run.boundaries is None else run.boundaries.memory_bytes()
+    in_memory = isinstance(run.boundaries, HeldBoundaries)
     need = max((job.iteration_bytes() for job in units), key=lambda one: one.peak(1))
     count = len(run.cache["samples"])
     size = min(run.settings.batch_size, count)  # a batch draws without replacement
@@ -40,7 +41,7 @@ def choose_micro_batch(run: RoundingRun, given: int | None, before: Mapping[str,
             f"{format_bytes(memory)} are there: {way} takes less"
         )
     window = (before or {}).get("window", 0)
-    if before is None and not held and not fit_in_memory(count * max(job.sample_bytes() for job in units)):
+    if before is None and not in_memory and not fit_in_memory(count * max(job.sample_bytes() for job in units)):
         window = WINDOW * size
     settings = replace(run.settings, micro_batch=micro_batch, window=run.ranks.from_rank_0(window))
     return replace(run, settings=settings)

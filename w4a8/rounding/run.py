@@ -128,16 +128,16 @@ class RoundingRun:
     def boundaries(self) -> BlockBoundaries | HeldBoundaries | None:
         """The boundaries between blocks, where they are needed and not cached; None elsewhere.
 
-        With 16-bit products the device's memory holds them where it has room.
+        With 16-bit products they are in memory where it has room.
         """
         if self.unit == MODEL or not holds_ends(self.cache):
             return None
         cache, paths, chunk, dtype = self.cache, self.paths, self.settings.chunk, self.boundary_dtype
         if self.settings.precision == FLOAT32:
             return BlockBoundaries(cache, paths, self.plan, chunk, self.ranks, dtype)
-        if HeldBoundaries.fits(cache, dtype):
-            return HeldBoundaries(cache, paths, chunk, dtype, half_dtype(self.mmdit))
-        return BlockBoundaries(cache, paths, self.plan, chunk, self.ranks, dtype, half_dtype(self.mmdit))
+        half = half_dtype(self.mmdit)
+        held = HeldBoundaries.where_it_fits(cache, paths, chunk, dtype, half, self.ranks.size)
+        return held or BlockBoundaries(cache, paths, self.plan, chunk, self.ranks, dtype, half)
 
     @cached_property
     def plan(self) -> dict[str, Any]:

@@ -49,7 +49,8 @@ class UnitTraining(Training):
         tuning = self.iteration >= self.rounding_iters
         codes = unit.codes(self.state, hard=tuning)
         quantized = unit.quantized(self.state, codes, with_ranges=self.iteration >= settings.inputs_from)
-        near = self.near(min(self.iteration + 1, self.iters - 1)) if settings.window else ()
+        following = min(self.iteration + 1, self.iters - 1)
+        near = self.near(following) if settings.window else self.drawn(following)
         loss, gradients = unit.gradients(quantized, self.drawn(self.iteration), self.iteration, near)
         self._check(loss, gradients)
         slopes = grid_slopes(codes, self.state["scale"], self.state["zero_point"], gradients["weights"])
