@@ -13,6 +13,7 @@ import numpy as np
 
 from calibration_store.block_cache import block_keys, boundary_shapes
 from calibration_store.errors import StoreError
+from calibration_store.files import BackgroundWriter
 from calibration_store.layout import WeightPaths
 from w4a8.backend.memory import device_memory, memory_beside_gpu
 from w4a8.backend.progress import progress_bar
@@ -142,6 +143,7 @@ class HeldBoundaries:
         forward = original_forward([block], self._products)
         with (
             forward.installed(mmdit, [block]),
+            BackgroundWriter(pending=2, threads=2) as writer,  # brings tokens to the host while the next ones are made
             progress_bar(len(rows), f"{name} of every sample", "sample", leave=False) as bar,
         ):
             for begin in range(0, len(rows), self._chunk):
@@ -152,12 +154,18 @@ class HeldBoundaries:
                 mx.eval(given, finite)
                 if not finite.item():
                     raise StoreError(f"{name}: a token does not fit {self._dtype}, or is not finite")
-                for index, arrays in zip(part, cut_samples(given, len(part), self._on_host), strict=True):
-                    rows[index] = [*arrays, rows[index][-1]]
+                if self._on_host:
+                    writer.submit(replace_rows, rows, part, given, True)
+                else:
+                    replace_rows(rows, part, given, False)
                 bar.update(len(part))
+            writer.drain()
 
 
-def cut_samples(arrays: Sequence[mx.array], count: int, on_host: bool) -> Rows:
-    """Return the arrays of each of `count` samples, whose rows are one below the other, on the host or the device."""
-    parts: list[Any] = [np.split(np.array(array), count) if on_host else mx.split(array, count) for array in arrays]
-    return [list(members) for members in zip(*parts, strict=True)]
+def replace_rows(rows: Rows, part: Sequence[int], tokens: Sequence[mx.array], on_host: bool) -> None:
+    """Put tokens, rows of the samples `part` one below the other, in the place of these samples' own."""
+    arrays = [np.array(array) for array in tokens] if on_host else tokens
+    count = len(tokens[0]) // len(part)  # rows of a sample
+    for number, index in enumerate(part):
+        own = [array[number * count : (number + 1) * count] for array in arrays]
+        rows[index] = [*own, rows[index][-1]]
