@@ -76,7 +76,10 @@ def test_two_processes_write_what_one_does(copy, monkeypatch):
         (copy / "activations" / name).unlink()
     monkeypatch.setattr(steps, "SECOND_PROCESS_BYTES", 0)
     monkeypatch.setattr(steps, "cores", lambda: 2)
+    started, start = [], steps.with_second_process
+    monkeypatch.setattr(steps, "with_second_process", lambda *work: started.append(1) or start(*work))
     assert [stage(copy).exit_code for stage in stages] == [0, 0] and folder_bytes(copy) == one
+    assert len(started) == 2
     path = copy / "activations/timestep_stats/step_1.npz"
     path.write_bytes(path.read_bytes()[:-40])
     done = analyze(copy)

@@ -22,7 +22,9 @@ def with_second_process(function: Callable[[_Item], _Result], items: Sequence[_I
     process = multiprocessing.Process(target=_send_results, args=(function, items[1::2], receiving, sending))
     process.daemon = True
     with receiving:
-        process.start()
+        if not _started(process):
+            yield from map(function, items)
+            return
         sending.close()
         try:
             for index, item in enumerate(items):
@@ -41,6 +43,18 @@ def with_second_process(function: Callable[[_Item], _Result], items: Sequence[_I
             process.join()
 
 
+def _started(process: multiprocessing.Process) -> bool:
+    """Start the process, and return whether this worked. Ctrl-C waits until the process ignores it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # a child inherits the mask
+    try:
+        process.start()
+    except OSError:
+        return False
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return True
+
+
 def _send_results(
     function: Callable[[_Item], _Result], items: Sequence[_Item], receiving: Connection, sending: Connection
 ) -> None:
@@ -51,6 +65,8 @@ def _send_results(
         for item in items:
             try:
                 message = function(item), None
+            except MemoryError:
+                return  # the first process does it
             except Exception as error:
                 sending.send((None, error))
                 return

@@ -212,8 +212,14 @@ class BlockBoundaries:
 
     def _remove(self, boundaries: Sequence[BoundaryPaths]) -> None:
         """Remove these boundaries from the disk; rank 0 does."""
+        if self.ranks.rank == 0:
+            remove_boundaries(boundaries)
         for boundary in boundaries:
-            if self.ranks.rank == 0:
-                remove_folder(boundary.root, boundary.owned_files())
-                remove_folder(boundary.root.parent, [])
             self._whole = {each for each in self._whole if self.paths.boundary(each).root != boundary.root}
+
+
+def remove_boundaries(boundaries: Sequence[BoundaryPaths]) -> None:
+    """Remove these boundaries from the disk."""
+    for boundary in boundaries:
+        remove_folder(boundary.root, boundary.owned_files())
+        remove_folder(boundary.root.parent, [])

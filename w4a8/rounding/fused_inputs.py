@@ -1,6 +1,7 @@
 """Quantize a layer's inputs per token, leave a share of them as they are (QDrop), and cast them: one kernel on a GPU."""
 
 import functools
+import warnings
 from collections.abc import Callable
 
 import mlx.core as mx
@@ -13,6 +14,7 @@ THREADS = 256  # of a group, which takes a token
 # draws the elements that stay as they are is PCG's output function (O'Neill 2014), once for the token and once for the
 # channel.
 SOURCE = """
+// Metal adds the attributes whose names stand here: thread_position_in_threadgroup, threadgroup_position_in_grid.
 SHARED float lows[THREADS], highs[THREADS];
 const long begin = (long)GROUP * WIDTH;
 float low = 0.0f, high = 0.0f;
@@ -62,10 +64,11 @@ def dropped_inputs(rule: DynamicPerToken, x: mx.array, drop: float, key: mx.arra
 
     @mx.custom_function
     def through(x: mx.array) -> mx.array:
-        if mx.default_device() == mx.Device(mx.cpu):
+        kernel = _kernel(rule.bits)
+        if kernel is None:
             quantized = rule.at(0.0, 1)("", x.astype(mx.float32))
             return mx.where(mx.random.bernoulli(drop, x.shape, key), x, quantized).astype(dtype)
-        return _kernel(rule.bits)(x, drop, key, dtype)
+        return kernel(x, drop, key, dtype)
 
     @through.vjp
     def gradient(x: mx.array, slope: mx.array, output: mx.array) -> mx.array:
@@ -75,7 +78,25 @@ def dropped_inputs(rule: DynamicPerToken, x: mx.array, drop: float, key: mx.arra
 
 
 @functools.cache
-def _kernel(bits: int) -> Callable:
+def _kernel(bits: int) -> Callable | None:
+    """Return the kernel; None on a CPU, and with a warning where it does not give what its plain twin gives."""
+    if mx.default_device() == mx.Device(mx.cpu):
+        return None
+    kernel, x = _built(bits), mx.random.normal((7, 320), key=mx.random.key(0)) * 3
+    try:
+        found = kernel(x, 0.0, mx.random.key(1), mx.bfloat16)
+        if mx.array_equal(found, DynamicPerToken(bits).at(0.0, 1)("", x).astype(mx.bfloat16)).item():
+            return kernel
+        failure = "its results differ"
+    except (RuntimeError, ValueError) as error:
+        failure = " ".join(str(error).split())[:200]
+    warnings.warn(
+        f"the kernel of quantized inputs failed its self-check ({failure}): MLX's operations are used", stacklevel=2
+    )
+    return None
+
+
+def _built(bits: int) -> Callable:
     backend = "metal" if mx.metal.is_available() else "cuda"
     build = mx.fast.metal_kernel if backend == "metal" else mx.fast.cuda_kernel
     constants = f"#define THREADS {THREADS}\n#define TOP {2**bits - 1}\n#define SMALLEST {SMALLEST_STEP}f\n"

@@ -4,7 +4,7 @@ The memory is the host's beside a GPU that has its own, if it has room, since th
 that was killed walks through the finished blocks anew, in a forward pass of 16-bit products.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -16,14 +16,17 @@ from calibration_store.errors import StoreError
 from calibration_store.files import BackgroundWriter
 from calibration_store.layout import WeightPaths
 from w4a8.backend.memory import device_memory, memory_beside_gpu
+from w4a8.backend.processes import SINGLE_PROCESS, SingleProcess
 from w4a8.backend.progress import progress_bar
 from w4a8.model.layers import model_blocks
 from w4a8.passes import SampleId, sample_ids_of
-from w4a8.rounding.quantized_forward import original_forward
+from w4a8.rounding.block_boundaries import remove_boundaries
+from w4a8.rounding.quantized_forward import OVERFLOW, original_forward
 from w4a8.rounding.settings import Indices
 from w4a8.rounding.training_samples import SampleBatch, cache_reader, split_samples
 
 HELD_SHARE, HOST_SHARE = 0.3, 0.5  # shares of the device's memory, and of the host's, that the samples may take
+IN_FILES, ON_DEVICE, ON_HOST = PLACES = ("files", "device", "host")  # where boundaries are kept
 # Of each sample the block's input tokens, and last its modulation input; MLX's arrays or NumPy's.
 Rows = list[list[Any]]
 
@@ -67,55 +70,38 @@ class HeldBoundaries:
     """The walk of all samples through the blocks, in memory; it stands in for `BlockBoundaries`."""
 
     def __init__(
-        self, cache: Mapping[str, Any], paths: WeightPaths, chunk: int, dtype: str, products: mx.Dtype, on_host: bool
+        self, cache: Mapping[str, Any], paths: WeightPaths, chunk: int, dtype: str, products: mx.Dtype, on_host: bool,
+        opened: Callable[[], nn.Module], ranks: SingleProcess = SINGLE_PROCESS,
     ):  # fmt: skip
         """Store where the ends lie, and how samples walk.
 
         cache: metadata of the block cache; chunk: the number of samples that are run at once; dtype: of tokens between
-        blocks; products: the 16-bit dtype that blocks compute in; on_host: the host's memory has room for the samples.
+        blocks; products: the 16-bit dtype that blocks compute in; on_host: samples are in the host's memory; opened: gives
+        a transformer, whose weights are dropped after a block; ranks: the processes, each of which holds all samples.
         """
         self._cache, self._paths, self._chunk, self._products = cache, paths, chunk, products
-        self._dtype, self._on_host = getattr(mx, dtype), on_host
+        self._dtype, self._on_host, self._opened, self._ranks = getattr(mx, dtype), on_host, opened, ranks
         self._blocks: list[str] = cache["block_names"]
         self._ids = sample_ids_of(cache)
         self._held: HeldSamples | None = None
         self._at = 0  # the index of the block whose inputs are held
 
-    @classmethod
-    def where_it_fits(
-        cls, cache: Mapping[str, Any], paths: WeightPaths, chunk: int, dtype: str, products: mx.Dtype, processes: int
-    ) -> "HeldBoundaries | None":  # fmt: skip
-        """Return the walk in the host's memory or the device's, whichever has room for all samples; None for neither.
-
-        processes: the number of those that hold all samples each.
-        """
-        room = processes * cls._bytes(cache, getattr(mx, dtype).size)
-        on_host = room <= HOST_SHARE * memory_beside_gpu()
-        if not on_host and room > HELD_SHARE * device_memory():
-            return None
-        return cls(cache, paths, chunk, dtype, products, on_host)
-
-    @staticmethod
-    def _bytes(cache: Mapping[str, Any], itemsize: int) -> int:
-        shapes, keys = boundary_shapes(cache), block_keys(cache, cache["block_names"][0])[0]
-        return len(sample_ids_of(cache)) * sum(int(np.prod(shapes[key])) for key in keys) * itemsize
-
     def memory_bytes(self) -> int:
         """Return the bytes of the device's memory that the samples take."""
-        return 0 if self._on_host else self._bytes(self._cache, self._dtype.size)
+        return 0 if self._on_host else held_bytes(self._cache, self._dtype)
 
     def num_bytes(self) -> int:
         """Return the number of bytes on the disk: none."""
         return 0
 
     def samples(self, mmdit: nn.Module, block: str) -> HeldSamples:
-        """Return the samples that a block is trained on, walked up to it."""
+        """Return the samples that a block is trained on, walked up to it; mmdit: not used, since it is trained with."""
         index = self._blocks.index(block)
         if self._held is None or index < self._at:
             self._held, self._at = self._read(self._ids), 0
         self._held.let_go()
         while self._at < index:
-            self._walk(mmdit, self._blocks[self._at], self._held)
+            self._walk(self._opened(), self._blocks[self._at], self._held)
             self._at += 1
         return self._held
 
@@ -124,8 +110,11 @@ class HeldBoundaries:
         return self._read(self._ids[: 2 * count])
 
     def finish(self) -> None:
-        """Let the samples go."""
+        """Let the samples go, and remove boundary files that an earlier process with less memory may have left."""
         self._held = None
+        mx.clear_cache()
+        if self._ranks.rank == 0:
+            remove_boundaries(self._paths.boundaries)
 
     def _read(self, sample_ids: Sequence[SampleId]) -> HeldSamples:
         keys = [*block_keys(self._cache, self._blocks[0])[0], "modulation_input"]
@@ -153,13 +142,32 @@ class HeldBoundaries:
                 finite = mx.stack([mx.isfinite(array).all() for array in given]).all()
                 mx.eval(given, finite)
                 if not finite.item():
-                    raise StoreError(f"{name}: a token does not fit {self._dtype}, or is not finite")
+                    raise StoreError(f"{name}: {OVERFLOW}")
                 if self._on_host:
                     writer.submit(replace_rows, rows, part, given, True)
                 else:
                     replace_rows(rows, part, given, False)
                 bar.update(len(part))
             writer.drain()
+
+
+def held_bytes(cache: Mapping[str, Any], dtype: mx.Dtype) -> int:
+    """Return the bytes of a block's inputs of all samples."""
+    shapes, keys = boundary_shapes(cache), block_keys(cache, cache["block_names"][0])[0]
+    return len(sample_ids_of(cache)) * sum(int(np.prod(shapes[key])) for key in keys) * dtype.size
+
+
+def place_of_samples(num_bytes: int, least: int, ranks: SingleProcess) -> str:
+    """Return where all processes have room for all samples: on the host, on the device, or only in files.
+
+    num_bytes: what held_bytes gives; least: the bytes that an iteration takes of the device at least. Processes may share a
+    host and a device.
+    """
+    room = ranks.size * num_bytes
+    on_host = room <= HOST_SHARE * memory_beside_gpu()
+    on_device = room <= HELD_SHARE * device_memory() and num_bytes + least <= device_memory()
+    places = {ON_HOST: on_host, ON_DEVICE: on_device}
+    return next((place for place, fits in places.items() if ranks.total(int(fits)) == ranks.size), IN_FILES)
 
 
 def replace_rows(rows: Rows, part: Sequence[int], tokens: Sequence[mx.array], on_host: bool) -> None:

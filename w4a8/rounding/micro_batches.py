@@ -4,12 +4,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import mlx.core as mx
+
 from calibration_store.errors import OptionError
 from calibration_store.sizes import format_bytes
 from w4a8.backend.memory import device_memory
 from w4a8.backend.parallel import working_cores
-from w4a8.rounding.held_boundaries import HeldBoundaries
+from w4a8.rounding.held_boundaries import IN_FILES, ON_DEVICE, held_bytes, place_of_samples
 from w4a8.rounding.run import RoundingRun
+from w4a8.rounding.settings import FLOAT32
 from w4a8.rounding.training_samples import fit_in_memory
 from w4a8.rounding.unit_phase import UnitPhase
 from w4a8.rounding.units import UNITS
@@ -25,13 +28,15 @@ def choose_micro_batch(run: RoundingRun, given: int | None, before: Mapping[str,
     the largest that fits. Raises OptionError when not even one sample fits.
     """
     units, memory = [job for job in UnitPhase.of_run(run) if isinstance(job, UnitPhase)], device_memory()
-    memory -= 0 if run.boundaries is None else run.boundaries.memory_bytes()
-    in_memory = isinstance(run.boundaries, HeldBoundaries)
     need = max((job.iteration_bytes() for job in units), key=lambda one: one.peak(1))
+    noted = (before or {}).get("micro_batch")  # 0.8.0 noted more than there are samples
+    if run.boundaries is not None and run.settings.precision != FLOAT32:
+        num_bytes = held_bytes(run.cache, getattr(mx, run.boundary_dtype))
+        run = replace(run, place=place_of_samples(num_bytes, need.peak(noted or 1), run.ranks))
+        memory -= num_bytes if run.place == ON_DEVICE else 0
     count = len(run.cache["samples"])
     size = min(run.settings.batch_size, count)  # a batch draws without replacement
     fits = need.micro_batch(size, memory)
-    noted = (before or {}).get("micro_batch")  # 0.8.0 noted more than there are samples
     micro_batch = noted if noted and given in (None, noted) else run.ranks.from_rank_0(min(given or fits, size))
     peak = need.peak(min(micro_batch * working_cores(), size))
     if peak > memory:
@@ -41,7 +46,7 @@ def choose_micro_batch(run: RoundingRun, given: int | None, before: Mapping[str,
             f"{format_bytes(memory)} are there: {way} takes less"
         )
     window = (before or {}).get("window", 0)
-    if before is None and not in_memory and not fit_in_memory(count * max(job.sample_bytes() for job in units)):
+    if before is None and run.place == IN_FILES and not fit_in_memory(count * max(job.sample_bytes() for job in units)):
         window = WINDOW * size
     settings = replace(run.settings, micro_batch=micro_batch, window=run.ranks.from_rank_0(window))
     return replace(run, settings=settings)

@@ -50,6 +50,8 @@ def run_jobs(
     for number, job in list(enumerate(jobs))[len(own) :]:
         bar.n = sum(one.iterations for one in jobs[:number])
         bar.set_description(job.name)
+        if run.boundaries is not None and not isinstance(job, UnitPhase):
+            run.boundaries.finish()  # no later job needs them
         if job in todo:
             run_job(job, bar, bar.update, checkpoint_seconds, keep_alpha)
     bar.n = sum(job.iterations for job in jobs)
@@ -113,7 +115,8 @@ def estimate_rounding(jobs: Sequence[Job], todo: Sequence[Job], resumed: bool) -
     costs = left + sum(job.iterations * (job.iteration_cost / tried.iteration_cost - 1) for job in todo)
     peak = max(mx.get_peak_memory(), *(job.peak_bytes() for job in jobs))
     peak += settings.window * max(job.sample_bytes() for job in jobs)
-    peak += 0 if run.boundaries is None else run.boundaries.memory_bytes()
+    if run.boundaries is not None and any(isinstance(job, UnitPhase) for job in todo):
+        peak += run.boundaries.memory_bytes()
     return Estimate(
         work=f"{len(todo)} of {len(jobs)} units, {left} iterations",
         seconds=seconds * costs / at_once,

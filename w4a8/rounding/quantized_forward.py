@@ -13,6 +13,7 @@ from w4a8.quantized.dynamic_rules import DynamicPerToken
 from w4a8.rounding.fused_inputs import dropped_inputs
 from w4a8.rounding.sixteen_bits import in_sixteen_bits
 
+OVERFLOW = "a value does not fit 16 bits, or is not finite; give --precision float32 --force"
 PRODUCT_DTYPES = {"float32": None, "bfloat16": mx.bfloat16}  # by the name of a precision; None: as the inputs are
 
 

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from calibration_store.block_cache import holds_ends
-from calibration_store.choices import REST_KINDS, ProductPrecision
+from calibration_store.choices import PRODUCT_PRECISIONS, REST_KINDS, ProductPrecision
 from calibration_store.errors import OptionError, StoreError
 from calibration_store.layout import WeightPaths
 from calibration_store.rest_weights import read_migration
@@ -24,7 +24,7 @@ from w4a8.model.layers import Layer, half_dtype, model_blocks, model_layers, num
 from w4a8.model.migration import migrate
 from w4a8.options import RoundingOptions
 from w4a8.rounding.block_boundaries import BlockBoundaries
-from w4a8.rounding.held_boundaries import HeldBoundaries
+from w4a8.rounding.held_boundaries import IN_FILES, ON_HOST, HeldBoundaries
 from w4a8.rounding.rest import EVERYTHING, NO_REST, VECTORS, choose_rest
 from w4a8.rounding.settings import BFLOAT16, FLOAT32, Settings
 from w4a8.rounding.units import MODEL, UNITS, Unit
@@ -49,6 +49,7 @@ class RoundingRun:
     unit: str  # a name of units.UNITS
     blocks: list[str]
     ranks: SingleProcess = SINGLE_PROCESS
+    place: str = IN_FILES  # of the boundaries, where they are made
 
     @classmethod
     def plan_run(
@@ -64,7 +65,8 @@ class RoundingRun:
         size = num_weights(model_layers(mmdit).values())
         effort = rounding_effort(options, size, before)
         settings = Settings.of(options, effort)
-        settings = replace(settings, precision=choose_precision(options.precision, size, before))
+        precision = ranks.from_rank_0(PRODUCT_PRECISIONS.index(choose_precision(options.precision, size, before)))
+        settings = replace(settings, precision=PRODUCT_PRECISIONS[precision])
         unit, blocks = choose_unit(mmdit, cache["block_names"], options.blocks, options.unit, settings.group_size)
         whole = list(model_blocks(mmdit)) == list(blocks)
         rest = choose_rest(mmdit, options.tune_rest and whole and effort.end_to_end != 0, before)
@@ -128,7 +130,7 @@ class RoundingRun:
     def boundaries(self) -> BlockBoundaries | HeldBoundaries | None:
         """The boundaries between blocks, where they are needed and not cached; None elsewhere.
 
-        With 16-bit products they are in memory where it has room.
+        With 16-bit products they are in memory where it has room (`place`).
         """
         if self.unit == MODEL or not holds_ends(self.cache):
             return None
@@ -136,8 +138,9 @@ class RoundingRun:
         if self.settings.precision == FLOAT32:
             return BlockBoundaries(cache, paths, self.plan, chunk, self.ranks, dtype)
         half = half_dtype(self.mmdit)
-        held = HeldBoundaries.where_it_fits(cache, paths, chunk, dtype, half, self.ranks.size)
-        return held or BlockBoundaries(cache, paths, self.plan, chunk, self.ranks, dtype, half)
+        if self.place == IN_FILES:
+            return BlockBoundaries(cache, paths, self.plan, chunk, self.ranks, dtype, half)
+        return HeldBoundaries(cache, paths, chunk, dtype, half, self.place == ON_HOST, self.open, self.ranks)
 
     @cached_property
     def plan(self) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def _tiled(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
 
 @functools.cache
 def _recomputed(scale: float) -> Callable:
-    """Return the attention whose backward pass computes the scores anew, QUERIES tokens at a time.
+    """Return the attention that computes the scores of QUERIES tokens at a time, and anew in the backward pass.
 
     The formulas are those of FlashAttention (Dao et al. 2022), appendix B.4: with P = softmax(scale·q·kᵀ) and the output
     o, dv = Pᵀ·do, dS = P∘(do·vᵀ − Σ do∘o), dq = scale·dS·k, dk = scale·dSᵀ·q. Products have the inputs' dtype; softmax
@@ -83,7 +83,11 @@ def _recomputed(scale: float) -> Callable:
 
     @mx.custom_function
     def attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)
+        given: list[mx.array] = []
+        for begin in range(0, q.shape[2], QUERIES):
+            (queries,) = mx.depends([q[:, :, begin : begin + QUERIES]], given[-1:])
+            given.append(mx.fast.scaled_dot_product_attention(queries, k, v, scale=scale))
+        return mx.concatenate(given, axis=2)
 
     @attend.vjp
     def gradients(inputs: tuple[mx.array, ...], slope: mx.array, output: mx.array) -> tuple[mx.array, ...]:

@@ -10,7 +10,7 @@ from w4a8.rounding.methods import Arrays
 from w4a8.rounding.settings import EVALUATED, LR_SCALES, cosine
 from w4a8.rounding.training import NotFiniteError, Training, grid_slopes
 from w4a8.rounding.training_samples import spread_over
-from w4a8.rounding.units import Unit
+from w4a8.rounding.units import QuantizedUnit, Unit
 
 
 class UnitTraining(Training):
@@ -88,12 +88,11 @@ class UnitTraining(Training):
         held_out, chosen = (spread_over(ids, EVALUATED) for ids in (unit.samples.held_out, unit.samples.training))
         codes = unit.codes(state, hard=True)
         final = unit.quantized(state, codes, with_ranges=False)
-        deployed = unit.quantized(state, codes, with_ranges=True)
         first = unit.quantized(unit.start, unit.codes(unit.start, hard=True), with_ranges=False)
         hardened = unit.quantized({**unit.start, "alpha": state["alpha"]}, codes, with_ranges=False)
         points = {"nearest": unit.nearest_state(), "start": first, "hardened": hardened, "end": final}
-        if deployed.rule is not None:
-            points["end_activations"] = deployed
+        if unit.settings.activation_bits:
+            points["end_activations"] = QuantizedUnit(final.layers, unit.rule(unit.ranges(state)))
         losses: dict[str, float | None] = {"end_activations": None}
         losses |= dict(zip(points, unit.losses(held_out, list(points.values())), strict=True))
         losses["end_training"] = unit.losses(chosen, [final])[0]

@@ -1,5 +1,6 @@
 """Units: layers that are trained together for their own output. One class a kind: a block, or the whole model."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,6 +10,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
 
+from calibration_store.errors import StoreError
 from w4a8.analysis.clipping_ranges import channel_clipping_range
 from w4a8.backend.parallel import compiled, streams_for
 from w4a8.backend.processes import SINGLE_PROCESS, SingleProcess
@@ -18,7 +20,7 @@ from w4a8.quantized.activation_rules import Learned, Quantize
 from w4a8.quantized.dynamic_rules import Dynamic, DynamicPerBlock, DynamicPerToken
 from w4a8.quantized.layer import QuantizedLayer
 from w4a8.rounding.methods import METHODS, Arrays
-from w4a8.rounding.quantized_forward import PRODUCT_DTYPES, QuantizedForward, original_forward
+from w4a8.rounding.quantized_forward import OVERFLOW, PRODUCT_DTYPES, QuantizedForward, original_forward
 from w4a8.rounding.settings import BLOCK_RULE, EVALUATED, FLOAT32, STATIC_RULE, Indices, Settings
 from w4a8.rounding.training_samples import SampleBatch, TrainingSamples, spread_over
 from w4a8.rounding.unit_grids import UnitGrids
@@ -117,6 +119,8 @@ class Unit:
         bare = cls(mmdit, spec, samples, settings, ranks, grids, UnitMeasures([], {}, {}))
         chosen = spread_over(samples.training, EVALUATED)
         norms = [max(error, SMALLEST_ERROR) for error in bare.mean_squares(bare.nearest_state(), chosen)]
+        if settings.precision != FLOAT32 and not all(map(math.isfinite, norms)):
+            raise StoreError(f"{spec.name}: {OVERFLOW}")
         return cls(mmdit, spec, samples, settings, ranks, grids, UnitMeasures(norms, *bare.measured_inputs(chosen)))
 
     @classmethod
@@ -170,13 +174,17 @@ class Unit:
 
     def _over_batches(self, parts: LossParts, states: Sequence[QuantizedUnit], indices: Indices) -> list[list[float]]:
         """Return for each state the mean of each of `parts` over these samples; processes share the micro-batches."""
-        dense = [(state.weights, state.biases, state.rule) for state in states]
-        mx.eval([weights for weights, _, _ in dense])
+        weights_of = {id(state.layers): state.weights for state in states}
+        dense = [(weights_of[id(state.layers)], state.biases, state.rule) for state in states]
+        mx.eval(weights_of)
         ranks, chunks = self.ranks, self.settings.micro_batches(indices)
         totals: list[list[float]] = [[] for _ in states]
         for start in range(0, len(chunks), ranks.size):
             chosen = chunks[min(start + ranks.rank, len(chunks) - 1)]  # a rank without one does the last again
             batch = self.samples.batch(chosen)
+            if not batch.outputs:
+                batch = batch._replace(outputs=self.targets(batch))
+                mx.eval(batch.outputs)
             rows = step_rows(self.samples, chosen, batch.modulation)
             found = []
             for weights, biases, rule in dense:

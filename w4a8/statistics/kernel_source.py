@@ -58,6 +58,7 @@ FUNCTION bool is_finite(float value) { return (AS_INT(value) & 0x7f800000) != 0x
 # tile_histograms (groups, 259) int32: 256 counts, the grid's exponent, its first bin, the number of values that are not
 # finite.
 TILE_KERNEL = """
+    // Metal adds the attributes whose names stand here: thread_position_in_threadgroup, threadgroup_position_in_grid.
     const int rows = plan[input * 5 + 1], channels = plan[input * 5 + 2];
     const int columns = (channels + 255) / 256, tile = GROUP - plan[input * 5];
     const int tile_row = tile / columns, channel = tile % columns * 256 + THREAD % 256;
@@ -136,6 +137,7 @@ TILE_KERNEL = """
 # One group of 1024 threads reduces the tiles of one input to limits (2, channels), moments (2, channels) and a
 # histogram (259,). The grids of the tiles' histograms nest in the input's grid, so no count is lost.
 MERGE_KERNEL = """
+    // Metal adds the attributes whose names stand here: thread_position_in_threadgroup, threadgroup_position_in_grid.
     const int input = GROUP, rows = plan[input * 5 + 1], channels = plan[input * 5 + 2];
     const int tile_rows = (rows + TILE_ROWS - 1) / TILE_ROWS, columns = (channels + 255) / 256;
     const int first_tile = plan[input * 5], end_tile = first_tile + tile_rows * columns;
