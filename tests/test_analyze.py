@@ -89,7 +89,7 @@ def test_two_processes_write_what_one_does(copy, monkeypatch):
 def half_of(number):
     """Return half of an even number; end the process that has 6 without a word."""
     if number == 6 and multiprocessing.parent_process():
-        os.abort()
+        os._exit(1)
     if number % 2:
         raise ValueError(f"{number} is odd")
     return number // 2, os.getpid()

@@ -78,7 +78,7 @@ def test_rounding_cost_says_where_the_time_goes():
     sizes = ("--hidden", 64, "--tokens", 16, "--text-tokens", 8, "--samples", 8, "--batch-size", 2, "--timed", 1)
     done = called(rounding_cost.main, *sizes)
     assert done.exit_code == 0, done.output
-    assert re.search(r"rounding +[0-9.]+ iterations/s\ntuning +[0-9.]+ iterations/s\npeak memory", done.output)
+    assert len(re.findall(r"(?:rounding|with inputs|tuning) +[0-9.]+ ms an iteration\n", done.output)) == 3
     shares = re.findall(r"([a-zA-Z() ]+) (\d+)%", done.output)
     assert [name.strip() for name, _ in shares] == [
         "reading the batch", "quantizing weights", "forward", "rounding variables (Adam)", "backward",
@@ -99,7 +99,7 @@ def test_peak_memory_of_a_stage():
 @pytest.mark.slow
 def test_memory_fits_of_a_single_size():
     output = succeed("benchmarks/peak_memory.py", "--fit", "--sizes", 1)
-    assert output.count("foreseen ÷ measured 1.00") == 3
+    assert output.count("foreseen ÷ measured 1.00") == 2
     sample, weights = re.search(r"hidden 192, 64 tokens, 1 blocks: ([0-9.]+) MB a sample, ([0-9.]+) x", output).groups()
     assert 5 < float(sample) < 100 and 3 < float(weights) < 30
 

