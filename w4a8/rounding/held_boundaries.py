@@ -1,7 +1,8 @@
 """All samples' inputs of one block in memory; block after block they are replaced by its outputs.
 
-The memory is the host's beside a GPU that has its own, if it has room, since the GPU's is dearer; else the device's. What a block gives is not kept: its unit computes its targets from the inputs (`Unit.targets`). No file is written, so a run
-that was killed walks through the finished blocks anew, in a forward pass of 16-bit products.
+The memory is the host's beside a GPU that has its own, if there is room, since the GPU's is dearer; else the device's.
+What a block gives is not kept: its unit computes its targets from the inputs (`Unit.targets`). No file is written, so a
+run that was killed walks through the finished blocks anew, in a forward pass of 16-bit products.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,15 +27,15 @@ from w4a8.rounding.settings import Indices
 from w4a8.rounding.training_samples import SampleBatch, cache_reader, split_samples
 
 HELD_SHARE, HOST_SHARE = 0.3, 0.5  # shares of the device's memory, and of the host's, that the samples may take
-IN_FILES, ON_DEVICE, ON_HOST = PLACES = ("files", "device", "host")  # where boundaries are kept
+IN_FILES, ON_DEVICE, ON_HOST = "files", "device", "host"  # where boundaries are kept
 # Of each sample the block's input tokens, and last its modulation input; MLX's arrays or NumPy's.
-Rows = list[list[Any]]
+SampleRows = list[list[Any]]
 
 
 class HeldSamples:
     """A block's samples in memory, without its outputs (TrainingSamples)."""
 
-    def __init__(self, sample_ids: Sequence[SampleId], key_timesteps: Sequence[int], rows: Rows):
+    def __init__(self, sample_ids: Sequence[SampleId], key_timesteps: Sequence[int], rows: SampleRows):
         """Store the rows, MLX arrays on the device or NumPy's on the host, and choose the samples that judge."""
         self.rows, self.holds_velocity = rows, False
         self.held_bytes = sum(array.nbytes for row in rows for array in row if isinstance(array, np.ndarray))
@@ -170,7 +171,7 @@ def place_of_samples(num_bytes: int, least: int, ranks: SingleProcess) -> str:
     return next((place for place, fits in places.items() if ranks.total(int(fits)) == ranks.size), IN_FILES)
 
 
-def replace_rows(rows: Rows, part: Sequence[int], tokens: Sequence[mx.array], on_host: bool) -> None:
+def replace_rows(rows: SampleRows, part: Sequence[int], tokens: Sequence[mx.array], on_host: bool) -> None:
     """Put tokens, rows of the samples `part` one below the other, in the place of these samples' own."""
     arrays = [np.array(array) for array in tokens] if on_host else tokens
     count = len(tokens[0]) // len(part)  # rows of a sample
