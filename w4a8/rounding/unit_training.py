@@ -93,8 +93,8 @@ class UnitTraining(Training):
         points = {"nearest": unit.nearest_state(), "start": first, "hardened": hardened, "end": final}
         if unit.settings.activation_bits:
             points["end_activations"] = QuantizedUnit(final.layers, unit.rule(unit.ranges(state)))
-        losses: dict[str, float | None] = {"end_activations": None}
-        losses |= dict(zip(points, unit.losses(held_out, list(points.values())), strict=True))
+        losses: dict[str, float | None] = dict(zip(points, unit.losses(held_out, list(points.values())), strict=True))
+        losses["end_activations"] = losses.get("end_activations")  # None where inputs stay as they are
         losses["end_training"] = unit.losses(chosen, [final])[0]
         for name, value in losses.items():
             if value is not None and not math.isfinite(value):
