@@ -28,7 +28,7 @@ from w4a8.rounding.training_samples import SampleBatch, cache_reader, split_samp
 
 HELD_SHARE, HOST_SHARE = 0.3, 0.5  # shares of the device's memory, and of the host's, that the samples may take
 IN_FILES, ON_DEVICE, ON_HOST = "files", "device", "host"  # where boundaries are kept
-# Of each sample the block's input tokens, and last its modulation input; MLX's arrays or NumPy's.
+# Each sample has a list: the block's input tokens, then its modulation input, as arrays of MLX or NumPy.
 SampleRows = list[list[Any]]
 
 
@@ -57,10 +57,6 @@ class HeldSamples:
     def keep(self, indices: Indices) -> None:
         """Keep samples as TrainingSamples.keep says; those on the device are there anyway."""
         self._near = {index: self._on_device(index) for index in indices} if self.held_bytes else {}
-
-    def let_go(self) -> None:
-        """Forget the samples that `keep` has brought to the device."""
-        self._near = {}
 
     def _on_device(self, index: int) -> list[mx.array]:
         # A GPU takes a sample's arrays one by one sooner than one large array.
@@ -100,7 +96,7 @@ class HeldBoundaries:
         index = self._blocks.index(block)
         if self._held is None or index < self._at:
             self._held, self._at = self._read(self._ids), 0
-        self._held.let_go()
+        self._held.keep(())  # those that it has are of the block before
         while self._at < index:
             self._walk(self._opened(), self._blocks[self._at], self._held)
             self._at += 1
