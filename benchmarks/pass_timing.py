@@ -14,7 +14,9 @@ import numpy as np
 from mlx.utils import tree_map, tree_reduce
 
 from w4a8.model.catalog import default_dtype, describe_model
-from w4a8.model.diffusionkit import HUB_MMDIT_CONFIGS, MMDiT
+from w4a8.model.diffusionkit import MMDiT
+from w4a8.model.dual_attention import empty_transformer
+from w4a8.model.families import family_of
 from w4a8.model.loading import TEXT, TRANSFORMER, Pipeline, load_pipeline
 from w4a8.model.modulation import modulation_cache
 from w4a8.model.prompt_encoder import TextConditioning, encode_prompts
@@ -25,9 +27,9 @@ from w4a8.passes import Pass
 SD3_MEDIUM = "argmaxinc/mlx-stable-diffusion-3-medium"
 
 
-def random_transformer(dtype: mx.Dtype, **sizes: Any) -> MMDiT:
-    """Return a transformer of SD3-Medium's size with random weights; sizes change entries of its config."""
-    mmdit = MMDiT(dataclasses.replace(HUB_MMDIT_CONFIGS[SD3_MEDIUM], low_memory_mode=False, **sizes))
+def random_transformer(dtype: mx.Dtype, model: str = SD3_MEDIUM, **sizes: Any) -> MMDiT:
+    """Return a transformer of a hub model's size with random weights; sizes change entries of its config."""
+    mmdit = empty_transformer(dataclasses.replace(family_of(model).config, **sizes))
     mmdit.update(tree_map(lambda array: array.astype(dtype), mmdit.parameters()))
     mx.eval(mmdit.parameters())
     return mmdit

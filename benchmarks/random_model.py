@@ -31,13 +31,16 @@ from benchmarks.pass_timing import SD3_MEDIUM
 from tools.plant_outliers import STREAMS, plant, real_ratios, weight
 from w4a8.cli import format_bytes, stage_command
 from w4a8.model.catalog import BUNDLED_FOLDER
-from w4a8.model.diffusionkit import HUB_MMDIT_CONFIGS, HUB_MMDIT_FILES, MMDiT, MMDiTConfig, VAEDecoder, VAEEncoder
-from w4a8.model.families import SD3, Family, family_of
+from w4a8.model.diffusionkit import VAEDecoder, VAEEncoder, model_io
+from w4a8.model.dual_attention import TransformerSizes, empty_transformer
+from w4a8.model.families import FAMILIES, FOLDER_FAMILY, MODELS, Family, family_of
 from w4a8.model.original_checkpoint import checkpoint_slice
 
-MODELS = {
+HUB_IDS = {
     "sd3-medium": SD3_MEDIUM,
     "sd3.5-large": "argmaxinc/mlx-stable-diffusion-3.5-large",
+    "sd3.5-large-turbo": "stabilityai/stable-diffusion-3.5-large-turbo",
+    "sd3.5-medium": "stabilityai/stable-diffusion-3.5-medium",
     "flux-schnell": "argmaxinc/mlx-FLUX.1-schnell",
     "flux-dev": "argmaxinc/mlx-FLUX.1-dev",
 }
@@ -63,19 +66,19 @@ T5_TINY = {"d_kv": 8, "num_heads": 2, "d_ff": 24, "num_layers": 1, "vocab_size":
 @click.option(
     "--hf-home", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder to write, for HF_HOME."
 )
-@click.option("--model", type=click.Choice(list(MODELS)), default="sd3-medium", help="Which model's names and sizes.")
+@click.option("--model", type=click.Choice(list(HUB_IDS)), default="sd3-medium", help="Which model's names and sizes.")
 @click.option("--size", type=click.Choice(["real", "tiny"]), default="real", help="tiny: two blocks of 128 channels.")
 @click.option("--t5", is_flag=True, help="With a random T5-XXL, 9.5 GB more; FLUX always has it.")
-@click.option("--outliers", is_flag=True, help="SD3: with channels as wide as the real model's.")
+@click.option("--outliers", is_flag=True, help="SD3-Medium: with channels as wide as the real model's.")
 def main(hf_home: Path, model: str, size: str, t5: bool, outliers: bool) -> None:
     """Write a random-weight model into a hub cache."""
-    family = family_of(MODELS[model])
-    if outliers and family.name != "sd3":
-        raise click.UsageError("--outliers: known of SD3 alone")
+    family = family_of(HUB_IDS[model])
+    if outliers and family is not FOLDER_FAMILY:
+        raise click.UsageError("--outliers: known of SD3-Medium alone")
     if size == "tiny":
         make_tiny()
     write_text_encoders(hf_home)
-    checkpoint = write_checkpoint(hf_home, MODELS[model], outliers)
+    checkpoint = write_checkpoint(hf_home, HUB_IDS[model], outliers)
     if t5 or family.needs_t5:
         write_t5(hf_home, T5_TINY if size == "tiny" else T5_XXL)
     click.echo(
@@ -123,16 +126,16 @@ def parameter_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: array.shape for name, array in dict(tree_flatten(module.parameters())).items()}
 
 
-def random_transformer_weights(config: MMDiTConfig, family: Family, guided: bool = False) -> dict[str, mx.array]:
+def random_transformer_weights(config: TransformerSizes, family: Family, guided: bool = False) -> dict[str, mx.array]:
     """Return random 16-bit weights of a transformer of `config`, keyed and shaped as the original checkpoint has them.
 
     guided: with FLUX.1-dev's guidance embedding, which DiffusionKit does not know.
     """
     ends: dict[str, list[int]] = {}
-    for name, sides in parameter_shapes(MMDiT(config)).items():
+    for name, sides in parameter_shapes(empty_transformer(config)).items():
         place, shape = checkpoint_slice(family, name, config.hidden_size), list(sides)
         if name == "x_embedder.proj.weight":
-            shape = [shape[0], shape[3], *shape[1:3]] if family is SD3 else [shape[0], shape[3]]
+            shape = [shape[0], shape[3], *([] if config.patchify_via_reshape else shape[1:3])]
         if "pos_embed" in name:
             shape = [1, *shape]
         corner = [place.row + shape[0], *(place.column + side for side in shape[1:2]), *shape[2:]]
@@ -141,7 +144,7 @@ def random_transformer_weights(config: MMDiTConfig, family: Family, guided: bool
     if guided:
         ends |= {key.replace("time_in", "guidance_in"): shape for key, shape in ends.items() if "time_in" in key}
     random = Random(getattr(mx, family.half))
-    return {family.prefix + key: random.draw(key, shape) for key, shape in ends.items()}
+    return {family.checkpoint.prefix + key: random.draw(key, shape) for key, shape in ends.items()}
 
 
 def random_vae(family: Family) -> dict[str, mx.array]:
@@ -153,18 +156,18 @@ def random_vae(family: Family) -> dict[str, mx.array]:
                 shape = (shape[0], shape[3], shape[1], shape[2])
             elif len(shape) == 2:
                 shape = (*shape, 1, 1)
-            weights[vae_key(name, f"{family.vae_prefix}{part}.")] = random.draw(name, shape)
+            weights[vae_key(name, f"{family.checkpoint.vae_prefix}{part}.")] = random.draw(name, shape)
     return weights
 
 
-def widen_channels(weights: dict[str, mx.array], config: MMDiTConfig) -> None:
+def widen_channels(weights: dict[str, mx.array], config: TransformerSizes) -> None:
     """Give a random checkpoint of SD3 outlier channels as wide as SD3-Medium's, planted a block at a time."""
-    shapes = parameter_shapes(MMDiT(config))
+    shapes = parameter_shapes(empty_transformer(config))
     for block in range(config.depth_multimodal):
         places = {}
         for name in (name for name in shapes if name.startswith(f"multimodal_transformer_blocks.{block}.")):
-            place = checkpoint_slice(SD3, name, config.hidden_size)
-            places[name] = SD3.prefix + place.key, slice(place.row, place.row + shapes[name][0])
+            place = checkpoint_slice(FOLDER_FAMILY, name, config.hidden_size)
+            places[name] = FOLDER_FAMILY.checkpoint.prefix + place.key, slice(place.row, place.row + shapes[name][0])
         arrays = {key: np.array(weights[key]) for key, _ in places.values()}
         parts = {name: arrays[key][rows] for name, (key, rows) in places.items()}
         kinds = itertools.product(STREAMS, ("attn.q_proj", "attn.o_proj", "mlp.fc1", "mlp.fc2"))
@@ -226,18 +229,17 @@ def whole_vocabulary(vocabulary: dict[str, int]) -> dict[str, int]:
 
 def write_checkpoint(hf_home: Path, repository: str, outliers: bool = False) -> Path:
     """Write a repository's transformer and VAE, and the config that DiffusionKit asks for; return the transformer's file."""
-    snapshot, family, config = hub_folder(hf_home, repository), family_of(repository), HUB_MMDIT_CONFIGS[repository]
+    snapshot, family, entry = hub_folder(hf_home, repository), family_of(repository), MODELS[repository]
     (snapshot / "config.json").write_text("{}")
-    files = HUB_MMDIT_FILES[repository]
-    weights = random_transformer_weights(config, family, guided="dev" in repository)
+    weights = random_transformer_weights(family.config, family, guided=entry.guidance is not None)
     if outliers:
-        widen_channels(weights, config)
-    if family.vae_inside:
+        widen_channels(weights, family.config)
+    if family.checkpoint.vae_inside:
         weights |= random_vae(family)
     else:
-        mx.save_safetensors(str(snapshot / files["vae"]), random_vae(family))
-    mx.save_safetensors(str(snapshot / files[repository]), weights)
-    return snapshot / files[repository]
+        mx.save_safetensors(str(snapshot / entry.vae[1]), random_vae(family))
+    mx.save_safetensors(str(snapshot / entry.file), weights)
+    return snapshot / entry.file
 
 
 def write_text_encoders(hf_home: Path, clip_widths: tuple[int, int] = (768, 1280)) -> None:
@@ -256,9 +258,13 @@ def write_text_encoders(hf_home: Path, clip_widths: tuple[int, int] = (768, 1280
 
 
 def make_tiny() -> None:
-    """Give every hub model two blocks a kind of 128 channels in this process: change DiffusionKit's configs in place."""
-    for key, config in HUB_MMDIT_CONFIGS.items():
-        vars(config).update(TINY, **TINY_PARTS[family_of(key).name])
+    """Give every hub model two blocks a kind of 128 channels in this process: change its sizes, and DiffusionKit's, in place."""
+    for family in FAMILIES.values():
+        vars(family.config).update(TINY, **TINY_PARTS[family.architecture])
+        if family.config.dual_attention_blocks:
+            family.config.dual_attention_blocks = 1
+    for name, config in model_io._CONFIG.items():
+        vars(config).update(TINY, **TINY_PARTS["flux" if "FLUX" in name else "sd3"])
 
 
 def train_t5_tokenizer(texts: Sequence[str], pieces: int) -> bytes:

@@ -32,6 +32,7 @@ class TransformerConfig(_TransformerConfig, total=False):
     """The section of SD3's MMDiT. Absent entries have the defaults of DiffusionKit's MMDiTConfig."""
 
     use_qk_norm: bool  # SD3.5
+    dual_attention_blocks: Annotated[int, Meta(ge=0, le=256)]  # first blocks with a second attention (SD3.5-Medium)
     mlp_ratio: Annotated[int, Meta(ge=1, le=64)]
     layer_norm_eps: Annotated[float, Meta(gt=0, le=1)]
     frequency_embed_dim: Side

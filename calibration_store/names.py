@@ -2,6 +2,7 @@
 
     mm0, uni3                    blocks: multimodal, unified
     mm0.img.attn.q_proj          a layer of a multimodal block: block, stream, role
+    mm0.img.attn2.q_proj         a layer of the second attention (SD3.5-Medium)
     uni3.mlp.fc2                 a layer of a unified block: block, role
 
 In NPZ files dots become underscores (mm0_img_attn_q_proj); the underscore of q_proj and its like stays one.
@@ -22,6 +23,8 @@ POST_GELU_SUFFIX = ".mlp.fc2"
 SHARED_INPUT = {
     "attn.k_proj": "attn.q_proj",
     "attn.v_proj": "attn.q_proj",
+    "attn2.k_proj": "attn2.q_proj",
+    "attn2.v_proj": "attn2.q_proj",
 }  # role -> the role whose input this one shares
 
 

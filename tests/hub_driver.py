@@ -33,7 +33,7 @@ from calibration_store.manifest import read_manifest
 from calibration_store.model_folder import weights_fingerprint
 from calibration_store.samples import read_sample
 from w4a8.model.catalog import describe_model, model_files
-from w4a8.model.diffusionkit import HUB_MMDIT_CONFIGS, FluxPipeline, MMDiT, model_io
+from w4a8.model.diffusionkit import FluxPipeline, MMDiT, model_io
 from w4a8.model.layers import model_layers
 from w4a8.model.loading import check_checkpoint, diffusionkit_pipeline
 from w4a8.model.location import Lora
@@ -91,7 +91,7 @@ def flux_latents(folder, half):
     folder: of the run; half: the run's precision, float32 or bfloat16. The checkpoint's k has biases of 0, since
     DiffusionKit leaves them out; timesteps are embedded as the original does.
     """
-    HUB_MMDIT_CONFIGS[SCHNELL].dtype = mx.float32
+    model_io._CONFIG[SCHNELL].dtype = mx.float32
     update = nn.Module.update
     MMDiT.update = lambda self, parameters: update(
         self, parameters, strict=False

@@ -221,7 +221,7 @@ class Layouts:
         self.rows.append(("A folder of `hf download --local-dir`", home.name, 0))
         qkv = {QKV: ("I8", np.zeros((3 * h, h), np.int8))}
         for words, name, tensors, message in (
-            ("SD3.5-Medium", "sd3-is-medium", sd3 | {block + "attn2.qkv.weight": zeros}, "this is SD3.5-Medium"),
+            ("SD3.5-Medium of another depth or width", "sd3-is-medium", sd3 | {block + "attn2.qkv.weight": zeros}, "1 of them with a second attention"),
             ("SD3 of another depth or width", "sd3-shallow", {n: a for n, a in sd3.items() if "joint_blocks.1." not in n}, "a transformer of SD3's kind with 1 blocks of 128 channels"),
             ("FLUX.1-Fill", "flux-fill", flux | {"img_in.weight": ("F16", np.zeros((h, 384), np.float16))}, "this is FLUX.1-Fill"),
             ("FLUX.1-Canny, FLUX.1-Depth", "flux-canny", flux | {"img_in.weight": ("F16", np.zeros((h, 128), np.float16))}, "this is FLUX.1-Canny or -Depth"),

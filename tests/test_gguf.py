@@ -16,7 +16,7 @@ from w4a8 import __version__
 from w4a8.evaluation.variants import export_variant, make_variant
 from w4a8.model.catalog import BUNDLED_FOLDER
 from w4a8.model.diffusionkit import MMDiT, model_io
-from w4a8.model.families import SD3
+from w4a8.model.families import FOLDER_FAMILY
 from w4a8.model.folder import transformer_config
 from w4a8.model.layers import model_layers
 from w4a8.options import ExportOptions
@@ -90,8 +90,8 @@ def test_diffusionkit_reads_the_gguf(gguf_file, emoji):
     half, single = gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.F32
     for tensor in gguf_file.tensors:
         assert tensor.tensor_type == (single if len(tensor.shape) == 1 else half) or tensor.name.endswith("weight")
-    weights = {SD3.prefix + t.name: mx.array(dequantized(t)) for t in gguf_file.tensors}
-    weights = model_io.mmdit_state_dict_adjustments(weights, prefix=SD3.prefix)
+    weights = {FOLDER_FAMILY.checkpoint.prefix + t.name: mx.array(dequantized(t)) for t in gguf_file.tensors}
+    weights = model_io.mmdit_state_dict_adjustments(weights, prefix=FOLDER_FAMILY.checkpoint.prefix)
     mmdit = MMDiT(transformer_config(BUNDLED_FOLDER, read_model_config(BUNDLED_FOLDER), mx.float32))
     mmdit.load_weights(list(weights.items()), strict=True)
     quantized = {f"{path}.weight" for path in quantized_paths(emoji.mmdit)}

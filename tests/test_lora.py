@@ -15,8 +15,10 @@ from calibration_store.errors import UserError
 from calibration_store.layout import EvaluationPaths
 from w4a8.cli.options import Lora
 from w4a8.model.catalog import BUNDLED_FOLDER, describe_model, model_fingerprint
-from w4a8.model.families import FLUX, SD3
+from w4a8.model.families import FAMILIES
 from w4a8.model.lora import with_loras
+
+SD3, FLUX = FAMILIES["sd3-medium"], FAMILIES["flux.1"]
 
 pytestmark = pytest.mark.slow
 

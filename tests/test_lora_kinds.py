@@ -9,9 +9,11 @@ from safetensors.numpy import save_file
 
 from calibration_store.errors import UserError
 from w4a8.model.diffusionkit import CLIPTextModel, CLIPTextModelConfig
-from w4a8.model.families import FLUX, SD3
+from w4a8.model.families import FAMILIES
 from w4a8.model.location import Lora
 from w4a8.model.lora import fuse_text_encoder, with_loras
+
+SD3, FLUX = FAMILIES["sd3-medium"], FAMILIES["flux.1"]
 
 HIDDEN, RANK, SCALE = 8, 2, 0.7
 NAME = "multimodal_transformer_blocks.0.image_transformer_block.attn.q_proj"

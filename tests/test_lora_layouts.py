@@ -15,10 +15,12 @@ from tiny_hub import MEDIUM, SCHNELL, run, tiny_hub
 from calibration_store.errors import UserError
 from w4a8.model.catalog import describe_model
 from w4a8.model.diffusionkit import SD3T5Encoder
-from w4a8.model.families import FLUX, SD3
+from w4a8.model.families import FAMILIES
 from w4a8.model.location import Lora
 from w4a8.model.lora import fuse_text_encoder
 from w4a8.model.t5 import T5Config
+
+SD3, FLUX = FAMILIES["sd3-medium"], FAMILIES["flux.1"]
 
 pytestmark = pytest.mark.slow
 

@@ -16,7 +16,8 @@ from calibration_store.layout import WeightPaths
 from calibration_store.rest_weights import read_migration, read_rest
 from w4a8.evaluation.variants import make_variant
 from w4a8.model.catalog import BUNDLED_FOLDER
-from w4a8.model.diffusionkit import HUB_MMDIT_CONFIGS, MMDiT
+from w4a8.model.dual_attention import empty_transformer
+from w4a8.model.families import family_of
 from w4a8.model.folder import load_folder_transformer
 from w4a8.model.layers import model_blocks, model_layers, note_latent_size, run_final_layer
 from w4a8.model.migration import migrate, migrated_together
@@ -62,14 +63,19 @@ def test_a_migrated_model_computes_the_same():
 
 @pytest.mark.parametrize(
     "hub_id, largest",
-    [("argmaxinc/mlx-stable-diffusion-3.5-large", 1e-3), ("argmaxinc/mlx-FLUX.1-schnell", 4e-3)],  # FLUX: bfloat16
+    [
+        ("argmaxinc/mlx-stable-diffusion-3.5-large", 1e-3),
+        ("stabilityai/stable-diffusion-3.5-medium", 1e-3),
+        ("argmaxinc/mlx-FLUX.1-schnell", 4e-3),
+    ],  # FLUX: bfloat16
 )
 def test_other_families_compute_the_same(hub_id, largest):
     """Normalized q and k, and FLUX's joined tokens, with few blocks and heads; unified blocks are left alone."""
-    config = HUB_MMDIT_CONFIGS[hub_id]
+    config = family_of(hub_id).config
     sizes = {"depth_multimodal": 2, "depth_unified": min(1, config.depth_unified), "num_heads": 2}
     width = 2 * (config.hidden_size // config.num_heads)
-    mmdit = MMDiT(dataclasses.replace(config, **sizes, hidden_size_override=width, low_memory_mode=False))
+    sizes["dual_attention_blocks"] = min(1, config.dual_attention_blocks)
+    mmdit = empty_transformer(dataclasses.replace(config, **sizes, hidden_size_override=width))
     mx.random.seed(3)
     mmdit.update(tree_map(lambda array: mx.random.normal(array.shape) * 0.05, mmdit.parameters()))
     note_latent_size(mmdit, (8, 8))

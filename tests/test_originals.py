@@ -11,8 +11,7 @@ from mlx.utils import tree_map
 from references.diffusers_transformers import GUIDANCE, HEADS, LAYERS, SIDES, TEXT, TIMESTEP, drawn
 from safetensors.numpy import save_file
 
-from w4a8.model.diffusionkit import HUB_MMDIT_CONFIGS
-from w4a8.model.families import FLUX, family_of
+from w4a8.model.families import family_of
 from w4a8.model.original_checkpoint import read_original_checkpoint
 from w4a8.model.original_model import original_names, original_transformer
 
@@ -20,9 +19,14 @@ REFERENCES = np.load(ROOT / "tests/references/diffusers_transformers.npz")
 MODELS = {
     "sd3": "argmaxinc/mlx-stable-diffusion-3-medium",
     "sd3.5-large": "argmaxinc/mlx-stable-diffusion-3.5-large",
+    "sd3.5-medium": "stabilityai/stable-diffusion-3.5-medium",
     "flux-schnell": "argmaxinc/mlx-FLUX.1-schnell",
     "flux-dev": "argmaxinc/mlx-FLUX.1-dev",
 }
+
+
+def is_flux(family):
+    return family.architecture == "flux"
 
 
 def tiny_transformer(name, folder, change=None):
@@ -30,9 +34,10 @@ def tiny_transformer(name, folder, change=None):
     family = family_of(MODELS[name])
     sizes = {"num_heads": HEADS, "depth_multimodal": LAYERS, "hidden_size_override": 128}
     sizes |= (
-        {"depth_unified": LAYERS, "rope_axes_dim": (8, 28, 28)} if family is FLUX else {"max_latent_resolution": 64}
+        {"depth_unified": LAYERS, "rope_axes_dim": (8, 28, 28)} if is_flux(family) else {"max_latent_resolution": 64}
     )
-    config = dataclasses.replace(HUB_MMDIT_CONFIGS[MODELS[name]], low_memory_mode=False, **sizes)
+    sizes |= {"dual_attention_blocks": 1} if name == "sd3.5-medium" else {}
+    config = dataclasses.replace(family.config, **sizes)
     guided = name == "flux-dev"
     model = original_transformer(config, original_names(config, guided), GUIDANCE if guided else None)
     arrays = {}
@@ -51,12 +56,12 @@ def tiny_transformer(name, folder, change=None):
 def velocity(model, family):
     """Return the velocity (1, h, w, 16) at the reference's inputs."""
     height, width = SIDES
-    if family is FLUX:  # diffusers takes patches of 2 x 2 as tokens of (channel, row, column)
+    if is_flux(family):  # diffusers takes patches of 2 x 2 as tokens of (channel, row, column)
         tokens = drawn("input tokens", (1, height * width // 4, 64)).reshape(height // 2, width // 2, 16, 2, 2)
         latent = tokens.transpose(0, 3, 1, 4, 2).reshape(1, height, width, 16)
     else:
         latent = drawn("input latent", (1, 16, height, width)).transpose(0, 2, 3, 1)
-    pooled = mx.array(drawn("input pooled", (1, 768 if family is FLUX else 2048)))
+    pooled = mx.array(drawn("input pooled", (1, 768 if is_flux(family) else 2048)))
     timestep = mx.array([TIMESTEP], mx.float32)
     model.cache_modulation_params(pooled, timestep)
     text = mx.array(drawn("input text", (1, TEXT, 4096)))[:, :, None]
@@ -67,7 +72,7 @@ def velocity(model, family):
 def reference(name, family):
     """Return diffusers' velocity (1, h, w, 16), float64."""
     found = REFERENCES[name].astype(np.float64)
-    if family is not FLUX:
+    if not is_flux(family):
         return found.transpose(0, 2, 3, 1)
     height, width = SIDES
     return found.reshape(height // 2, width // 2, 16, 2, 2).transpose(0, 3, 1, 4, 2).reshape(1, height, width, 16)

@@ -14,7 +14,7 @@ from calibration_store.model_folder import BOS, EOS
 from w4a8.model import t5
 from w4a8.model.clip_tokenizer import STAND_INS, ClipTokenizer
 from w4a8.model.diffusionkit import T5Tokenizer
-from w4a8.model.families import SD3
+from w4a8.model.families import FOLDER_FAMILY
 from w4a8.model.location import Lora
 from w4a8.model.lora import with_loras
 from w4a8.model.modulation import modulation_cache
@@ -35,7 +35,9 @@ def test_adapters_merge_as_in_peft_and_lycoris(tmp_path, kind):
     (tmp_path / "adapter_config.json").write_text(json.dumps(json.loads(str(PEFT["notes"]))[kind]))
     base, merged = PEFT[f"{kind}/base"], PEFT[f"{kind}/merged"]
     weights = {layer: mx.array(base.astype(np.float32)), "context_embedder.weight": mx.zeros((len(base), 4))}
-    found = np.array(with_loras(weights, SD3, [Lora(tmp_path / "adapter_model.safetensors")])[layer], np.float64)
+    found = np.array(
+        with_loras(weights, FOLDER_FAMILY, [Lora(tmp_path / "adapter_model.safetensors")])[layer], np.float64
+    )
     assert np.abs(merged - base).max() > 0.1
     np.testing.assert_allclose(found, merged, rtol=0, atol=1e-5 * np.abs(merged).max())
 

@@ -97,7 +97,7 @@ def plan_run(options: GenerationOptions, info: ModelInfo, prompts: Sequence[str]
     return {
         "format": MANIFEST_FORMAT,
         "model_version": info.version,
-        "architecture": info.family.name,
+        "architecture": info.family.architecture,
         "local_checkpoint": str(info.checkpoint) if info.checkpoint else None,
         **({"loras": [{"file": str(lora.file), "scale": lora.scale} for lora in info.loras]} if info.loras else {}),
         **({"guidance": info.guidance} if info.guidance is not None else {}),

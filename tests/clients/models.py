@@ -24,6 +24,10 @@ NAMES = {  # model -> (hub id, sizes in DiffusionKit's config)
         "argmaxinc/mlx-stable-diffusion-3.5-large",
         {"num_heads": 2, "depth_multimodal": 2, "hidden_size_override": 128},
     ),
+    "t2": (
+        "stabilityai/stable-diffusion-3.5-medium",
+        {"num_heads": 2, "depth_multimodal": 2, "hidden_size_override": 128, "dual_attention_blocks": 1},
+    ),
     "f1": ("argmaxinc/mlx-FLUX.1-schnell", {"depth_multimodal": 1, "depth_unified": 1}),
     "d1": ("argmaxinc/mlx-FLUX.1-dev", {"depth_multimodal": 1, "depth_unified": 1}),
     "m24": ("argmaxinc/mlx-stable-diffusion-3-medium", {}),
@@ -43,7 +47,7 @@ def main(name: str, folder: Path, k_bias: float | None) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     random_model = importlib.import_module("benchmarks.random_model")  # after HF_HOME is set
     toolkit = importlib.import_module("w4a8.model.catalog")
-    vars(toolkit.HUB_MMDIT_CONFIGS[repository]).update(sizes)
+    vars(toolkit.family_of(repository).config).update(sizes)
     random_model.write_text_encoders(home)
     original = random_model.write_checkpoint(home, repository)
     if toolkit.family_of(repository).needs_t5:
@@ -115,7 +119,6 @@ def compute(folder: Path) -> None:
     from mlx.utils import tree_map
 
     from w4a8.model.catalog import describe_model, with_guidance
-    from w4a8.model.families import FLUX
     from w4a8.model.folder import load_folder_transformer
     from w4a8.model.parts import cast
     from w4a8.model.transformer import open_transformer
@@ -125,7 +128,7 @@ def compute(folder: Path) -> None:
     inputs: dict[str, Any] = {
         "latent": random.standard_normal((1, *SIDES, 16)),
         "text": random.standard_normal((1, TEXT, 4096)),
-        "pooled": random.standard_normal((1, 768 if info.family is FLUX else 2048)),
+        "pooled": random.standard_normal((1, info.family.config.pooled_text_embed_dim)),
     }
     inputs = {key: array.astype(np.float32) for key, array in inputs.items()}
     found = {}

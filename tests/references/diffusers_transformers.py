@@ -23,6 +23,7 @@ FLUX = {"patch_size": 1, "in_channels": 64, "num_layers": LAYERS, "num_single_la
 MODELS = {  # name -> (class of diffusers, its options)
     "sd3": ("SD3Transformer2DModel", SD3),
     "sd3.5-large": ("SD3Transformer2DModel", SD3 | {"qk_norm": "rms_norm"}),
+    "sd3.5-medium": ("SD3Transformer2DModel", SD3 | {"qk_norm": "rms_norm", "dual_attention_layers": (0,)}),
     "flux-schnell": ("FluxTransformer2DModel", FLUX | {"guidance_embeds": False}),
     "flux-dev": ("FluxTransformer2DModel", FLUX | {"guidance_embeds": True}),
 }

@@ -23,32 +23,15 @@ from calibration_store.model_folder import (
 )
 from w4a8 import __version__
 from w4a8.model.checkpoint_contents import read_contents
-from w4a8.model.diffusionkit import (
-    HEIGHT,
-    HUB_MMDIT_CONFIGS,
-    HUB_MMDIT_FILES,
-    HUB_TEXT_ENCODERS,
-    HUB_TEXT_FILES,
-    MMDIT_CKPT,
-    SHIFT,
-    WIDTH,
-)
-from w4a8.model.families import Family, family_of
+from w4a8.model.diffusionkit import HUB_TEXT_ENCODERS, HUB_TEXT_FILES, MMDIT_CKPT
+from w4a8.model.families import HUB_MODELS, MODELS, Family, family_of
 from w4a8.model.hub_files import HubFileError, hub_file
 from w4a8.model.location import Lora
 from w4a8.model.model_source import WEIGHT_ENDS, lora_of, resolve_source, sampling_of
 
 BUNDLED_FOLDER = Path(__file__).resolve().parents[2] / "models" / BUNDLED_MODEL
-HUB_MODELS = tuple(key for key in MMDIT_CKPT if "4bit" not in key)
-HUB_VAE_DOWNSCALE = 8
-FLUX_VAE = (
-    "argmaxinc/mlx-FLUX.1-schnell",
-    "ae.safetensors",
-)  # the same autoencoder as FLUX.1-dev's, without its licence
-DEFAULT_STEPS = 50  # Euler steps
+DEFAULT_STEPS = 50  # Euler steps of a model folder
 COMPUTED = "with k's bias and float32 timesteps"  # how hub models are computed since 0.9.0, for their fingerprints
-DEFAULT_GUIDANCE = 3.5  # FLUX.1-dev's, in its own pipeline
-DISTILLED_STEPS = 4  # Euler steps that FLUX.1-schnell was distilled for
 
 
 class ModelError(UserError):
@@ -177,20 +160,20 @@ def _describe_name(name: str) -> ModelInfo:
 
 def _describe_hub_model(name: str) -> HubModel:
     """Describe one of HUB_MODELS."""
-    config, family = HUB_MMDIT_CONFIGS[name], family_of(name)
+    entry, family = MODELS[name], family_of(name)
     return HubModel(
         version=name,
         folder=None,
         hub_id=name,
-        latent_size=(HEIGHT[name] // HUB_VAE_DOWNSCALE, WIDTH[name] // HUB_VAE_DOWNSCALE),
-        max_latent_size=family.max_latent_size or config.max_latent_resolution,
-        patch_size=config.patch_size,
-        vae_downscale=HUB_VAE_DOWNSCALE,
-        cfg_weight=family.cfg_weight,
+        latent_size=entry.latent_size,
+        max_latent_size=family.latents.largest or family.config.max_latent_resolution,
+        patch_size=family.config.patch_size,
+        vae_downscale=family.latents.downscale,
+        cfg_weight=entry.cfg_weight,
         use_t5=True,
-        sampler_shift=SHIFT[name],
-        num_steps=DISTILLED_STEPS if "schnell" in name else DEFAULT_STEPS,
-        guidance=DEFAULT_GUIDANCE if "dev" in name else None,
+        sampler_shift=entry.shift,
+        num_steps=entry.num_steps,
+        guidance=entry.guidance,
     )
 
 
@@ -220,25 +203,24 @@ def model_files(info: ModelInfo, use_t5: bool, download: bool = False) -> dict[s
     own = folder_files(info.folder, info.hub_id is not None) if info.folder is not None else {}
     if info.hub_id is None:
         return own
-    repository = MMDIT_CKPT[info.hub_id]
-    transformer, text = HUB_MMDIT_FILES[repository], HUB_TEXT_FILES[HUB_TEXT_ENCODERS]
+    entry, original, text = MODELS[info.hub_id], info.family.checkpoint, HUB_TEXT_FILES[HUB_TEXT_ENCODERS]
     wanted = {part: (HUB_TEXT_ENCODERS, text[part]) for part in (*info.family.clip, *(["t5"] if use_t5 else []))}
-    wanted["vae"] = (repository, transformer["vae"])
+    wanted["vae"] = entry.vae
     in_folder = {"vae" if part == "decoder" else part for part in own}
     brought: dict[str, Path] = {}
     if info.checkpoint is None:
-        wanted["mmdit"] = (repository, transformer[info.hub_id])
+        wanted["mmdit"] = (entry.vae[0], entry.file)
     else:
         contents = read_contents(info.checkpoint)
         in_folder |= {part for part in info.family.clip if contents.clip(part)}
         brought = checkpoint_roles(contents.files)
         del wanted["vae"]  # SD3's is in the checkpoint, or decodes alone (cached_vae): the latents do not depend on it
-        if not contents.vae and not info.family.vae_inside:
-            beside = info.checkpoint.parent / transformer["vae"]
+        if not contents.vae and not original.vae_inside:
+            beside = info.checkpoint.parent / entry.vae[1]
             if beside.is_file():
                 brought["vae"] = beside
             else:
-                wanted["vae"] = FLUX_VAE
+                wanted["vae"] = original.vae or entry.vae
     wanted = {role: where for role, where in wanted.items() if role not in in_folder}
     try:
         files = {role: hub_file(*where, download) for role, where in wanted.items()}
@@ -254,12 +236,11 @@ def cached_vae(info: ModelInfo) -> Path | None:
 
     The file holds the hub's whole model, so that it is not fetched for its VAE alone.
     """
-    if info.checkpoint is None or not info.family.vae_inside or info.hub_id is None:
+    if info.checkpoint is None or not info.family.checkpoint.vae_inside or info.hub_id is None:
         return None
     for name in (info.hub_id, *(other for other in HUB_MODELS if family_of(other) is info.family)):
-        repository = MMDIT_CKPT[name]
         with suppress(HubFileError):
-            return hub_file(repository, HUB_MMDIT_FILES[repository]["vae"])
+            return hub_file(*MODELS[name].vae)
     return None
 
 

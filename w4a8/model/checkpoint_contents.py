@@ -14,14 +14,13 @@ from safetensors import SafetensorError, safe_open
 
 from calibration_store.errors import UserError
 from calibration_store.safetensors_header import weight_shapes
-from w4a8.model.diffusionkit import HUB_MMDIT_CONFIGS
-from w4a8.model.families import FLUX, SD3, Family
+from w4a8.model.families import FAMILIES, MODELS, Family
 from w4a8.model.gguf_weights import gguf_shapes, is_gguf
 from w4a8.model.weight_files import refuse_other_kinds
 
 ORIGINAL, DIFFUSERS = "original", "diffusers"
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "")
-FIRST_BLOCKS = (("joint_blocks.0.", ORIGINAL), ("double_blocks.0.", ORIGINAL), ("transformer_blocks.0.", DIFFUSERS))
+FIRST_OF_DIFFUSERS = "transformer_blocks.0."
 BLOCK_KEY = re.compile(r"(?:joint_blocks|double_blocks|(?<!single_)transformer_blocks)\.(\d+)\.")
 VAE_PREFIXES = ("first_stage_model.", "vae.", "")
 CLIP = "text_encoders.{}.transformer."
@@ -30,10 +29,9 @@ OTHER_PARTS = {  # how keys of parts that are not read begin -> the part
     "conditioner.": "text encoders", "cond_stage_model.": "text encoders", "vae.": "VAE", "first_stage_model.": "VAE",
 }  # fmt: skip
 SHARD = re.compile(r"-\d{5}-of-(\d{5})\.safetensors$")
-OURS = "SD3-Medium, SD3.5-large, FLUX.1-schnell and -dev"
+OURS = ", ".join(entry.title for entry in MODELS.values())
 # A part of a key that only one model has -> the model, for checkpoints that are none of ours.
 STRANGERS = (
-    (".attn2.", "SD3.5-Medium"),
     ("distilled_guidance_layer.", "Chroma"),
     ("double_stream_modulation", "FLUX.2"),
     ("noise_refiner.", "Z-Image or Lumina"),
@@ -72,7 +70,7 @@ class Contents:
     shapes: Mapping[str, tuple[int, ...]]  # of every array, by its key
     prefix: str  # of the transformer
     layout: str | None  # ORIGINAL or DIFFUSERS; None: no transformer
-    family: Family | None
+    architecture: str | None
     title: str  # the file's name, and the title in its metadata
 
     @property
@@ -111,28 +109,40 @@ class Contents:
 
     def hub_id(self) -> str:
         """Return the hub's model that has this transformer's blocks, width and norms. Raises UserError for another."""
-        if self.family is None:
+        if self.architecture is None:
             refuse_stranger(self.path, self.shapes)
         keys = self.transformer
         refuse_relatives(self.path, keys, self.title)
-        if self.family is FLUX:
-            guided = any("guidance_in." in key or "guidance_embedder." in key for key in keys)
-            return next(name for name in _models_of(FLUX) if ("dev" in name) == guided)
-        depth = 1 + max(int(found[1]) for found in map(BLOCK_KEY.match, keys) if found)
-        width = keys.get("context_embedder.weight", (0,))[0]
-        normed = any(".ln_q." in key or ".norm_q." in key for key in keys)
-        for name in _models_of(SD3):
-            config = HUB_MMDIT_CONFIGS[name]
-            if (config.depth_multimodal, config.hidden_size, bool(config.use_qk_norm)) == (depth, width, normed):
-                return name
-        raise UserError(
-            f"{self.path}: a transformer of SD3's kind with {depth} blocks of {width} channels, which this toolkit does "
-            f"not know; it knows {OURS}"
-        )
+        families = [family for family in FAMILIES.values() if family.architecture == self.architecture]
+        if len(families) > 1:
+            families = [family for family in families if sizes_of(family) == sizes_in(keys)]
+        if not families:
+            depth, width, _, dual = sizes_in(keys)
+            second = f", {dual} of them with a second attention" if dual else ""
+            raise UserError(
+                f"{self.path}: a transformer of SD3's kind with {depth} blocks of {width} channels{second}, which this "
+                f"toolkit does not know; it knows {OURS}"
+            )
+        first, *others = families[0].models
+        for entry in others:
+            words = re.split(r"[^a-z0-9]+", self.title.lower())
+            if any(mark in key for mark in entry.told_by_keys for key in keys) or entry.told_by_title in words:
+                return entry.id
+        return first.id
 
 
-def _models_of(family: Family) -> list[str]:
-    return [name for name in HUB_MMDIT_CONFIGS if "4bit" not in name and ("FLUX" in name) == (family is FLUX)]
+def sizes_of(family: Family) -> tuple[int, int, bool, int]:
+    """Return what tells transformers of one architecture apart: depth, width, whether q and k are normalized, dual blocks."""
+    config = family.config
+    return config.depth_multimodal, config.hidden_size, bool(config.use_qk_norm), config.dual_attention_blocks
+
+
+def sizes_in(keys: Mapping[str, tuple[int, ...]]) -> tuple[int, int, bool, int]:
+    """Return what `sizes_of` returns, from the keys and shapes of a checkpoint's transformer."""
+    found = [(int(block[1]), key) for key in keys if (block := BLOCK_KEY.match(key))]
+    width = keys.get("context_embedder.weight", (0,))[0]
+    normed = any(".ln_q." in key or ".norm_q." in key for key in keys)
+    return 1 + max(number for number, _ in found), width, normed, len({n for n, key in found if ".attn2." in key})
 
 
 def read_contents(path: Path) -> Contents:
@@ -154,19 +164,15 @@ def _contents_of(path: Path, files: tuple[Path, ...], stamps: tuple[tuple[int, i
         refuse_other_kinds(file)
         shapes |= gguf_shapes(file) if is_gguf(file) else weight_shapes(file)
     for prefix in PREFIXES:
-        for first, layout in FIRST_BLOCKS:
-            if any(key.startswith(prefix + first) for key in shapes):
-                family = _family_of_keys(shapes, prefix, first)
-                return Contents(path, files, shapes, prefix, layout if family else None, family, title_of(files[0]))
+        for family in FAMILIES.values():
+            if any(key.startswith(prefix + family.checkpoint.first_block) for key in shapes):
+                return Contents(path, files, shapes, prefix, ORIGINAL, family.architecture, title_of(files[0]))
+        if any(key.startswith(prefix + FIRST_OF_DIFFUSERS) for key in shapes):
+            families = (each for each in FAMILIES.values() if prefix + each.checkpoint.only_in_diffusers in shapes)
+            known = next(families, None)
+            layout, architecture = (DIFFUSERS, known.architecture) if known is not None else (None, None)
+            return Contents(path, files, shapes, prefix, layout, architecture, title_of(files[0]))
     return Contents(path, files, shapes, "", None, None, title_of(files[0]))
-
-
-def _family_of_keys(shapes: Mapping[str, object], prefix: str, first: str) -> Family | None:
-    if first != "transformer_blocks.0.":
-        return SD3 if first == "joint_blocks.0." else FLUX
-    if any(key.startswith(f"{prefix}single_transformer_blocks.0.") for key in shapes):
-        return FLUX
-    return SD3 if f"{prefix}pos_embed.proj.weight" in shapes else None
 
 
 def title_of(path: Path) -> str:

@@ -13,13 +13,10 @@ from w4a8.model import t5
 with deferred("coremltools", "torch", transformers=t5):
     from diffusionkit.mlx import (
         MMDIT_CKPT,
-        T5_MAX_LENGTH,
         CFGDenoiser,
         DiffusionPipeline,
-        FluxLatentFormat,
         FluxPipeline,
         LatentFormat,
-        SD3LatentFormat,
         append_dims,
         model_io,
     )
@@ -31,13 +28,19 @@ with deferred("coremltools", "torch", transformers=t5):
         VAEDecoderConfig,
         VAEEncoderConfig,
     )
-    from diffusionkit.mlx.mmdit import MLPEmbedder, MMDiT, TimestepAdapter, unpatchify
-    from diffusionkit.mlx.model_io import _CONFIG as HUB_MMDIT_CONFIGS
+    from diffusionkit.mlx.mmdit import (
+        Attention,
+        MLPEmbedder,
+        MMDiT,
+        QKNorm,
+        TimestepAdapter,
+        TransformerBlock,
+        affine_transform,
+        unpatchify,
+    )
     from diffusionkit.mlx.model_io import _DEFAULT_MODEL as HUB_TEXT_ENCODERS
-    from diffusionkit.mlx.model_io import _MMDIT as HUB_MMDIT_FILES
     from diffusionkit.mlx.model_io import _MODELS as HUB_TEXT_FILES
     from diffusionkit.mlx.sampler import FluxSampler, ModelSamplingDiscreteFlow
-    from diffusionkit.mlx.scripts.generate_images import HEIGHT, SHIFT, WIDTH
     from diffusionkit.mlx.t5 import SD3T5Encoder
     from diffusionkit.mlx.tokenizer import T5Tokenizer, Tokenizer
     from diffusionkit.mlx.vae import VAEDecoder, VAEEncoder, upsample_nearest
@@ -47,8 +50,7 @@ for _name in logging.root.manager.loggerDict:
         logging.getLogger(_name).setLevel(logging.ERROR)  # their INFO lines cut through progress bars
 
 __all__ = [  # noqa: RUF022
-    "MMDIT_CKPT", "HUB_MMDIT_CONFIGS", "HUB_MMDIT_FILES", "HUB_TEXT_ENCODERS", "HUB_TEXT_FILES", "HEIGHT", "WIDTH",
-    "SHIFT", "T5_MAX_LENGTH", "DiffusionPipeline", "FluxPipeline", "CFGDenoiser", "ModelSamplingDiscreteFlow",
-    "FluxSampler", "LatentFormat", "SD3LatentFormat", "FluxLatentFormat", "append_dims", "model_io",
-    "MLPEmbedder", "MMDiT", "TimestepAdapter", "unpatchify", "MMDiTConfig", "PositionalEncoding", "CLIPTextModel", "CLIPTextModelConfig", "SD3T5Encoder", "Tokenizer",
+    "MMDIT_CKPT", "HUB_TEXT_ENCODERS", "HUB_TEXT_FILES", "DiffusionPipeline", "FluxPipeline", "CFGDenoiser", "ModelSamplingDiscreteFlow",
+    "FluxSampler", "LatentFormat", "append_dims", "model_io",
+    "Attention", "MLPEmbedder", "MMDiT", "QKNorm", "TimestepAdapter", "TransformerBlock", "affine_transform", "unpatchify", "MMDiTConfig", "PositionalEncoding", "CLIPTextModel", "CLIPTextModelConfig", "SD3T5Encoder", "Tokenizer",
     "T5Tokenizer", "VAEDecoder", "VAEDecoderConfig", "VAEEncoder", "VAEEncoderConfig", "upsample_nearest",]  # fmt: skip

@@ -1,6 +1,5 @@
 """Load models from a folder: in sd3-emoji's layout, or with the exported transformer of a hub model."""
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,13 +19,13 @@ from calibration_store.safetensors_header import weight_shapes
 from w4a8.model.catalog import FolderModel, ModelError
 from w4a8.model.clip_tokenizer import ClipTokenizer
 from w4a8.model.diffusionkit import (
-    HUB_MMDIT_CONFIGS,
     CLIPTextModel,
     CLIPTextModelConfig,
     MMDiT,
-    MMDiTConfig,
     VAEDecoder,
 )
+from w4a8.model.dual_attention import TransformerSizes
+from w4a8.model.families import family_of
 from w4a8.model.folder_t5 import load_folder_pieces, load_folder_t5
 from w4a8.model.location import Lora
 from w4a8.model.lora import fuse_text_encoder
@@ -104,17 +103,17 @@ class FolderPipeline(Pipeline):
         return tokenizer
 
 
-def transformer_config(folder: Path, config: Mapping[str, Any], dtype: mx.Dtype) -> MMDiTConfig:
+def transformer_config(folder: Path, config: Mapping[str, Any], dtype: mx.Dtype) -> TransformerSizes:
     """Make DiffusionKit's config of a model folder's transformer. config: the content of its config.json.
 
     dtype: what timesteps are embedded in where config.json says nothing; a hub model's config has its own.
     """
     if "base_model" in config:
-        return dataclasses.replace(HUB_MMDIT_CONFIGS[config["base_model"]], low_memory_mode=False)
+        return family_of(config["base_model"]).config
     own = dict(config["mmdit"])
     own["hidden_size_override"] = own.pop("hidden_size")
     embedded = own.pop("timestep_dtype", None)
-    return MMDiTConfig(**own, low_memory_mode=False, dtype=getattr(mx, embedded) if embedded else dtype)
+    return TransformerSizes(**own, low_memory_mode=False, dtype=getattr(mx, embedded) if embedded else dtype)
 
 
 def load_folder_transformer(

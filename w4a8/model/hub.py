@@ -13,9 +13,7 @@ from huggingface_hub import constants as hub_constants
 from calibration_store.model_folder import weight_file
 from w4a8.model.catalog import ExportedHubModel, HubModel, ModelError, model_files
 from w4a8.model.diffusionkit import (
-    HUB_MMDIT_CONFIGS,
     HUB_TEXT_ENCODERS,
-    MMDIT_CKPT,
     CLIPTextModel,
     VAEDecoder,
     model_io,
@@ -40,8 +38,8 @@ class HubPipeline(Pipeline):
         """
         super().__init__(info, parts, use_t5, native)
         self.instead, self.unreachable = instead, _reach_hub()
-        self.mmdit_config = HUB_MMDIT_CONFIGS[info.hub_id]
-        self.mmdit_ckpt, self.model = MMDIT_CKPT[info.hub_id], HUB_TEXT_ENCODERS
+        self.mmdit_config = info.family.config
+        self.model = HUB_TEXT_ENCODERS
         self.model_version = info.hub_id  # DiffusionKit looks its files up by this name
         with self.explained():
             model_files(info, use_t5, download=True)

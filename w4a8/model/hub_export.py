@@ -13,14 +13,13 @@ from calibration_store.model_folder import T5_PART, T5_PIECES
 from w4a8.model.catalog import ModelError, ModelInfo
 from w4a8.model.checkpoint_contents import read_contents
 from w4a8.model.diffusionkit import (
-    HUB_MMDIT_CONFIGS,
-    T5_MAX_LENGTH,
     MMDiTConfig,
     VAEDecoderConfig,
     VAEEncoder,
     VAEEncoderConfig,
     model_io,
 )
+from w4a8.model.families import MODELS
 from w4a8.model.folder_t5 import t5_section
 from w4a8.model.hub_files import hub_file
 from w4a8.model.hub_parts import text_file, vae_arrays
@@ -79,7 +78,7 @@ def hub_tokenizer(use_t5: bool) -> list[Path]:
 def complete_hub_config(info: ModelInfo, t5: nn.Module | None) -> dict[str, Any]:
     """Make the config.json of a model folder that holds a hub model. t5: its T5, with packed layers or without; or none."""
     config: dict[str, Any] = {"name": info.version.rpartition("/")[2]}
-    config["mmdit"] = transformer_section(HUB_MMDIT_CONFIGS[info.version])
+    config["mmdit"] = transformer_section(info.family.config)
     for part, padded in (("clip_l", True), ("clip_g", False)):
         found = orjson.loads(text_file(f"{part}_config").read_bytes())
         config[part] = {
@@ -100,7 +99,7 @@ def complete_hub_config(info: ModelInfo, t5: nn.Module | None) -> dict[str, Any]
         "downscale": info.vae_downscale,
     }
     if t5 is not None:
-        config["t5"] = t5_section(t5, vars(T5Config.from_pretrained(REPOSITORY)), T5_MAX_LENGTH[info.version])
+        config["t5"] = t5_section(t5, vars(T5Config.from_pretrained(REPOSITORY)), MODELS[info.version].t5_tokens)
     return config | {
         "latent_format": {"scale_factor": latents.scale_factor, "shift_factor": latents.shift_factor},
         "latent_size": list(info.latent_size),

@@ -11,7 +11,7 @@ import mlx.nn as nn
 import orjson
 from mlx.utils import tree_flatten, tree_unflatten
 
-from w4a8.model.catalog import FLUX_VAE, ModelError, ModelInfo, cached_vae, model_files
+from w4a8.model.catalog import ModelError, ModelInfo, cached_vae, model_files
 from w4a8.model.checkpoint_contents import read_contents
 from w4a8.model.clip_tokenizer import ClipTokenizer
 from w4a8.model.diffusionkit import (
@@ -22,7 +22,7 @@ from w4a8.model.diffusionkit import (
     SD3T5Encoder,
     model_io,
 )
-from w4a8.model.families import FLUX
+from w4a8.model.families import MODELS
 from w4a8.model.hub_files import hub_file
 from w4a8.model.model_source import sampling_of
 from w4a8.model.original_checkpoint import some
@@ -52,12 +52,14 @@ def describe_checkpoint(info: ModelInfo, use_t5: bool) -> list[str]:
         [f"T5's config of {REPOSITORY}"] if use_t5 else []
     )
     vae = (model_files(info, use_t5) or {}).get("vae")
-    if not contents.vae and not family.vae_inside:
+    if not contents.vae and not family.checkpoint.vae_inside:
         others.append(
-            f"the VAE is {vae}" if vae and vae.parent == info.checkpoint.parent else "VAE of {} ({})".format(*FLUX_VAE)
+            f"the VAE is {vae}"
+            if vae and vae.parent == info.checkpoint.parent
+            else "VAE of {} ({})".format(*(family.checkpoint.vae or MODELS[info.hub_id or ""].vae))
         )
     sentences.append(f"from the hub, nothing of it gated: {'; '.join(others)}")
-    if not contents.vae and family.vae_inside and cached_vae(info):
+    if not contents.vae and family.checkpoint.vae_inside and cached_vae(info):
         sentences.append(f"{title}: holds no VAE; images are decoded by that of {cached_vae(info)}")
     asked = sampling_of(contents, info.hub_id or "")
     if asked.num_steps:
@@ -65,7 +67,7 @@ def describe_checkpoint(info: ModelInfo, use_t5: bool) -> list[str]:
             f"{title}: its name says {asked.num_steps} steps, without guidance; --num-steps and --cfg-weight say otherwise"
         )
     guided = any("guidance_in." in key for key in contents.transformer)
-    if guided and family is FLUX and "dev" not in (info.hub_id or ""):
+    if guided and info.guidance is None:
         sentences.append(
             f"{title}: has FLUX.1-dev's guidance embedding; {info.num_steps} steps are schnell's: see --num-steps"
         )

@@ -117,9 +117,9 @@ class Block(ABC):
         return [
             Layer(f"{prefix}.{part}.{key}", getattr(stream, part), key)
             for prefix, stream in self.streams.items()
-            for part, keys in (("attn", ATTENTION_LINEARS), ("mlp", MLP_LINEARS))
+            for part, keys in (("attn", ATTENTION_LINEARS), ("attn2", ATTENTION_LINEARS), ("mlp", MLP_LINEARS))
             for key in keys
-            if key in getattr(stream, part, {}) and not isinstance(getattr(stream, part)[key], nn.Identity)
+            if key in stream.get(part, {}) and not isinstance(stream[part][key], nn.Identity)
         ]
 
     def run(self, tokens: Sequence[mx.array], modulation_input: mx.array) -> list[mx.array]:
@@ -141,7 +141,10 @@ class Block(ABC):
 
 
 class MultimodalBlock(Block):
-    """A block with streams for image and text tokens that meet in attention; the last one of SD3 gives no text."""
+    """A block with streams for image and text tokens that meet in attention; the last one of SD3 gives no text.
+
+    In the first blocks of SD3.5-Medium the image stream attends a second time, by itself (attn2).
+    """
 
     prefix, attribute = MULTIMODAL, "multimodal_transformer_blocks"
 

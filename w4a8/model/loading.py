@@ -66,7 +66,7 @@ def check_checkpoint(info: ModelInfo, parts: Parts) -> None:
         return
     if TRANSFORMER in parts:
         open_transformer(info, headers_only=True)
-    missing = DECODER in parts and info.family.vae_inside and not read_contents(info.checkpoint).vae
+    missing = DECODER in parts and info.family.checkpoint.vae_inside and not read_contents(info.checkpoint).vae
     if missing and cached_vae(info) is None:
         raise ModelError(
             f"{info.checkpoint}: holds no VAE, and {info.hub_id} is not in the local cache of the hub, from which it would "

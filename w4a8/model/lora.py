@@ -150,7 +150,7 @@ PROBABLY = (
 def probably(keys: Sequence[str], family: Family) -> str:
     """Return a hint at the model or the part that keys without a layer here belong to."""
     for mark, what in PROBABLY:
-        if any(mark in key for key in keys) and not what.lower().startswith(f"{family.name}'s"):
+        if any(mark in key for key in keys) and not what.lower().startswith(f"{family.architecture}'s"):
             return f"; probably {what}" if what.endswith(("LoRA", "'s")) else f"; {what}"
     return "; the file was made for another model"
 

@@ -56,8 +56,8 @@ def needs_of(pipeline: Pipeline, latent_size: tuple[int, int], images: int, guid
     weights = dict.fromkeys((TEXT, TRANSFORMER, DECODER), 0)
     for part, roles, prefix in (
         (TEXT, ("clip_l", "clip_g", "t5"), ""),
-        (TRANSFORMER, ("mmdit",), info.family.prefix if info.folder is None else ""),
-        (DECODER, ("vae", "decoder"), f"{info.family.vae_prefix}decoder." if "decoder" not in files else ""),
+        (TRANSFORMER, ("mmdit",), info.family.checkpoint.prefix if info.folder is None else ""),
+        (DECODER, ("vae", "decoder"), f"{info.family.checkpoint.vae_prefix}decoder." if "decoder" not in files else ""),
     ):
         if part in parts:
             size = getattr(mx, parts[part]).size
@@ -100,7 +100,10 @@ def pass_bytes(
     arrays = TOKEN_ARRAYS * rows * tokens * config.hidden_size
     if mx.default_device() == mx.Device(mx.cpu):
         arrays += SCORE_ARRAYS * rows * config.num_heads * tokens**2
-    modulation = (12 * config.depth_multimodal + 3 * config.depth_unified + 2) * config.hidden_size * rows * timesteps
+    dual = getattr(config, "dual_attention_blocks", 0)
+    modulation = (
+        (12 * config.depth_multimodal + 3 * (dual + config.depth_unified) + 2) * config.hidden_size * rows * timesteps
+    )
     return int((arrays + modulation) * itemsize)
 
 

@@ -11,27 +11,38 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from w4a8.model.layers import Block, MultimodalBlock, model_blocks
+from w4a8.model.layers import Block, Layer, MultimodalBlock, model_blocks
 
-MODULATED = {"attn": (0, 1), "mlp": (3, 4)}  # where an input's shift and scale stand among adaLN's outputs
+VALUES = {
+    "attn.o_proj": "attn.v_proj",
+    "attn2.o_proj": "attn2.v_proj",
+}  # what an attention gives -> what makes its values
+MODULATED = {
+    "attn": (0, 1),
+    "mlp": (3, 4),
+    "attn2": (6, 7),
+}  # where an input's shift and scale stand among adaLN's outputs
 
 
 def migrated_together(block: Block, kept: Sequence[str] = ()) -> list[list[str]]:
     """Return the groups of a block's layers that share one array of multipliers: q, k and v of a stream; fc1; o_proj.
 
-    Attention mixes the tokens of both streams, so their o_proj share one. kept: layers whose weights must not change; a
-    group whose input they read or make is left out.
+    Attention mixes the tokens of both streams, so their o_proj share one; a second attention's has one of its own. kept:
+    layers whose weights must not change; a group whose input they read or make is left out.
     """
     if not isinstance(block, MultimodalBlock):
         return []
     groups: dict[str, list[str]] = {}
     for layer in block.layers:
         if not layer.is_post_gelu:
-            values = layer.role == "attn.o_proj"
-            groups.setdefault("values" if values else layer.input_owner, []).append(layer.name)
-    makers = [layer.name for layer in block.layers if layer.role == "attn.v_proj"]
-    touched = {key: [*names, *(makers if key == "values" else ())] for key, names in groups.items()}
+            groups.setdefault(VALUES.get(layer.role, layer.input_owner), []).append(layer.name)
+    touched = {key: [*names, *(layer.name for layer in makers_of(block, key))] for key, names in groups.items()}
     return [names for key, names in groups.items() if not set(touched[key]) & set(kept)]
+
+
+def makers_of(block: Block, role: str) -> list[Layer]:
+    """Return the layers of a role, such as the value projections whose values an o_proj reads."""
+    return [layer for layer in block.layers if layer.role == role]
 
 
 def migrate(mmdit: nn.Module, multipliers: Mapping[str, np.ndarray]) -> None:
@@ -49,12 +60,12 @@ def migrate(mmdit: nn.Module, multipliers: Mapping[str, np.ndarray]) -> None:
             for name in names:
                 module = layers[name].module
                 module["weight"] = module["weight"] * m
-            if layers[names[0]].role == "attn.o_proj":
-                for layer in block.layers:
-                    if layer.role == "attn.v_proj":
-                        layer.module["weight"] = layer.module["weight"] / m[:, None]
-                        if layer.bias is not None:
-                            layer.module["bias"] = layer.bias / m
+            role = layers[names[0]].role
+            if role in VALUES:
+                for layer in makers_of(block, VALUES[role]):
+                    layer.module["weight"] = layer.module["weight"] / m[:, None]
+                    if layer.bias is not None:
+                        layer.module["bias"] = layer.bias / m
             else:
                 prefix, part = names[0].rsplit(".", 2)[:2]
                 divide_modulated(block.streams[prefix], MODULATED[part], m, half)

@@ -13,20 +13,18 @@ from calibration_store.errors import OptionError, UserError
 from calibration_store.layout import ADAPTER_CONFIG
 from calibration_store.model_folder import CONFIG_FILE
 from w4a8.model.checkpoint_contents import SHARD, Contents, read_contents
-from w4a8.model.diffusionkit import HUB_MMDIT_FILES, MMDIT_CKPT
+from w4a8.model.diffusionkit import MMDIT_CKPT
+from w4a8.model.families import MODELS
 from w4a8.model.location import Lora
 
 WEIGHT_ENDS = (".safetensors", ".sft", ".safetensors.index.json", ".gguf")
 DIFFUSERS_FILES = ("diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.safetensors")
-KNOWN_NAMES = frozenset(name for files in HUB_MMDIT_FILES.values() for name in files.values()) | {
-    "flux1-schnell.safetensors", "flux1-dev.safetensors",
-}  # fmt: skip
+KNOWN_NAMES = frozenset(name for entry in MODELS.values() for name in (entry.file, entry.vae[1], *entry.other_names))
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(?:/[\w./ -]+\.safetensors)?")
 LORA_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # PEFT's name, and diffusers'
 # Whole words: a hyperrealistic model takes as many steps as any other, and epoch-10_step-500 says how it was trained.
 FEW_STEPS = re.compile(r"(?<![a-z])(?:turbo|lightning|hyper|lcm|fast)(?![a-z])", re.IGNORECASE)
 COUNTED_STEPS = re.compile(r"(?<![a-z0-9])(\d{1,2})[-_ ]?steps?(?![a-z]|[-_ ]?\d)", re.IGNORECASE)
-TURBO_STEPS = {"3.5-large": 4}  # SD3.5-large-turbo
 
 
 def resolve_source(name: str, checkpoint: Path | None) -> tuple[str, Path | None]:
@@ -35,7 +33,7 @@ def resolve_source(name: str, checkpoint: Path | None) -> tuple[str, Path | None
     `name` may itself be a checkpoint, or a folder with one; it gives what --local-checkpoint would. Raises UserError for
     two checkpoints, and for a file that holds none of our models.
     """
-    if name in MMDIT_CKPT or (name and not _is_foreign(Path(name).expanduser())):
+    if name in MODELS or name in MMDIT_CKPT or (name and not _is_foreign(Path(name).expanduser())):
         return name, None if checkpoint is None else checkpoint_of(checkpoint)
     if not name:
         return name, checkpoint
@@ -151,7 +149,6 @@ def sampling_of(contents: Contents, hub_id: str) -> Sampling:
     counted, few = COUNTED_STEPS.search(contents.title), FEW_STEPS.search(contents.title)
     if counted is None and few is None:
         return Sampling()
-    turbo = next(
-        (steps for part, steps in TURBO_STEPS.items() if part in hub_id and few and "turbo" in few[0].lower()), 0
-    )
-    return Sampling(int(counted[1]) if counted else turbo, 0.0)
+    entry = MODELS.get(hub_id)
+    known = entry.num_steps if entry is not None and entry.told_by_title else 0
+    return Sampling(int(counted[1]) if counted else known, 0.0)

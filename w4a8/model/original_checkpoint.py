@@ -12,51 +12,9 @@ from calibration_store.errors import UserError
 from w4a8.model.checkpoint_contents import DIFFUSERS, Contents, read_contents, refuse_relatives, refuse_stranger
 from w4a8.model.diffusers_layout import original_arrays
 from w4a8.model.diffusionkit import MMDiT
-from w4a8.model.families import SD3, Family
+from w4a8.model.families import Family
 from w4a8.model.gguf_weights import is_gguf
-from w4a8.model.original_model import GUIDANCE_PREFIX, K_BIAS
 from w4a8.model.weight_files import load_arrays
-
-# The parts of DiffusionKit's names -> those of the original checkpoints.
-SD3_PARTS = (
-    ("multimodal_transformer_blocks", "joint_blocks"),
-    ("image_transformer_block", "x_block"),
-    ("text_transformer_block", "context_block"),
-    ("x_pos_embedder.pos_embed.weight", "pos_embed"),
-    ("qk_norm.q_norm", "attn.ln_q"),
-    ("qk_norm.k_norm", "attn.ln_k"),
-    ("attn.o_proj", "attn.proj"),
-    (".layers.", "."),
-)
-FLUX_PARTS = (
-    ("multimodal_transformer_blocks", "double_blocks"),
-    ("unified_transformer_blocks", "single_blocks"),
-    (".image_transformer_block.", ".img_"),
-    (".text_transformer_block.", ".txt_"),
-    (".transformer_block.attn.o_proj", ".linear2"),
-    (".transformer_block.mlp.fc2", ".linear2"),
-    (".transformer_block.mlp.fc1", ".linear1"),
-    (".transformer_block.attn.qkv", ".linear1"),
-    (".transformer_block.adaLN_modulation.layers.1", ".modulation.lin"),
-    (".transformer_block.qk_norm", ".norm"),
-    ("_qk_norm", "_attn.norm"),
-    ("q_norm.weight", "query_norm.scale"),
-    ("k_norm.weight", "key_norm.scale"),
-    ("attn.o_proj", "attn.proj"),
-    ("mlp.fc1", "mlp.0"),
-    ("mlp.fc2", "mlp.2"),
-    ("g_adaLN_modulation.layers.1", "g_mod.lin"),
-    ("t_adaLN_modulation.layers.1", "t_mod.lin"),
-    ("x_embedder.proj", "img_in"),
-    ("context_embedder", "txt_in"),
-    ("t_embedder", "time_in"),
-    ("y_embedder.guidance_in", "guidance_in"),
-    ("y_embedder", "vector_in"),
-    ("mlp.layers.0", "in_layer"),
-    ("mlp.layers.2", "out_layer"),
-    (".layers.", "."),
-)
-QKV = re.compile(r"attn\.([qkv])_proj")
 
 
 @dataclass(frozen=True, order=True)
@@ -71,18 +29,13 @@ class CheckpointSlice:
 def checkpoint_slice(family: Family, name: str, hidden: int) -> CheckpointSlice:
     """Locate a parameter by its name in DiffusionKit. hidden: the transformer's width.
 
-    q, k and v are one tensor in a checkpoint, and in FLUX's unified blocks fc1 is part of it, too.
+    The declaration says which parameters are parts of one tensor: q, k and v, and in FLUX's unified blocks fc1, too.
     """
-    joined = QKV.search(name)
-    row = "qkv".index(joined[1]) * hidden if joined else 0
-    column, key = 0, QKV.sub("attn.qkv", name)
-    for ours, theirs in SD3_PARTS if family is SD3 else FLUX_PARTS:
+    key = name
+    for ours, theirs in family.names.original:
         key = key.replace(ours, theirs)
-    if "unified" in name and name.endswith(("mlp.fc1.weight", "mlp.fc1.bias")):
-        row = 3 * hidden
-    if "unified" in name and name.endswith("mlp.fc2.weight"):
-        column = hidden
-    return CheckpointSlice(key, row, column)
+    place = next((each for each in family.names.joined if re.search(each.name, name)), None)
+    return CheckpointSlice(key) if place is None else CheckpointSlice(key, place.row * hidden, place.column * hidden)
 
 
 def read_original_checkpoint(
@@ -95,10 +48,10 @@ def read_original_checkpoint(
     hold zeros. Raises UserError for a file of another model, or whose weights are packed otherwise.
     """
     contents, config = read_contents(path), model.config
-    if contents.family is None:
+    if contents.architecture is None:
         refuse_stranger(path, contents.shapes)
-    if contents.family is not family:
-        raise UserError(f"{path}: a transformer of {contents.family.name.upper()}; --model names another family")
+    if contents.architecture != family.architecture:
+        raise UserError(f"{path}: a transformer of {contents.architecture.upper()}; --model names another family")
     refuse_relatives(path, contents.transformer, contents.title)
     original = transformer_arrays(contents, headers_only)
     if contents.layout == DIFFUSERS:
@@ -110,14 +63,24 @@ def read_original_checkpoint(
             f"{path}: its table of positions is {side} x {side}, and the model's {config.max_latent_resolution} x {config.max_latent_resolution}; --model names another model"
         )
     refuse_other_sizes(path, original, family, model)
-    weights = family.weights({family.prefix + key: array for key, array in original.items()}, config)
-    for name in dict(tree_flatten(model.parameters())):
-        if name.endswith(K_BIAS) or name.startswith(GUIDANCE_PREFIX):  # DiffusionKit's functions leave them out
-            place, rows = checkpoint_slice(family, name, config.hidden_size), slice(None)
-            if name.endswith(K_BIAS):
-                rows = slice(place.row, place.row + config.hidden_size)
-            weights[name] = original[place.key][rows]
-    return weights
+    return {
+        name: taken(original[place.key], place, parameter.shape)
+        for name, parameter in dict(tree_flatten(model.parameters())).items()
+        for place in [checkpoint_slice(family, name, config.hidden_size)]
+    }
+
+
+def taken(array: mx.array, place: CheckpointSlice, shape: tuple[int, ...]) -> mx.array:
+    """Return a parameter of this shape from its place in an original array, lazily.
+
+    A convolution's kernel is (out, in, height, width) there, and (out, height, width, in) in MLX.
+    """
+    if array.ndim == 4:
+        array = array.transpose(0, 2, 3, 1)
+    array = array[place.row : place.row + shape[0]]
+    if array.ndim == len(shape) == 2:
+        array = array[:, place.column : place.column + shape[1]]
+    return array.reshape(shape)
 
 
 def transformer_arrays(contents: Contents, headers_only: bool) -> dict[str, mx.array]:
@@ -147,7 +110,7 @@ def refuse_other_sizes(path: Path, original: Mapping[str, mx.array], family: Fam
     """Raise UserError where a checkpoint has other arrays than the model, or another width, before any is read."""
     width = model.config.hidden_size
     needed = {checkpoint_slice(family, name, width).key for name in dict(tree_flatten(model.parameters()))}
-    given = {key for key in original if key in needed or not key.startswith(family.ignored)}
+    given = {key for key in original if key in needed or not key.startswith(family.checkpoint.ignored)}
     lacking, unknown = sorted(needed - given), sorted(given - needed)
     if lacking or unknown:
         faults = [f"{word} {some(keys)}" for word, keys in (("lacks", lacking), ("also has", unknown)) if keys]

@@ -14,8 +14,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from w4a8.model.diffusionkit import MLPEmbedder, MMDiT, MMDiTConfig, TimestepAdapter
+from w4a8.model.dual_attention import empty_transformer
 
-K_BIAS = "attn.k_proj.bias"  # how the names of k's biases end
+K_BIAS = ".k_proj.bias"  # how the names of k's biases end
 GUIDANCE_PREFIX = "y_embedder.guidance_in."  # of the guidance embedding's names
 GUIDANCE_SCALE = 1000.0  # guidance is embedded as a timestep is
 
@@ -52,7 +53,7 @@ def original_transformer(config: MMDiTConfig, names: Collection[str], guidance: 
     guidance: the value of `--guidance`, where `names` holds its embedding.
     """
     original = any(name.endswith(K_BIAS) for name in names)
-    model = MMDiT(dataclasses.replace(config, dtype=mx.float32) if original else config)
+    model = empty_transformer(dataclasses.replace(config, dtype=mx.float32) if original else config)
     if original:
         model.t_embedder = OriginalTimestepAdapter(model.config)
     modules: dict[str, Any] = dict(model.named_modules())
@@ -66,6 +67,6 @@ def original_transformer(config: MMDiTConfig, names: Collection[str], guidance: 
 
 def original_names(config: MMDiTConfig, guided: bool) -> set[str]:
     """Return the names of the parameters that DiffusionKit's transformer lacks. guided: FLUX.1-dev's embedding, too."""
-    streams = [name for name, _ in MMDiT(config).named_modules() if name.endswith("attn.k_proj")]
+    streams = [name for name, _ in empty_transformer(config).named_modules() if name.endswith(".k_proj")]
     ends = [f"mlp.layers.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")] if guided else []
     return {f"{name}.bias" for name in streams} | {GUIDANCE_PREFIX + end for end in ends}

@@ -16,7 +16,6 @@ from w4a8.backend.parallel import streams_for
 from w4a8.model.catalog import ModelError, ModelInfo
 from w4a8.model.clip_tokenizer import ClipTokenizer
 from w4a8.model.diffusionkit import (
-    T5_MAX_LENGTH,
     CLIPTextModel,
     DiffusionPipeline,
     FluxSampler,
@@ -27,7 +26,7 @@ from w4a8.model.diffusionkit import (
     T5Tokenizer,
     VAEDecoder,
 )
-from w4a8.model.families import SD3
+from w4a8.model.families import FOLDER_FAMILY, MODELS
 from w4a8.model.location import Lora
 from w4a8.model.lora import with_loras
 from w4a8.model.packed import AUTO, adopt
@@ -76,8 +75,8 @@ class Pipeline(DiffusionPipeline, ABC):
         self.float16_dtype = getattr(mx, family.half)
         self.dtype = self.activation_dtype = getattr(mx, parts.get(TRANSFORMER) or next(iter(parts.values())))
         self.use_t5, self.use_clip_g, self.low_memory_mode = use_t5, "clip_g" in family.clip, False
-        self.t5_length = T5_MAX_LENGTH.get(info.hub_id, 0)  # tokens of a prompt
-        self.sampler = family.sampler(shift=info.sampler_shift)
+        self.t5_length = MODELS[info.hub_id].t5_tokens if info.hub_id is not None else 0  # tokens of a prompt
+        self.sampler = family.new_sampler(info.sampler_shift)
         self.latent_format = family.latent_format()
 
     def encode_text(self, *arguments: Any) -> tuple[mx.array, mx.array]:
@@ -163,7 +162,7 @@ def load_weights(
                 class_predicate=lambda name, module: quantization.get(name, f"{name}.scales" in scales),
             )  # fmt: skip
             adopt(model, native)
-        weights = with_loras(weights, SD3, loras)
+        weights = with_loras(weights, FOLDER_FAMILY, loras)
         model.load_weights([(key, weights.pop(key)) for key in list(weights)])
     except (RuntimeError, ValueError) as error:
         raise ModelError(f"cannot load {path}: {' '.join(str(error).split())[:200]}") from None

@@ -18,7 +18,7 @@ from w4a8.model.catalog import (
     with_text_bits,
 )
 from w4a8.model.diffusionkit import DiffusionPipeline, MMDiT
-from w4a8.model.families import FAMILIES, SD3
+from w4a8.model.families import FOLDER_FAMILY, family_of_architecture
 from w4a8.model.layers import note_latent_size
 from w4a8.model.loading import check_folder, load_pipeline
 from w4a8.model.location import UNCHANGED_LOCATION, Lora, ModelLocation
@@ -135,7 +135,9 @@ def check_fingerprint(manifest: dict[str, Any], info: ModelInfo) -> None:
 
 def run_schedule(manifest: dict[str, Any]) -> tuple[list[float], list[float]]:
     """Return a run's sigmas and timesteps (num_steps + 1 each), as its samples note them. No weights are needed."""
-    sampler = FAMILIES[manifest.get("architecture", SD3.name)].sampler(shift=manifest["sampler_shift"])
+    sampler = family_of_architecture(manifest.get("architecture", FOLDER_FAMILY.architecture)).new_sampler(
+        manifest["sampler_shift"]
+    )
     sigmas = DiffusionPipeline.get_sigmas(None, sampler, manifest["num_steps"])
     timesteps = sampler.timestep(sigmas).astype(getattr(mx, manifest["activation_dtype"]))
     return sigmas.tolist(), timesteps.tolist()

@@ -1,6 +1,5 @@
 """Open the original transformer lazily, in the precision of its file."""
 
-import dataclasses
 from pathlib import Path
 
 import mlx.core as mx
@@ -8,7 +7,7 @@ import mlx.core as mx
 from calibration_store.model_folder import check_weight_file, read_model_config, weight_file
 from calibration_store.safetensors_header import weight_shapes
 from w4a8.model.catalog import ModelError, ModelInfo, model_files
-from w4a8.model.diffusionkit import HUB_MMDIT_CONFIGS, MMDiT
+from w4a8.model.diffusionkit import MMDiT
 from w4a8.model.folder import transformer_config
 from w4a8.model.lora import with_loras
 from w4a8.model.original_checkpoint import read_original_checkpoint
@@ -31,7 +30,7 @@ def open_transformer(info: ModelInfo, headers_only: bool = False) -> MMDiT:
         model = original_transformer(transformer_config(info.folder, config, mx.float16), names, info.guidance)
     else:
         path = info.checkpoint or _cached_file(info)
-        size = dataclasses.replace(HUB_MMDIT_CONFIGS[info.hub_id], low_memory_mode=False)
+        size = info.family.config
         model = original_transformer(size, original_names(size, info.guidance is not None), info.guidance)
     try:
         if info.folder is not None:

@@ -41,7 +41,6 @@ from w4a8.backend.estimates import Estimate
 from w4a8.backend.progress import ProgressBar
 from w4a8.model.catalog import ModelInfo
 from w4a8.model.diffusionkit import MMDiT
-from w4a8.model.families import FLUX
 from w4a8.model.hub_export import (
     complete_hub_config,
     hub_decoder,
@@ -275,14 +274,14 @@ def hub_arrays(export: ExportSource, mmdit: MMDiT) -> NamedArrays:
     """Return the transformer, and for SD3 its VAE, in the layout of DiffusionKit's 4-bit file."""
     info = export.info
     arrays = {
-        info.family.prefix + name: array
+        info.family.checkpoint.prefix + name: array
         for name, array in dict(tree_flatten(mmdit.parameters())).items()
         if not name.endswith(K_BIAS)  # DiffusionKit's module has none, and its loader refuses one
     }
-    if info.family.vae_inside:
+    if info.family.checkpoint.vae_inside:
         vae = {"decoder": hub_decoder(info), "encoder": hub_encoder(info)}
         for part, weights in vae.items():
-            arrays |= {f"{info.family.vae_prefix}{part}.{name}": array for name, array in weights.items()}
+            arrays |= {f"{info.family.checkpoint.vae_prefix}{part}.{name}": array for name, array in weights.items()}
     return arrays
 
 
@@ -345,7 +344,7 @@ def refuse_options(export: ExportSource, layout: str, complete: bool, text_bits:
         )
     if layout != "mlx" and export.activations is not None:
         raise OptionError(f"--format {layout}: holds no ranges of activations; leave --activations out")
-    if layout == "mflux" and (export.info.family is not FLUX or export.info.hub_id is None):
+    if layout == "mflux" and (export.info.family.architecture != "flux" or export.info.hub_id is None):
         raise OptionError(f"--format mflux: mflux knows FLUX, and not {export.info.version}")
     if layout == "mflux" and weights.group_size not in MFLUX_GROUPS:
         groups = str(weights.group_size or "a scale per channel")

@@ -19,9 +19,9 @@ from calibration_store.layout import QuantizedModelPaths
 from calibration_store.model_config import HEAD_WIDTH
 from w4a8 import __version__
 from w4a8.backend.progress import ProgressBar
-from w4a8.model.families import SD3, Family
+from w4a8.model.families import Family
 from w4a8.model.layers import UnifiedBlock, model_layers
-from w4a8.model.licences import BASES, licence_of
+from w4a8.model.licences import licence_of, original_of
 from w4a8.model.original_checkpoint import CheckpointSlice, checkpoint_slice
 from w4a8.model.original_model import K_BIAS
 from w4a8.quantized.export import GGUF_BITS, ExportSource, refuse_overflow
@@ -56,6 +56,7 @@ def write_gguf(paths: QuantizedModelPaths, export: ExportSource, mmdit: nn.Modul
     StoreError for an array that is not finite.
     """
     info, family, hidden = export.info, export.info.family, mmdit.config.hidden_size
+    patches = mmdit.config.patchify_via_reshape
     title = info.folder.name if info.folder is not None else info.version.rpartition("/")[2]
     tensors: dict[str, dict[CheckpointSlice, np.ndarray]] = {}  # by key: the parts that are joined to one tensor
     kinds: dict[str, gguf.GGMLQuantizationType] = {}  # by key, of the packed tensors
@@ -79,7 +80,7 @@ def write_gguf(paths: QuantizedModelPaths, export: ExportSource, mmdit: nn.Modul
         array, part = parameters.pop(name), checkpoint_slice(family, name, hidden)
         values = np.array(refuse_overflow(name, array.astype(mx.float32 if array.ndim == 1 else mx.float16)))
         if name == "x_embedder.proj.weight":
-            values = values.transpose(0, 3, 1, 2) if family is SD3 else values[:, 0, 0]
+            values = values[:, 0, 0] if patches else values.transpose(0, 3, 1, 2)
         elif name == "x_pos_embedder.pos_embed.weight":
             values = values[None]
         if name.startswith(UNIFIED_BLOCKS) and name.endswith("mlp.fc2.bias"):
@@ -93,7 +94,7 @@ def write_gguf(paths: QuantizedModelPaths, export: ExportSource, mmdit: nn.Modul
     five = sum(kind == KINDS[5] for kind in kinds.values()) > len(kinds) / 2
     path = paths.gguf(title, "q5_1" if five else "q4_1")
     with atomic_path(path) as temporary:
-        writer = gguf.GGUFWriter(temporary, family.name)
+        writer = gguf.GGUFWriter(temporary, family.architecture)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q5_1 if five else gguf.LlamaFileType.MOSTLY_Q4_1)
         describe_file(writer, export, title)
@@ -110,7 +111,7 @@ def describe_file(writer: gguf.GGUFWriter, export: ExportSource, name: str) -> N
     """Add the fields about the file's origin: name, base model, licence, and how it was quantized."""
     writer.add_name(f"{name} {export.weights_name}")
     writer.add_quantized_by(f"w4a8 {__version__}")
-    licence, base = licence_of(export.info), BASES.get(export.info.hub_id or "")
+    licence, base = licence_of(export.info), original_of(export.info)
     writer.add_license(licence.id)
     if licence.name is not None:
         writer.add_license_name(licence.name)
@@ -131,7 +132,7 @@ def describe_file(writer: gguf.GGUFWriter, export: ExportSource, name: str) -> N
 def misread_elsewhere(mmdit: nn.Module, family: Family) -> str | None:
     """Return a sentence where programs that take SD3's depth from width / 64 would misread a file, else None."""
     config = mmdit.config
-    if family is not SD3 or config.hidden_size == HEAD_WIDTH * config.depth_multimodal:
+    if family.architecture != "sd3" or config.hidden_size == HEAD_WIDTH * config.depth_multimodal:
         return None
     return (
         f"{config.depth_multimodal} blocks of {config.hidden_size} channels: ComfyUI-GGUF and stable-diffusion.cpp take the "

@@ -19,7 +19,7 @@ from w4a8 import __version__
 from w4a8.backend.progress import ProgressBar
 from w4a8.model.diffusers_layout import diffusers_name, is_swapped
 from w4a8.model.diffusionkit import MMDiT
-from w4a8.model.families import FLUX
+from w4a8.model.families import family_of_architecture
 from w4a8.quantized.export import ExportSource, pack_transformer, refuse_overflow
 
 MFLUX_VERSION = "0.24.0"  # whose loader was read, and tried
@@ -57,7 +57,7 @@ def mflux_arrays(parameters: Mapping[str, mx.array], quantization: Mapping[str, 
 
     quantization: the entry of config.json, with the groups and bits of each packed layer by its path.
     """
-    found: dict[str, mx.array] = {}
+    flux, found = family_of_architecture("flux"), dict[str, mx.array]()
     for name, array in parameters.items():
         path, part = name.rsplit(".", 1)
         if path.endswith(HALVES[1]):
@@ -70,10 +70,10 @@ def mflux_arrays(parameters: Mapping[str, mx.array], quantization: Mapping[str, 
             array = joined
         if path == "x_embedder.proj" and part == "weight":
             array = array.reshape(array.shape[0], -1)
-        module = diffusers_name(FLUX, path)
+        module = diffusers_name(flux, path)
         for ours, theirs in MFLUX_PARTS:
             module = module.replace(ours, theirs)
-        if is_swapped(FLUX, module, 0):
+        if is_swapped(flux, module, 0):
             half = array.shape[0] // 2
             array = mx.concatenate([array[half:], array[:half]])
         found[f"{module}.{part}"] = array if array.dtype == mx.uint32 else array.astype(mx.bfloat16)

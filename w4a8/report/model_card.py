@@ -15,8 +15,7 @@ from calibration_store.model_folder import BUNDLED_MODEL, FILE_WORDS
 from calibration_store.sizes import format_bytes
 from w4a8 import __version__
 from w4a8.model.catalog import ModelInfo
-from w4a8.model.families import SD3
-from w4a8.model.licences import BASES, licence_of
+from w4a8.model.licences import licence_of, original_of
 from w4a8.quantized.export import ExportSource, Size
 from w4a8.quantized.model import StoredWeights
 from w4a8.report.page import TEMPLATES
@@ -47,7 +46,7 @@ def write_model_card(
     ).render(
         marker=CARD_MARKER,
         title=f"{base_name(info)}, {note['weights']}",
-        base=BASES.get(info.hub_id or ""),
+        base=original_of(info),
         original=BUNDLED_MODEL if info.version == BUNDLED_MODEL else "A model folder",
         licence=licence_of(info),
         bits=note["weight_bits"],
@@ -63,9 +62,9 @@ def write_model_card(
         picture=None if picture is None else picture.name,
         layout=layout,
         gguf=exported.name,
-        sd3=info.family is SD3,
+        sd3=info.family.architecture == "sd3",
         guided=info.guidance is not None,
-        diffusers="SD3Transformer2DModel" if info.family is SD3 else "FluxTransformer2DModel",
+        diffusers="SD3Transformer2DModel" if info.family.architecture == "sd3" else "FluxTransformer2DModel",
         default_steps=info.num_steps,
         default_cfg=f"{info.cfg_weight or 1:g}",
         shift=info.sampler_shift,

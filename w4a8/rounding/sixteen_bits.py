@@ -24,8 +24,9 @@ def in_sixteen_bits(dtype: mx.Dtype | None, blocks: Sequence[Block]) -> Iterator
     if dtype is None:
         yield
         return
-    modules = [block.module for block in blocks]
-    mlps = [stream.mlp for block in blocks for stream in block.streams.values() if "mlp" in stream]  # all with nn.GELU
+    streams = [stream for block in blocks for stream in block.streams.values()]
+    modules = [block.module for block in blocks] + [stream for stream in streams if "attn2" in stream]
+    mlps = [stream.mlp for stream in streams if "mlp" in stream]  # all with nn.GELU
     attentions, activations = [module.sdpa for module in modules], [mlp.act_fn for mlp in mlps]
     try:
         for module in modules:

@@ -1,6 +1,6 @@
 """Source of the two GPU kernels that compute the statistics of a pass, the same text for Metal and CUDA."""
 
-TILE_ROWS = 128
+TILE_ROWS, TILE_THREADS = 256, 512  # more threads a group leave room for one group alone on a multiprocessor
 KERNEL_HEADER = {
     "cuda": """
 #define FUNCTION __device__ inline
@@ -15,6 +15,7 @@ KERNEL_HEADER = {
 #define GROUP ((int)blockIdx.x)
 #define AS_FLOAT(bits) __int_as_float(bits)
 #define AS_INT(value) __float_as_int(value)
+#define SHUFFLED(value, mask) __shfl_xor_sync(0xffffffffu, value, mask)
 """,
     "metal": """
 #define FUNCTION inline
@@ -29,9 +30,11 @@ KERNEL_HEADER = {
 #define GROUP ((int)threadgroup_position_in_grid.x)
 #define AS_FLOAT(bits) as_type<float>(bits)
 #define AS_INT(value) as_type<int>(value)
+#define SHUFFLED(value, mask) simd_shuffle_xor(value, (ushort)(mask))
 """,
 }
 KERNEL_FUNCTIONS = """
+#define COPY 257
 FUNCTION float power_of_two(int exponent) { return AS_FLOAT((exponent + 127) << 23); }
 
 // calibration_store.histograms.histogram_grid: the finest power-of-two width at which [low, high] touches at most 256
@@ -43,6 +46,22 @@ FUNCTION int grid_exponent(float low, float high) {
     return exponent;
 }
 
+// the smallest, and the largest, value of the 32 threads that run side by side
+FUNCTION float lane_min(float value) {
+    for (int mask = 16; mask > 0; mask /= 2) {
+        const float other = SHUFFLED(value, mask);
+        value = other < value ? other : value;
+    }
+    return value;
+}
+FUNCTION float lane_max(float value) {
+    for (int mask = 16; mask > 0; mask /= 2) {
+        const float other = SHUFFLED(value, mask);
+        value = other > value ? other : value;
+    }
+    return value;
+}
+
 FUNCTION bool is_finite(float value) { return (AS_INT(value) & 0x7f800000) != 0x7f800000; }
 """
 
@@ -50,9 +69,10 @@ FUNCTION bool is_finite(float value) { return (AS_INT(value) & 0x7f800000) != 0x
 # plan (inputs, 5) int32 holds for each input: the index of its first group, its rows, its channels, the offset of its
 # part of tile_limits, and the offset of its part of limits and moments.
 #
-# One group of 1024 threads takes a tile, 256 channels × TILE_ROWS rows of one input, four rows at a time. The group
+# One group of TILE_THREADS threads takes a tile, 256 channels × TILE_ROWS rows of one input, two rows at a time. The group
 # reads the tile for its limits, and once more for the histogram over the tile's own grid. The second reading hits the
-# cache, so x is read from memory once.
+# cache, so x is read from memory once. Neighbouring threads count in different copies of the histogram, which begin in
+# different banks of the memory (COPY), so that equal values seldom wait for each other.
 #
 # tile_limits: minimum, maximum, sum and sum of squares of each channel in each row of tiles, (4, channels) float32.
 # tile_histograms (groups, 259) int32: 256 counts, the grid's exponent, its first bin, the number of values that are not
@@ -64,20 +84,17 @@ TILE_KERNEL = """
     const int tile_row = tile / columns, channel = tile % columns * 256 + THREAD % 256;
     const int first_row = tile_row * TILE_ROWS + THREAD / 256;
     const int end_row = (tile_row + 1) * TILE_ROWS < rows ? (tile_row + 1) * TILE_ROWS : rows;
-    SHARED COUNTER histogram[8 * 256];
+    SHARED COUNTER histogram[8 * COPY];
     SHARED COUNTER not_finite;
-    SHARED float lows[1024];
-    SHARED float highs[1024];
-    SHARED float sums[1024];
-    SHARED float squares[1024];
-    SET(histogram[THREAD], 0);
-    SET(histogram[THREAD + 1024], 0);
+    SHARED float parts[4][TILE_THREADS];
+    SHARED float lows[8];
+    SHARED float highs[8];
+    for (int bin = THREAD; bin < 8 * COPY; bin += TILE_THREADS) SET(histogram[bin], 0);
     if (THREAD == 0) SET(not_finite, 0);
-    BARRIER;
     float low = 3.4e38f, high = -3.4e38f, sum = 0.0f, square = 0.0f;
     int bad = 0;
     if (channel < channels) {
-        for (int row = first_row; row < end_row; row += 4) {
+        for (int row = first_row; row < end_row; row += TILE_THREADS / 256) {
             const float value = (float)x[(size_t)row * channels + channel];
             const bool good = is_finite(value);
             low = good && value < low ? value : low;
@@ -87,35 +104,45 @@ TILE_KERNEL = """
             bad += good ? 0 : 1;
         }
     }
-    if (bad > 0) ADD(not_finite, bad);
-    lows[THREAD] = low;
-    highs[THREAD] = high;
-    sums[THREAD] = sum;
-    squares[THREAD] = square;
+    parts[0][THREAD] = low;
+    parts[1][THREAD] = high;
+    parts[2][THREAD] = sum;
+    parts[3][THREAD] = square;
     BARRIER;
-    for (int size = 512; size > 0; size /= 2) {
-        if (THREAD < size) {
-            lows[THREAD] = lows[THREAD + size] < lows[THREAD] ? lows[THREAD + size] : lows[THREAD];
-            highs[THREAD] = highs[THREAD + size] > highs[THREAD] ? highs[THREAD + size] : highs[THREAD];
-            sums[THREAD] += sums[THREAD + size];
-            squares[THREAD] += squares[THREAD + size];
-            if (size == 256 && channel < channels) {  // here index and channel agree
-                const int start = plan[input * 5 + 3] + tile_row * 4 * channels + channel;
-                tile_limits[start] = lows[THREAD];
-                tile_limits[start + channels] = highs[THREAD];
-                tile_limits[start + 2 * channels] = sums[THREAD];
-                tile_limits[start + 3 * channels] = squares[THREAD];
-            }
+    if (bad > 0) ADD(not_finite, bad);
+    if (THREAD < 256) {
+        for (int other = THREAD + 256; other < TILE_THREADS; other += 256) {
+            low = parts[0][other] < low ? parts[0][other] : low;
+            high = parts[1][other] > high ? parts[1][other] : high;
+            sum += parts[2][other];
+            square += parts[3][other];
         }
-        BARRIER;
+        if (channel < channels) {
+            const int start = plan[input * 5 + 3] + tile_row * 4 * channels + channel;
+            tile_limits[start] = low;
+            tile_limits[start + channels] = high;
+            tile_limits[start + 2 * channels] = sum;
+            tile_limits[start + 3 * channels] = square;
+        }
+        low = lane_min(low);
+        high = lane_max(high);
+        if (THREAD % 32 == 0) {
+            lows[THREAD / 32] = low;
+            highs[THREAD / 32] = high;
+        }
     }
-    const float tile_low = lows[0] < 0.0f ? lows[0] : 0.0f, tile_high = highs[0] > 0.0f ? highs[0] : 0.0f;
+    BARRIER;
+    float tile_low = 0.0f, tile_high = 0.0f;
+    for (int part = 0; part < 8; part++) {
+        tile_low = lows[part] < tile_low ? lows[part] : tile_low;
+        tile_high = highs[part] > tile_high ? highs[part] : tile_high;
+    }
     const int exponent = grid_exponent(tile_low, tile_high);
     const float inverse_width = power_of_two(-exponent);
     const int first_bin = (int)floor(tile_low * inverse_width);
-    const int copy = (THREAD / 32 % 8) * 256 - first_bin;
+    const int copy = THREAD % 8 * COPY - first_bin;
     if (channel < channels) {
-        for (int row = first_row; row < end_row; row += 4) {
+        for (int row = first_row; row < end_row; row += TILE_THREADS / 256) {
             const float value = (float)x[(size_t)row * channels + channel];
             if (is_finite(value)) ADD(histogram[copy + (int)floor(value * inverse_width)], 1);
         }
@@ -123,7 +150,7 @@ TILE_KERNEL = """
     BARRIER;
     if (THREAD < 256) {
         int count = 0;
-        for (int other = THREAD; other < 8 * 256; other += 256) count += (int)GET(histogram[other]);
+        for (int other = THREAD; other < 8 * COPY; other += COPY) count += (int)GET(histogram[other]);
         tile_histograms[GROUP * 259 + THREAD] = count;
     }
     if (THREAD == 0) {

@@ -17,7 +17,14 @@ from PIL import Image
 
 from calibration_store.histograms import histogram_grid
 from w4a8.backend.parallel import announce_compilation
-from w4a8.statistics.kernel_source import KERNEL_FUNCTIONS, KERNEL_HEADER, MERGE_KERNEL, TILE_KERNEL, TILE_ROWS
+from w4a8.statistics.kernel_source import (
+    KERNEL_FUNCTIONS,
+    KERNEL_HEADER,
+    MERGE_KERNEL,
+    TILE_KERNEL,
+    TILE_ROWS,
+    TILE_THREADS,
+)
 
 # The number of distinct inputs of one SD3 block: one launch takes them all, since launches cost more than the work.
 INPUTS_PER_KERNEL = 8
@@ -27,7 +34,8 @@ INPUTS_PER_KERNEL = 8
 def _gpu_kernels(backend: str, inputs: int) -> tuple[Callable, Callable]:
     """Return the tile kernel for this number of inputs, and the merge kernel."""
     build = mx.fast.metal_kernel if backend == "metal" else mx.fast.cuda_kernel
-    header = KERNEL_HEADER[backend] + f"#define TILE_ROWS {TILE_ROWS}\n" + KERNEL_FUNCTIONS
+    sizes = f"#define TILE_ROWS {TILE_ROWS}\n#define TILE_THREADS {TILE_THREADS}\n"
+    header = KERNEL_HEADER[backend] + sizes + KERNEL_FUNCTIONS
     names = [f"x{i}" for i in range(inputs)]
     choose = "const DEVICE T* x = x0;\nint input = 0;\n" + "".join(
         f"if (GROUP >= plan[{i} * 5]) {{ x = x{i}; input = {i}; }}\n" for i in range(1, inputs)
@@ -67,8 +75,8 @@ def gpu_statistics(inputs: list[mx.array], backend: str) -> list[mx.array]:
     tiles = tile_kernel(
         inputs=[*inputs, plan],
         template=[("T", inputs[0].dtype)],
-        grid=(groups * 1024, 1, 1),
-        threadgroup=(1024, 1, 1),
+        grid=(groups * TILE_THREADS, 1, 1),
+        threadgroup=(TILE_THREADS, 1, 1),
         output_shapes=[(tile_limits,), (groups, 259)],
         output_dtypes=[mx.float32, mx.int32],
     )
