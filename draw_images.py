@@ -34,10 +34,15 @@ from w4a8.options import DrawingOptions
     help="Image i is drawn with seed + i; -1 draws one and prints it.  [default: 0]",
 )
 @click.option("--seeds", type=cli.Seeds(), help="Draw every prompt with each of these, such as 1,2,3.")
-@click.option("--num-steps", type=cli.STEPS, help="Euler steps per image.  [default: 50; FLUX.1-schnell 4]")
+@click.option("--num-steps", type=cli.STEPS, help="Euler steps per image.  [default: the model's]")
 @click.option("--cfg-weight", type=cli.GUIDANCE, help="Guidance; 0 or 1 turns it off.  [default: the model's]")
 @click.option(
     "--guidance", type=cli.GUIDANCE, help="Guidance that FLUX.1-dev embeds; other models have none.  [default: 3.5]"
+)
+@click.option(
+    "--shift",
+    type=cli.SHIFT,
+    help="Of the sampler's schedule, for fine-tunes that want another.  [default: the model's]",
 )
 @click.option("--negative-prompt", help="What guidance steers away from.")
 @click.option(
@@ -70,7 +75,7 @@ def run(options: DrawingOptions) -> None:
     from calibration_store.files import locked_folder
     from calibration_store.layout import DrawingPaths
     from w4a8.drawing import Drawing, compare_drawings, draw, load_model, plan_drawing, transformer_bytes
-    from w4a8.model.catalog import describe_model, with_guidance, with_text_bits
+    from w4a8.model.catalog import describe_model, with_guidance, with_shift, with_text_bits
     from w4a8.model.hub_parts import describe_checkpoint
     from w4a8.model.prompt_encoder import say_what_is_not_read
     from w4a8.model.prompt_files import read_prompt_file
@@ -92,6 +97,7 @@ def run(options: DrawingOptions) -> None:
         ),
         *([describe_model(options.compare)] if options.compare is not None else []),
     ]
+    infos = [with_shift(info, options.shift) for info in infos]
     plan = plan_drawing(options, infos, wanted, seed)
     paths = DrawingPaths(options.output)
     paths.refuse_foreign_files(len(plan.prompts), options.compare is not None)

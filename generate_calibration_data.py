@@ -33,10 +33,15 @@ from w4a8.options import GenerationOptions
 @click.option(
     "--num-images", type=cli.IMAGES, help="Images to sample.  [default: by --effort; under --resume the run's]"
 )
-@click.option("--num-steps", type=cli.STEPS, help="Euler steps per image.  [default: 50; FLUX.1-schnell 4]")
+@click.option("--num-steps", type=cli.STEPS, help="Euler steps per image.  [default: the model's]")
 @click.option("--cfg-weight", type=cli.GUIDANCE, help="Guidance; 0 or 1 turns it off.  [default: the model's]")
 @click.option(
     "--guidance", type=cli.GUIDANCE, help="Guidance that FLUX.1-dev embeds; other models have none.  [default: 3.5]"
+)
+@click.option(
+    "--shift",
+    type=cli.SHIFT,
+    help="Of the sampler's schedule, for fine-tunes that want another.  [default: the model's]",
 )
 @click.option("--negative-prompt", help="What guidance steers away from.")
 @click.option(
@@ -116,7 +121,7 @@ def run(options: GenerationOptions) -> None:
     paths, complete = CalibrationPaths(options.calib_dir), {}
     flags = cli.flags(
         main, activation_dtype="dtype", use_t5="use_t5", num_steps="num_steps", cfg_scale="cfg_weight", negative_prompt="negative_prompt",
-        latent_size="latent_size", guidance="guidance", text_bits="text_bits", sampler_shift="model", seed_base="seed", stride="stride", save_images="save_images",
+        latent_size="latent_size", guidance="guidance", text_bits="text_bits", sampler_shift="shift", seed_base="seed", stride="stride", save_images="save_images",
     )  # fmt: skip
     folder = StageFolder(
         paths, paths.manifest, MANIFEST, lambda path: read_manifest(path.parent), flags, options.resume, options.force, ranks, "samples"

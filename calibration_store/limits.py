@@ -10,6 +10,7 @@ MOST_ITERATIONS = 10_000_000
 MOST_SIDE = 65_536  # length of one side of a latent, a layer or a table
 MOST_SEED = 2**64 - 1
 MOST_GUIDANCE = 100.0
+LEAST_SHIFT, MOST_SHIFT = 1e-3, 1e3  # of a sampler's schedule
 MOST_RATE = 1e6  # limit of a learning rate, and of a regularizer's weight
 MOST_LORA_SCALE = 1000.0
 MOST_DECIBELS = 1000.0  # limit of the magnitude, in dB

@@ -22,10 +22,10 @@ from calibration_store.schema import (
     Index,
     JsonFormat,
     Name,
-    Positive,
     Prompt,
     RelativePath,
     Seed,
+    Shift,
     Side,
     Steps,
     seed_fault,
@@ -54,7 +54,7 @@ class _Manifest(TypedDict):
     cfg_scale: Guidance
     latent_size: tuple[Side, Side]
     use_t5: bool
-    sampler_shift: Positive
+    sampler_shift: Shift
     seed_base: Seed
     activation_dtype: Precision
     num_images: Images
@@ -84,6 +84,7 @@ class Manifest(_Manifest, total=False):
     local_checkpoint: Name | None
     architecture: Literal["sd3", "flux"]  # absent: sd3
     guidance: Guidance  # that FLUX.1-dev embeds; absent: the model embeds none
+    shift: Shift  # that --shift gave; absent: the model's own
     text_bits: TextBits  # of T5's linear layers; absent: 16
     loras: list[LoraEntry]  # fused into the transformer's weights; absent: no LoRA
     weights_fingerprint: Digest

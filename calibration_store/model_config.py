@@ -7,12 +7,11 @@ from msgspec import Meta
 
 from calibration_store.choices import PACKED_GROUPS, WEIGHT_BITS, GroupSize, Precision, WeightBits
 from calibration_store.names import LayerName
-from calibration_store.schema import Count, Digest, Guidance, Index, JsonFormat, Name, Positive, Side
+from calibration_store.schema import Count, Digest, Guidance, Index, JsonFormat, Name, Positive, Shift, Side
 
 HEAD_WIDTH = 64  # channels of a head in SD3's transformers and in CLIP, at every size
 TEXT_WIDTH = 4096  # channels to which DiffusionKit pads the features of both text encoders
 LatentShift = Annotated[float, Meta(ge=-1e6, le=1e6)]  # shift_factor of a VAE
-Shift = Annotated[float, Meta(ge=1e-3, le=1e3)]  # shift of a sampler's schedule
 MOST_POSITIONS = 4096  # rows, and columns, of the table of positions
 Depth = Annotated[int, Meta(ge=1, le=256)]
 

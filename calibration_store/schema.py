@@ -18,12 +18,14 @@ from msgspec import Meta
 from calibration_store.errors import OptionError, StoreError
 from calibration_store.files import LARGEST, read_bytes
 from calibration_store.limits import (
+    LEAST_SHIFT,
     MOST,
     MOST_GUIDANCE,
     MOST_IMAGES,
     MOST_ITERATIONS,
     MOST_RATE,
     MOST_SEED,
+    MOST_SHIFT,
     MOST_SIDE,
     MOST_STEPS,
     MOST_THRESHOLD,
@@ -40,6 +42,7 @@ Images = Annotated[int, Meta(ge=1, le=MOST_IMAGES)]
 Steps = Annotated[int, Meta(ge=1, le=MOST_STEPS)]
 Iterations = Annotated[int, Meta(ge=0, le=MOST_ITERATIONS)]
 Side = Annotated[int, Meta(ge=1, le=MOST_SIDE)]
+Shift = Annotated[float, Meta(ge=LEAST_SHIFT, le=MOST_SHIFT)]  # of a sampler's schedule
 Guidance = Annotated[float, Meta(ge=0, le=MOST_GUIDANCE)]
 Rate = Annotated[float, Meta(ge=0, le=MOST_RATE)]
 NotNegative = Annotated[float, Meta(ge=0, le=MOST_THRESHOLD)]

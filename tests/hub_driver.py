@@ -32,7 +32,7 @@ from calibration_store.layout import CalibrationPaths
 from calibration_store.manifest import read_manifest
 from calibration_store.model_folder import weights_fingerprint
 from calibration_store.samples import read_sample
-from w4a8.model.catalog import describe_model, model_files
+from w4a8.model.catalog import HUB_MODELS, describe_model, model_files
 from w4a8.model.diffusionkit import FluxPipeline, MMDiT, model_io
 from w4a8.model.layers import model_layers
 from w4a8.model.loading import check_checkpoint, diffusionkit_pipeline
@@ -215,7 +215,7 @@ def run(script, *arguments):
 if __name__ == "__main__":
     if sys.argv[1] == "write":
         write_text_encoders(Path(sys.argv[2]))
-        for repository in (SD3_MEDIUM, LARGE, SCHNELL, DEV):
+        for repository in HUB_MODELS:
             write_checkpoint(Path(sys.argv[2]), repository)
         for repository in (LARGE_4BIT, SCHNELL_4BIT):
             (hub_folder(Path(sys.argv[2]), repository) / "config.json").write_text("{}")

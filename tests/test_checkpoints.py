@@ -207,6 +207,7 @@ class Layouts:
         for name, words in (
             ("sd3", "SD3-Medium"),
             ("sd3.5-large", "SD3.5-large"),
+            ("sd3.5-medium", "SD3.5-Medium"),
             ("flux-schnell", "FLUX.1-schnell"),
             ("flux-dev", "FLUX.1-dev"),
         ):

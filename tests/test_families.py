@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 from flux_reference import Flux
 from gguf import GGUFReader, dequantize
-from tiny_hub import DEV, LARGE, MEDIUM, SCHNELL, one_line_of, run, tiny_hub
+from tiny_hub import DEV, LARGE, MEDIUM, MEDIUM_35, SCHNELL, TURBO, one_line_of, run, tiny_hub
 
 from calibration_store.block_cache import read_cached_block, read_cached_ends
 from calibration_store.layout import ActivationPaths
@@ -20,7 +20,8 @@ from w4a8.model.diffusionkit import model_io
 pytestmark = pytest.mark.slow
 
 SIZE = ("--latent-size", 8, 12)
-MODELS = {"medium": (MEDIUM, "--no-t5"), "large": (LARGE, "--t5"), "schnell": (SCHNELL, "--t5"), "dev": (DEV, "--t5")}
+MODELS = {"medium": (MEDIUM, "--no-t5"), "large": (LARGE, "--t5"), "medium 3.5": (MEDIUM_35, "--no-t5"), "turbo": (TURBO, "--no-t5"),
+          "schnell": (SCHNELL, "--t5"), "dev": (DEV, "--t5")}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,12 @@ def test_every_stage(roads, name):
     )
     assert config["base_model"] == manifest["model_version"] == MODELS[name][0]
     flux = name in ("schnell", "dev")
-    assert manifest["cfg_scale"] == (0 if flux else 5) and manifest["architecture"] == ("flux" if flux else "sd3")
+    assert manifest["cfg_scale"] == {"medium": 5, "large": 5, "medium 3.5": 4.5}.get(name, 0)
+    assert manifest["architecture"] == ("flux" if flux else "sd3")
+    second = [
+        key for key in np.load(folder / "adaround_weights/mm0.npz").files if "attn2" in key and key.endswith("__q")
+    ]
+    assert len(second) == (4 if name == "medium 3.5" else 0)
     weights = json.loads((folder / "adaround_weights/metadata.json").read_bytes())
     assert weights.get("precision", "float32") == ("bfloat16" if name == "dev" else "float32")
     assert weights["block_names"] == (["mm0", "mm1", "uni0", "uni1"] if flux else ["mm0", "mm1"])

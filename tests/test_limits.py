@@ -57,7 +57,7 @@ def threshold(name):
 
 GENERATED = {name: (MANIFEST, at(key, MANIFEST_PLAN)) for name, key in {
     "num_images": "num_images", "num_steps": "num_steps", "cfg_weight": "cfg_scale", "seed": "seed_base", "stride": "stride",
-    "batch_size": "batch_option", "guidance": "guidance",
+    "batch_size": "batch_option", "guidance": "guidance", "shift": "shift",
 }.items()}  # fmt: skip
 TRAINED = ("iters", "unrolled", "batch_size", "micro_batch", "activation_bits", "average_bits", "end_to_end", "qdrop", "lr_alpha",
            "lr_activation_scale", "regularizer_weight", "seed")  # fmt: skip
@@ -90,7 +90,7 @@ NOTED = {  # script -> option -> (the format, content with a value) of the file 
 NOWHERE = {  # options that no file keeps: they say how the work is done, or are in a picture's text
     "text_group", "checkpoint_seconds", "min_psnr", "max_step_error", "min_gain", "step_effects",
     ("evaluate_quantization", "num_images"), ("evaluate_quantization", "batch_size"),
-    *(("draw_images", name) for name in ("seed", "num_steps", "cfg_weight", "latent_size", "width", "height", "guidance", "batch_size")),
+    *(("draw_images", name) for name in ("seed", "num_steps", "cfg_weight", "latent_size", "width", "height", "guidance", "shift", "batch_size")),
 }  # fmt: skip
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem != "hooks")
 

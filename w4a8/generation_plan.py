@@ -20,6 +20,7 @@ from w4a8.model.catalog import (
     package_versions,
     refuse_080,
     with_guidance,
+    with_shift,
     with_text_bits,
     without_own,
 )
@@ -53,7 +54,7 @@ def chosen_model(options: GenerationOptions) -> ModelInfo:
     """Describe the model that the options choose, with `--lora`, `--guidance` and `--text-bits`. Raises UserError."""
     model, checkpoint = model_of_run(options)
     info = with_guidance(describe_model(model, options.loras, checkpoint), options.guidance)
-    return with_text_bits(info, options.text_bits)
+    return with_shift(with_text_bits(info, options.text_bits), options.shift)
 
 
 def with_amount(options: GenerationOptions, info: ModelInfo) -> GenerationOptions:
@@ -101,6 +102,7 @@ def plan_run(options: GenerationOptions, info: ModelInfo, prompts: Sequence[str]
         "local_checkpoint": str(info.checkpoint) if info.checkpoint else None,
         **({"loras": [{"file": str(lora.file), "scale": lora.scale} for lora in info.loras]} if info.loras else {}),
         **({"guidance": info.guidance} if info.guidance is not None else {}),
+        **({"shift": options.shift} if options.shift is not None else {}),
         **({"text_bits": info.text_bits} if info.text_bits != 16 else {}),
         "num_steps": num_steps,
         "cfg_scale": cfg_weight,

@@ -43,6 +43,7 @@ class SamplingOptions:
     num_steps: int | None = None
     cfg_weight: float | None = None
     guidance: float | None = None
+    shift: float | None = None
     negative_prompt: str = ""
     latent_size: tuple[int, int] | None = None
     batch_size: int | None = None

@@ -12,6 +12,7 @@ import click
 
 from calibration_store.choices import EFFORTS, NATIVE_WAYS, PRODUCT_PRECISIONS, REST_BITS, SCALE_MEANINGS
 from calibration_store.limits import (
+    LEAST_SHIFT,
     MOST,
     MOST_DECIBELS,
     MOST_GUIDANCE,
@@ -20,6 +21,7 @@ from calibration_store.limits import (
     MOST_LORA_SCALE,
     MOST_RATE,
     MOST_SEED,
+    MOST_SHIFT,
     MOST_SIDE,
     MOST_STEPS,
 )
@@ -33,6 +35,7 @@ STEPS = click.IntRange(1, MOST_STEPS)
 SIDE = click.IntRange(1, MOST_SIDE)
 SEED = click.IntRange(0, MOST_SEED)
 GUIDANCE = click.FloatRange(0, MOST_GUIDANCE)
+SHIFT = click.FloatRange(LEAST_SHIFT, MOST_SHIFT)
 RATE = click.FloatRange(0, MOST_RATE)
 DECIBELS = click.FloatRange(-MOST_DECIBELS, MOST_DECIBELS)
 

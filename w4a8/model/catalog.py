@@ -123,6 +123,11 @@ def with_guidance(info: ModelInfo, guidance: float | None) -> ModelInfo:
     return dataclasses.replace(info, guidance=guidance)
 
 
+def with_shift(info: ModelInfo, shift: float | None) -> ModelInfo:
+    """Return a model with a value of `--shift`; None leaves the model's own."""
+    return info if shift is None else dataclasses.replace(info, sampler_shift=shift)
+
+
 def with_text_bits(info: ModelInfo, bits: int | str) -> ModelInfo:
     """Return a model with a value of `--text-bits`. Raises ModelError for fewer than 16 bits without a T5."""
     if int(bits) != 16 and info.hub_id is None:

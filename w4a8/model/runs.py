@@ -15,6 +15,7 @@ from w4a8.model.catalog import (
     model_fingerprint,
     refuse_080,
     with_guidance,
+    with_shift,
     with_text_bits,
 )
 from w4a8.model.diffusionkit import DiffusionPipeline, MMDiT
@@ -47,6 +48,7 @@ def describe_run_model(manifest: dict[str, Any], location: ModelLocation = UNCHA
     try:
         info = describe_model(model or manifest["model_version"], loras, checkpoint)
         info = with_text_bits(info, manifest.get("text_bits", 16)) if same else info
+        info = with_shift(info, manifest.get("shift") if same else None)
         return with_guidance(info, manifest.get("guidance") if same else None)
     except ModelError as error:
         if model is not None:

@@ -1,6 +1,6 @@
 """All samples' inputs of one block in memory; block after block they are replaced by its outputs.
 
-The memory is the host's beside a GPU that has its own, if there is room, since the GPU's is dearer; else the device's.
+The memory is the device's, if there is room, since a GPU waits for samples of the host's; else the host's beside a GPU.
 What a block gives is not kept: its unit computes its targets from the inputs (`Unit.targets`). No file is written, so a
 run that was killed walks through the finished blocks anew, in a forward pass of 16-bit products.
 """
@@ -155,7 +155,7 @@ def held_bytes(cache: Mapping[str, Any], dtype: mx.Dtype) -> int:
 
 
 def place_of_samples(num_bytes: int, least: int, ranks: SingleProcess) -> str:
-    """Return where all processes have room for all samples: on the host, on the device, or only in files.
+    """Return where all processes have room for all samples: on the device, on the host, or only in files.
 
     num_bytes: what held_bytes gives; least: the bytes that an iteration takes of the device at least. Processes may share a
     host and a device.
@@ -163,7 +163,7 @@ def place_of_samples(num_bytes: int, least: int, ranks: SingleProcess) -> str:
     room = ranks.size * num_bytes
     on_host = room <= HOST_SHARE * memory_beside_gpu()
     on_device = room <= HELD_SHARE * device_memory() and num_bytes + least <= device_memory()
-    places = {ON_HOST: on_host, ON_DEVICE: on_device}
+    places = {ON_DEVICE: on_device, ON_HOST: on_host}
     return next((place for place, fits in places.items() if ranks.total(int(fits)) == ranks.size), IN_FILES)
 
 
