@@ -1,37 +1,43 @@
-"""Plan SD3-Medium's road for this machine, and run it. runs/sd3_medium.sh calls this script, and says what its variables mean.
+"""Plan the road of SD3-Medium, or of another model of SD3's kind, and run it. runs/sd3_medium.sh says what the variables mean.
 
 python tools/sd3_medium.py --plan                        # what it takes here: needs no model, writes nothing
-EFFORT=fast MEMORY=24 python tools/sd3_medium.py --plan
+EFFORT=fast MEMORY=24 MODEL=stabilityai/stable-diffusion-3.5-medium python tools/sd3_medium.py --plan
 """
 
+import dataclasses
 import os
 import shlex
 import shutil
 import subprocess
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import click
 import mlx.core as mx
+from mlx.utils import tree_flatten, tree_map
 
-from benchmarks.pass_timing import random_transformer
 from calibration_store.choices import EFFORTS
+from calibration_store.sizes import format_bytes
 from tools.road import SD3_MEDIUM, commands, run_commands
 from w4a8.backend.words import format_seconds, interpreter
 from w4a8.cli import stage_command
 from w4a8.effort import OF_LARGE_MODELS
 from w4a8.model.catalog import default_dtype
-from w4a8.model.layers import model_blocks
+from w4a8.model.dual_attention import TransformerSizes, empty_transformer
+from w4a8.model.families import FOLDER_FAMILY, MODELS, family_of
+from w4a8.model.layers import Block, model_blocks
+from w4a8.model.memory_needs import TOKEN_ARRAYS
 from w4a8.model.model_source import HUB_ID
 
-BLOCKS, IMAGE_TOKENS, TEXT_TOKENS, WIDTH = 24, 1024, 154, 1536  # of SD3-Medium at 512 px
-STEPS, SAVED_EVERY, SAMPLE_BYTES = 28, 3, 7.5e6  # a sample of the ends, in stage 2W's cache
+STEPS, SAVED_EVERY, TEXT_TOKENS = 28, 3, 154  # tokens without T5
+ENCODERS, T5_BYTES, BESIDE = 1.83e9, 9.5e9, 1.1e9  # CLIP and VAE; T5-XXL; what a stage takes beside weights and pass
 # Ratios to a plain pass that were measured on an H200 with products in bfloat16, where a pass in float16 takes 0.018 s
 # (benchmarks/results/2026-11-29-precision-h200.txt): an iteration of 16 samples on one block takes 0.073 s, one of the last
 # phase 2.2 s, and 4 s for every block go into 2,048 samples' walk through it, its grids and its losses.
 BLOCK_ITERATION, LAST_ITERATION, BETWEEN_BLOCKS = 0.073 / 0.018, 2.2 / 0.018, 4 / 0.018 / 2048
-CACHING, COLLECTING = 1.15, 1.26
+CACHING, COLLECTING = 1.15, 1.09  # stage 2A: benchmarks/results/2026-11-29-whole-runs-h200.txt
+USABLE = 0.7  # the share of a machine's memory that weights and a pass may take
 
 
 class Machine(NamedTuple):
@@ -54,6 +60,52 @@ MACHINES = {
 }
 
 
+class Model(NamedTuple):
+    """What a plan needs to know of a model: sizes, and tokens of an image at its usual size."""
+
+    title: str
+    config: TransformerSizes
+    pixels: int
+    steps: int
+    guided: bool
+
+    @classmethod
+    def of_name(cls, name: str) -> "Model":
+        """Return a hub model, or for a folder or a file SD3-Medium, whose size it is taken for. Raises UsageError for FLUX."""
+        entry, family = MODELS.get(name, MODELS[SD3_MEDIUM]), family_of(name if name in MODELS else SD3_MEDIUM)
+        if family.architecture != FOLDER_FAMILY.architecture:
+            raise click.UsageError(f"MODEL={name}: the plan knows models of SD3's kind")
+        side, guided = entry.latent_size[0] * family.latents.downscale, entry.cfg_weight > 1
+        return cls(entry.title, family.config, side, STEPS if guided else entry.num_steps, guided)
+
+    @property
+    def rows(self) -> int:
+        """Return the rows of an image in a pass: one more with guidance."""
+        return 2 if self.guided else 1
+
+    @property
+    def tokens(self) -> int:
+        """Return the number of image tokens."""
+        return (self.pixels // 16) ** 2
+
+    @property
+    def weight_bytes(self) -> int:
+        """Return the bytes of the transformer in 16 bits."""
+        parameters: Any = tree_flatten(empty_transformer(self.config).parameters())
+        return 2 * sum(array.size for _, array in parameters)
+
+    @property
+    def memory(self) -> float:
+        """Return the bytes that a stage takes: the weights, and the activations of a pass in 16 bits."""
+        activations = 2 * TOKEN_ARRAYS * self.rows * (self.tokens + TEXT_TOKENS) * self.config.hidden_size
+        return self.weight_bytes + activations + BESIDE
+
+    @property
+    def sample_bytes(self) -> float:
+        """Return the bytes of a sample of the ends in stage 2W's cache: tokens in float16 for each row, and the velocity."""
+        return self.rows * (2 * (self.tokens + TEXT_TOKENS) * self.config.hidden_size + 128 * self.tokens)
+
+
 class Row(NamedTuple):
     """A stage in the plan: what it does, bytes that it writes, seconds, and what its memory is."""
 
@@ -70,7 +122,7 @@ class Row(NamedTuple):
 @click.option(
     "--memory", envvar="MEMORY", type=click.FloatRange(1, 10_000), help="GB to plan for.  [default: this machine's]"
 )
-@click.option("--model", envvar="MODEL", default=SD3_MEDIUM, help="Another model of this size.")
+@click.option("--model", envvar="MODEL", default=SD3_MEDIUM, help="Another model of SD3's kind.")
 @click.option(
     "--checkpoint", envvar="CHECKPOINT", type=click.Path(path_type=Path), help="A fine-tune's file or folder."
 )
@@ -80,26 +132,28 @@ class Row(NamedTuple):
 )
 @click.option("--images", envvar="IMAGES", type=click.IntRange(1), help="Instead of the effort's.")
 @click.option("--iters", envvar="ITERS", type=click.IntRange(10), help="Instead of the effort's.")
-@click.option("--steps", envvar="STEPS", type=click.IntRange(1), default=STEPS, help="Steps of an image.")
+@click.option("--steps", envvar="STEPS", type=click.IntRange(1), help="Of an image.  [default: 28; Turbo 4]")
 @click.option("--cache", envvar="CACHE", type=click.FloatRange(0.01), help="GB of stage 2W, instead of all images.")
 @click.option("--t5", envvar="T5", type=click.Choice(["--t5", "--no-t5"]), help="Instead of what the memory allows.")
 def main(
     folder: Path, plan_only: bool, effort: str, memory: float | None, model: str, checkpoint: Path | None, lora: str,
-    pass_seconds: float | None, images: int | None, iters: int | None, steps: int, cache: float | None, t5: str | None,
+    pass_seconds: float | None, images: int | None, iters: int | None, steps: int | None, cache: float | None, t5: str | None,
 ) -> int:  # fmt: skip
     """Plan SD3-Medium's road for this machine; without --plan, run it."""
     if checkpoint is not None and not checkpoint.exists():
         raise click.UsageError(f"CHECKPOINT={checkpoint}: not found")
     if lora and not (Path(lora_file := lora.rpartition(":")[0] or lora).exists() or HUB_ID.fullmatch(lora_file)):
         raise click.UsageError(f"LORA={lora}: {lora_file} not found")
-    known = this_memory() if memory is None else memory
+    known, plan_for = this_memory() if memory is None else memory, Model.of_name(model)
     size = max((each for each in MACHINES if each <= known), default=None)
-    if size is None:
-        raise click.UsageError(f"{known:g} GB: SD3-Medium needs 16 GB or more")
+    least = next((each for each in MACHINES if each * 1e9 * USABLE >= plan_for.memory), None)
+    if size is None or least is None or size < least:
+        raise click.UsageError(f"{known:g} GB: {plan_for.title} needs {least or 'more than 128'} GB or more")
+    steps = plan_for.steps if steps is None else steps
     machine, work = MACHINES[size], OF_LARGE_MODELS[effort]
     number, count = images or work.num_images, iters or work.iters
     last = work.end_to_end if iters is None else iters // 2
-    size_2w = number * work.steps * SAMPLE_BYTES / 1e9 if cache is None else cache
+    size_2w = number * work.steps * plan_for.sample_bytes / 1e9 if cache is None else cache
     values = {
         "model": model, "checkpoint": checkpoint or "", "lora": lora, "images": number, "steps": steps, "t5": t5 or machine.t5,
         "effort": effort, "cache": "" if cache is None else f"{cache:g}GB", "statistics": machine.statistics, "iters": count, "last": last, "judged": machine.judged,
@@ -107,13 +161,17 @@ def main(
     lines = commands("sd3_medium", folder, **values)
     if not plan_only:
         return run_commands(lines)
-    seconds = timed_pass() if pass_seconds is None else pass_seconds
+    seconds = timed_pass(plan_for) if pass_seconds is None else pass_seconds
     rounded = "" if known == size else f" (of {known:.3g})"
-    how = "one random block, timed here, times 24" if pass_seconds is None else "as PASS_SECONDS says"
-    click.echo(
-        f"SD3-Medium, effort {effort}, planned for {size} GB{rounded}; a pass at 512 px takes {seconds:.3g} s: {how}"
+    how = (
+        f"random blocks, timed here, for all {plan_for.config.depth_multimodal}"
+        if pass_seconds is None
+        else "as PASS_SECONDS says"
     )
-    rows = planned(number, steps, size_2w, machine, count, last, values["t5"] == "--t5", seconds)
+    click.echo(
+        f"{plan_for.title}, effort {effort}, planned for {size} GB{rounded}; a pass at {plan_for.pixels} px takes {seconds:.3g} s: {how}"
+    )
+    rows = planned(plan_for, number, steps, size_2w, machine, count, last, values["t5"] == "--t5", seconds)
     for row in rows:
         took = format_seconds(row.seconds) if row.seconds else ""
         click.echo(f"  {row.what:32} {row.bytes_written / 1e9:6.1f} GB  {took:>12}  {row.memory}")
@@ -131,22 +189,33 @@ def main(
 
 
 def planned(
-    images: int, steps: int, cache: float, machine: Machine, iters: int, last: int, t5: bool, seconds: float
+    model: Model,
+    images: int,
+    steps: int,
+    cache: float,
+    machine: Machine,
+    iters: int,
+    last: int,
+    t5: bool,
+    seconds: float,
 ) -> list[Row]:
-    """Return the rows of a plan; seconds: of one pass. Sizes were measured at 512 px with guidance (README)."""
-    samples, passes = int(cache * 1e9 / SAMPLE_BYTES), machine.statistics * (steps // SAVED_EVERY // 2 + 1)
-    stored = images * ((steps // SAVED_EVERY + 1) * 0.131e6 + 0.6e6)
-    blocks = BLOCKS * (iters * BLOCK_ITERATION + samples * BETWEEN_BLOCKS)
+    """Return the rows of a plan; seconds: of one pass. Sizes were measured on SD3-Medium at 512 px with guidance."""
+    samples, passes = int(cache * 1e9 / model.sample_bytes), machine.statistics * (steps // SAVED_EVERY // 2 + 1)
+    latent, depth, weights = 128 * model.tokens, model.config.depth_multimodal, model.weight_bytes
+    stored = images * ((steps // SAVED_EVERY + 1) * latent + 4.5 * latent)
+    memory = f"{format_bytes(model.memory)} of memory"
+    with_t5 = f"{format_bytes(max(model.memory, 10.8e9))} of memory" if t5 else memory
+    blocks = depth * (iters * BLOCK_ITERATION + samples * BETWEEN_BLOCKS)
     learning = (blocks + last * LAST_ITERATION) * seconds
     return [
-        Row("download", 15.5e9 if t5 else 6.0e9, 0, "with T5, 9.5 GB; the hub's cache keeps it" if t5 else "without T5"),
-        Row(f"1   {images} images", stored, images * steps * seconds, f"{10.8 if t5 else 5.4} GB of memory"),
-        Row(f"2W  {samples} samples", cache * 1e9, samples * seconds * CACHING, "5.4 GB of memory"),
-        Row(f"2A  {passes} passes", passes * 8.4e6 + 90e6, passes * seconds * COLLECTING, "5.4 GB of memory"),
-        Row(f"3W  24 blocks, {iters} each, then {last}", 2.2e9, learning, "5 to 16 GB of memory, and the samples where they fit"),
-        Row("5   the 4-bit model", 2.3e9, 0, "5.4 GB of memory"),
-        Row(f"4   {machine.judged} images, four ways", machine.judged * 4 * (steps + 1) * 0.262e6,
-            machine.judged * 4 * steps * seconds, "5.4 GB of memory"),
+        Row("download", weights + ENCODERS + (T5_BYTES if t5 else 0), 0, "with T5, 9.5 GB; the hub's cache keeps it" if t5 else "without T5"),
+        Row(f"1   {images} images", stored, images * steps * seconds, with_t5),
+        Row(f"2W  {samples} samples", cache * 1e9, samples * seconds * CACHING, memory),
+        Row(f"2A  {passes} passes", passes * 8.4e6 + 90e6, passes * seconds * COLLECTING, memory),
+        Row(f"3W  {depth} blocks, {iters} each, then {last}", 0.53 * weights, learning, "5 to 16 GB of memory, and the samples where they fit"),
+        Row("5   the 4-bit model", 0.55 * weights, 0, memory),
+        Row(f"4   {machine.judged} images, four ways", machine.judged * 4 * (steps + 1) * 2 * latent,
+            machine.judged * 4 * steps * seconds, memory),
     ]  # fmt: skip
 
 
@@ -160,28 +229,33 @@ def this_memory() -> float:
     return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
 
 
-def timed_pass() -> float:
-    """Return the seconds of a pass of SD3-Medium with guidance, from one random block of its size."""
-    dtype = getattr(mx, default_dtype())
-    block = next(
-        iter(
-            model_blocks(
-                random_transformer(dtype, depth_multimodal=2, num_heads=WIDTH // 64, hidden_size_override=WIDTH)
-            ).values()
-        )
+def timed_pass(model: Model) -> float:
+    """Return the seconds of a pass: random blocks of the model's size, of each kind that it has, times their number."""
+    dtype, config, dual = getattr(mx, default_dtype()), model.config, model.config.dual_attention_blocks
+    width = config.hidden_size
+    sizes = dataclasses.replace(
+        config, depth_multimodal=2, hidden_size_override=width, dual_attention_blocks=min(1, dual)
     )
+    transformer = empty_transformer(sizes)
+    transformer.update(tree_map(lambda array: array.astype(dtype), transformer.parameters()))
     keys = mx.random.split(mx.random.key(0), 3)
     tokens = [
-        mx.random.normal((2, count, 1, WIDTH), key=key).astype(dtype)
-        for count, key in zip((IMAGE_TOKENS, TEXT_TOKENS), keys, strict=False)
+        mx.random.normal((model.rows, count, 1, width), key=key).astype(dtype)
+        for count, key in zip((model.tokens, TEXT_TOKENS), keys, strict=False)
     ]
-    modulation = mx.random.normal((2, 1, 1, WIDTH), key=keys[2]).astype(dtype)
-    found = []
-    for _ in range(3):
-        start = time.perf_counter()
-        mx.eval(block.run(tokens, modulation))
-        found.append(time.perf_counter() - start)
-    return BLOCKS * min(found)
+    modulation = mx.random.normal((model.rows, 1, 1, width), key=keys[2]).astype(dtype)
+    first, last = model_blocks(transformer).values()
+
+    def seconds_of(block: Block) -> float:
+        found = []
+        for _ in range(3):
+            start = time.perf_counter()
+            mx.eval(block.run(tokens, modulation))
+            found.append(time.perf_counter() - start)
+        return min(found)
+
+    plain = config.depth_multimodal - dual
+    return dual * seconds_of(first) + plain * seconds_of(last) if dual else plain * seconds_of(first)
 
 
 if __name__ == "__main__":
