@@ -3,11 +3,15 @@
 from pathlib import Path
 
 import pytest
+from diffusionkit.mlx import T5_MAX_LENGTH
+from diffusionkit.mlx.scripts.generate_images import HEIGHT, SHIFT, WIDTH
 from tiny_hub import LARGE
 
 from calibration_store.errors import UserError
 from w4a8.model.catalog import BUNDLED_FOLDER, describe_model
 from w4a8.model.checkpoint_contents import Contents
+from w4a8.model.diffusionkit import MMDIT_CKPT, model_io
+from w4a8.model.families import FAMILIES, MODELS, family_of
 from w4a8.model.model_source import Sampling, sampling_of
 
 
@@ -33,3 +37,18 @@ def test_a_lone_file_of_a_folder_says_what_is_wrong_with_it(tmp_path):
         describe_model(str(BUNDLED_FOLDER / "mmdit.safetensors"))
     with pytest.raises(UserError, match="no such file, and not one of"):
         describe_model(str(tmp_path / "gone.safetensors"))
+
+
+def test_declared_sizes_are_those_of_diffusionkit():
+    """DiffusionKit's configs, sampling shifts and file names of the models that it has, beside what the files declare."""
+    for hub_id in (name for name in MMDIT_CKPT if "4bit" not in name):
+        entry, theirs = MODELS[hub_id], vars(model_io._CONFIG[hub_id])
+        other = {"dtype", "float16_dtype", "low_memory_mode", "upcast_multimodal_blocks", "guidance_embed"}
+        declared = vars(family_of(hub_id).config)
+        assert {key: declared[key] for key in theirs.keys() - other} == {
+            key: theirs[key] for key in theirs.keys() - other
+        }
+        assert model_io._MMDIT[hub_id] == {hub_id: entry.file, "vae": entry.vae[1]}
+        assert (entry.shift, entry.t5_tokens) == (SHIFT[hub_id], T5_MAX_LENGTH[hub_id])
+        assert entry.latent_size == (HEIGHT[hub_id] // 8, WIDTH[hub_id] // 8)
+    assert len(FAMILIES) == 4 and len(MODELS) == 6

@@ -14,7 +14,7 @@ from calibration_store.layout import ADAPTER_CONFIG
 from calibration_store.model_folder import CONFIG_FILE
 from w4a8.model.checkpoint_contents import SHARD, Contents, read_contents
 from w4a8.model.diffusionkit import MMDIT_CKPT
-from w4a8.model.families import MODELS
+from w4a8.model.families import MODELS, family_of
 from w4a8.model.location import Lora
 
 WEIGHT_ENDS = (".safetensors", ".sft", ".safetensors.index.json", ".gguf")
@@ -149,6 +149,6 @@ def sampling_of(contents: Contents, hub_id: str) -> Sampling:
     counted, few = COUNTED_STEPS.search(contents.title), FEW_STEPS.search(contents.title)
     if counted is None and few is None:
         return Sampling()
-    entry = MODELS.get(hub_id)
-    known = entry.num_steps if entry is not None and entry.told_by_title else 0
-    return Sampling(int(counted[1]) if counted else known, 0.0)
+    models = family_of(hub_id).models if hub_id in MODELS else ()
+    known = [entry.num_steps for entry in models if few and entry.told_by_title == few[0].lower()]
+    return Sampling(int(counted[1]) if counted else (*known, 0)[0], 0.0)
