@@ -8,7 +8,7 @@ A module declares, checks, reads and writes one format: manifest, samples, pictu
 sensitivity (2W), partials, statistics (2A), weights, rounding_checkpoint (3W), configs (3A, 3A'), evaluation (4),
 model_folder, quantized_model (5). Below them: layout (where files are), names (layers and keys), stage_folder (the life
 of a stage), choices, limits, schema, npz, histograms, files, sizes, errors. FORMAT strings and keys are a contract
-(calibration_data/README.md): extra keys may be added, existing ones keep their meaning.
+(docs/formats.md): extra keys may be added, existing ones keep their meaning.
 """
 
 import importlib

@@ -2,7 +2,7 @@
 
 Every reader takes the calibration folder (`--calib-dir`) first, checks the file against its declaration, and raises
 StoreError in one line that names the file and what is wrong. A reader refuses a file that is of another calibration run
-than the folder's manifest. docs/api.md has an example of each, calibration_data/README.md the meaning of every key.
+than the folder's manifest. docs/api.md has an example of each, docs/formats.md the meaning of every key.
 
 The modules of the formats have functions of the same names for the stages, which take the paths that a stage holds.
 """

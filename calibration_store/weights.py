@@ -132,6 +132,7 @@ class StageLosses(_StageLosses, total=False):
     curve: Annotated[list[float], Meta(max_length=256)]
     # errors of finished latents with round-to-nearest, at the start and at the end of this stage, if it was trained on them
     finished_latents: list[NotNegative]
+    kept_start: bool  # held-out samples did not gain, and the values before this stage were kept
     rest: Index  # number of arrays in rest.npz that this stage left; absent: it trained none
 
 

@@ -11,4 +11,4 @@ $PY tools/road.py demo "$DIR" ${EFFORT:+effort="$EFFORT"}
 echo
 echo "Done. Open $DIR/report/index.html: what was measured, every image beside its original, and how to go on."
 echo "The quantized model is $DIR/quantized_model; draw with it: $PY draw_images.py --model $DIR/quantized_model \"red heart\""
-echo "$DIR/drawn/compare.png has images of it beside the original's; calibration_data/README.md explains every file."
+echo "$DIR/drawn/compare.png has images of it beside the original's; docs/formats.md explains every file."

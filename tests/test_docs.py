@@ -1,4 +1,4 @@
-"""The README's and the guide's commands, flags and files exist."""
+"""The pages' commands, flags, files, links and names exist; the README stays short; figures come from dated files."""
 
 import importlib
 import json
@@ -14,7 +14,10 @@ from conftest import ROOT
 
 from tools.road import ROADS, again
 
-DOCUMENTS = ("README.md", "TROUBLESHOOTING_GUIDE.md", "calibration_data/README.md", "CONTRIBUTING.md")
+DOCUMENTS = (
+    "README.md", "TROUBLESHOOTING_GUIDE.md", "calibration_data/README.md", "CONTRIBUTING.md",
+    *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
+)  # fmt: skip
 SOURCES = [
     path
     for pattern in ("*.py", "w4a8/**/*.py", "calibration_store/**/*.py", "benchmarks/**/*.py", "tools/**/*.py")
@@ -115,12 +118,12 @@ def test_recipes_begin_nothing_by_mistake(recipe):
     assert (code, output) == (2, "") and errors.startswith("Error: /none: not found; run `make setup` first")
 
 
-def test_the_readme_shows_every_module_and_script():
-    """The layout section names what lies at the top and in the packages."""
-    text = (ROOT / "README.md").read_text()
+def test_the_internals_show_every_module_and_script():
+    """The page names what lies at the top and in the packages."""
+    text = (ROOT / "docs/internals.md").read_text() + (ROOT / "README.md").read_text()
     for path in [*ROOT.glob("*.py"), *ROOT.glob("w4a8/*"), *ROOT.glob("calibration_store/*.py")]:
         name = path.stem if path.parent.name == "calibration_store" else path.name
-        assert path.name.startswith("__") or name in text, f"README's layout lacks {name}"
+        assert path.name.startswith("__") or name in text, f"docs/internals.md lacks {name}"
 
 
 def test_functions_that_the_walks_name_exist():
@@ -158,14 +161,14 @@ def test_files_exist(document):
     text = (ROOT / document).read_text()
     for script in set(SCRIPT.findall(text)):
         assert (ROOT / script).exists() or any(
-            path.name == script.rpartition("/")[2] for path in [*SOURCES, *ROOT.glob("tests/*.py")]
+            path.name == script.rpartition("/")[2] for path in [*SOURCES, *ROOT.glob("tests/**/*.py")]
         ), f"{document} names {script}"
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (ROOT / document).parent.joinpath(target).exists(), f"{document} links to {target}"
 
 
 def test_flags_in_the_option_lists_exist():
-    """Every --flag that the README mentions belongs to some script."""
+    """Every --flag that a page mentions belongs to some script."""
     scripts = [path.name for path in ROOT.glob("*.py") if "\ndef main(" in path.read_text()]
     scripts += [
         f"{folder}/{path.name}"
@@ -180,9 +183,14 @@ def test_flags_in_the_option_lists_exist():
         "--hostfile",
         "--python",
         "--plan",
+        "--backend",
+        "--starting-port",
+        "--local-dir",
+        "--recursive",
     }
-    text = (ROOT / "README.md").read_text()
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text)) - known <= {"--shifted-"}
+    for document in DOCUMENTS:
+        text = (ROOT / document).read_text()
+        assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text)) - known <= {"--shifted-"}, document
 
 
 def test_messages_point_at_issues_that_exist():
@@ -223,5 +231,41 @@ def test_the_readme_says_where_everything_installs():
         for python, files in by_python.items()
         if "flip-evaluator" in files
     }
-    assert max(with_flip) == "3.13" and "FLIP up to 3.13, not on Linux ARM" in readme
+    assert max(with_flip) == "3.13" and "up to Python 3.13 and not on Linux ARM" in readme
     assert not any("flip-evaluator" in files for files in table["files"]["linux-aarch64"].values())
+
+
+def test_the_readme_is_short():
+    """A stranger reads it to its end: 200 lines, 1,500 words, no line that a page of the repository would cut."""
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 200 and len(text.split()) <= 1500
+    assert max(len(line) for line in text.splitlines()) <= 130
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_somewhere(document):
+    """Files exist, and a page has the heading that a link names after #."""
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)", (ROOT / document).read_text()):
+        path = (ROOT / document).parent / target if target else ROOT / document
+        assert path.exists(), f"{document} links to {target}"
+        headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE) if anchor else []
+        found = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+        assert not anchor or anchor in found, f"{document}: {target}#{anchor}"
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/results.md"])
+def test_figures_come_from_dated_files(document):
+    """Every number with decimals outside of code stands in a file of benchmarks/results, perhaps with more digits."""
+    files = [path.read_text() for path in (ROOT / "benchmarks/results").glob("20*")]
+    known = {float(number) for text in files for number in re.findall(r"\d+\.\d+", text)}
+    known |= {int(number) / unit for text in files for number in re.findall(r"\b\d{5,12}\b", text) for unit in (1e3, 1e6, 1e9)}
+    text = re.sub(r"```.*?```|`[^`]*`", "", (ROOT / document).read_text(), flags=re.DOTALL)
+    text = re.sub(
+        r"(?:SD|FLUX|Python|glibc|MLX|Karras|version) ?\.?\d+\.\d+(?:\.\d+)?|\b\d+\.\d+\.\d+\b|3\.5\b|FLUX\.1", "", text
+    )
+    missing = []
+    for number in re.findall(r"(?<![\w.])\d+\.\d+(?![\w.]*\d)", text):
+        digits = len(number.partition(".")[2])
+        if not any(round(each, digits) == float(number) for each in known):
+            missing.append(number)
+    assert not missing, f"{document}: {missing} stand in no file of benchmarks/results"

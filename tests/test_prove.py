@@ -1,4 +1,4 @@
-"""Test tools/prove.py: its trials really happen, and losses are told; README's figures are those of its dated files."""
+"""Test tools/prove.py: its trials really happen, and losses are told; docs/results.md's figures are those of its dated files."""
 
 import json
 import re
@@ -66,15 +66,15 @@ def newest(kind):
     return max(RESULTS.glob(f"*-{kind}.json"), default=None)
 
 
-def test_the_readme_has_the_newest_proofs():
-    readme = (ROOT / "README.md").read_text()
+def test_the_results_have_the_newest_proofs():
+    readme = (ROOT / "docs/results.md").read_text()
     proof = json.loads(newest("reliability").read_bytes())
     assert f"{proof['kills']} kills, {proof['lost']} lost" in readme and newest("reliability").name in readme
 
 
 @pytest.mark.parametrize("size", ["sd3-emoji", "sd3-medium"])
-def test_the_readme_has_the_newest_rehearsals(size):
-    rehearsal, readme = json.loads(newest(f"rehearsal-{size}").read_bytes()), (ROOT / "README.md").read_text()
+def test_the_results_have_the_newest_rehearsals(size):
+    rehearsal, readme = json.loads(newest(f"rehearsal-{size}").read_bytes()), (ROOT / "docs/results.md").read_text()
     table = readme[readme.index(newest(f"rehearsal-{size}").name) :]
     for row in rehearsal["rows"]:
         script = row["stage"].split()[0]

@@ -168,6 +168,7 @@ def print_losses(rows: list[tuple[str, dict]]) -> None:
     for name, row in rows:
         figures = " ".join(f"{'–':>9}" if value is None else f"{value:9.3f}" for value in held_out_losses(row).values())
         kept = "  kept round-to-nearest (Issue 22)" if row["kept_nearest"] else ""
+        kept = "  not kept: held-out samples do not gain (Issue 33)" if row.get("kept_start") else kept
         click.echo(f"{name:27} {figures} {row['end_training']:11.3f}{kept}")
 
 

@@ -23,14 +23,17 @@ from w4a8.model.layers import num_weights
 from w4a8.quantized.layer import deployed_grid
 from w4a8.rounding.finished_latents import UNROLLED, FinishedLatents, LastSteps, read_ends
 from w4a8.rounding.jobs import Job
+from w4a8.rounding.methods import Arrays
 from w4a8.rounding.rest import bytes_of_rest
 from w4a8.rounding.run import RoundingRun
 from w4a8.rounding.settings import (
+    BLOWN,
     EVALUATED,
     LR_LAST_SCALES,
     LR_REST,
     LR_UNROLLED_REST,
     LR_UNROLLED_SCALES,
+    SLOWER,
     warmed_cosine,
 )
 from w4a8.rounding.training import OPTIMIZERS, Adam, NotFiniteError, Training
@@ -57,8 +60,19 @@ class FinalTraining(Training):
         """finished: the loss of finished latents, for the iterations after the first `end_to_end` ones."""
         self.finished, self.finished_norm = finished, 1.0
         super().__init__(unit)
+        self.level = unit.loss(spread_over(unit.samples.training, EVALUATED), unit.start)
+        self.fixed = self._unhurried(1.0)
         if finished is not None:
             self.finished_norm = finished.loss(self._judged(finished.last.training), None)
+
+    def _unhurried(self, pace: float) -> Arrays:
+        """Return the pace, a factor of the learning rates, and the running loss, which begins at the start's."""
+        return {"pace": mx.array(pace), "running": mx.array(self.level)}
+
+    def restore(self, arrays: Mapping[str, np.ndarray], iteration: int) -> None:
+        """Go on as Training.restore says; a run of 0.9.0 before the pace was kept has none."""
+        begun = self._unhurried(1.0)
+        super().restore({f"fixed|{name}": np.array(array) for name, array in begun.items()} | dict(arrays), iteration)
 
     @staticmethod
     def _judged(images: Sequence[int]) -> Sequence[int]:
@@ -86,6 +100,7 @@ class FinalTraining(Training):
         else:
             loss, slopes = self.unit.slopes(self.state, self.drawn(self.iteration), self.iteration)
             rate = warmed_cosine(self.iteration, before)
+            rate *= float(self.fixed["pace"])
             rates = LR_LAST_SCALES * rate, LR_REST * rate
         self._check(loss, slopes)
         ranges, rest = slopes.pop("ranges"), slopes.pop("rest")
@@ -94,7 +109,21 @@ class FinalTraining(Training):
             self.move_rest(rest, rates[1])
         if ranges:
             self.move_ranges(ranges)
-        return self._finished(loss if self.iteration < before else mx.exp(loss) / self.finished_norm)
+        if self.iteration >= before:
+            return self._finished(mx.exp(loss) / self.finished_norm)
+        found = self._finished(loss)
+        running = 0.75 * float(self.fixed["running"]) + 0.25 * found
+        self.fixed = {**self.fixed, "running": mx.array(running)}
+        if running > BLOWN * self.level:
+            self._begin_slower()
+        return found
+
+    def _begin_slower(self) -> None:
+        """Go back to the start of the phase, with smaller learning rates: the loss has left its level."""
+        self.state = {key: dict(value) for key, value in self.unit.start.items()}
+        self.optimizers = {name: Adam(1e-3, bias_correction=True) for name in OPTIMIZERS}
+        self.fixed = self._unhurried(SLOWER * float(self.fixed["pace"]))
+        self._good = (self._parts(), self.iteration)
 
     def drawn_images(self, training: Sequence[int]) -> np.ndarray:
         """Return the images of an iteration, sorted: half as many as samples. Seed and iteration decide."""
@@ -262,5 +291,6 @@ class FinalPhase(Job):
         for block in self.trained_blocks:
             layers = read_quantized_block(paths, block, plan)
             write_quantized_block(paths, block, {n: after_phase(training, n, f) for n, f in layers.items()}, plan)
-        stages = [{**losses, "kept_nearest": False, "layers": len(training.unit.layers), "rest": len(rest)}]
+        noted = {"kept_nearest": False, "kept_start": not training.gained, "layers": len(training.unit.layers)}
+        stages = [{**losses, **noted, "rest": len(rest)}]
         write_losses(paths.end_to_end_losses, self.name, stages, plan)

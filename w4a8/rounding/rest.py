@@ -16,6 +16,7 @@ from w4a8.backend.memory import device_memory
 from w4a8.model.layers import model_blocks, model_layers
 from w4a8.quantized.layer import deployed, deployed_grid
 from w4a8.quantized.model import GROUPS_OF_THE_REST
+from w4a8.rounding.settings import REST_BLOCKS, REST_INPUTS
 
 EVERYTHING, VECTORS, NO_REST = REST_KINDS
 FINAL_LAYER = "final_layer"
@@ -108,6 +109,12 @@ def nearest_dense(weight: mx.array, bits: int, group_size: int) -> mx.array:
     return (codes * scale[..., None] + minimum[..., None]).reshape(weight.shape)
 
 
-def size_of(array: mx.array) -> float:
-    """Return the root of the mean square of a parameter, which its learning rate is relative to."""
-    return max(float(mx.sqrt(mx.mean(mx.square(array)))), SMALLEST_SIZE)
+def size_of(array: mx.array, blocks: int) -> float:
+    """Return what a parameter's learning rate is relative to: the root of its mean square, less for wide and deep models.
+
+    Adam moves all inputs of a matrix at once, so that its output moves with the root of their number (Yang et al. 2022),
+    and the blocks' movements add up.
+    """
+    share = min(1.0, (REST_BLOCKS / blocks) ** 0.5)
+    share *= min(1.0, (REST_INPUTS / array.shape[1]) ** 0.5) if array.ndim == 2 else 1.0
+    return share * max(float(mx.sqrt(mx.mean(mx.square(array)))), SMALLEST_SIZE)

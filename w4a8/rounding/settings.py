@@ -16,7 +16,11 @@ LR_SCALES = 1e-3
 LR_LAST_SCALES = 3e-4  # of the last phase, where all grids move at once
 LR_UNROLLED_SCALES, LR_UNROLLED_REST = 2e-4, 1e-3  # against finished latents
 WARM_UP_SHARE = 0.1  # of the last phase, in which its learning rates rise
-LR_REST = 3e-3  # relative to the size of each parameter of the 16-bit rest
+LR_REST = (
+    3e-3  # relative to the size of each parameter of the 16-bit rest, at these inputs of a matrix and blocks of a model
+)
+REST_INPUTS, REST_BLOCKS = 192, 8
+BLOWN, SLOWER = 2.0, 0.25  # the last phase begins anew, slower, where its loss reaches so many times that of its start
 DEFAULT_LR_ALPHA = {"ste": 4e-3, "sigmoid": 1e-2}  # by rounding method
 EVALUATED = 64  # samples that a loss is measured on
 FLOAT32, BFLOAT16 = PRODUCT_PRECISIONS

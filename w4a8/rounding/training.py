@@ -11,6 +11,7 @@ import mlx.optimizers as optimizers
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
+from calibration_store.names import block_of
 from w4a8.backend.interrupts import finishing
 from w4a8.backend.parallel import compiled
 from w4a8.backend.progress import ProgressBar
@@ -238,7 +239,8 @@ class Training(ABC):
     @functools.cached_property
     def _rest_sizes(self) -> dict[str, float]:
         """The size of each parameter of the rest at the start; measured once, since each needs an evaluation."""
-        return {path: size_of(array) for path, array in self.unit.start["rest"].items()}
+        blocks = len({block_of(name) for name in self.unit.layers})
+        return {path: size_of(array, blocks) for path, array in self.unit.start["rest"].items()}
 
     def move_ranges(self, gradients: Arrays) -> None:
         """Move the activation ranges (on a log scale)."""
