@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT
 
 from tools.road import ROADS, again
+from w4a8.cli.issues import ISSUES, issue_of, with_issue
 
 DOCUMENTS = (
     "README.md", "TROUBLESHOOTING_GUIDE.md", "calibration_data/README.md", "CONTRIBUTING.md",
@@ -193,13 +194,61 @@ def test_flags_in_the_option_lists_exist():
         assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text)) - known <= {"--shifted-"}, document
 
 
+def guide_issues() -> dict[int, str]:
+    """Return {number: text} of every issue, in the guide and, for people who write hooks, in docs/internals.md."""
+    pages = ((ROOT / name).read_text() for name in ("TROUBLESHOOTING_GUIDE.md", "docs/internals.md"))
+    pattern = r"^### Issue (\d+): .*\n((?:(?!^##? |^### ).*\n?)*)"
+    return {int(number): text for page in pages for number, text in re.findall(pattern, page, re.MULTILINE)}
+
+
+def quoted(text: str) -> list[str]:
+    """Return the messages that an issue quotes after "You see"."""
+    seen = re.findall(r"^\*\*You see\*\*(.*\n(?:.+\n)*)", text, re.MULTILINE)
+    found = [a or b for part in seen for a, b in re.findall(r"``(.+?)``|`([^`]+)`", part.replace("\n", " "))]
+    return [message.strip("` ") for message in found]
+
+
 def test_messages_point_at_issues_that_exist():
-    guide = (ROOT / "TROUBLESHOOTING_GUIDE.md").read_text()
-    numbers = {int(number) for number in re.findall(r"^## Issue (\d+):", guide, re.MULTILINE)}
+    numbers = set(guide_issues())
     assert numbers == set(range(1, len(numbers) + 1))
     for path in [*SOURCES, *(ROOT / name for name in (*DOCUMENTS, "Makefile", "requirements.txt"))]:
         for number in re.findall(r"\bIssues? (\d+)\b", path.read_text()):
             assert int(number) in numbers, f"{path.name} points at Issue {number}"
+
+
+def test_every_issue_quotes_its_messages_or_says_that_there_is_none():
+    for number, text in guide_issues().items():
+        assert quoted(text) or "**You see** no message" in text, f"Issue {number}"
+
+
+def test_error_messages_name_the_issue_that_quotes_them():
+    """Every message that the guide quotes and an error ends with leads to its own issue; every pattern is quoted somewhere."""
+    led = set()
+    for number, text in guide_issues().items():
+        for message in quoted(text):
+            found = issue_of(message)
+            assert found in (None, number) or {found, number} == {13, 19}, (
+                f"{message}: Issue {found}, quoted by {number}"
+            )
+            led |= {found}
+    assert {number for _, number in ISSUES} <= led
+    assert with_issue("holds a run already: say") == "holds a run already: say (Issue 41)"
+    assert with_issue("holds a run already (Issue 26)") == "holds a run already (Issue 26)"
+
+
+def test_the_index_of_messages_is_whole():
+    """Each row's message is quoted by its issue, and each message that an error ends with an issue for is in the index."""
+    index = (ROOT / "TROUBLESHOOTING_GUIDE.md").read_text().partition("## Index of messages")[2]
+    rows = {
+        message.strip("`"): int(number)
+        for message, number in re.findall(r"^\| (`.+`) \| (\d+) \|$", index, re.MULTILINE)
+    }
+    issues = guide_issues()
+    for message, number in rows.items():
+        assert message in quoted(issues[number]), f"{message}: not in Issue {number}"
+    for number, text in issues.items():
+        for message in quoted(text):
+            assert issue_of(message) is None or message in rows, f"the index lacks {message} of Issue {number}"
 
 
 def test_the_readme_says_where_everything_installs():
@@ -258,7 +307,9 @@ def test_figures_come_from_dated_files(document):
     """Every number with decimals outside of code stands in a file of benchmarks/results, perhaps with more digits."""
     files = [path.read_text() for path in (ROOT / "benchmarks/results").glob("20*")]
     known = {float(number) for text in files for number in re.findall(r"\d+\.\d+", text)}
-    known |= {int(number) / unit for text in files for number in re.findall(r"\b\d{5,12}\b", text) for unit in (1e3, 1e6, 1e9)}
+    known |= {
+        int(number) / unit for text in files for number in re.findall(r"\b\d{5,12}\b", text) for unit in (1e3, 1e6, 1e9)
+    }
     text = re.sub(r"```.*?```|`[^`]*`", "", (ROOT / document).read_text(), flags=re.DOTALL)
     text = re.sub(
         r"(?:SD|FLUX|Python|glibc|MLX|Karras|version) ?\.?\d+\.\d+(?:\.\d+)?|\b\d+\.\d+\.\d+\b|3\.5\b|FLUX\.1", "", text

@@ -21,6 +21,7 @@ from calibration_store.errors import UserError
 from w4a8.backend.interrupts import ctrl_c_handled, end_process
 from w4a8.backend.processes import end_processes, only_rank_0_speaks, rank_prefix
 from w4a8.backend.words import interpreter
+from w4a8.cli.issues import with_issue
 from w4a8.model.location import ModelLocation
 
 
@@ -54,11 +55,12 @@ class StageCommand(click.Command):
                 code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
         except (UserError, click.ClickException) as error:
             message = error.message if isinstance(error, UserError) else error.format_message()
-            said, code = f"Error: {one_line(message, whole=isinstance(error, Interrupted))}", error.exit_code
+            line = one_line(message, whole=isinstance(error, Interrupted))
+            said, code = f"Error: {line if isinstance(error, Interrupted) else with_issue(line)}", error.exit_code
         except click.Abort:
             said, code = "Interrupted.", 130
         except OutputError as error:
-            said, code = f"Error: {error}", 1
+            said, code = f"Error: {with_issue(str(error))}", 1
         if end_processes(said) and said is not None:
             say(rank_prefix() + said)
         if "mlx.core" in sys.modules:
