@@ -47,7 +47,7 @@ def run(options: W4A8Options) -> None:
         write_temporal_analysis,
     )
     from calibration_store.files import locked_folder
-    from calibration_store.layout import ActivationPaths, clear_analysis_temporaries
+    from calibration_store.layout import ActivationPaths, beside_config, clear_analysis_temporaries
     from calibration_store.statistics import read_statistics
     from w4a8 import __version__
     from w4a8.analysis.trial import estimate_analysis
@@ -77,8 +77,8 @@ def run(options: W4A8Options) -> None:
     outlier_config = {} if options.use_hist_p999 else migrate_outliers(widest, options.outlier_threshold)
     temporal = temporal_analysis(steps, statistics.sigma_map)
     summary = summarize_config(steps, temporal, outlier_config)
-    figures = [output.parent / name for name in figure_names(steps)] if options.with_plot else []
-    temporal_file = output.parent / paths.temporal_analysis.name
+    figures = [beside_config(output, name) for name in figure_names(steps)] if options.with_plot else []
+    temporal_file = beside_config(output, paths.temporal_analysis.name)
     metadata = statistics.metadata | {
         "statistics": stats.name,
         "scale_from": "hist_p999" if options.use_hist_p999 else "tensor_absmax",

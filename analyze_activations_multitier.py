@@ -55,7 +55,7 @@ def run(options: TierOptions) -> None:
         write_temporal_analysis,
     )
     from calibration_store.files import locked_folder
-    from calibration_store.layout import ActivationPaths, clear_analysis_temporaries
+    from calibration_store.layout import ActivationPaths, beside_config, clear_analysis_temporaries
     from calibration_store.sensitivity import read_sensitivity
     from calibration_store.statistics import ActivationStatistics, read_statistics
     from w4a8 import __version__
@@ -89,8 +89,8 @@ def run(options: TierOptions) -> None:
     steps = decided(statistics)
     temporal = tier_temporal_analysis(steps)
     summary = summarize_tiers(steps, temporal)
-    written = [output, output.parent / paths.multitier_temporal_analysis.name]
-    written += [output.parent / "bit_map.png"] if options.with_plot else []
+    written = [output, beside_config(output, paths.multitier_temporal_analysis.name)]
+    written += [beside_config(output, "bit_map.png")] if options.with_plot else []
     head = {
         "format": MULTITIER_FORMAT,
         "summary": summary,

@@ -26,6 +26,11 @@ from w4a8.options import EvaluationOptions
 @cli.calib_dir_option
 @functools.partial(cli.model_location_options, another=True)
 @cli.scale_is_option
+@click.option(
+    "--config",
+    type=cli.FILE,
+    help="Config of an analyzer, or of another tool, that the variants a8 and multitier read.  [default: that of the folder]",
+)
 @cli.prompts_option(".  [default: ones that the calibration did not use]")
 @click.option("--num-images", type=cli.IMAGES, help="Images per variant.")
 @click.option("--num-steps", type=cli.STEPS, help="Euler steps.  [default: the calibration's]")
@@ -101,7 +106,7 @@ def run(options: EvaluationOptions) -> None:
     from w4a8.evaluation.gate import check_gate, refuse_gain_without_nearest
     from w4a8.evaluation.metrics import LOW_PSNR, add_gains, compare_with_reference, read_reference
     from w4a8.evaluation.step_effects import measured_effects, refuse_effects_without_weights
-    from w4a8.evaluation.variants import default_variants, make_variant
+    from w4a8.evaluation.variants import default_variants, make_variant, refuse_unread_config
     from w4a8.model.layers import model_layers
     from w4a8.model.memory_needs import needs_of, refuse_too_large
     from w4a8.model.prompt_encoder import PromptEncoder, say_what_is_not_read
@@ -118,9 +123,10 @@ def run(options: EvaluationOptions) -> None:
     )
     refuse_gain_without_nearest(names, options.min_gain)
     chosen = [
-        make_variant(name, options.calib_dir, options.scale_is, options.native)
+        make_variant(name, options.calib_dir, options.scale_is, options.native, options.config)
         for name in dict.fromkeys(["fp", *names])
     ]
+    refuse_unread_config(chosen, options.config)
     refuse_effects_without_weights(chosen, options.step_effects)
     given_prompts = read_prompt_file(options.prompt_file, note=click.echo) if options.prompt_file else None
     pipeline, info, fingerprint = load_evaluated(manifest, options.location, options.native)

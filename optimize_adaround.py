@@ -205,7 +205,7 @@ def run(options: RoundingOptions) -> None:
             click.echo(estimate_rounding(jobs, todo, resumed=not options.force))
             print_shares(rounding, jobs, todo)
             return
-        require_space(paths.root, bytes_written(todo), "give --no-alpha or fewer --blocks", options.max_bytes)
+        require_space(paths.root, bytes_written(todo), "give fewer --blocks, and no --alpha", options.max_bytes)
         folder.begin(plan, anew="diverged" in (before or {}))
         with cli.interruptible(lambda: kept_after_interrupt(paths)):
             with cli.progress_bar(len(cache["samples"]), "checking the cache", "sample", leave=False) as bar:

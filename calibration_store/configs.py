@@ -126,6 +126,12 @@ def refuse_other_format(path: Path, own_format: str, option: str) -> None:
         raise StoreError(f"{path}: exists and is no {own_format} file; give another {option}")
 
 
+def is_multitier(path: Path) -> bool:
+    """Return whether a config says at its beginning that it is of the A4/A6/A8 format. Raises StoreError where it is not there."""
+    with open_regular(path, "give another --config", limit=None) as file:
+        return MULTITIER_FORMAT.encode() in file.read(200)
+
+
 def write_temporal_analysis(path: Path, sigmas: Mapping[str, float], layers: Mapping[str, Mapping]) -> None:
     """Write each layer's behaviour along the schedule, beside a config. sigmas: {step key: sigma}."""
     write_json(path, {"format": TEMPORAL_FORMAT, "sigma_map": sigmas, "layers": layers})

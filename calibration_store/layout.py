@@ -112,9 +112,18 @@ WRITTEN_BESIDE = {"layer_temporal_analysis.json", "layer_temporal_analysis_multi
 WRITTEN_BESIDE |= {"scale_over_sigma.png", "scale_map.png", "shift_map.png", "bit_map.png"}
 
 
+DEFAULT_CONFIGS = ("quant_config.json", "quant_config_multitier.json")
+
+
+def beside_config(config: Path, name: str) -> Path:
+    """Return the path of a file that an analyzer writes beside a config: one with another name lends it to the file."""
+    return config.parent / (name if config.name in DEFAULT_CONFIGS else f"{config.stem}_{name}")
+
+
 def clear_analysis_temporaries(config: Path) -> None:
     """Remove the half-written files that a kill of an analyzer left beside a config."""
-    clear_temporaries(config.parent, "|".join(map(re.escape, (config.name, *WRITTEN_BESIDE))))
+    beside = (beside_config(config, name).name for name in WRITTEN_BESIDE)
+    clear_temporaries(config.parent, "|".join(map(re.escape, (config.name, *beside))))
 
 
 def analysis_files(paths: ActivationPaths) -> list[Path]:

@@ -12,6 +12,7 @@ import click
 import pytest
 from conftest import ROOT
 
+from tools.option_lists import option_lists
 from tools.road import ROADS, again
 from w4a8.cli.issues import ISSUES, issue_of, with_issue
 
@@ -320,3 +321,8 @@ def test_figures_come_from_dated_files(document):
         if not any(round(each, digits) == float(number) for each in known):
             missing.append(number)
     assert not missing, f"{document}: {missing} stand in no file of benchmarks/results"
+
+
+def test_the_option_lists_are_those_of_help():
+    page = (ROOT / "docs/stages.md").read_text()
+    assert page.endswith(option_lists()), "run tools/option_lists.py"

@@ -5,6 +5,7 @@ python tools/road.py tiny /tmp/road                      # every stage in second
 python tools/road.py tiny /tmp/road blocks=mm0            # with other values for the words in braces
 """
 
+import os
 import shlex
 import signal
 import string
@@ -15,6 +16,7 @@ from pathlib import Path
 import click
 
 from w4a8.cli import interpreter, stage_command
+from w4a8.cli.stages import IN_A_ROAD
 
 ROOT = Path(__file__).resolve().parent.parent
 SD3_MEDIUM = "argmaxinc/mlx-stable-diffusion-3-medium"
@@ -161,7 +163,7 @@ def run_commands(lines: list[list[str]]) -> int:
         click.echo(f"step {number} of {len(lines)}", err=True)
         command = [*line, *again(line[0])]
         click.echo(f"\n$ {interpreter()} {shlex.join(command)}")
-        code = subprocess.run([sys.executable, *command], cwd=ROOT).returncode
+        code = subprocess.run([sys.executable, *command], cwd=ROOT, env=os.environ | {IN_A_ROAD: "1"}).returncode
         if code:
             return code if code > 0 else 128 - code
     return 0

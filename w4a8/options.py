@@ -154,7 +154,7 @@ class RoundingOptions(WritingOptions):
     lr_activation_scale: float = 5e-3
     seed: int = 0
     checkpoint_seconds: float = 30.0
-    alpha: bool = True
+    alpha: bool = False
 
     def __post_init__(self) -> None:
         """Raise OptionError for options that exclude each other."""
@@ -171,6 +171,7 @@ class EvaluationOptions(FolderOptions):
 
     location: ModelLocation = UNCHANGED_LOCATION
     scale_is: str | None = None
+    config: Path | None = None
     prompt_file: Path | None = None
     num_images: int = 16
     num_steps: int | None = None

@@ -11,6 +11,7 @@ from w4a8.cli.command import Interrupted, StageCommand, flags, interruptible, st
 from w4a8.cli.options import (
     COUNT,
     DECIBELS,
+    FILE,
     FOLDER,
     GUIDANCE,
     IMAGES,
@@ -38,6 +39,7 @@ from w4a8.cli.options import (
 __all__ = [
     "COUNT",
     "DECIBELS",
+    "FILE",
     "FOLDER",
     "GUIDANCE",
     "IMAGES",

@@ -22,6 +22,7 @@ from w4a8.backend.interrupts import ctrl_c_handled, end_process
 from w4a8.backend.processes import end_processes, only_rank_0_speaks, rank_prefix
 from w4a8.backend.words import interpreter
 from w4a8.cli.issues import with_issue
+from w4a8.cli.stages import STAGE_HELP, say_what_comes_next, script_of, write_epilog, write_options
 from w4a8.model.location import ModelLocation
 
 
@@ -79,6 +80,15 @@ class StageCommand(click.Command):
                     what = f"{max(parameter.opts, key=len)} {os.path.abspath(part) if isinstance(part, Path) else part}"
                     raise click.UsageError(f"{what}: not UTF-8, as JSON and MLX need it; rename the folder or file")
         return rest
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options: of a stage in groups, and at their end what comes before and after it."""
+        script = script_of(self.callback) if self.callback is not None else ""
+        if script not in STAGE_HELP:
+            super().format_options(ctx, formatter)
+            return
+        write_options(self.get_params(ctx), ctx, formatter)
+        write_epilog(script, formatter)
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         """Parse the arguments as click does."""
@@ -216,7 +226,11 @@ def stage(kind: type[Any]) -> Callable[[Callable[[Any], None]], click.Command]:
             if "location" in defaults:
                 given = (values.pop(name) for name in ("model", "local_checkpoint", "loras"))
                 values["location"] = ModelLocation(*given)
-            main(kind(**values))
+            options = kind(**values)
+            main(options)
+            done = not (getattr(options, "dry_run", False) or getattr(options, "sensitivity_only", False))
+            if done and hasattr(options, "calib_dir"):
+                say_what_comes_next(script_of(main), options.calib_dir)
 
         command = stage_command(collected)
         for parameter in command.params:

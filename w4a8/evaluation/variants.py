@@ -2,12 +2,13 @@
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from calibration_store.configs import is_multitier
 from calibration_store.errors import OptionError, StoreError
 from calibration_store.layout import ActivationPaths, QuantizedModelPaths, WeightPaths
 from calibration_store.manifest import same_run
@@ -16,7 +17,7 @@ from w4a8.model.layers import Layer
 from w4a8.model.packed import AUTO
 from w4a8.model.parts import TRANSFORMER, Pipeline
 from w4a8.options import ExportOptions
-from w4a8.quantized.activation_rules import ActivationRule
+from w4a8.quantized.activation_rules import ActivationRule, StaticByStep
 from w4a8.quantized.exported import ExportedWeights
 from w4a8.quantized.model import Codes, NearestWeights, OtherLayers, StoredWeights, Weights
 from w4a8.quantized.rule_names import RULES, rule_of
@@ -95,11 +96,13 @@ def without_loras(pipeline: Pipeline) -> Iterator[None]:
         pipeline.drop(TRANSFORMER)
 
 
-def make_variant(name: str, calib_dir: Path, scale_is: str | None = None, native: str = AUTO) -> Variant:
+def make_variant(
+    name: str, calib_dir: Path, scale_is: str | None = None, native: str = AUTO, config: Path | None = None
+) -> Variant:
     """Return the variant of a name: `fp`, a weight part, an activation part, or both with a plus.
 
     scale_is: the meaning of `scale` in another tool's config, "range" or "step"; native: the way to compute with packed
-    weights. Raises OptionError for a name outside the vocabulary, and a UserError when a file that the variant needs is
+    weights; config: the config that a8, or multitier, reads in place of the folder's. Raises OptionError for a name outside the vocabulary, and a UserError when a file that the variant needs is
     missing or damaged.
     """
     if name in ("fp", NO_LORA_VARIANT):
@@ -120,9 +123,17 @@ def make_variant(name: str, calib_dir: Path, scale_is: str | None = None, native
     rule = None
     if rule_part is not None:
         rule_class, bits = rule_part
-        rule = rule_class.named(name, bits, calib_dir, weights is not None, scale_is)
+        given = {"given": config} if config is not None and issubclass(rule_class, StaticByStep) else {}
+        rule = rule_class.named(name, bits, calib_dir, weights is not None, scale_is, **given)
         rule = rule.after_migration(name, dict if weights is None else weights.multipliers)
     return Variant(name, weights, rule, scale_is)
+
+
+def refuse_unread_config(variants: Sequence[Variant], config: Path | None) -> None:
+    """Raise OptionError where no variant reads the config that was given."""
+    if config is not None and not any(config in variant.sources for variant in variants):
+        which = "multitier" if is_multitier(config) else "a8, or w4-adaround+a8"
+        raise OptionError(f"--config {config}: no variant reads it; give --variants {which}")
 
 
 def is_weight_part(part: str) -> bool:

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from calibration_store.configs import read_config
+from calibration_store.configs import is_multitier, read_config
 from calibration_store.errors import OptionError, StoreError
 from calibration_store.layout import ActivationPaths
 from w4a8.analysis.clipping_ranges import levels
@@ -114,11 +114,21 @@ class StaticByStep(ActivationRule):
 
     @classmethod
     def named(
-        cls, variant: str, bits: int | None, calib_dir: Path, rounded: bool, scale_is: str | None
+        cls,
+        variant: str,
+        bits: int | None,
+        calib_dir: Path,
+        rounded: bool,
+        scale_is: str | None,
+        given: Path | None = None,
     ) -> "StaticByStep":
-        """Read the config. Raises StoreError where it is missing, invalid, or leaves open what its scales mean."""
+        """Read the config: the folder's, or a given one where it has this rule's format.
+
+        Raises StoreError where it is missing, invalid, or leaves open what its scales mean.
+        """
         paths = ActivationPaths(calib_dir)
         path = paths.multitier_config if cls.multitier else paths.quant_config
+        path = given if given is not None and is_multitier(given) == cls.multitier else path
         if not os.path.lexists(path):
             raise StoreError(f"{path}: not found; {variant} needs it: run {cls.script}")
         config = read_config(path, cls.multitier)
