@@ -391,17 +391,3 @@ def test_bad_input_is_one_line_and_writes_nothing(copy, script, fault):
 def test_contradicting_options(run, arguments, message):
     done = analyze_tiers(run, *arguments)
     assert done.exit_code == 2 and message in done.stderr
-
-
-@pytest.mark.slow
-def test_a_config_of_another_name_keeps_its_files_apart(copy):
-    """Its figures and its analysis bear its name; those of the default config stay."""
-    assert analyze(copy, "--plot").exit_code == 0
-    folder = copy / "activations"
-    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    done = analyze(copy, "--use-hist-p999", "--plot", "--output", folder / "p999.json")
-    assert done.exit_code == 0, done.output
-    assert all((folder / name).read_bytes() == content for name, content in before.items())
-    new = {path.name for path in folder.iterdir() if path.is_file()} - before.keys()
-    assert {"p999.json", "p999_layer_temporal_analysis.json", "p999_scale_map.png"} <= new, new
-    assert all(name.startswith("p999") for name in new)

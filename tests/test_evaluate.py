@@ -380,21 +380,3 @@ def test_bootstrap_interval_covers_the_mean():
 def test_without_files_there_is_round_to_nearest(tmp_path):
     assert generate("--num-images", 1, "--num-steps", 1, "--no-images", "--calib-dir", tmp_path / "x").exit_code == 0
     assert default_variants(tmp_path / "x") == ["w4-rtn"]
-
-
-def test_a_config_is_measured_where_it_lies(run, tmp_path):
-    """--config takes the place of the folder's config for the variant that reads its format; no other variant may be meant."""
-    shutil.copytree(run, tmp_path / "run")
-    other = tmp_path / "p999.json"
-    done = invoke("analyze_activations", "--calib-dir", tmp_path / "run", "--use-hist-p999", "--output", other)
-    assert done.exit_code == 0, done.output
-    psnr = []
-    for arguments in ((), ("--config", other)):
-        assert evaluate(tmp_path / "run", "--variants", "a8", *arguments).exit_code == 0
-        psnr.append(
-            json.loads((tmp_path / "run/evaluation/metrics.json").read_bytes())["variants"]["a8"]["psnr"]["mean"]
-        )
-    assert psnr[0] != psnr[1]
-    for config, message in ((other, "no variant reads it; give --variants a8"), (tmp_path / "gone.json", "gone.json")):
-        done = evaluate(tmp_path / "run", "--variants", "w4-rtn", "--config", config)
-        assert done.exit_code == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr

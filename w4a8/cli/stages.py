@@ -118,13 +118,14 @@ def write_options(parameters: list[click.Parameter], ctx: click.Context, formatt
 def write_epilog(script: str, formatter: click.HelpFormatter) -> None:
     """Write what a stage's terms mean, what it reads and writes, an example, and what comes next."""
     entry = STAGE_HELP[script]
-    rows = [("reads", entry.reads), ("writes", entry.writes), ("example", f"{interpreter()} {entry.example}")]
+    rows = [("reads", entry.reads), ("writes", entry.writes)]
     rows += [("next", ", or ".join(entry.following))] if entry.following else []
     formatter.write_paragraph()
     if entry.terms:
         formatter.write_text(entry.terms)
         formatter.write_paragraph()
     formatter.write_dl(rows)
+    formatter.write(f"example  python {entry.example}\n")  # whole, so that it can be copied
 
 
 def say_what_comes_next(script: str, calib_dir: Path) -> None:
