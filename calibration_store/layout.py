@@ -34,6 +34,7 @@ class CalibrationPaths:
         self.manifest = root / "manifest.json"
         self.samples = root / "samples"
         self.images = root / "images"
+        self.history = root / "history.jsonl"
 
     def sample(self, image_id: int, step_index: int) -> Path:
         return self.samples / _sample_name(image_id, step_index)

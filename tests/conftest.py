@@ -78,4 +78,8 @@ def generate(*arguments):
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:
     """Return {path below `folder`: content} of every file."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "history.jsonl"
+    }

@@ -261,8 +261,9 @@ def test_filter_and_slider_work(reported, browser):
         const first = document.querySelectorAll(".pair").length; choose("variant", "native");
         const curve = document.querySelector("canvas.curve");
         const inked = curve.getContext("2d").getImageData(0, 0, curve.width, curve.height).data.some((value) => value > 0);
+        document.getElementById("fold").open = true;
         const heat = document.getElementById("heat");
-        heat.dispatchEvent(new PointerEvent("pointermove", { clientX: heat.getBoundingClientRect().x + 200, clientY: heat.getBoundingClientRect().y + 20 }));
+        heat.dispatchEvent(new PointerEvent("pointermove", { clientX: heat.getBoundingClientRect().x + 200, clientY: heat.getBoundingClientRect().y + 4 }));
         return { before, kind, both, clip, first, second: document.querySelectorAll(".pair").length, inked, hover: document.getElementById("hover").textContent };
         """
     )
@@ -273,14 +274,61 @@ def test_filter_and_slider_work(reported, browser):
 
 
 @needs_browser
-@pytest.mark.parametrize("width", [390, 820, 1280])
+@pytest.mark.parametrize("width", [390, 820, 1280, 1440])
 def test_no_page_is_wider_than_its_window(reported, browser, width):
     page = browser.open(reported[0] / "report/index.html", width, 844)
     inner, scrolled = page.run(
         "const e = document.documentElement; return [innerWidth, e.scrollWidth - e.clientWidth];"
     )
     assert (inner, scrolled) == (width, 0)
+    cut = page.run(
+        """
+        document.getElementById("fold").open = true;
+        const window_ = document.documentElement.clientWidth;
+        return [...document.querySelectorAll("#variants th, #variants td")].filter((e) => e.getBoundingClientRect().right > window_).length;
+        """
+    )
+    hidden = page.run(
+        """
+        const header = document.querySelector("header"), found = [];
+        for (const link of document.querySelectorAll("nav a")) {
+          link.click();
+          const stuck = getComputedStyle(header).position === "sticky" ? header.getBoundingClientRect().bottom : 0;
+          const top = document.querySelector(link.getAttribute("href") + " h2").getBoundingClientRect().top;
+          if (top < stuck - 1) found.push([link.textContent, top, stuck]);
+        }
+        return found;
+        """
+    )
+    assert (cut, hidden) == (0, [])
     assert page.faults == []
+
+
+@needs_browser
+def test_cells_answer_taps_and_keys_and_pairs_have_buttons(reported, browser):
+    page = browser.open(reported[0] / "report/index.html")
+    found = page.run(
+        """
+        document.getElementById("fold").open = true;
+        const heat = document.getElementById("heat"), hover = () => document.getElementById("hover").textContent;
+        const at = heat.getBoundingClientRect();
+        heat.dispatchEvent(new PointerEvent("pointerdown", { clientX: at.x + 195, clientY: at.y + 20 }));
+        const tapped = hover();
+        for (const key of ["ArrowUp", "ArrowRight"]) heat.dispatchEvent(new KeyboardEvent("keydown", { key }));
+        const keyed = hover(), two = document.querySelector(".pair .two"), original = two.querySelector(".original");
+        document.getElementById("difference").click();
+        const mixed = [getComputedStyle(original).mixBlendMode, getComputedStyle(two).filter];
+        document.getElementById("flip").click();
+        const flipped = [getComputedStyle(original).animationName, getComputedStyle(original).mixBlendMode];
+        document.getElementById("flip").click();
+        return { tapped, keyed, mixed, flipped, plain: getComputedStyle(original).animationName };
+        """
+    )
+    assert page.faults == []
+    assert "step 0" in found["tapped"] and "step 2" in found["keyed"]
+    assert found["tapped"].split(" · ")[0] != found["keyed"].split(" · ")[0]
+    assert found["mixed"] == ["difference", "brightness(4)"] and found["flipped"] == ["flip", "normal"]
+    assert found["plain"] == "none"
 
 
 @needs_browser

@@ -21,6 +21,7 @@ from calibration_store.errors import UserError
 from w4a8.backend.interrupts import ctrl_c_handled, end_process
 from w4a8.backend.processes import end_processes, only_rank_0_speaks, rank_prefix
 from w4a8.backend.words import interpreter
+from w4a8.cli.history import noted_stage
 from w4a8.cli.issues import with_issue
 from w4a8.cli.stages import STAGE_HELP, say_what_comes_next, script_of, write_epilog, write_options
 from w4a8.model.location import ModelLocation
@@ -227,9 +228,10 @@ def stage(kind: type[Any]) -> Callable[[Callable[[Any], None]], click.Command]:
                 given = (values.pop(name) for name in ("model", "local_checkpoint", "loras"))
                 values["location"] = ModelLocation(*given)
             options = kind(**values)
-            main(options)
-            done = not (getattr(options, "dry_run", False) or getattr(options, "sensitivity_only", False))
-            if done and hasattr(options, "calib_dir"):
+            working = hasattr(options, "calib_dir") and not getattr(options, "dry_run", False)
+            with noted_stage(script_of(main), options.calib_dir) if working else contextlib.nullcontext():
+                main(options)
+            if working and not getattr(options, "sensitivity_only", False):
                 say_what_comes_next(script_of(main), options.calib_dir)
 
         command = stage_command(collected)

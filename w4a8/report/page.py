@@ -5,6 +5,7 @@ import io
 import math
 import os
 from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from calibration_store.configs import read_config
 from calibration_store.errors import StoreError
 from calibration_store.evaluation import METRICS, read_images
 from calibration_store.files import atomic_file, read_bytes
+from calibration_store.history import read_history
 from calibration_store.layout import (
     ActivationPaths,
     BlockCachePaths,
@@ -37,6 +39,7 @@ from calibration_store.sensitivity import SENSITIVITY
 from calibration_store.sizes import format_bytes
 from calibration_store.weights import WEIGHTS_METADATA
 from w4a8 import __version__
+from w4a8.report.run_facts import diagnosis, effects_of, equal_variants, sizes_of_formats, stage_rows
 from w4a8.report.tables import held_out_losses
 from w4a8.report.variant_words import NATIVE, verdict_on, what_it_is
 
@@ -46,7 +49,6 @@ MOST_DRAWN, DRAWN_SIDE = (
     256,
 )  # the largest number of the run's pictures on the page, and their longer side in pixels
 PICTURE_BYTES = 13e6  # a limit for the pictures of the comparison; the least damaged ones are left out first
-MOST_OF_IT = 0.8  # share of the effect of all steps that the named steps make
 DIGITS = 6  # significant digits of a figure, enough to look at
 STAGES = (  # section of the page, scripts that make it, and its content, in the order of the road
     ("manifest", "generate_calibration_data.py", "prompts to latents"),
@@ -75,7 +77,17 @@ def describe_folder(calib_dir: Path) -> dict[str, Any]:
     file.
     """
     manifest = read_manifest(calib_dir)
-    page: dict[str, Any] = {"version": __version__, "manifest": run_of(manifest), "drawn": drawn(calib_dir, manifest)}
+    title = manifest["model_version"].rstrip("/").rpartition("/")[2]  # of a folder, or a hub id
+    page: dict[str, Any] = {
+        "version": __version__,
+        "title": title,
+        "manifest": run_of(manifest),
+        "drawn": drawn(calib_dir, manifest),
+    }
+    history = read_history(calib_dir)
+    page |= {"stages": stage_rows(history), "made": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")}
+    page["by"] = sorted({f"{line.w4a8_version} ({line.commit or 'no commit'})" for line in history})
+    page["devices"] = sorted({line.device for line in history})
     activations, weights = ActivationPaths(calib_dir), WeightPaths(calib_dir)
     evaluation, export = EvaluationPaths(calib_dir / "evaluation"), QuantizedModelPaths.below(calib_dir)
 
@@ -241,6 +253,7 @@ def rounding_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "facts": facts,
         "units": units,
+        "diagnosis": diagnosis(units),
         "layer_bits": [{"name": name, "bits": bits} for name, bits in sorted(widths.items())],
         "excluded": metadata.get("excluded", []),
     }
@@ -284,27 +297,18 @@ def comparison_of(paths: EvaluationPaths, metrics: Mapping[str, Any], exported_b
     preferred = (NATIVE, *(name for name in variants if "adaround" in name))
     first = next((name for name in preferred if name in variants), None)
     return {
-        "verdict": verdict_on(first, variants, exported_bits), "rows": rows, "prompts": metrics["prompts"],
+        "verdict": verdict_on(first, variants, exported_bits), "equal": equal_variants(variants), "errors": error_plot(paths), "rows": rows, "prompts": metrics["prompts"],
         "seed": metrics["seed"], "steps": metrics["num_steps"], "first": first, "originals": originals, "pairs": pairs,
         "effects": effects_of(metrics.get("step_effects")), "all": len(pairs) * count, "shown": sum(map(len, pairs.values())),
     }  # fmt: skip
 
 
-def effects_of(effects: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Return what an error at each step does, and in a sentence which steps make the image; None where it is not measured."""
-    if effects is None:
+def error_plot(paths: EvaluationPaths) -> str | None:
+    """Return stage 4's plot of the latents' errors over the steps as a data URL; None where it is not there."""
+    if not paths.error_plot.is_file():
         return None
-    steps = effects["steps"]
-    total = sum(row["moves"] for row in steps) or 1.0
-    ranked = sorted(steps, key=lambda row: -row["moves"])
-    chosen: list[int] = []
-    for row in ranked:
-        chosen.append(row["step"])
-        if sum(row["moves"] for row in steps if row["step"] in chosen) >= MOST_OF_IT * total:
-            break
-    listed = ", ".join(map(str, sorted(chosen)))
-    said = f"Step{'s' * (len(chosen) > 1)} {listed} of {len(steps)} make{'' if len(chosen) > 1 else 's'} {MOST_OF_IT:.0%} of what all steps do one by one."
-    return {**effects, "sentence": said, "most": ranked[0]["moves"] or 1.0}
+    with opened_png(paths.error_plot, "run evaluate_quantization.py", most_pixels=MOST_PIXELS) as png:
+        return picture(png.convert("RGB"))
 
 
 def pairs_of(
@@ -355,9 +359,9 @@ def is_whole(folder: Path, content: Mapping[str, Any]) -> bool:
     return True
 
 
-def export_of(paths: QuantizedModelPaths, content: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return (label, value) rows on the exported folder: its files, their sizes, and the model's size in float16."""
-    note, transformer = content["export"], weight_file(paths.root, "mmdit")
+def export_of(paths: QuantizedModelPaths, content: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
+    """Return (label, value) rows on the exported folder, its files and their sizes, and (format, size) of other formats."""
+    note, transformer, formats = content["export"], weight_file(paths.root, "mmdit"), list[tuple[str, str]]()
     files = [path for path in paths.owned_files() if path != paths.config] + paths.gguf_files()
     rows = [
         ("Folder", str(paths.root)),
@@ -367,7 +371,9 @@ def export_of(paths: QuantizedModelPaths, content: Mapping[str, Any]) -> list[tu
     if transformer.exists():
         size, whole = transformer.stat().st_size, float16_bytes(weight_sizes(transformer), content["quantization"])
         rows.append(("Transformer", f"{format_bytes(size)}, {size / whole:.2f} × its float16 ({format_bytes(whole)})"))
-    return rows + [(path.name, format_bytes(path.stat().st_size)) for path in files]
+        formats = sizes_of_formats(weight_sizes(transformer), content["quantization"], size)
+    rows += [(path.name, format_bytes(path.stat().st_size)) for path in files]
+    return {"rows": rows, "formats": formats}
 
 
 def short(value: Any) -> Any:

@@ -29,6 +29,15 @@ if (page.comparison && element("variant")) {
         make("figcaption", {}, make("b", { textContent: figures }), make("br"), `${prompt} `, make("small", { textContent: `seed ${page.comparison.seed + pair.image}` })));
     }));
   };
+  for (const way of ["difference", "flip"]) {
+    element(way).addEventListener("click", () => {
+      for (const other of ["difference", "flip"]) {
+        const on = other === way && element(other).getAttribute("aria-pressed") === "false";
+        element(other).setAttribute("aria-pressed", on);
+        element("pairs").classList.toggle(other, on);
+      }
+    });
+  }
   element("variant").addEventListener("change", () => show(false));
   more.addEventListener("click", () => show(true));
   show(false);
@@ -59,7 +68,7 @@ const heat = (value) => {
 if (page.activations) {
   const { layers, steps, sigmas } = page.activations, canvas = element("heat");
   const label = 190, cell = { width: Math.max(14, Math.min(36, Math.floor(900 / steps.length))), height: 16 };
-  let rows = [];
+  let rows = [], at = null; // the chosen cell: row and column
   const kinds = [...new Set(layers.map((layer) => layer.kind))], blocks = [...new Set(layers.map((layer) => layer.block))];
   for (const [id, values] of [["kind", kinds], ["block", blocks]]) element(id).append(...values.map((value) => make("option", { textContent: value })));
   layers.forEach((layer, index) => {
@@ -75,22 +84,27 @@ if (page.activations) {
     const [kind, block, shown] = ["kind", "block", "shown"].map((id) => element(id).value);
     rows = layers.filter((layer) => (!kind || layer.kind === kind) && (!block || layer.block === block)).sort(orders[element("order").value]);
     element("count").textContent = `${rows.length} of ${layers.length} layers`;
-    const dense = window.devicePixelRatio || 1, width = label + cell.width * steps.length + 1, height = cell.height * (rows.length + 1);
-    Object.assign(canvas, { width: width * dense, height: height * dense });
-    Object.assign(canvas.style, { width: `${width}px`, height: `${height}px` });
-    const context = canvas.getContext("2d"), ink = color("--ink");
-    context.scale(dense, dense);
-    context.font = "11px system-ui, sans-serif";
-    context.textBaseline = "middle";
+    const dense = window.devicePixelRatio || 1, width = label + cell.width * steps.length + 1, ink = color("--ink");
+    const sized = (target, height) => {
+      Object.assign(target, { width: width * dense, height: height * dense });
+      Object.assign(target.style, { width: `${width}px`, height: `${height}px` });
+      const context = target.getContext("2d");
+      context.scale(dense, dense);
+      context.font = "11px system-ui, sans-serif";
+      context.textBaseline = "middle";
+      return context;
+    };
+    const context = sized(canvas, cell.height * rows.length + 1), head = sized(element("steps"), cell.height);
     const most = Math.log(Math.max(...rows.map((layer) => layer.widest), 1e-9)), least = Math.log(Math.max(1e-9, Math.min(...rows.flatMap((layer) => layer.range))));
     const ends = !rows.length ? ["", ""] : shown === "bits" ? ["A4", "A8"] : [least, most].map((end) => Math.exp(end).toPrecision(3));
     ["least", "most"].forEach((id, i) => { element(id).textContent = ends[i]; });
-    element("hover").textContent = rows.length ? "Point at a cell for its figures." : "No layer of this kind is in this block.";
-    context.fillStyle = color("--soft");
-    context.fillText("step", label - 30, cell.height / 2);
-    steps.forEach((step, column) => { if (column % Math.ceil(24 / cell.width) === 0) context.fillText(step, label + cell.width * column + 1, cell.height / 2); });
+    element("hover").textContent = rows.length ? "Point at a cell, tap it, or use the arrow keys for its figures." : "No layer of this kind is in this block.";
+    head.fillStyle = color("--soft");
+    head.fillText("step", label - 30, cell.height / 2);
+    steps.forEach((step, column) => { if (column % Math.ceil(24 / cell.width) === 0) head.fillText(step, label + cell.width * column + 1, cell.height / 2); });
+    at = null;
     rows.forEach((layer, row) => {
-      const top = cell.height * (row + 1);
+      const top = cell.height * row;
       context.fillStyle = ink;
       context.fillText(layer.name + (layer.outliers.length ? ` (${layer.outliers.length})` : ""), 0, top + cell.height / 2, label - 6);
       steps.forEach((_, column) => {
@@ -101,9 +115,10 @@ if (page.activations) {
     });
   };
   for (const id of ["kind", "block", "order", "shown"]) element(id).addEventListener("change", draw);
-  canvas.addEventListener("pointermove", (event) => {
-    const layer = rows[Math.floor(event.offsetY / cell.height) - 1], column = Math.floor((event.offsetX - label) / cell.width);
+  const tell = (row, column) => {
+    const layer = rows[row];
     if (!layer) return;
+    at = [row, Math.max(column, 0)];
     const parts = [layer.name];
     if (column >= 0 && column < steps.length) {
       parts.push(`step ${steps[column]}, sigma ${sigmas[column]}: range ${layer.range[column]}`);
@@ -112,7 +127,19 @@ if (page.activations) {
     if (layer.shifted !== null) parts.push(`shifted: ${layer.shifted} of the plain range`);
     if (layer.outliers.length) parts.push(`outlier channels ${layer.outliers.slice(0, 12).map(([channel, factor]) => `${channel} (÷ ${factor})`).join(", ")}${layer.outliers.length > 12 ? ", …" : ""}`);
     element("hover").textContent = parts.join(" · ");
+  };
+  const point = (event) => tell(Math.floor(event.offsetY / cell.height), Math.floor((event.offsetX - label) / cell.width));
+  for (const kind of ["pointermove", "pointerdown", "click"]) canvas.addEventListener(kind, point);
+  const moves = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
+  canvas.addEventListener("keydown", (event) => {
+    const move = moves[event.key];
+    if (!move || !rows.length) return;
+    event.preventDefault();
+    const clamp = (value, count) => Math.min(Math.max(value, 0), count - 1);
+    tell(...(at ? [clamp(at[0] + move[0], rows.length), clamp(at[1] + move[1], steps.length)] : [0, 0]));
   });
+  const [widest] = [...layers].sort(orders.range), [most] = [...layers].sort(orders.outliers);
+  element("look").textContent = `Widest: ${widest.name}, ${widest.widest}.` + (most.outliers.length ? ` Most outlier channels: ${most.name}, ${most.outliers.length}.` : "");
   drawings.push(draw);
 }
 

@@ -1,0 +1,88 @@
+"""What the report says in words: which stages ran, what the errors mean, which variants are equal, and sizes of other formats."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from calibration_store.history import HistoryLine
+from calibration_store.quantized_model import float16_bytes
+from calibration_store.sizes import format_bytes
+from w4a8.backend.words import format_seconds
+
+MOST_OF_IT = 0.8  # share of the effect of all steps that the named steps make
+OVERFIT, WELL_FIT = 1.5, 1.15  # held-out error over training error
+# Bits of a weight in formats of other programs: ggml's blocks with their scales, bitsandbytes' NF4 in groups of 64.
+OTHER_FORMATS = {"float8": 8.0, "GGUF Q8_0": 8.5, "GGUF Q5_K": 5.5, "GGUF Q4_K, Q4_0": 4.5, "NF4 (bitsandbytes)": 4.5}
+
+
+def stage_rows(history: Sequence[HistoryLine]) -> list[dict[str, str]]:
+    """Return the rows of the table of stages: when, which command, on what, how long."""
+    return [
+        {
+            "began": line.began.replace("T", " ").removesuffix("+00:00"),
+            "command": shlex.join(["python", line.script, *line.arguments]),
+            "device": line.device,
+            "took": format_seconds(line.seconds) + (", interrupted" if line.ended == "interrupted" else ""),
+        }
+        for line in history
+    ]
+
+
+def diagnosis(units: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """Return a sentence on what helps most, from the last unit's errors on held-out and on training samples."""
+    unit = units.get("end to end", list(units.values())[-1] if units else None)
+    if unit is None or not unit["end_training"] or unit["end"] is None:
+        return None
+    ratio = unit["end"] / unit["end_training"]
+    said = f"The held-out error is {ratio:.1f} × the training error: "
+    if ratio > OVERFIT:
+        return said + "more prompts help most."
+    if ratio < WELL_FIT:
+        return said + "more iterations help most."
+    return said + "more prompts and more iterations help alike."
+
+
+def effects_of(effects: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return what an error at each step does, and in a sentence which steps make the image; None where it is not measured."""
+    if effects is None:
+        return None
+    steps = effects["steps"]
+    total = sum(row["moves"] for row in steps) or 1.0
+    ranked = sorted(steps, key=lambda row: -row["moves"])
+    chosen: list[int] = []
+    for row in ranked:
+        chosen.append(row["step"])
+        if sum(row["moves"] for row in steps if row["step"] in chosen) >= MOST_OF_IT * total:
+            break
+    listed = ", ".join(map(str, sorted(chosen)))
+    said = f"Step{'s' * (len(chosen) > 1)} {listed} of {len(steps)} make{'' if len(chosen) > 1 else 's'} {MOST_OF_IT:.0%} of what all steps do one by one."
+    return {**effects, "sentence": said, "most": ranked[0]["moves"] or 1.0}
+
+
+def equal_variants(variants: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """Return a sentence on variants whose images are the same, None where there are none."""
+    groups: dict[str, list[str]] = {}
+    for name, found in variants.items():
+        groups.setdefault(str(found["images"]), []).append(name)
+    same = [names for names in groups.values() if len(names) > 1]
+    if not same:
+        return None
+    said = "; ".join(" and ".join(names) for names in same)
+    return f"{said}: the same images. What was measured in simulation is what was exported."
+
+
+def sizes_of_formats(
+    sizes: Mapping[str, tuple[str, int]], quantization: Mapping[str, Any], own: int
+) -> list[tuple[str, str]]:
+    """Return (format, size) of a transformer in other formats, largest first, if they pack the same layers.
+
+    sizes: (dtype, elements) of every array of the packed transformer; own: its bytes.
+    """
+    whole, packed = float16_bytes(sizes, quantization), 0
+    for name, (dtype, elements) in sizes.items():
+        if dtype == "U32":
+            entry = quantization.get(name.removesuffix(".weight"), quantization)
+            packed += elements * 32 // int(entry["bits"] if isinstance(entry, Mapping) else quantization["bits"])
+    rows = {"float16": float(whole), "this export": float(own)}
+    rows |= {name: whole - packed * (16 - bits) / 8 for name, bits in OTHER_FORMATS.items()}
+    return [(name, format_bytes(round(size))) for name, size in sorted(rows.items(), key=lambda row: -row[1])]
