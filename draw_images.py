@@ -99,7 +99,7 @@ def run(options: DrawingOptions) -> None:
     ]
     infos = [with_shift(info, options.shift) for info in infos]
     plan = plan_drawing(options, infos, wanted, seed)
-    paths = DrawingPaths(options.output)
+    paths = DrawingPaths(options.output, options.compare)
     paths.refuse_foreign_files(len(plan.prompts), options.compare is not None)
     drawings: list[Drawing] = []
     with locked_folder(paths.root), cli.interruptible(lambda: f"finished images are kept in {paths.root}", None):

@@ -336,18 +336,21 @@ class QuantizedModelPaths:
 class DrawingPaths:
     """Paths of draw_images.py below its --output, a folder, or the name of the only picture (heart.png)."""
 
-    def __init__(self, output: Path):
+    def __init__(self, output: Path, compared: str | None = None):
+        """Store the places. compared: the name of the second model, which the first is compared with."""
         self.only = output if output.suffix.lower() == ".png" and not output.is_dir() else None
         self.root = output.parent if self.only else output
         self.comparison = self.root / "compare.png"
+        last = (compared or "").rstrip("/").rpartition("/")[2]
+        self.compared = re.sub(r"[^A-Za-z0-9.-]+", "-", last) or "compared"
 
     def image(self, index: int, compared: bool = False) -> Path:
-        """Return the picture of prompt `index`. compared: by the second model, which the first is compared with."""
-        return self.only or self.root / f"{index:04d}{'_compared' if compared else ''}.png"
+        """Return the picture of prompt `index`. compared: by the second model, whose name it bears."""
+        return self.only or self.root / f"{index:04d}{f'_{self.compared}' if compared else ''}.png"
 
     def clear_temporaries(self) -> None:
         """Remove the half-written files that a kill left."""
-        names = re.escape(self.only.name) if self.only else r"\d{4,}(_compared)?\.png|compare\.png"
+        names = re.escape(self.only.name) if self.only else r"\d{4,}(_[A-Za-z0-9.-]+)?\.png|compare\.png"
         clear_temporaries(self.root, names)
 
     def refuse_foreign_files(self, count: int, compared: bool) -> None:

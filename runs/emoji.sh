@@ -11,4 +11,5 @@ $PY tools/road.py demo "$DIR" ${EFFORT:+effort="$EFFORT"}
 echo
 echo "Done. Open $DIR/report/index.html: what was measured, every image beside its original, and how to go on."
 echo "The quantized model is $DIR/quantized_model; draw with it: $PY draw_images.py --model $DIR/quantized_model \"red heart\""
+echo "It knows captions of emoji in lower case, without commas: models/sd3-emoji/captions.txt has all 3,764."
 echo "$DIR/drawn/compare.png has images of it beside the original's; docs/formats.md explains every file."

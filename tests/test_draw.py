@@ -167,13 +167,13 @@ def test_another_latent_size_and_precision(tmp_path):
 def test_two_models_side_by_side(exports, tmp_path):
     done = draw(tmp_path / "out", "--model", exports["none"], "--compare", "sd3-emoji")
     assert done.exit_code == 0, done.output
-    names = ["0000.png", "0000_compared.png", "0001.png", "0001_compared.png", "compare.png"]
+    names = ["0000.png", "0000_sd3-emoji.png", "0001.png", "0001_sd3-emoji.png", "compare.png"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
     alone = tmp_path / "alone"
     drawn(alone)
     rows = []
     for index, prompt in enumerate(PROMPTS):
-        own, compared = pixels(tmp_path / f"out/{index:04d}.png"), pixels(tmp_path / f"out/{index:04d}_compared.png")
+        own, compared = pixels(tmp_path / f"out/{index:04d}.png"), pixels(tmp_path / f"out/{index:04d}_sd3-emoji.png")
         assert np.array_equal(compared, pixels(alone / f"{index:04d}.png"))
         found = image_metrics(compared[None], own[None])
         assert 5 < found["psnr"][0] < 60
@@ -182,7 +182,7 @@ def test_two_models_side_by_side(exports, tmp_path):
         assert found["psnr"][0] == pytest.approx(10 * np.log10(255**2 / error))
     assert all(row in done.stdout for row in rows) and "mean" in done.stdout, done.stdout
     with Image.open(tmp_path / "out/compare.png") as sheet:
-        assert sheet.text["models"] == f"{exports['none']}, sd3-emoji" and min(sheet.size) > 2 * 192
+        assert sheet.text["models"] == f"sd3-emoji, {exports['none']}" and sheet.size[0] > 3 * 192
         assert len(np.unique(np.asarray(sheet).reshape(-1, 3), axis=0)) > 100
     again = draw(tmp_path / "out", "--model", exports["none"], "--compare", "sd3-emoji")  # its own files: replaced
     assert again.exit_code == 0, again.output

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import importlib
 import io
 import math
 import os
@@ -21,7 +22,6 @@ from calibration_store.errors import UserError
 from w4a8.backend.interrupts import ctrl_c_handled, end_process
 from w4a8.backend.processes import end_processes, only_rank_0_speaks, rank_prefix
 from w4a8.backend.words import interpreter
-from w4a8.cli.history import noted_stage
 from w4a8.cli.issues import with_issue
 from w4a8.cli.stages import STAGE_HELP, say_what_comes_next, script_of, write_epilog, write_options
 from w4a8.model.location import ModelLocation
@@ -229,7 +229,8 @@ def stage(kind: type[Any]) -> Callable[[Callable[[Any], None]], click.Command]:
                 values["location"] = ModelLocation(*given)
             options = kind(**values)
             working = hasattr(options, "calib_dir") and not getattr(options, "dry_run", False)
-            with noted_stage(script_of(main), options.calib_dir) if working else contextlib.nullcontext():
+            history = importlib.import_module("w4a8.cli.history")  # --help does without what it imports
+            with history.noted_stage(script_of(main), options.calib_dir) if working else contextlib.nullcontext():
                 main(options)
             if working and not getattr(options, "sensitivity_only", False):
                 say_what_comes_next(script_of(main), options.calib_dir)
