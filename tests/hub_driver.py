@@ -215,7 +215,7 @@ def run(script, *arguments):
 if __name__ == "__main__":
     if sys.argv[1] == "write":
         write_text_encoders(Path(sys.argv[2]))
-        for repository in HUB_MODELS:
+        for repository in (name for name in HUB_MODELS if "turbo" not in name):
             write_checkpoint(Path(sys.argv[2]), repository)
         for repository in (LARGE_4BIT, SCHNELL_4BIT):
             (hub_folder(Path(sys.argv[2]), repository) / "config.json").write_text("{}")

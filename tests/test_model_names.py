@@ -52,3 +52,9 @@ def test_declared_sizes_are_those_of_diffusionkit():
         assert (entry.shift, entry.t5_tokens) == (SHIFT[hub_id], T5_MAX_LENGTH[hub_id])
         assert entry.latent_size == (HEIGHT[hub_id] // 8, WIDTH[hub_id] // 8)
     assert len(FAMILIES) == 4 and len(MODELS) == 6
+
+
+def test_turbo_is_sampled_in_four_steps_without_guidance():
+    turbo, large = describe_model("stabilityai/stable-diffusion-3.5-large-turbo"), describe_model(LARGE)
+    assert (turbo.num_steps, turbo.cfg_weight, turbo.sampler_shift) == (4, 0.0, 3.0)
+    assert turbo.family is large.family and (large.num_steps, large.cfg_weight) == (50, 5.0)

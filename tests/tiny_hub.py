@@ -8,7 +8,7 @@ import sys
 from conftest import ROOT, made_once
 
 MEDIUM, LARGE = "argmaxinc/mlx-stable-diffusion-3-medium", "argmaxinc/mlx-stable-diffusion-3.5-large"
-MEDIUM_35, TURBO = "stabilityai/stable-diffusion-3.5-medium", "stabilityai/stable-diffusion-3.5-large-turbo"
+MEDIUM_35 = "stabilityai/stable-diffusion-3.5-medium"
 SCHNELL, DEV = "argmaxinc/mlx-FLUX.1-schnell", "argmaxinc/mlx-FLUX.1-dev"
 
 

@@ -27,7 +27,7 @@ from w4a8.model.catalog import default_dtype
 from w4a8.model.dual_attention import TransformerSizes, empty_transformer
 from w4a8.model.families import FOLDER_FAMILY, MODELS, family_of
 from w4a8.model.layers import Block, model_blocks
-from w4a8.model.memory_needs import TOKEN_ARRAYS
+from w4a8.model.memory_needs import DUAL_TOKEN_ARRAYS, TOKEN_ARRAYS
 from w4a8.model.model_source import HUB_ID
 
 STEPS, SAVED_EVERY, TEXT_TOKENS = 28, 3, 154  # tokens without T5
@@ -97,7 +97,8 @@ class Model(NamedTuple):
     @property
     def memory(self) -> float:
         """Return the bytes that a stage takes: the weights, and the activations of a pass in 16 bits."""
-        activations = 2 * TOKEN_ARRAYS * self.rows * (self.tokens + TEXT_TOKENS) * self.config.hidden_size
+        arrays = DUAL_TOKEN_ARRAYS if self.config.dual_attention_blocks else TOKEN_ARRAYS
+        activations = 2 * arrays * self.rows * (self.tokens + TEXT_TOKENS) * self.config.hidden_size
         return self.weight_bytes + activations + BESIDE
 
     @property

@@ -20,6 +20,7 @@ from w4a8.model.parts import DECODER, TEXT, TRANSFORMER, Pipeline
 # The numbers of arrays that a pass holds at its peak: arrays of (rows, tokens, hidden), and attention scores (a GPU
 # never holds them). They were measured on a CPU with benchmarks/peak_memory.py --fit.
 TOKEN_ARRAYS, SCORE_ARRAYS = 16.2, 1.31
+DUAL_TOKEN_ARRAYS = 27.5  # where image tokens attend a second time (SD3.5-Medium)
 
 
 SCALE_BITS = 0.5  # bits of scale and bias for a packed weight, in groups of 64
@@ -97,10 +98,10 @@ def pass_bytes(
     They are the activations at their peak, and the modulation cache of all timesteps. text: the number of text tokens.
     """
     tokens = latent_size[0] * latent_size[1] // config.patch_size**2 + text
-    arrays = TOKEN_ARRAYS * rows * tokens * config.hidden_size
+    dual = getattr(config, "dual_attention_blocks", 0)
+    arrays = (DUAL_TOKEN_ARRAYS if dual else TOKEN_ARRAYS) * rows * tokens * config.hidden_size
     if mx.default_device() == mx.Device(mx.cpu):
         arrays += SCORE_ARRAYS * rows * config.num_heads * tokens**2
-    dual = getattr(config, "dual_attention_blocks", 0)
     modulation = (
         (12 * config.depth_multimodal + 3 * (dual + config.depth_unified) + 2) * config.hidden_size * rows * timesteps
     )

@@ -26,6 +26,7 @@ from w4a8.rounding.unit_training import UnitTraining
 from w4a8.rounding.units import MODEL
 
 BYTES_PER_WEIGHT = 3 + 2 * 16  # codes and alpha, and a checkpoint being replaced by the next
+SECOND_ATTENTION = 1.35  # arrays of a sample where image tokens attend a second time, over those of a plain block
 
 
 class UnitPhase(Job):
@@ -79,7 +80,11 @@ class UnitPhase(Job):
         cached, config = boundary_shapes(run.cache), run.mmdit.config
         shapes = [cached[key] for key in block_keys(run.cache, self.spec.blocks[0])[0]]
         rows, hidden, tokens = shapes[0][0], shapes[0][-1], sum(shape[1] for shape in shapes)
-        arrays, scores = rows * tokens * hidden, rows * config.num_heads * tokens**2
+        second = any(
+            "attn2" in layer.name for name in self.spec.blocks for layer in model_blocks(run.mmdit)[name].layers
+        )
+        arrays = int(rows * tokens * hidden * (SECOND_ATTENTION if second else 1))
+        scores = rows * config.num_heads * tokens**2
         weights = num_weights(run.layers[name] for name in self.spec.layers)
         some = 0 if mx.cuda.is_available() else scores // tokens * min(QUERIES, tokens)
         half = run.settings.precision != FLOAT32
