@@ -124,7 +124,7 @@ def test_slopes_of_the_rest_are_those_of_the_loss(trained):
     assert slopes["rest"].keys() == rest.keys()
     for path in [path for path in rest if path.endswith("weight") and ("final_layer" in path or ".6.image" in path)]:
         slope = slopes["rest"][path]
-        step = mx.sign(slope) * size_of(rest[path]) * 0.02
+        step = mx.sign(slope) * size_of(rest[path], 8) * 0.02
         moved = [
             whole.loss(indices, {**whole.start, "rest": rest | {path: rest[path] + way * step}}) for way in (1, -1)
         ]
@@ -140,7 +140,7 @@ def test_unrolled_steps_end_where_sampling_ended(trained):
     mmdit, samples, layers, job = first_phase_of(trained, settings)
 
     class Original(WholeModel):
-        def _block_parameters(self, block, state):
+        def _parameters(self, block, state, source):
             own = {name: model_layers(mmdit)[name] for name in self._of_block[block]}
             biases = {name: layer.bias for name, layer in own.items() if layer.bias is not None}
             return {
@@ -165,7 +165,7 @@ def test_unrolled_steps_end_where_sampling_ended(trained):
              ("rest", "multimodal_transformer_blocks.6.image_transformer_block.adaLN_modulation.layers.1.bias", 0.003)]  # fmt: skip
     for kind, name, size in moved:
         slope, array = slopes[kind][name], whole.start[kind][name]
-        step = mx.sign(slope) * size * (size_of(array) if kind == "rest" else 1)
+        step = mx.sign(slope) * size * (size_of(array, 8) if kind == "rest" else 1)
         ways = [{**whole.start, kind: whole.start[kind] | {name: array + way * step}} for way in (1, -1)]
         up, down = (np.log(finished.loss(images, state)) for state in ways)
         assert (up - down) / 2 == pytest.approx(float((slope * step).sum()), rel=0.1), name

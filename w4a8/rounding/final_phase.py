@@ -268,7 +268,9 @@ class FinalPhase(Job):
         for block in self.trained_blocks:
             layers |= read_quantized_block(run.paths, block, run.plan)
         before = {name: before_phase(fields) for name, fields in layers.items()}
-        whole = WholeModel.build(mmdit, run.blocks, samples, run.settings, before, run.ranks, run.unit == MODEL)
+        small = run.unit == MODEL
+        opened = None if small else run.open
+        whole = WholeModel.build(mmdit, run.blocks, samples, run.settings, before, run.ranks, small, opened)
         if not run.settings.unrolled:
             return FinalTraining(whole)
         assert isinstance(samples, Samples)  # as `samples` gives them

@@ -56,13 +56,15 @@ class WholeModel:
     def __init__(
         self, mmdit: nn.Module, blocks: Sequence[str], samples: TrainingSamples, settings: Settings, layers: Layers,
         ranks: SingleProcess = SINGLE_PROCESS, at_once: bool = False, norm: float = 1.0,
+        opened: Callable[[], nn.Module] | None = None,
     ):  # fmt: skip
         """Store the model, and take the start of the training from the layers' arrays.
 
         layers: arrays of all blocks' files before this phase; ranks: the processes that share the work; at_once: gradients
-        are made in one piece; norm: mean squared error of the output with round-to-nearest, which `build` measures.
+        are made in one piece; norm: mean squared error of the output with round-to-nearest, which `build` measures; opened:
+        gives the model anew, so that weights that are rounded to nearest do not stay in memory.
         """
-        self.at_once = at_once
+        self.at_once, self._opened = at_once, opened
         self.mmdit, self.samples, self.settings, self.ranks, self.norm = mmdit, samples, settings, ranks, norm
         self.layers = list(layers)
         found = model_layers(mmdit)
@@ -90,10 +92,10 @@ class WholeModel:
     @classmethod
     def build(
         cls, mmdit: nn.Module, blocks: Sequence[str], samples: TrainingSamples, settings: Settings, layers: Layers,
-        ranks: SingleProcess = SINGLE_PROCESS, at_once: bool = False,
+        ranks: SingleProcess = SINGLE_PROCESS, at_once: bool = False, opened: Callable[[], nn.Module] | None = None,
     ) -> "WholeModel":  # fmt: skip
         """Measure the norm on training samples, and return the model with it."""
-        whole = cls(mmdit, blocks, samples, settings, layers, ranks, at_once)
+        whole = cls(mmdit, blocks, samples, settings, layers, ranks, at_once, opened=opened)
         whole.norm = max(whole.loss(spread_over(samples.training, EVALUATED), None), SMALLEST_ERROR)
         return whole
 
@@ -123,24 +125,33 @@ class WholeModel:
 
     # a block at a point of the training
 
-    def _block_parameters(self, block: str, state: Mapping[str, Arrays] | None) -> dict[str, Arrays]:
-        """Return dense weights, biases and ranges of a block's layers, and the block's rest by path, by kind.
+    def _nearest_parameters(self, block: str, mmdit: nn.Module) -> dict[str, Arrays]:
+        """Return what `_block_parameters` returns, with weights rounded to nearest and inputs as they are.
 
-        state None: weights are rounded to nearest, and inputs stay as they are.
+        mmdit: holds the weights; those of a model that was opened for it are dropped.
         """
-        names, layers = self._of_block[block], model_layers(self.mmdit)
-        if state is None:
-            bits, group = self.settings.bits, self.settings.group_size
-            dense = {name: np.array(layers[name].weight) for name in names}
-            found = on_every_core(lambda name: QuantizedLayer.nearest(dense[name], bits(name), group), names)
-            nearest = {name: layer.as_mlx() for name, layer in zip(names, found, strict=True)}
-            biases = {name: bias for name in names if (bias := layers[name].bias) is not None}
-            return {
-                "weights": {name: layer.weight for name, layer in nearest.items()},
-                "biases": biases,
-                "ranges": {},
-                "rest": {},
-            }
+        names, layers = self._of_block[block], model_layers(mmdit)
+        bits, group = self.settings.bits, self.settings.group_size
+        dense = {name: np.array(layers[name].weight) for name in names}
+        biases = {name: bias for name in names if (bias := layers[name].bias) is not None}
+        if mmdit is not self.mmdit:
+            for name in names:
+                layers[name].module["weight"] = mx.zeros((0, 0))
+        found = on_every_core(lambda name: QuantizedLayer.nearest(dense[name], bits(name), group), names)
+        nearest = {name: layer.as_mlx().weight for name, layer in zip(names, found, strict=True)}
+        return {"weights": nearest, "biases": biases, "ranges": {}, "rest": {}}
+
+    def _source(self, state: Mapping[str, Arrays] | None) -> nn.Module:
+        """Return the model that weights are rounded to nearest from, where no state is given."""
+        return self._opened() if state is None and self._opened is not None else self.mmdit
+
+    def _parameters(self, block: str, state: Mapping[str, Arrays] | None, source: nn.Module) -> dict[str, Arrays]:
+        """Return a block's parameters at a state; without one weights are rounded to nearest, and inputs stay as they are."""
+        return self._nearest_parameters(block, source) if state is None else self._block_parameters(block, state)
+
+    def _block_parameters(self, block: str, state: Mapping[str, Arrays]) -> dict[str, Arrays]:
+        """Return dense weights, biases and ranges of a block's layers, and the block's rest by path, by kind."""
+        names = self._of_block[block]
         codes = {name: self._codes[name].astype(mx.float32) for name in names}
         quantized = {
             name: QuantizedLayer(code, state["scale"][name], state["zero_point"][name], state["bias"].get(name))
@@ -213,8 +224,9 @@ class WholeModel:
         tokens = [self.samples.batch(part).tokens for part in parts]
         modulations = [self.samples.batch(part).modulation for part in parts]
         mx.eval(tokens, modulations)
+        source = self._source(state)
         for block in self._blocks:
-            parameters = self._block_parameters(block.name, state)
+            parameters = self._parameters(block.name, state, source)
             mx.eval(parameters)
             for index, part in enumerate(parts):
                 rows = step_rows(self.samples, part, modulations[index]) if with_inputs else None
@@ -323,9 +335,9 @@ class WholeModel:
 
         tokens: the first block's inputs by micro-batch. keep: without it the last outputs alone are returned.
         """
-        kept = [[each] for each in tokens]
+        kept, source = [[each] for each in tokens], self._source(state)
         for block in self._blocks:
-            parameters = self._block_parameters(block.name, state)
+            parameters = self._parameters(block.name, state, source)
             mx.eval(parameters)
             for index, stream in passes.ways:
                 with mx.stream(stream):
