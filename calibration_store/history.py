@@ -25,9 +25,10 @@ class HistoryLine(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def note_stage(calib_dir: Path, line: HistoryLine) -> None:
-    """Append a line; nothing where the folder is not there."""
+    """Append a line; nothing where the folder is not there. Raises OSError where it cannot be written."""
     if calib_dir.is_dir():
-        with open(CalibrationPaths(calib_dir).history, "ab") as file:
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK  # a pipe would wait for a reader
+        with open(os.open(CalibrationPaths(calib_dir).history, flags, 0o666), "ab") as file:
             file.write(msgspec.json.encode(line) + b"\n")
 
 

@@ -144,6 +144,7 @@ class BasedConfig(_BasedConfig, total=False):
     """The entries of config.json of a folder that holds a hub model's transformer alone."""
 
     name: Name
+    sampler_shift: Shift  # absent: the base model's
     export: Export
 
 

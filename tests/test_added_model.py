@@ -62,6 +62,9 @@ def test_a_model_is_added_by_one_file(tmp_path):
         ("num_steps = 6", "num_steps = 6\ncolour = 1", "toy.toml: Object contains unknown field `colour`"),
         ("num_heads = 2", "heads = 2", "toy.toml: "),
         ('title = "Toy"', "title = Toy", "toy.toml: "),
+        ("[[models]]", "[models]", "toy.toml: models is no table in the base"),
+        ("depth_multimodal = 3", 'depth_multimodal = "3"', "toy.toml: Expected"),
+        ('id = "me/toy"', 'id = "argmaxinc/mlx-FLUX.1-dev"', "toy.toml: argmaxinc/mlx-FLUX.1-dev is declared twice"),
     ):
         good = (tmp_path / "toy.toml").read_text()
         (tmp_path / "toy.toml").write_text(good.replace(old, new))

@@ -58,3 +58,11 @@ def test_turbo_is_sampled_in_four_steps_without_guidance():
     turbo, large = describe_model("stabilityai/stable-diffusion-3.5-large-turbo"), describe_model(LARGE)
     assert (turbo.num_steps, turbo.cfg_weight, turbo.sampler_shift) == (4, 0.0, 3.0)
     assert turbo.family is large.family and (large.num_steps, large.cfg_weight) == (50, 5.0)
+
+
+def test_a_title_that_begins_with_no_letter_is_no_other_model():
+    """FLUX.1-dev is told by its keys, Turbo by a word: neither by the empty words around `_flux` or `(v2)`."""
+    shapes = {"double_blocks.0.img_attn.qkv.weight": (9216, 3072), "img_in.weight": (3072, 64)}
+    for title in ("_flux.safetensors", "模型.safetensors", "flux (v2)"):
+        contents = Contents(Path(title), (), shapes, "", "original", "flux", title)
+        assert contents.hub_id() == "argmaxinc/mlx-FLUX.1-schnell"

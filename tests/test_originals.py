@@ -11,6 +11,7 @@ from mlx.utils import tree_map
 from references.diffusers_transformers import GUIDANCE, HEADS, LAYERS, SIDES, TEXT, TIMESTEP, drawn
 from safetensors.numpy import save_file
 
+from calibration_store.errors import UserError
 from w4a8.model.families import family_of
 from w4a8.model.original_checkpoint import read_original_checkpoint
 from w4a8.model.original_model import original_names, original_transformer
@@ -83,3 +84,16 @@ def test_velocity_equals_that_of_diffusers(tmp_path, name):
     model, family = tiny_transformer(name, tmp_path)
     expected, found = reference(name, family), velocity(model, family)
     assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "key", ["proj_out.weight", "transformer_blocks.0.ff.net.0.proj.weight", "pos_embed.proj.weight"]
+)
+def test_larger_arrays_are_refused_and_not_cut(tmp_path, key):
+    """A checkpoint with more channels of any layer is another model's: no corner of its arrays is taken."""
+
+    def wider(name, array):
+        return np.concatenate([array, array]) if name == key else array
+
+    with pytest.raises(UserError, match="and that of the model"):
+        tiny_transformer("sd3.5-medium", tmp_path, wider)

@@ -228,7 +228,8 @@ def stage(kind: type[Any]) -> Callable[[Callable[[Any], None]], click.Command]:
                 given = (values.pop(name) for name in ("model", "local_checkpoint", "loras"))
                 values["location"] = ModelLocation(*given)
             options = kind(**values)
-            working = hasattr(options, "calib_dir") and not getattr(options, "dry_run", False)
+            elsewhere = getattr(options, "stats", None) is not None  # of another folder, or another tool
+            working = hasattr(options, "calib_dir") and not getattr(options, "dry_run", False) and not elsewhere
             history = importlib.import_module("w4a8.cli.history")  # --help does without what it imports
             with history.noted_stage(script_of(main), options.calib_dir) if working else contextlib.nullcontext():
                 main(options)

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -78,7 +79,7 @@ STAGE_HELP = {
     ),
     "export_quantized_model.py": StageHelp(
         "the model, optimize_adaround.py, analyze_activations.py", "quantized_model/",
-        "export_quantized_model.py --calib-dir calibration_data/mine", ("evaluate_quantization.py", "draw_images.py"),
+        "export_quantized_model.py --calib-dir calibration_data/mine", ("evaluate_quantization.py",),
     ),
     "evaluate_quantization.py": StageHelp(
         "what the other stages left", "evaluation/",
@@ -132,10 +133,5 @@ def say_what_comes_next(script: str, calib_dir: Path) -> None:
     """Print the commands of the stages that may come next, unless a recipe runs them."""
     following = STAGE_HELP[script].following if script in STAGE_HELP else ()
     if following and IN_A_ROAD not in os.environ:
-        where = "" if calib_dir == Path("calibration_data") else f" --calib-dir {calib_dir}"
-        commands = [
-            f"{interpreter()} {each}"
-            + (f" --model {calib_dir / 'quantized_model'} …" if each == "draw_images.py" else where)
-            for each in following
-        ]
-        click.echo("next: " + ", or ".join(commands))
+        where = "" if calib_dir == Path("calibration_data") else f" --calib-dir {shlex.quote(str(calib_dir))}"
+        click.echo("next: " + ", or ".join(f"{interpreter()} {each}{where}" for each in following))

@@ -54,6 +54,7 @@ class EvaluationPlan:
     seed: int
     batch_size: int
     versions: dict[str, str] = field(default_factory=dict)
+    other: dict[str, float] = field(default_factory=dict)  # --shift and --guidance of the run, where it has them
 
     def __str__(self) -> str:
         negative = f", negative prompt {self.negative_prompt}" if self.negative_prompt else ""
@@ -94,7 +95,9 @@ class EvaluationPlan:
     def identity(self, variant: Variant) -> str:
         """Return the SHA-256 over everything that a variant's images follow from, the content of its files included."""
         group = None if variant.weights is None else variant.weights.group_size
-        parts = [asdict(self), variant.name, group, variant.scale_is, getattr(variant.weights, "way", None)]
+        own = asdict(self)
+        own |= own.pop("other")
+        parts = [own, variant.name, group, variant.scale_is, getattr(variant.weights, "way", None)]
         parts += [content_digest(path) for path in variant.sources]
         return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
@@ -174,6 +177,8 @@ def plan_evaluation(
         seed=options.seed,
         batch_size=options.batch_size,
         versions=without_own(package_versions()) | {"device": str(mx.default_device())},
+        other=({"shift": info.sampler_shift} if "shift" in manifest else {})
+        | ({"guidance": info.guidance} if info.guidance is not None else {}),
     )
 
 

@@ -156,11 +156,13 @@ def _describe_name(name: str) -> ModelInfo:
             use_t5="t5" in config,
             sampler_shift=float(config["sampler_shift"]),
             captions=captions_file(folder),
+            num_steps=config.get("default_num_steps", DEFAULT_STEPS),
         )
     if config["base_model"] not in HUB_MODELS:
         raise ModelError(f"{config_file(folder)}: base_model {config['base_model']} is none of {', '.join(HUB_MODELS)}")
     base = _describe_hub_model(config["base_model"])
-    return ExportedHubModel(**{**vars(base), "version": name, "folder": folder})
+    own = {"version": name, "folder": folder, "sampler_shift": float(config.get("sampler_shift", base.sampler_shift))}
+    return ExportedHubModel(**(vars(base) | own))
 
 
 def _describe_hub_model(name: str) -> HubModel:

@@ -120,13 +120,14 @@ class Contents:
             depth, width, _, dual = sizes_in(keys)
             second = f", {dual} of them with a second attention" if dual else ""
             raise UserError(
-                f"{self.path}: a transformer of SD3's kind with {depth} blocks of {width} channels{second}, which this "
+                f"{self.path}: a transformer of {self.architecture.upper()}'s kind with {depth} blocks of {width} channels{second}, which this "
                 f"toolkit does not know; it knows {OURS}"
             )
         first, *others = families[0].models
         for entry in others:
             words = re.split(r"[^a-z0-9]+", self.title.lower())
-            if any(mark in key for mark in entry.told_by_keys for key in keys) or entry.told_by_title in words:
+            titled = entry.told_by_title != "" and entry.told_by_title in words
+            if titled or any(mark in key for mark in entry.told_by_keys for key in keys):
                 return entry.id
         return first.id
 
@@ -140,9 +141,14 @@ def sizes_of(family: Family) -> tuple[int, int, bool, int]:
 def sizes_in(keys: Mapping[str, tuple[int, ...]]) -> tuple[int, int, bool, int]:
     """Return what `sizes_of` returns, from the keys and shapes of a checkpoint's transformer."""
     found = [(int(block[1]), key) for key in keys if (block := BLOCK_KEY.match(key))]
-    width = keys.get("context_embedder.weight", (0,))[0]
-    normed = any(".ln_q." in key or ".norm_q." in key for key in keys)
-    return 1 + max(number for number, _ in found), width, normed, len({n for n, key in found if ".attn2." in key})
+    width = next((keys[name][0] for name in ("context_embedder.weight", "txt_in.weight") if name in keys), 0)
+    normed = any(mark in key for mark in (".ln_q.", ".norm_q.", ".query_norm.") for key in keys)
+    return (
+        1 + max((number for number, _ in found), default=-1),
+        width,
+        normed,
+        len({n for n, key in found if ".attn2." in key}),
+    )
 
 
 def read_contents(path: Path) -> Contents:

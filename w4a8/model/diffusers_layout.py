@@ -24,7 +24,7 @@ def diffusers_name(family: Family, name: str) -> str:
 
 def is_swapped(family: Family, module: str, last: int) -> bool:
     """Return whether diffusers keeps (scale, shift) where the original has (shift, scale). last: the last joint block."""
-    return module in {swapped.format(last=last) for swapped in family.names.swapped}
+    return module in {swapped.replace("{last}", str(last)) for swapped in family.names.swapped}
 
 
 def last_block(names: Mapping[str, object]) -> int:

@@ -13,6 +13,7 @@ from w4a8.model import t5
 with deferred("coremltools", "torch", transformers=t5):
     from diffusionkit.mlx import (
         MMDIT_CKPT,
+        T5_MAX_LENGTH,
         CFGDenoiser,
         DiffusionPipeline,
         FluxPipeline,
@@ -50,7 +51,7 @@ for _name in logging.root.manager.loggerDict:
         logging.getLogger(_name).setLevel(logging.ERROR)  # their INFO lines cut through progress bars
 
 __all__ = [  # noqa: RUF022
-    "MMDIT_CKPT", "HUB_TEXT_ENCODERS", "HUB_TEXT_FILES", "DiffusionPipeline", "FluxPipeline", "CFGDenoiser", "ModelSamplingDiscreteFlow",
+    "MMDIT_CKPT", "T5_MAX_LENGTH", "HUB_TEXT_ENCODERS", "HUB_TEXT_FILES", "DiffusionPipeline", "FluxPipeline", "CFGDenoiser", "ModelSamplingDiscreteFlow",
     "FluxSampler", "LatentFormat", "append_dims", "model_io",
     "Attention", "MLPEmbedder", "MMDiT", "QKNorm", "TimestepAdapter", "TransformerBlock", "affine_transform", "unpatchify", "MMDiTConfig", "PositionalEncoding", "CLIPTextModel", "CLIPTextModelConfig", "SD3T5Encoder", "Tokenizer",
     "T5Tokenizer", "VAEDecoder", "VAEDecoderConfig", "VAEEncoder", "VAEEncoderConfig", "upsample_nearest",]  # fmt: skip

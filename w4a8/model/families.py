@@ -11,13 +11,14 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import mlx.core as mx
 import msgspec
 
 from calibration_store.errors import UserError
 from w4a8.model.diffusionkit import (
+    T5_MAX_LENGTH,
     DiffusionPipeline,
     FluxPipeline,
     FluxSampler,
@@ -49,7 +50,7 @@ class HubEntry(_Table, frozen=True, kw_only=True):
     title: str  # for people
     file: str  # the transformer's, in the repository
     original: str  # the original repository, whose licence counts
-    licence: tuple[str, ...]  # id, name, link
+    licence: Annotated[tuple[str, ...], msgspec.Meta(min_length=1, max_length=3)]  # id, name, link
     latent_size: tuple[int, int]
     t5_tokens: int  # of a prompt
     shift: float  # of the sampler
@@ -116,11 +117,11 @@ class Family(_Table, frozen=True, kw_only=True):
     text: Literal["clip and t5", "t5"]  # what token-level conditioning comes from
     clip: tuple[str, ...]  # CLIP text encoders
     guided: bool  # whether a pass may have rows of a negative prompt
-    transformer: dict[str, Any]
+    transformer: dict[str, bool | int | float | list[int]]
     latents: Latents
     checkpoint: OriginalFile
     names: Names
-    models: tuple[HubEntry, ...]
+    models: Annotated[tuple[HubEntry, ...], msgspec.Meta(min_length=1)]
 
     @functools.cached_property
     def config(self) -> TransformerSizes:
@@ -161,21 +162,29 @@ def read_declarations(folder: Path, known: Mapping[str, Family]) -> dict[str, Fa
     found: dict[str, Family] = {}
     waiting = {path.stem: (path, _parsed(path)) for path in sorted(folder.glob("*.toml"))}
     while waiting:
-        ready = [name for name, (_, table) in waiting.items() if table.get("base", name) not in waiting.keys() - {name}]
+        ready = [
+            name for name, (_, table) in waiting.items() if str(table.get("base", name)) not in waiting.keys() - {name}
+        ]
         if not ready:
             raise UserError(f"{folder}: {', '.join(waiting)} start from each other")
         for name in ready:
             path, table = waiting.pop(name)
             base = table.pop("base", None)
-            if base is not None and base not in tables:
+            if base is not None and (not isinstance(base, str) or base not in tables):
                 raise UserError(f"{path}: base {base!r} is none of {', '.join(tables)}")
-            tables[name] = _merged(tables[base], table) if base is not None else table
+            if name in known:
+                raise UserError(f"{path}: {name} is declared already; give the file another name")
             try:
+                tables[name] = _merged(tables[base] | {"models": None}, table) if base is not None else table
                 found[name] = family = msgspec.convert(tables[name] | {"name": name}, Family)
                 family.config  # an entry that DiffusionKit does not know raises TypeError
                 [re.compile(joined.name) for joined in family.names.joined]
-            except (msgspec.ValidationError, TypeError, re.error) as error:
-                raise UserError(f"{path}: {error}") from None
+            except (msgspec.ValidationError, TypeError, ValueError, re.error) as error:
+                raise UserError(f"{path}: {' '.join(str(error).split())}") from None
+            ids = [entry.id for each in (*known.values(), *found.values()) for entry in each.models]
+            twice = next((one for one in ids if ids.count(one) > 1), None)
+            if twice is not None:
+                raise UserError(f"{path}: {twice} is declared twice")
     return found
 
 
@@ -190,6 +199,8 @@ def _merged(base: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, Any]
     """Return a base's entries with those of a table: tables within are merged, all else is replaced."""
     found = dict(base)
     for key, value in table.items():
+        if isinstance(value, dict) != isinstance(found.get(key, value), dict):
+            raise ValueError(f"{key} is {'no' if isinstance(value, dict) else 'a'} table in the base")
         found[key] = _merged(found[key], value) if isinstance(value, dict) and key in found else value
     return found
 
@@ -198,13 +209,17 @@ def _every_family() -> dict[str, Family]:
     found = read_declarations(DECLARED, {})
     found = dict(sorted(found.items(), key=lambda pair: pair[1].architecture, reverse=True))  # SD3's first
     own = os.environ.get(OWN_MODELS)
-    return found | (read_declarations(Path(own).expanduser(), found) if own else {})
+    if own and not os.path.isdir(own):
+        raise UserError(f"{OWN_MODELS}={own}: no such folder")
+    return found | (read_declarations(Path(own), found) if own else {})
 
 
 FAMILIES = _every_family()
 MODELS = {entry.id: entry for family in FAMILIES.values() for entry in family.models}
 HUB_MODELS = tuple(MODELS)
 _OF_MODEL = {entry.id: family for family in FAMILIES.values() for entry in family.models}
+for _entry in MODELS.values():  # DiffusionKit's FLUX pipeline looks the length of a prompt up by the model's name
+    T5_MAX_LENGTH.setdefault(_entry.id, _entry.t5_tokens)
 FOLDER_FAMILY = FAMILIES["sd3-medium"]  # of a model folder, which has SD3's layout
 
 

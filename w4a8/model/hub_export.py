@@ -106,6 +106,7 @@ def complete_hub_config(info: ModelInfo, t5: nn.Module | None) -> dict[str, Any]
         "use_t5": t5 is not None,
         "sampler_shift": info.sampler_shift,
         "default_cfg_weight": info.cfg_weight,
+        "default_num_steps": info.num_steps,
     }
 
 

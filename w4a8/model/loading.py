@@ -8,7 +8,7 @@ import mlx.core as mx
 from calibration_store.model_folder import BUNDLED_MODEL, LAYOUT, missing_files, weight_file
 from w4a8.model.catalog import ExportedHubModel, FolderModel, ModelError, ModelInfo, cached_vae, describe_model
 from w4a8.model.checkpoint_contents import read_contents
-from w4a8.model.diffusionkit import DiffusionPipeline, VAEDecoder
+from w4a8.model.diffusionkit import MMDIT_CKPT, DiffusionPipeline, VAEDecoder
 from w4a8.model.folder import FolderPipeline, folder_modulation_weights, load_folder_transformer
 from w4a8.model.hub import ExportedPipeline, HubPipeline
 from w4a8.model.packed import AUTO
@@ -94,6 +94,8 @@ def diffusionkit_pipeline(folder: str | Path, **options: Any) -> DiffusionPipeli
     info = describe_model(str(folder))
     if not isinstance(info, ExportedHubModel):
         raise ModelError(f"{folder}: names no base_model, where DiffusionKit would find text encoders and VAE")
+    if info.hub_id not in MMDIT_CKPT:
+        raise ModelError(f"{folder}: DiffusionKit does not know {info.hub_id}; draw_images.py draws it")
     exported = info.folder
 
     class Exported(DiffusionPipeline):

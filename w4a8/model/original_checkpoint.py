@@ -1,5 +1,6 @@
 """Read the original checkpoints of hub models lazily, and locate DiffusionKit's parameters in them."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -107,7 +108,7 @@ def originals_of(family: Family, model: MMDiT) -> dict[str, list[str]]:
 
 
 def refuse_other_sizes(path: Path, original: Mapping[str, mx.array], family: Family, model: MMDiT) -> None:
-    """Raise UserError where a checkpoint has other arrays than the model, or another width, before any is read."""
+    """Raise UserError where a checkpoint has other arrays than the model, or of other sizes, before any is read."""
     width = model.config.hidden_size
     needed = {checkpoint_slice(family, name, width).key for name in dict(tree_flatten(model.parameters()))}
     given = {key for key in original if key in needed or not key.startswith(family.checkpoint.ignored)}
@@ -118,12 +119,23 @@ def refuse_other_sizes(path: Path, original: Mapping[str, mx.array], family: Fam
             f"{path}: not the transformer that --model names ({', '.join(faults)}); name the model that it is of, "
             "or download it again"
         )
-    joined = next(key for key in needed if key.endswith("attn.qkv.weight"))
-    if original[joined].shape != (3 * width, width):
-        shape = " x ".join(map(str, original[joined].shape))
-        raise UserError(
-            f"{path}: {joined} is {shape}, and that of the model {3 * width} x {width}; --model names another model"
-        )
+    for key, extent in extents_of(family, model).items():
+        given_shape = original[key].shape
+        if original[key].size != math.prod(extent):
+            shapes = [" x ".join(map(str, shape)) for shape in (given_shape, extent)]
+            raise UserError(
+                f"{path}: {key} is {shapes[0]}, and that of the model {shapes[1]}; --model names another model"
+            )
+
+
+def extents_of(family: Family, model: MMDiT) -> dict[str, tuple[int, ...]]:
+    """Return {original key: its rows, and columns if it has any} that all parts of an original array need."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name, parameter in dict(tree_flatten(model.parameters())).items():
+        place, (rows, *rest) = checkpoint_slice(family, name, model.config.hidden_size), parameter.shape
+        extent = (place.row + rows, *((place.column + math.prod(rest),) if rest else ()))
+        found[place.key] = tuple(map(max, found.get(place.key, extent), extent))
+    return found
 
 
 def some(keys: Sequence[str]) -> str:

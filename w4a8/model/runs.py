@@ -48,7 +48,7 @@ def describe_run_model(manifest: dict[str, Any], location: ModelLocation = UNCHA
     try:
         info = describe_model(model or manifest["model_version"], loras, checkpoint)
         info = with_text_bits(info, manifest.get("text_bits", 16)) if same else info
-        info = with_shift(info, manifest.get("shift") if same else None)
+        info = with_shift(info, manifest.get("shift"))
         return with_guidance(info, manifest.get("guidance") if same else None)
     except ModelError as error:
         if model is not None:

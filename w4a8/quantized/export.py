@@ -205,6 +205,7 @@ def rest_of_model(export: ExportSource, complete: bool) -> RestOfModel:
         files = [p for role, p in folder_files(info.folder).items() if role not in changed and p != config_path]
         return parts, files + ([captions] if captions else []), read_model_config(info.folder)
     config: dict[str, Any] = {"name": info.version.rpartition("/")[2], "base_model": info.version}
+    config |= {"sampler_shift": info.sampler_shift} if "shift" in export.manifest else {}
     own = own_parts(info)
     parts = {"decoder": hub_decoder(info)} if complete or "decoder" in own else {}
     if not complete:

@@ -15,6 +15,7 @@ from calibration_store.model_folder import BUNDLED_MODEL, FILE_WORDS
 from calibration_store.sizes import format_bytes
 from w4a8 import __version__
 from w4a8.model.catalog import ModelInfo
+from w4a8.model.diffusionkit import MMDIT_CKPT
 from w4a8.model.licences import licence_of, original_of
 from w4a8.quantized.export import ExportSource, Size
 from w4a8.quantized.model import StoredWeights
@@ -47,6 +48,7 @@ def write_model_card(
         marker=CARD_MARKER,
         title=f"{base_name(info)}, {note['weights']}",
         base=original_of(info),
+        diffusionkit=info.hub_id in MMDIT_CKPT,
         original=BUNDLED_MODEL if info.version == BUNDLED_MODEL else "A model folder",
         licence=licence_of(info),
         bits=note["weight_bits"],

@@ -68,7 +68,8 @@ def equal_variants(variants: Mapping[str, Mapping[str, Any]]) -> str | None:
     if not same:
         return None
     said = "; ".join(" and ".join(names) for names in same)
-    return f"{said}: the same images. What was measured in simulation is what was exported."
+    exported = any("native" in names for names in same)
+    return f"{said}: the same images." + (" What was measured is what was exported." if exported else "")
 
 
 def sizes_of_formats(

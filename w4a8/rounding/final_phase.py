@@ -34,6 +34,7 @@ from w4a8.rounding.settings import (
     LR_UNROLLED_REST,
     LR_UNROLLED_SCALES,
     SLOWER,
+    SLOWEST,
     warmed_cosine,
 )
 from w4a8.rounding.training import OPTIMIZERS, Adam, NotFiniteError, Training
@@ -60,7 +61,8 @@ class FinalTraining(Training):
         """finished: the loss of finished latents, for the iterations after the first `end_to_end` ones."""
         self.finished, self.finished_norm = finished, 1.0
         super().__init__(unit)
-        self.level = unit.loss(spread_over(unit.samples.training, EVALUATED), unit.start)
+        judged, quantized = spread_over(unit.samples.training, EVALUATED), bool(self.settings.activation_bits)
+        self.level = unit.loss(judged, unit.start, quantized)  # as the training sees it, but for QDrop
         self.fixed = self._unhurried(1.0)
         if finished is not None:
             self.finished_norm = finished.loss(self._judged(finished.last.training), None)
@@ -114,7 +116,7 @@ class FinalTraining(Training):
         found = self._finished(loss)
         running = 0.75 * float(self.fixed["running"]) + 0.25 * found
         self.fixed = {**self.fixed, "running": mx.array(running)}
-        if running > BLOWN * self.level:
+        if running > BLOWN * self.level and float(self.fixed["pace"]) > SLOWEST:
             self._begin_slower()
         return found
 

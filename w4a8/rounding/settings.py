@@ -21,6 +21,7 @@ LR_REST = (
 )
 REST_INPUTS, REST_BLOCKS = 192, 8
 BLOWN, SLOWER = 2.0, 0.25  # the last phase begins anew, slower, where its loss reaches so many times that of its start
+SLOWEST = 0.01  # the pace from which on it goes on as it is
 DEFAULT_LR_ALPHA = {"ste": 4e-3, "sigmoid": 1e-2}  # by rounding method
 EVALUATED = 64  # samples that a loss is measured on
 FLOAT32, BFLOAT16 = PRODUCT_PRECISIONS

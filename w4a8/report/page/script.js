@@ -138,8 +138,10 @@ if (page.activations) {
     const clamp = (value, count) => Math.min(Math.max(value, 0), count - 1);
     tell(...(at ? [clamp(at[0] + move[0], rows.length), clamp(at[1] + move[1], steps.length)] : [0, 0]));
   });
-  const [widest] = [...layers].sort(orders.range), [most] = [...layers].sort(orders.outliers);
+  if (layers.length) {
+    const [widest] = [...layers].sort(orders.range), [most] = [...layers].sort(orders.outliers);
   element("look").textContent = `Widest: ${widest.name}, ${widest.widest}.` + (most.outliers.length ? ` Most outlier channels: ${most.name}, ${most.outliers.length}.` : "");
+  }
   drawings.push(draw);
 }
 
