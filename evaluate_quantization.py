@@ -69,7 +69,7 @@ from w4a8.options import EvaluationOptions
 @click.option(
     "--output",
     type=cli.FOLDER,
-    help="Folder to write to.  [default: evaluation/ below --calib-dir]",
+    help="Folder to write to.  [default: evaluation/ below --calib-dir; with --config evaluation_NAME/]",
 )
 @click.option(
     "--grid-map",
@@ -136,7 +136,8 @@ def run(options: EvaluationOptions) -> None:
     elif given_prompts is not None and len(given_prompts) > options.num_images:
         click.echo(f"{options.num_images} of {len(given_prompts)} prompts used: raise --num-images for more.")
     sampling = plan_evaluation(options, manifest, info, fingerprint, pipeline.use_t5, prompts)
-    paths = EvaluationPaths(options.output or options.calib_dir / "evaluation")
+    own = "evaluation" if options.config is None else f"evaluation_{options.config.stem}"
+    paths = EvaluationPaths(options.output or options.calib_dir / own)
     click.echo(f"{info.version}: {sampling}; {overlap} of the prompts were used in calibration")
     for sentence in say_what_is_not_read(pipeline, prompts, sampling.negative_prompt):
         click.echo(sentence)

@@ -98,15 +98,17 @@ def run(options: ExportOptions) -> None:
     export = ExportSource(info, manifest, variant.name, weights, activations, variant.rule)
     refuse_options(export, options.layout, options.complete, options.text_bits)
     paths = QuantizedModelPaths(options.output) if options.output else QuantizedModelPaths.below(options.calib_dir)
-    check_output(paths, info, options.layout, options.force)
+    check_output(paths, info, options.layout, options.force or options.dry_run)
     mmdit = open_transformer(info)
     variant.check(manifest, manifest["weights_fingerprint"], model_layers(mmdit))
     size = packed_size(mmdit, weights)
     print_export(export, size, options.layout, own_parts(info))
+    misread = misread_elsewhere(mmdit, info.family) if options.layout == "gguf" else None
+    if misread:
+        click.echo(misread)
     if options.dry_run:
         click.echo(estimate_export(mmdit, weights, size, paths.root))
         return
-    misread = misread_elsewhere(mmdit, info.family)
     rest = rest_of_model(export, options.complete) if options.layout == "mlx" else ({}, [], {})
     remedy = "give another --output"
     if paths.config.exists():
@@ -130,10 +132,9 @@ def run(options: ExportOptions) -> None:
             quantization = pack_transformer(mmdit, weights, bar)
             with cli.finishing("writing"):
                 written = write_folder(paths, export, mmdit, quantization, rest, hub_file)
-        card = write_model_card(paths, export, size, options.calib_dir, options.layout, written)
-    click.echo(f"wrote {written}, {card.name}")
-    if options.layout == "gguf" and misread:
-        click.echo(misread)
+        beside = options.layout != "mlx" and paths.config.exists()  # the card is that of the folder's MLX model
+        card = None if beside else write_model_card(paths, export, size, options.calib_dir, options.layout, written)
+    click.echo(f"wrote {written}" + ("" if card is None else f", {card.name}"))
     if options.layout == "mlx":
         click.echo(f"draw with it: {cli.interpreter()} draw_images.py --model {paths.root} PROMPT")
 

@@ -1,6 +1,7 @@
 """Stage 1's manifest, and what later stages derive from it: the run's identity, images and steps."""
 
 import hashlib
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
@@ -160,7 +161,8 @@ def read_manifest(calib_dir: Path) -> dict[str, Any]:
     Raises StoreError when the file is missing or damaged, of another format, or of version 0.2.0 or older.
     """
     path = CalibrationPaths(calib_dir).manifest
-    manifest = MANIFEST.read(path)
+    remedy = f"copy it back from where it is whole; {GENERATE} --force starts over"
+    manifest = MANIFEST.read(path, remedy if os.path.lexists(path) else None)
     if "weights_fingerprint" not in manifest:
         raise StoreError(
             f"{path}: of version 0.2.0 or older, which did not note the model's weights (and padded sd3-emoji's "

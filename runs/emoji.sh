@@ -2,7 +2,7 @@
 # The whole road on the bundled model, in six minutes on two cores, twice as long on slow ones; `make demo` runs it. Resumable as a whole.
 #
 #   runs/emoji.sh [folder]
-#   EFFORT=good runs/emoji.sh calibration_data/good      half an hour, and better images
+#   EFFORT=good runs/emoji.sh calibration_data/good      a quarter of an hour, and better images
 set -euo pipefail
 . "$(dirname "$0")/begin.bash"
 DIR=${1:-calibration_data/demo}

@@ -123,16 +123,25 @@ def test_the_plan_of_another_model(memory):
 
 
 def test_a_plan_takes_the_words_that_people_give(tmp_path):
-    lora = tmp_path / "style.safetensors"
+    lora, empty = tmp_path / "style.safetensors", tmp_path / "empty"
     lora.touch()
+    empty.mkdir()
     done = sd3_medium(
-        MEMORY="32", PASS_SECONDS="1", LORA=f"{lora}:0.8", IMAGES="5", ITERS="40", CACHE="1", CHECKPOINT=str(tmp_path)
+        MEMORY="32",
+        PASS_SECONDS="1",
+        LORA=f"{lora}:0.8",
+        IMAGES="5",
+        ITERS="40",
+        CACHE="1",
+        CHECKPOINT="models/sd3-emoji",
     )
-    assert f"--local-checkpoint {tmp_path} --lora {lora}:0.8 --num-images 5 --num-steps 28" in done.stdout, done.output
+    assert f"--model models/sd3-emoji --lora {lora}:0.8 --num-images 5 --num-steps 28" in done.stdout, done.output
     assert "--iters 40 --end-to-end 20" in done.stdout and "--max-bytes 1GB" in done.stdout
     for variables, message in (
         ({"LORA": f"{lora}x:0.8"}, "style.safetensorsx not found"),
         ({"CHECKPOINT": "nowhere.safetensors"}, "CHECKPOINT=nowhere.safetensors: not found"),
+        ({"CHECKPOINT": str(empty)}, f"{empty}/config.json: not found"),
+        ({"MODEL": "no/such/model"}, "no such folder, and not one of"),
         ({"MEMORY": "8"}, "8 GB: SD3-Medium needs 16 GB or more"),
         ({"EFFORT": "most"}, "'most' is not one of"),
     ):

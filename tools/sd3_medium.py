@@ -23,7 +23,7 @@ from tools.road import SD3_MEDIUM, commands, run_commands
 from w4a8.backend.words import format_seconds, interpreter
 from w4a8.cli import stage_command
 from w4a8.effort import OF_LARGE_MODELS
-from w4a8.model.catalog import default_dtype
+from w4a8.model.catalog import default_dtype, describe_model
 from w4a8.model.dual_attention import TransformerSizes, empty_transformer
 from w4a8.model.families import FOLDER_FAMILY, MODELS, family_of
 from w4a8.model.layers import Block, model_blocks
@@ -129,7 +129,10 @@ class Row(NamedTuple):
 )
 @click.option("--lora", envvar="LORA", default="", help="A LoRA, FILE or FILE:SCALE.")
 @click.option(
-    "--pass-seconds", envvar="PASS_SECONDS", type=click.FloatRange(1e-4, 1e4), help="Of a pass.  [default: timed]"
+    "--pass-seconds",
+    envvar="PASS_SECONDS",
+    type=click.FloatRange(1e-4, 1e4),
+    help="Of a plain pass at the model's size with guidance.  [default: timed]",
 )
 @click.option("--images", envvar="IMAGES", type=click.IntRange(1), help="Instead of the effort's.")
 @click.option("--iters", envvar="ITERS", type=click.IntRange(10), help="Instead of the effort's.")
@@ -143,9 +146,12 @@ def main(
     """Plan SD3-Medium's road for this machine; without --plan, run it."""
     if checkpoint is not None and not checkpoint.exists():
         raise click.UsageError(f"CHECKPOINT={checkpoint}: not found")
+    if checkpoint is not None and model == SD3_MEDIUM:  # stage 1 finds out which model a file is
+        model, checkpoint = str(checkpoint), None
+    given = describe_model(model, (), checkpoint)  # a name that nobody knows, or no model's file, is one line
     if lora and not (Path(lora_file := lora.rpartition(":")[0] or lora).exists() or HUB_ID.fullmatch(lora_file)):
         raise click.UsageError(f"LORA={lora}: {lora_file} not found")
-    known, plan_for = this_memory() if memory is None else memory, Model.of_name(model)
+    known, plan_for = this_memory() if memory is None else memory, Model.of_name(given.hub_id or SD3_MEDIUM)
     size = max((each for each in MACHINES if each <= known), default=None)
     least = next((each for each in MACHINES if each * 1e9 * USABLE >= plan_for.memory), None)
     if size is None or least is None or size < least:
@@ -172,7 +178,18 @@ def main(
     click.echo(
         f"{plan_for.title}, effort {effort}, planned for {size} GB{rounded}; a pass at {plan_for.pixels} px takes {seconds:.3g} s: {how}"
     )
-    rows = planned(plan_for, number, steps, size_2w, machine, count, last, values["t5"] == "--t5", seconds)
+    rows = planned(
+        plan_for,
+        given.checkpoint is not None,
+        number,
+        steps,
+        size_2w,
+        machine,
+        count,
+        last,
+        values["t5"] == "--t5",
+        seconds,
+    )
     for row in rows:
         took = format_seconds(row.seconds) if row.seconds else ""
         click.echo(f"  {row.what:32} {row.bytes_written / 1e9:6.1f} GB  {took:>12}  {row.memory}")
@@ -191,6 +208,7 @@ def main(
 
 def planned(
     model: Model,
+    own_file: bool,
     images: int,
     steps: int,
     cache: float,
@@ -200,7 +218,7 @@ def planned(
     t5: bool,
     seconds: float,
 ) -> list[Row]:
-    """Return the rows of a plan; seconds: of one pass. Sizes were measured on SD3-Medium at 512 px with guidance."""
+    """Return the rows of a plan; own_file: nothing of the transformer is downloaded; seconds: of one pass. Sizes were measured on SD3-Medium at 512 px with guidance."""
     samples, passes = int(cache * 1e9 / model.sample_bytes), machine.statistics * (steps // SAVED_EVERY // 2 + 1)
     latent, depth, weights = 128 * model.tokens, model.config.depth_multimodal, model.weight_bytes
     stored = images * ((steps // SAVED_EVERY + 1) * latent + 4.5 * latent)
@@ -209,7 +227,7 @@ def planned(
     blocks = depth * (iters * BLOCK_ITERATION + samples * BETWEEN_BLOCKS)
     learning = (blocks + last * LAST_ITERATION) * seconds
     return [
-        Row("download", weights + ENCODERS + (T5_BYTES if t5 else 0), 0, "with T5, 9.5 GB; the hub's cache keeps it" if t5 else "without T5"),
+        Row("download", (0 if own_file else weights) + ENCODERS + (T5_BYTES if t5 else 0), 0, "with T5, 9.5 GB; the hub's cache keeps it" if t5 else "without T5"),
         Row(f"1   {images} images", stored, images * steps * seconds, with_t5),
         Row(f"2W  {samples} samples", cache * 1e9, samples * seconds * CACHING, memory),
         Row(f"2A  {passes} passes", passes * 8.4e6 + 90e6, passes * seconds * COLLECTING, memory),

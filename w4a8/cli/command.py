@@ -234,7 +234,9 @@ def stage(kind: type[Any]) -> Callable[[Callable[[Any], None]], click.Command]:
             with history.noted_stage(script_of(main), options.calib_dir) if working else contextlib.nullcontext():
                 main(options)
             if working and not getattr(options, "sensitivity_only", False):
-                say_what_comes_next(script_of(main), options.calib_dir)
+                mlx = getattr(options, "layout", "mlx") == "mlx"
+                output = getattr(options, "output", None) or (None if mlx else options.calib_dir)
+                say_what_comes_next(script_of(main), options.calib_dir, output)
 
         command = stage_command(collected)
         for parameter in command.params:

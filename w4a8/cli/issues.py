@@ -11,7 +11,10 @@ ISSUES = (  # part of a message -> the number of its issue
     (r"is below --min-", 24),
     (r"the loss is not finite at iteration|a gradient is not finite at iteration", 25),
     (r"of another (?:calibration|training) run", 26),
-    (r"not the file that metadata\.json was written for|truncated or damaged|of version 0\.2\.0 or older", 26),
+    (
+        r"not the file that metadata\.json was written for|truncated or damaged|not valid JSON|of version 0\.2\.0 or older",
+        26,
+    ),
     (r"its weights are not those that the calibration run was made with| - at `\$", 26),
     (r"say --scale-is range or --scale-is step", 27),
     (r"not what was exported \(damaged, or exchanged\)|exported from other learned weights than", 28),

@@ -129,9 +129,14 @@ def write_epilog(script: str, formatter: click.HelpFormatter) -> None:
     formatter.write(f"example  python {entry.example}\n")  # whole, so that it can be copied
 
 
-def say_what_comes_next(script: str, calib_dir: Path) -> None:
-    """Print the commands of the stages that may come next, unless a recipe runs them."""
+def say_what_comes_next(script: str, calib_dir: Path, output: Path | None = None) -> None:
+    """Print the commands of the stages that may come next, unless a recipe runs them.
+
+    output: what was written elsewhere; only a config has a next stage then, which measures it.
+    """
     following = STAGE_HELP[script].following if script in STAGE_HELP else ()
-    if following and IN_A_ROAD not in os.environ:
+    analyzed = output is not None and script.startswith("analyze_")
+    if following and IN_A_ROAD not in os.environ and (output is None or analyzed):
         where = "" if calib_dir == Path("calibration_data") else f" --calib-dir {shlex.quote(str(calib_dir))}"
+        where += f" --config {shlex.quote(str(output))}" if analyzed else ""
         click.echo("next: " + ", or ".join(f"{interpreter()} {each}{where}" for each in following))

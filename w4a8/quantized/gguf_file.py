@@ -136,8 +136,8 @@ def misread_elsewhere(mmdit: nn.Module, family: Family) -> str | None:
         return None
     return (
         f"{config.depth_multimodal} blocks of {config.hidden_size} channels: ComfyUI-GGUF and stable-diffusion.cpp take the "
-        f"depth of SD3 from the width ({HEAD_WIDTH} channels a block) and misread this file; gguf's reader, diffusers and this "
-        "toolkit read it"
+        f"depth of SD3 from the width ({HEAD_WIDTH} channels a block) and misread this file; gguf's reader and "
+        "diffusers read it"
     )
 
 

@@ -1,5 +1,6 @@
 """Write the README.md of an export, which a hub shows: base model, licence, method, measured figures, how to load it."""
 
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,7 +32,7 @@ def write_model_card(
     has measured this run. Raises WriteError.
     """
     info, note = export.info, export.note({})
-    metrics = measured(calib_dir)
+    metrics = measured_of(measured(calib_dir), export.weights_name, layout)
     grid = EvaluationPaths.below(calib_dir).grid
     picture = paths.comparison if metrics is not None and grid.exists() else None
     if picture is not None:
@@ -92,6 +93,19 @@ def measured(calib_dir: Path) -> dict[str, Any] | None:
         return read_metrics(calib_dir)
     except StoreError:  # there is none, or it is of another run
         return None
+
+
+def measured_of(metrics: dict[str, Any] | None, weights: str, layout: str) -> dict[str, Any] | None:
+    """Return the metrics with the variants of these weights, and nearest rounding beside them; None without the former.
+
+    In MLX's layout they are measured as `native`, too.
+    """
+    if metrics is None:
+        return None
+    names = (weights, "native") if layout == "mlx" else (weights,)
+    own = {name: row for name, row in metrics["variants"].items() if name.partition("+")[0] in names}
+    nearest = {name: row for name, row in metrics["variants"].items() if name == re.sub(r"-.*", "-rtn", weights)}
+    return {**metrics, "variants": nearest | own} if own else None
 
 
 def file_row(path: Path) -> dict[str, str]:
