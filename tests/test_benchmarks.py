@@ -166,7 +166,7 @@ def test_a_random_model_with_outliers_runs(tmp_path):
     peak = int(re.search(r"\[took\] [0-9.]+ s, (\d+) bytes MLX, \d+ bytes resident", output)[1])
     assert 10**7 < peak < 10**9 and np.isfinite(np.load(tmp_path / "run/samples/0000_001.npz")["x"]).all()
     refused = called(random_model.main, "--hf-home", tmp_path, "--model", "flux-dev", "--outliers")
-    assert refused.exit_code == 2 and "known of SD3 alone" in refused.stderr
+    assert refused.exit_code == 2 and "known of SD3-Medium alone" in refused.stderr
 
 
 # --- tools --------------------------------------------------------------------------------------------------

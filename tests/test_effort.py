@@ -86,9 +86,6 @@ def test_stages_without_numbers(tmp_path, monkeypatch):
     done = invoke("optimize_adaround", "--calib-dir", folder, "--effort", "best", "--no-tune-rest", "--dry-run")
     assert "700 iterations" in done.stdout and "end to end" not in done.stdout, done.output
     run = ("optimize_adaround", "--calib-dir", folder, "--no-tune-rest", "--bits", "mm[1-6].*=16")
-    assert invoke(*run, "--iters", 10, "--batch-size", 2).exit_code == 0
+    assert invoke(*run, "--iters", 10, "--batch-size", 2, "--end-to-end", 3).exit_code == 0
     done = invoke(*run, "--resume")
-    assert done.exit_code == 0 and "10 iterations of 2" in done.stdout, done.output
-    assert invoke(*run, "--iters", 10, "--end-to-end", 3, "--force").exit_code == 0
-    done = invoke(*run, "--resume")
-    assert done.exit_code == 0 and "then 3 end to end" in done.stdout, done.output
+    assert done.exit_code == 0 and re.search("10 iterations of 2.*, then 3 end to end", done.stdout), done.output

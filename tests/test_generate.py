@@ -76,7 +76,7 @@ def test_files_keep_their_contract(clean_run):
         assert str(sample["calibration_run"]) == run_identity(manifest, [image])
         assert bool(sample["is_final"]) == (step == 4) and sample["is_final"].dtype == bool
         assert (float(sample["sigma"]) == 0) == (step == 4)
-    assert sorted(path.name for path in clean_run.iterdir()) == ["images", "manifest.json", "samples"]
+    assert sorted(path.name for path in clean_run.iterdir()) == ["history.jsonl", "images", "manifest.json", "samples"]
 
 
 def test_samples_are_what_the_model_is_given(clean_run, emoji):
@@ -357,4 +357,4 @@ def test_help_answers_without_loading_anything():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.endswith("\n[]\n")
     done = generate("-h")
-    assert done.exit_code == 0 and "--latent-size" in done.stdout
+    assert done.exit_code == 0 and "--latent-size" in done.stdout, done.output

@@ -256,7 +256,7 @@ def test_a_restored_training_goes_on_as_if_nothing_happened(cached, rounding):
 
 @pytest.mark.slow
 def test_files(copy):
-    done = optimize(copy, "--unit", "model")
+    done = optimize(copy, "--unit", "model", "--alpha")
     assert done.exit_code == 0, done.output
     paths = WeightPaths(copy)
     metadata = json.loads(paths.metadata.read_bytes())
@@ -308,7 +308,7 @@ def test_learning_beats_round_to_nearest_on_held_out_samples(copy):
 
 @pytest.mark.slow
 def test_a_block_that_got_worse_keeps_round_to_nearest(copy):
-    done = optimize(copy, "--unit", "block", "--blocks", "mm2", "--lr-alpha", 5, "--weight-bits", 8)
+    done = optimize(copy, "--unit", "block", "--blocks", "mm2", "--lr-alpha", 5, "--weight-bits", 8, "--alpha")
     assert done.exit_code == 0 and "kept round-to-nearest" in done.stdout, done.output
     layers = model_layers(load_run_pipeline(read_manifest(copy), {TRANSFORMER: "float32"}).mmdit)
     for name, fields in read_quantized_block(WeightPaths(copy), "mm2").items():

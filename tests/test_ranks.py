@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import folder_bytes
 
 from tools.road import commands
 
@@ -37,10 +38,6 @@ def run(stage, folder, ranks=0):
     )
 
 
-def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks") / "alone"
@@ -53,14 +50,14 @@ def test_two_ranks_leave_the_files_of_one(alone, tmp_path):
     for stage in STAGES:
         found = run(stage, tmp_path / "two", 2)
         assert "wrote" in found.stdout and found.stdout.count("to do:") <= 1, found.stderr
-    assert contents(tmp_path / "two") == contents(alone)
+    assert folder_bytes(tmp_path / "two") == folder_bytes(alone)
 
 
 def test_a_dry_run_says_each_ones_share_and_writes_nothing(alone):
-    before = contents(alone)
+    before = folder_bytes(alone)
     found = run([*COLLECT, "--force", "--dry-run"], alone, 2)
     assert "2 ranks: 4, 5 passes" in found.stdout
-    assert contents(alone) == before and not (alone / ".ranks").exists()
+    assert folder_bytes(alone) == before and not (alone / ".ranks").exists()
 
 
 @pytest.mark.parametrize("lost", [1])
@@ -81,7 +78,7 @@ def test_a_lost_rank_ends_the_others_and_one_process_goes_on(alone, tmp_path, lo
     assert errors.count("Error: ") == 1 and f"rank {lost} (" in errors and "has ended" in errors
     assert run([*COLLECT, "--resume"], folder).returncode == 0
     shutil.rmtree(folder / ".ranks", ignore_errors=True)
-    assert contents(folder) == contents(alone)
+    assert folder_bytes(folder) == folder_bytes(alone)
 
 
 def test_an_error_of_all_is_said_once(alone):
@@ -110,7 +107,7 @@ def test_blocks_are_shared_out_where_all_boundaries_are_cached(alone, tmp_path):
     process.communicate(timeout=90)
     shutil.rmtree(killed / ".ranks")
     assert run([*stage, "--resume"], killed).returncode == 0
-    assert contents(killed) == contents(folder)
+    assert folder_bytes(killed) == folder_bytes(folder)
 
 
 def test_other_stages_are_for_one_process(alone):

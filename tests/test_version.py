@@ -92,7 +92,7 @@ def version_in(folder, name):
 @slow
 def test_every_file_of_a_run_notes_the_version(whole):
     assert {name: version_in(whole, name) for name in NOTED} == dict.fromkeys(NOTED, w4a8.__version__)
-    assert f"Made by w4a8 {w4a8.__version__}" in (whole / "report/index.html").read_text()
+    assert f" by w4a8 {w4a8.__version__};" in (whole / "report/index.html").read_text()
 
 
 @slow

@@ -295,8 +295,9 @@ def is_one_line(errors: str) -> bool:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Return the content of every file below a folder."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """Return the content of every file below a folder but history.jsonl, which has the time of day."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "history.jsonl")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def bytes_below(folder: Path) -> int:
