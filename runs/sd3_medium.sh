@@ -7,6 +7,7 @@
 #   EFFORT=fast|good|best   images and iterations (default: good)
 #   MEMORY=24               GB to plan for (default: what this machine has, a GPU's own where it has one)
 #   IMAGES= ITERS= STEPS= CACHE= T5=--no-t5       instead of what follows from effort and memory; CACHE in GB
+#   GROUP_SIZE=32           groups that GGUF files need (default: 64)
 #   PASS_SECONDS=0.7        a plain pass at 512 px with guidance (default: one random block is timed)
 #   MODEL=…  CHECKPOINT=my.safetensors  LORA=my_style.safetensors:0.8       another model, a fine-tune, a LoRA
 #

@@ -320,9 +320,8 @@ def limited(*arguments, limit=3 * 10**9):
 def test_what_cannot_fit_is_said_before_it_is_loaded(tmp_path):
     first = ("generate_calibration_data.py", "--model", "sd3-emoji", "--num-images", 3000, "--batch-size", 3000)
     done = limited(*first, "--calib-dir", tmp_path / "new")
-    assert done.returncode == 2 and re.search(
-        r"Error: .* 3.00 GB are there: --batch-size \d+ takes less \(Issue 10\)\n$", done.stderr
-    )
+    assert done.returncode == 2, done.stderr
+    assert re.search(r" 3.00 GB are there: --batch-size \d+ takes less \(Issue 10\)\n$", done.stderr), done.stderr
     assert not (tmp_path / "new/samples").exists()
 
 
@@ -330,9 +329,7 @@ def test_samples_that_do_not_fit_at_once_are_refused(run):
     with memory_limit(3 * 10**8):
         done = invoke("optimize_adaround", "--calib-dir", run, "--force", "--batch-size", 500, "--micro-batch", 500)
     assert done.exit_code == 2, done.output
-    assert re.search(r"Error: .* 300.0 MB are there: --micro-batch \d takes less \(Issue 10\)\n$", done.stderr), (
-        done.stderr
-    )
+    assert re.search(r" 300.0 MB are there: --micro-batch \d takes less \(Issue 10\)\n$", done.stderr), done.stderr
     assert list((run / "adaround_weights").iterdir())
 
 

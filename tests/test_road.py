@@ -84,6 +84,7 @@ def sd3_medium(*words, **environment):
         "STEPS",
         "CACHE",
         "T5",
+        "GROUP_SIZE",
     )
     return CliRunner(env=dict.fromkeys(names) | environment).invoke(tools.sd3_medium.main, [*words, "--plan"])
 
@@ -134,9 +135,10 @@ def test_a_plan_takes_the_words_that_people_give(tmp_path):
         ITERS="40",
         CACHE="1",
         CHECKPOINT="models/sd3-emoji",
+        GROUP_SIZE="32",
     )
     assert f"--model models/sd3-emoji --lora {lora}:0.8 --num-images 5 --num-steps 28" in done.stdout, done.output
-    assert "--iters 40 --end-to-end 20" in done.stdout and "--max-bytes 1GB" in done.stdout
+    assert "--iters 40 --end-to-end 20 --no-alpha --group-size 32\n" in done.stdout and "--max-bytes 1GB" in done.stdout
     for variables, message in (
         ({"LORA": f"{lora}x:0.8"}, "style.safetensorsx not found"),
         ({"CHECKPOINT": "nowhere.safetensors"}, "CHECKPOINT=nowhere.safetensors: not found"),

@@ -21,7 +21,9 @@ def option_lists() -> str:
     parts = [BEGIN, "The lists are what `--help` prints; `python tools/option_lists.py` writes them.\n"]
     for script in STAGE_HELP:
         command = importlib.import_module(Path(script).stem).main
-        with click.Context(command, info_name=script, terminal_width=WIDTH, max_content_width=WIDTH) as context:
+        with click.Context(
+            command, info_name=script, terminal_width=WIDTH, max_content_width=WIDTH, **command.context_settings
+        ) as context:
             parts += [f"### {script}\n", "```", command.get_help(context), "```\n"]
     return "\n".join(parts)
 

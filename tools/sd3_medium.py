@@ -139,9 +139,13 @@ class Row(NamedTuple):
 @click.option("--steps", envvar="STEPS", type=click.IntRange(1), help="Of an image.  [default: 28; Turbo 4]")
 @click.option("--cache", envvar="CACHE", type=click.FloatRange(0.01), help="GB of stage 2W, instead of all images.")
 @click.option("--t5", envvar="T5", type=click.Choice(["--t5", "--no-t5"]), help="Instead of what the memory allows.")
+@click.option(
+    "--group-size", envvar="GROUP_SIZE", type=click.Choice(["32", "64", "128"]), help="32 for GGUF.  [default: 64]"
+)
 def main(
     folder: Path, plan_only: bool, effort: str, memory: float | None, model: str, checkpoint: Path | None, lora: str,
     pass_seconds: float | None, images: int | None, iters: int | None, steps: int | None, cache: float | None, t5: str | None,
+    group_size: str | None,
 ) -> int:  # fmt: skip
     """Plan SD3-Medium's road for this machine; without --plan, run it."""
     if checkpoint is not None and not checkpoint.exists():
@@ -164,6 +168,7 @@ def main(
     values = {
         "model": model, "checkpoint": checkpoint or "", "lora": lora, "images": number, "steps": steps, "t5": t5 or machine.t5,
         "effort": effort, "cache": "" if cache is None else f"{cache:g}GB", "statistics": machine.statistics, "iters": count, "last": last, "judged": machine.judged,
+        "group": group_size or "",
     }  # fmt: skip
     lines = commands("sd3_medium", folder, **values)
     if not plan_only:
