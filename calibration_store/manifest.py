@@ -247,7 +247,8 @@ def select_images(
     if len(images) < manifest["num_images"]:
         raise StoreError(
             f"the calibration run has {len(images)} of {manifest['num_images']} images; "
-            f"finish it with {GENERATE} --resume (TROUBLESHOOTING_GUIDE Issue 9)"
+            f"finish it with {GENERATE} --resume --num-steps {manifest['num_steps']} and the same --calib-dir "
+            "(TROUBLESHOOTING_GUIDE Issue 9)"
         )
     if num_images > len(images):
         raise StoreError(

@@ -61,7 +61,7 @@ MACHINES = {
 
 
 class Model(NamedTuple):
-    """What a plan needs to know of a model: sizes, and tokens of an image at its usual size."""
+    """The facts of a model that a plan needs: sizes, and tokens of an image at its usual size."""
 
     title: str
     config: TransformerSizes

@@ -1,4 +1,4 @@
-"""What `--help` of a stage shows beside its options, in groups: what it reads and writes, an example, and what comes next."""
+"""The help page of a stage: its options in groups, files that it reads and writes, an example, and the scripts that come next."""
 
 import inspect
 import os
@@ -36,7 +36,7 @@ GROUPS = {  # of options, by the names of their parameters; all others are for e
 
 
 class StageHelp(NamedTuple):
-    """What a stage reads and writes, an example without `python`, the scripts that come next, and a line about its terms."""
+    """Files that a stage reads and writes, an example without `python`, the scripts that come next, and a line about its terms."""
 
     reads: str
     writes: str

@@ -1,4 +1,4 @@
-"""What the report says in words: which stages ran, what the errors mean, which variants are equal, and sizes of other formats."""
+"""Sentences of the report: which stages ran, what the errors mean, which variants are equal, and sizes of other formats."""
 
 import shlex
 from collections.abc import Mapping, Sequence

@@ -52,4 +52,4 @@ def verdict_on(name: str | None, variants: Mapping[str, Any], exported_bits: int
     if nearest is not None:
         said += f" Rounding to nearest alone gives {nearest:.1f} dB."
     gain = variants[name].get("gain")
-    return said + (f" Image by image: {gain_words(gain)}." if gain is not None else "")
+    return said + (f" The gain is {gain_words(gain)}." if gain is not None else "")
