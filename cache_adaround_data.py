@@ -99,8 +99,10 @@ def run(options: CacheOptions) -> None:
             f"{manifest['model_version']}: images {cli.shortened(plan['selected_image_ids'])}, {len(plan['key_timesteps'])} steps each, "
             f"{len(sample_ids)} samples, {boundaries} of the boundaries"
         )
-        if options.num_images is None and before is None and num_images < len(manifest["images"]):
-            click.echo(f"{num_images} of {len(manifest['images'])} images fit; a larger --max-bytes allows more.")
+        if options.num_images is None and num_images < len(manifest["images"]):
+            few = f"{num_images} of {len(manifest['images'])} images"
+            more = f"{few} fit; a larger --max-bytes allows more." if before is None else f"This cache was begun with {few}."
+            click.echo(more)
         folder.check(plan)
         passes = StoredPasses.open(
             pipeline, options.calib_dir, manifest, images, 1 if options.dry_run else options.text_group

@@ -100,6 +100,7 @@ def run(options: GenerationOptions) -> None:
         refuse_foreign_pictures,
         refuse_hub_options,
         with_amount,
+        with_those_of_the_run,
     )
     from w4a8.model.catalog import model_fingerprint
     from w4a8.model.hub_parts import describe_checkpoint
@@ -109,7 +110,7 @@ def run(options: GenerationOptions) -> None:
     from w4a8.model.prompts import draw_builtin_prompts
     from w4a8.report.plans import print_plan, say_how_many_prompts, warn_of_old_results
 
-    ranks = join(options.calib_dir)
+    options, ranks = with_those_of_the_run(options), join(options.calib_dir)
     given_prompts = read_prompt_file(options.prompt_file, note=click.echo) if options.prompt_file else None
     info = chosen_model(options)
     options = with_amount(options, info)

@@ -9,7 +9,7 @@ from conftest import generate, invoke
 
 from calibration_store.choices import EFFORTS
 from w4a8.effort import OF_LARGE_MODELS, OF_SMALL_MODELS, SMALL_MODEL, effort_of, late_steps, rounding_effort
-from w4a8.generation_plan import with_amount
+from w4a8.generation_plan import with_amount, with_those_of_the_run
 from w4a8.model.catalog import describe_model
 from w4a8.options import GenerationOptions, RoundingOptions
 
@@ -39,6 +39,8 @@ def test_iterations_are_the_given_ones_the_runs_or_the_efforts():
     assert rounding_effort(RoundingOptions(), 1, before)[2:] == (12, 0, 0, 5)
     assert rounding_effort(RoundingOptions(), 1, {**before, "end_to_end": 6, "unrolled": 2})[2:] == (12, 6, 2, 5)
     assert rounding_effort(RoundingOptions(iters=20), 1, before).iters == 20  # which the plan then refuses
+    named = RoundingOptions(given=frozenset(["effort"]))
+    assert rounding_effort(named, 1, before) == rounding_effort(named, 1, None)  # here, too
 
 
 def test_steps_are_late_ones_that_were_saved():
@@ -52,7 +54,7 @@ def test_images_are_the_given_ones_the_runs_or_the_efforts(tmp_path):
     small, large = describe_model("sd3-emoji"), describe_model("argmaxinc/mlx-stable-diffusion-3-medium")
 
     def amount(info, **options):
-        found = with_amount(GenerationOptions(calib_dir=tmp_path, **options), info)
+        found = with_amount(with_those_of_the_run(GenerationOptions(calib_dir=tmp_path, **options)), info)
         return found.num_images, found.batch_size
 
     assert amount(small) == (240, 16) and amount(large) == (512, 1)
@@ -61,6 +63,23 @@ def test_images_are_the_given_ones_the_runs_or_the_efforts(tmp_path):
     done = generate("--num-images", 3, "--batch-size", 2, "--num-steps", 2, "--no-images", "--calib-dir", tmp_path)
     assert done.exit_code == 0
     assert amount(small, resume=True) == (3, 2) and amount(small, resume=True, num_images=5) == (5, 2)
+    assert amount(small, resume=True, given=frozenset(["effort"])) == (240, 2)
+
+
+@pytest.mark.slow
+def test_resume_takes_what_is_not_given_from_the_run(tmp_path):
+    of_run = ("--seed", 9, "--num-steps", 3, "--cfg-weight", 2, "--latent-size", 4, 8, "--stride", 2, "--no-images")
+    more = ("--negative-prompt", "rain", "--dtype", "float16", "--batch-size", 2, "--calib-dir", tmp_path)
+    assert generate("--num-images", 3, *of_run, *more).exit_code == 0
+    first = json.loads((tmp_path / "manifest.json").read_bytes())
+    done = invoke("generate_calibration_data", "--calib-dir", tmp_path, "--num-images", 4, "--resume")
+    assert done.exit_code == 0, done.output
+    second = json.loads((tmp_path / "manifest.json").read_bytes())
+    growing = ("num_images", "n_completed", "images", "prompts_sha256")
+    assert all(second[key] == value for key, value in first.items() if key not in growing)
+    assert second["images"][:3] == first["images"] and second["n_completed"] == 4
+    done = invoke("generate_calibration_data", "--calib-dir", tmp_path, "--seed", 42, "--resume")  # the default, but given
+    assert done.exit_code and "has --seed 9, not 42" in done.stderr
 
 
 @pytest.mark.slow

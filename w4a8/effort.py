@@ -54,13 +54,13 @@ def effort_of(name: EffortName, num_weights: int) -> Effort:
 def rounding_effort(options: RoundingOptions, num_weights: int, before: Mapping[str, Any] | None) -> Effort:
     """Return the numbers of stage 3W: those that are given, and in place of others the effort's.
 
-    Under --resume they are those of the plan `before`. Where `--iters` is given, the others follow from it: the last phase
-    takes half of it, finished latents none.
+    Under --resume they are those of the plan `before`, unless `--effort` is given, too. Where `--iters` is given, the others
+    follow from it: the last phase takes half of it, finished latents none.
     """
     effort = effort_of(options.effort, num_weights)
     if options.iters is not None:
         effort = Effort(0, 0, options.iters, options.iters // 2, 0)
-    elif before is not None:
+    elif before is not None and not options.is_given("effort"):
         last = before.get("end_to_end", 0), before.get("unrolled", 0)
         effort = Effort(0, 0, before["iters"], *last, before["batch_size"])
     return effort._replace(

@@ -24,6 +24,7 @@ from w4a8.model.catalog import (
     with_text_bits,
     without_own,
 )
+from w4a8.model.location import Lora
 from w4a8.model.runs import run_schedule
 from w4a8.model.sampling import check_seeds, choose_guidance, choose_steps
 from w4a8.options import GenerationOptions
@@ -33,41 +34,50 @@ PNG_BYTES_PER_PIXEL = 3  # an upper bound for a compressed RGB image
 MANIFEST_BYTES_PER_IMAGE = 400
 SMALL_BATCH = 16  # images of a small model in one pass
 HUB_WEIGHTS = 2_000_000_000  # of the smallest hub model, SD3-Medium
+RUN_KEYS = {  # option -> key of the manifest: what --resume takes from the run where the option is not given
+    "num_steps": "num_steps", "cfg_weight": "cfg_scale", "guidance": "guidance", "shift": "shift", "seed": "seed_base",
+    "negative_prompt": "negative_prompt", "latent_size": "latent_size", "text_bits": "text_bits", "use_t5": "use_t5",
+    "dtype": "activation_dtype", "stride": "stride", "batch_size": "batch_option", "save_images": "save_images",
+}  # fmt: skip
 
 
-def model_of_run(options: GenerationOptions) -> tuple[str, Path | None]:
-    """Return the values of `--model` and `--local-checkpoint`: those that are given, or under --resume the run's.
+def with_those_of_the_run(options: GenerationOptions) -> GenerationOptions:
+    """Return the options, under --resume with the run's values in place of those that are not given.
+
+    The model and its LoRAs are the run's where neither is given. The file of prompts is not noted, so it stays as it is.
+    Raises StoreError for a damaged manifest.
+    """
+    if not options.resume or not CalibrationPaths(options.calib_dir).manifest.exists():
+        return options
+    manifest = read_manifest(options.calib_dir)
+    of_run = {key: manifest[noted] for key, noted in RUN_KEYS.items() if noted in manifest}
+    of_run |= {"latent_size": tuple(manifest["latent_size"]), "text_bits": str(manifest.get("text_bits", 16))}
+    if not options.is_given("effort"):
+        of_run["num_images"] = manifest["num_images"]
+    if not (options.is_given("model") or options.is_given("local_checkpoint") or options.is_given("loras")):
+        noted = manifest.get("local_checkpoint")
+        of_run |= {"model": manifest["model_version"], "local_checkpoint": Path(noted) if noted else None}
+        of_run["loras"] = tuple(Lora(Path(lora["file"]), lora["scale"]) for lora in manifest.get("loras", ()))
+    return replace(options, **{key: value for key, value in of_run.items() if not options.is_given(key)})
+
+
+def chosen_model(options: GenerationOptions) -> ModelInfo:
+    """Describe the model that the options choose, with `--lora`, `--guidance` and `--text-bits`. Raises UserError.
 
     A checkpoint alone says itself which model it is.
     """
     model, checkpoint = options.model, options.local_checkpoint
-    if model is None and checkpoint is not None:
-        return str(checkpoint), None
-    if model is None and options.resume and CalibrationPaths(options.calib_dir).manifest.exists():
-        manifest = read_manifest(options.calib_dir)
-        noted = manifest.get("local_checkpoint")
-        return manifest["model_version"], Path(noted) if noted else None
-    return DEFAULT_MODEL if model is None else model, checkpoint
-
-
-def chosen_model(options: GenerationOptions) -> ModelInfo:
-    """Describe the model that the options choose, with `--lora`, `--guidance` and `--text-bits`. Raises UserError."""
-    model, checkpoint = model_of_run(options)
+    if model is None:
+        model, checkpoint = (DEFAULT_MODEL, None) if checkpoint is None else (str(checkpoint), None)
     info = with_guidance(describe_model(model, options.loras, checkpoint), options.guidance)
     return with_shift(with_text_bits(info, options.text_bits), options.shift)
 
 
 def with_amount(options: GenerationOptions, info: ModelInfo) -> GenerationOptions:
-    """Return the options with numbers of images and of images at once.
-
-    Those that are not given are under --resume the run's, else the effort's for a model of this size.
-    """
+    """Return the options with numbers of images and of images at once: where they lack, the effort's for this model."""
     size = weights_of(info)
     images = effort_of(options.effort, size).num_images
     at_once = SMALL_BATCH if options.num_images is None and size <= SMALL_MODEL else 1
-    if options.resume and CalibrationPaths(options.calib_dir).manifest.exists():
-        manifest = read_manifest(options.calib_dir)
-        images, at_once = manifest["num_images"], manifest["batch_option"]
     return replace(options, num_images=options.num_images or images, batch_size=options.batch_size or at_once)
 
 

@@ -29,11 +29,16 @@ class WritingOptions(FolderOptions):
     resume: bool = False
     force: bool = False
     dry_run: bool = False
+    given: frozenset[str] = frozenset()  # the fields that the command line names; `cli.stage` fills it in
 
     def __post_init__(self) -> None:
         """Raise OptionError for options that exclude each other."""
         if self.resume and self.force:
             raise OptionError("--resume goes on with a run and --force starts over: give one of them")
+
+    def is_given(self, name: str) -> bool:
+        """Return whether an option was given, so that --resume must not take the run's value in its place."""
+        return name in self.given or getattr(self, name) != type(self).__dataclass_fields__[name].default
 
 
 @dataclass(frozen=True, kw_only=True)

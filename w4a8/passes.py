@@ -254,7 +254,9 @@ def choose_amount(
     num_images, stride = options.num_images, options.stride
     steps = chosen_steps(manifest, options.steps)
     if before is not None:
-        if stride is None and steps is None:
+        if options.is_given("effort") and stride is None and steps is None and options.max_bytes is None:
+            steps = late_steps(select_steps(manifest, 1), manifest["num_steps"], effort.steps)
+        elif stride is None and steps is None:
             stride, steps = before["stride"], before["key_timesteps"]
         return num_images or before["num_images"], stride or 1, steps
     budget = default_budget(options.calib_dir) if options.max_bytes is None else options.max_bytes

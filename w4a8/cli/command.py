@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from calibration_store.errors import UserError
 from w4a8.backend.interrupts import ctrl_c_handled, end_process
@@ -224,6 +225,9 @@ def stage(kind: type[Any]) -> Callable[[Callable[[Any], None]], click.Command]:
 
         @functools.wraps(main)
         def collected(**values: Any) -> None:
+            if "given" in defaults:
+                source, unset = click.get_current_context().get_parameter_source, ParameterSource.DEFAULT
+                values["given"] = frozenset(name for name in values if source(name) is not unset)
             if "location" in defaults:
                 given = (values.pop(name) for name in ("model", "local_checkpoint", "loras"))
                 values["location"] = ModelLocation(*given)

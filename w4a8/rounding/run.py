@@ -72,7 +72,7 @@ class RoundingRun:
         rest = choose_rest(mmdit, options.tune_rest and whole and effort.end_to_end != 0, before)
         rest = REST_KINDS[ranks.from_rank_0(REST_KINDS.index(rest))]
         given = options.end_to_end
-        if before is not None and given is None and options.iters is None:
+        if before is not None and given is None and options.iters is None and not options.is_given("effort"):
             given = effort.end_to_end  # the run's
         end_to_end = choose_end_to_end(given, unit, whole, mmdit, effort.end_to_end, rest)
         if options.unrolled is None and not end_to_end:
