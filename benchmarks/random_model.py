@@ -70,13 +70,16 @@ T5_TINY = {"d_kv": 8, "num_heads": 2, "d_ff": 24, "num_layers": 1, "vocab_size":
 @click.option("--size", type=click.Choice(["real", "tiny"]), default="real", help="tiny: two blocks of 128 channels.")
 @click.option("--t5", is_flag=True, help="With a random T5-XXL, 9.5 GB more; FLUX always has it.")
 @click.option("--outliers", is_flag=True, help="SD3-Medium: with channels as wide as the real model's.")
-def main(hf_home: Path, model: str, size: str, t5: bool, outliers: bool) -> None:
+@click.option("--depth", type=click.IntRange(2), help="Blocks of SD3's kind, instead of the model's own number.")
+def main(hf_home: Path, model: str, size: str, t5: bool, outliers: bool, depth: int | None) -> None:
     """Write a random-weight model into a hub cache."""
     family = family_of(HUB_IDS[model])
     if outliers and family is not FOLDER_FAMILY:
         raise click.UsageError("--outliers: known of SD3-Medium alone")
     if size == "tiny":
         make_tiny()
+    if depth is not None:
+        make_sizes(depth_multimodal=depth)
     write_text_encoders(hf_home)
     checkpoint = write_checkpoint(hf_home, HUB_IDS[model], outliers)
     if t5 or family.needs_t5:
@@ -265,6 +268,12 @@ def make_tiny() -> None:
             family.config.dual_attention_blocks = 1
     for name, config in model_io._CONFIG.items():
         vars(config).update(TINY, **TINY_PARTS["flux" if "FLUX" in name else "sd3"])
+
+
+def make_sizes(**sizes: int) -> None:
+    """Give every hub model other sizes in this process: change the families' and DiffusionKit's in place."""
+    for config in [*(family.config for family in FAMILIES.values()), *model_io._CONFIG.values()]:
+        vars(config).update(sizes)
 
 
 def train_t5_tokenizer(texts: Sequence[str], pieces: int) -> bytes:

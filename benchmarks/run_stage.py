@@ -19,12 +19,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @click.command(context_settings={"ignore_unknown_options": True})
 @click.option("--tiny", is_flag=True, help="Hub models are at the size of random_model.py --size tiny.")
+@click.option("--depth", type=click.IntRange(2), help="Hub models are at the depth of random_model.py --depth.")
 @click.argument("stage")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def main(tiny: bool, stage: str, arguments: tuple[str, ...]) -> None:
+def main(tiny: bool, depth: int | None, stage: str, arguments: tuple[str, ...]) -> None:
     """Run STAGE, a script of this toolkit, with its ARGUMENTS; print seconds, MLX's peak and the process's."""
     if tiny:
         importlib.import_module("benchmarks.random_model").make_tiny()
+    if depth is not None:
+        importlib.import_module("benchmarks.random_model").make_sizes(depth_multimodal=depth)
     started, code = time.perf_counter(), None
     sys.argv = [stage, *arguments]
     try:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 
 import mlx.core as mx
@@ -11,6 +12,7 @@ from finished_run import finished_run
 from mlx.utils import tree_flatten
 
 import w4a8.rounding.training_samples as samples_module
+import w4a8.rounding.units as units_module
 from calibration_store.block_cache import read_cache_metadata
 from calibration_store.layout import WeightPaths
 from calibration_store.manifest import read_manifest
@@ -54,6 +56,22 @@ def test_many_samples_are_drawn_from_a_window(cached, monkeypatch):
     kept = unit.samples.batch(near[:2])
     for (_, one), (_, other) in zip(tree_flatten(kept), tree_flatten(from_files), strict=True):
         assert mx.array_equal(one, other)
+
+
+def test_a_sample_is_read_once_an_iteration(cached, monkeypatch):
+    """Micro-batches one after the other, as on a GPU: the later ones find their samples kept, as the next batch does."""
+    monkeypatch.setattr(samples_module, "MOST_SAMPLES", 0)
+    monkeypatch.setattr(units_module, "streams_for", lambda count: nullcontext([mx.default_stream(mx.cpu)]))
+    mmdit = load_run_pipeline(read_manifest(cached), {TRANSFORMER: "float32"}).mmdit
+    spec = BlockUnit.specs(model_layers(mmdit), list(model_blocks(mmdit)))[1]
+    samples = Samples.of_stretch(cached, read_cache_metadata(cached), spec.blocks)
+    unit = BlockUnit.build(mmdit, spec, samples, Settings(iters=10, batch_size=2, micro_batch=1, activation_bits=0))
+    read, stacked = list[int](), samples._stacked
+    monkeypatch.setattr(samples, "_stacked", lambda indices: read.extend(indices) or stacked(indices))
+    state = unit.nearest_state()
+    unit.gradients(state, [0, 1], 0, [2, 3])
+    unit.gradients(state, [2, 3], 1, [0, 2])
+    assert sorted(read) == [0, 0, 1, 2, 3]  # 0 twice: it had been let go
 
 
 def test_a_window_is_kept_by_the_run(cached, monkeypatch):

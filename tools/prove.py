@@ -27,8 +27,9 @@ from typing import Any
 import click
 
 from benchmarks.figures import provenance
+from benchmarks.random_model import HUB_IDS
 from calibration_store.files import atomic_file
-from tools.road import ROADS, SD3_MEDIUM, again, commands, words
+from tools.road import ROADS, again, commands, words
 from w4a8.cli import format_bytes, progress_bar, shortened
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,7 +40,7 @@ WRITERS = ("1", "2A", "2W", "3W")  # stages that write for a while
 MARKER = "a file is open"  # beside the run
 REHEARSALS: dict[str, tuple[str, dict[str, object]]] = {  # size -> a road, and its values
     "sd3-emoji": ("rehearsal", {"model": "sd3-emoji", "t5": "", "drawn": 4, "stride": 4, "iters": 40, "unit": "", "last": "", "judged": ""}),
-    "sd3-medium": ("rehearsal", {"model": SD3_MEDIUM, "t5": "--no-t5", "drawn": "", "stride": 5, "iters": 20, "unit": "block", "last": 4, "judged": 2}),
+    **{size: ("rehearsal", {"model": HUB_IDS[size], "t5": "--no-t5", "drawn": "", "stride": 5, "iters": 20, "unit": "block", "last": 4, "judged": 2}) for size in ("sd3-medium", "sd3.5-medium")},
     "tiny": ("tiny", {"blocks": "mm0"}),
 }  # fmt: skip
 Found = list[tuple[str, str | None]]  # name of a stage, and what was lost
@@ -339,7 +340,7 @@ def small_disk(folder: Path, size: int) -> Iterator[bool]:
 @main.command()
 @click.option(
     "--size", type=click.Choice(list(REHEARSALS)), default="sd3-emoji",
-    help="sd3-medium: random weights with planted outliers, 4.5 GB. tiny: a trial in seconds.",
+    help="sd3-medium: random weights with planted outliers, 4.5 GB. sd3.5-medium: random weights, 5 GB. tiny: in seconds.",
 )  # fmt: skip
 @click.option(
     "--keep", type=click.Path(path_type=Path, file_okay=False),
@@ -358,10 +359,11 @@ def rehearsal(size: str, keep: Path | None, output: Path | None) -> None:
         rows = json.loads(noted.read_bytes()) if noted.exists() else []
         if [row["stage"] for row in rows] != lines[: len(rows)]:
             raise click.UsageError(f"{noted}: of another rehearsal; give another --keep")
-        if size == "sd3-medium":
+        if size in HUB_IDS:
             environment |= {"HF_HOME": str(hub), "HF_HUB_OFFLINE": "1"}
             if not rows:
-                make = [sys.executable, "benchmarks/random_model.py", "--hf-home", str(hub), "--outliers"]
+                make = [sys.executable, "benchmarks/random_model.py", "--hf-home", str(hub), "--model", size]
+                make += ["--outliers"] if size == "sd3-medium" else []
                 subprocess.run(make, cwd=ROOT, check=True, env=environment)
         click.echo(f"{'stage':32}{'seconds':>9}{'MLX peak':>12}{'resident':>12}{'writes':>12}")
         for row in rows:

@@ -222,6 +222,7 @@ class Unit:
         parameters = {"weights": state.weights, "biases": state.biases, "ranges": state.ranges}
         mx.eval(parameters)
         parts = settings.micro_batches(indices)
+        own = self.ranks.owned_indices(len(parts))
 
         def found_of(numbers: Sequence[int]) -> list[tuple[mx.array, Gradients]]:
             found = []
@@ -234,7 +235,9 @@ class Unit:
                     given = loss_of(parameters, batch, step_rows(self.samples, part, batch.modulation), key)
                     found.append(tree_map(partial(mx.multiply, share), given))
             mx.async_eval(found)
-            self.samples.keep(near)
+            left = [number for number in own if number > max(numbers, default=-1)]
+            later = [index for number in left for index in parts[number]]  # of this iteration
+            self.samples.keep(list(dict.fromkeys([*later, *near])))
             mx.eval(found)
             return found
 
