@@ -79,7 +79,7 @@ def main(hf_home: Path, model: str, size: str, t5: bool, outliers: bool, depth: 
     if size == "tiny":
         make_tiny()
     if depth is not None:
-        make_sizes(depth_multimodal=depth)
+        make_depth(depth)
     write_text_encoders(hf_home)
     checkpoint = write_checkpoint(hf_home, HUB_IDS[model], outliers)
     if t5 or family.needs_t5:
@@ -270,10 +270,11 @@ def make_tiny() -> None:
         vars(config).update(TINY, **TINY_PARTS["flux" if "FLUX" in name else "sd3"])
 
 
-def make_sizes(**sizes: int) -> None:
-    """Give every hub model other sizes in this process: change the families' and DiffusionKit's in place."""
+def make_depth(depth: int) -> None:
+    """Give every hub model this number of blocks of SD3's kind in this process, each as wide as before."""
     for config in [*(family.config for family in FAMILIES.values()), *model_io._CONFIG.values()]:
-        vars(config).update(sizes)
+        sizes = {"num_heads": config.num_heads, "hidden_size_override": config.hidden_size}
+        vars(config).update(sizes, depth_multimodal=depth)
 
 
 def train_t5_tokenizer(texts: Sequence[str], pieces: int) -> bytes:

@@ -27,7 +27,7 @@ def main(tiny: bool, depth: int | None, stage: str, arguments: tuple[str, ...]) 
     if tiny:
         importlib.import_module("benchmarks.random_model").make_tiny()
     if depth is not None:
-        importlib.import_module("benchmarks.random_model").make_sizes(depth_multimodal=depth)
+        importlib.import_module("benchmarks.random_model").make_depth(depth)
     started, code = time.perf_counter(), None
     sys.argv = [stage, *arguments]
     try:

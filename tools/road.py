@@ -71,7 +71,7 @@ ROADS = {
         "optimize_adaround.py --iters {iters} --no-alpha --unit {unit} --end-to-end {last}",
         "export_quantized_model.py",
         "evaluate_quantization.py --num-images 4 --num-steps 20 --batch-size {judged} --variants w4-rtn,native",
-        "draw_images.py 'red heart' --model {dir}/quantized_model --num-steps 20 --output {dir}/drawn",
+        "draw_images.py 'red heart' --model {dir}/quantized_model --num-steps 20 {t5} --output {dir}/drawn",
         "report_calibration.py",
     ),
     "reliability": (  # tools/prove.py reliability, which kills each of them

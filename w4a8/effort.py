@@ -39,8 +39,8 @@ OF_SMALL_MODELS = {
     "best": Effort(3200, 5, 700, 350, 150, 64),
 }
 OF_LARGE_MODELS = {
-    "fast": Effort(128, 4, 50, 50, 0),
-    "good": Effort(512, 4, 150, 75, 0),
+    "fast": Effort(128, 4, 100, 50, 0, 8),
+    "good": Effort(512, 4, 450, 225, 0, 8),
     "best": Effort(512, 8, 400, 200, 0),
 }
 assert tuple(OF_SMALL_MODELS) == tuple(OF_LARGE_MODELS) == EFFORTS

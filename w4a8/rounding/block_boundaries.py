@@ -27,15 +27,16 @@ from w4a8.backend.progress import progress_bar
 from w4a8.model.layers import model_blocks
 from w4a8.passes import SampleId, sample_ids_of
 from w4a8.rounding.quantized_forward import original_forward
-from w4a8.rounding.training_samples import Reader, Samples, cache_reader, reader, stacked
+from w4a8.rounding.training_samples import Reader, Samples, cache_reader, fit_in_memory, reader, stacked
 
+BOUNDARIES_AT_ONCE = 3  # that are held or on the disk at the same time
 REMEDY = "run optimize_adaround.py with --resume to make it anew"
 
 
 class BlockBoundaries:
-    """The files of the boundaries on both sides of a block, while the run walks through the model.
+    """The boundaries on both sides of a block, while the run walks through the model.
 
-    A run that was killed goes on with them.
+    Few of them are in memory, and a run that was killed makes them anew. Others are files, which it goes on with.
     """
 
     def __init__(
@@ -56,6 +57,8 @@ class BlockBoundaries:
         self.shapes = boundary_shapes(cache)
         self.sample_ids = sample_ids_of(cache)
         self._whole: set[str] = set()  # blocks whose boundary this process has made, or seen to be whole
+        self._in_memory = ranks.size == 1 and fit_in_memory(BOUNDARIES_AT_ONCE * self._largest())
+        self._held: dict[str, dict[SampleId, list[np.ndarray]]] = {}  # in memory, by block: tokens in the order of its keys
 
     def samples(self, mmdit: nn.Module, block: str) -> Samples:
         """Return the samples that a block is trained on.
@@ -100,13 +103,17 @@ class BlockBoundaries:
         return 0
 
     def num_bytes(self) -> int:
-        """Return the largest number of bytes on the disk at the same time: three boundaries."""
+        """Return the largest number of bytes on the disk at the same time."""
+        return 0 if self._in_memory else BOUNDARIES_AT_ONCE * self._largest()
+
+    def _largest(self) -> int:
+        """Return the bytes of the largest boundary, as files."""
         zero = np.zeros((), self.dtype)
         boundaries = [
             {key: np.broadcast_to(zero, self.shapes[key]) for key in self._keys(block)} for block in self.blocks
         ]
         largest = max(npz_bytes(cached_sample_arrays(0, 0, arrays, self.run)) for arrays in boundaries)
-        return 3 * largest * len(self.sample_ids)
+        return largest * len(self.sample_ids)
 
     # which tokens lie where
 
@@ -127,7 +134,9 @@ class BlockBoundaries:
         return self._boundary(before)
 
     def _boundary(self, block: str) -> Reader:
-        """Return a reader of the tokens that a block gives, mapped."""
+        """Return a reader of the tokens that a block gives, mapped or in memory."""
+        if self._in_memory:
+            return self._held[block].__getitem__
         return reader(
             self.paths.boundary(block),
             {key: self.shapes[key] for key in self._keys(block)},
@@ -151,6 +160,7 @@ class BlockBoundaries:
         before = self._before(block)
         if before is not None:
             self._make(mmdit, before)
+        self._held[block] = {}
         with (
             progress_bar(len(self.sample_ids), f"{block} of every sample", "sample", leave=False) as bar,
             BackgroundWriter(pending=2, threads=min(4, blas.cores())) as writer,
@@ -189,7 +199,7 @@ class BlockBoundaries:
     def _write(
         self, boundary: BoundaryPaths, block: str, chunk: Sequence[SampleId], tokens: Mapping[str, np.ndarray]
     ) -> None:
-        """Write a file for each sample. Raises StoreError where a token is not finite, or does not fit the dtype."""
+        """Keep each sample, or write its file. Raises StoreError where a token is not finite, or does not fit the dtype."""
         for key, array in tokens.items():
             if not np.isfinite(array).all():
                 raise StoreError(f"{block}: {key} does not fit {self.dtype}, or is not finite")
@@ -198,11 +208,16 @@ class BlockBoundaries:
                 key: array[slice(*np.array([index, index + 1]) * (len(array) // len(chunk)))]
                 for key, array in tokens.items()
             }
+            if self._in_memory:
+                self._held[block][sample_id] = list(rows.values())
+                continue
             arrays = cached_sample_arrays(*sample_id, rows, self.run)
             write_npz(boundary.sample(*sample_id), arrays, durable=False)  # it is checked when it is read again
 
     def _holds(self, boundary: BoundaryPaths, keys: Sequence[str], sample_id: SampleId) -> bool:
         """Return whether a sample's file is there, valid, and this run's."""
+        if self._in_memory:
+            return False  # what is whole is noted
         path, shapes = boundary.sample(*sample_id), {key: self.shapes[key] for key in keys}
         try:
             check_cached_sample(path, *sample_id, shapes, checked=True, run=self.run, dtype=self.dtype)
@@ -211,11 +226,12 @@ class BlockBoundaries:
         return True
 
     def _remove(self, boundaries: Sequence[BoundaryPaths]) -> None:
-        """Remove these boundaries from the disk; rank 0 does."""
+        """Remove these boundaries from the disk, which rank 0 does, and from memory."""
         if self.ranks.rank == 0:
             remove_boundaries(boundaries)
         for boundary in boundaries:
             self._whole = {each for each in self._whole if self.paths.boundary(each).root != boundary.root}
+        self._held = {block: found for block, found in self._held.items() if block in self._whole}
 
 
 def remove_boundaries(boundaries: Sequence[BoundaryPaths]) -> None:

@@ -1,6 +1,7 @@
 """All samples' inputs of one block in memory; block after block they are replaced by its outputs.
 
-The memory is the device's, if there is room, since a GPU waits for samples of the host's; else the host's beside a GPU.
+The memory is the device's, if there is room, since a GPU waits for samples of the host's; else the host's beside a GPU, but
+for the first samples, as many as the device has room for.
 What a block gives is not kept: its unit computes its targets from the inputs (`Unit.targets`). No file is written, so a
 run that was killed walks through the finished blocks anew, in a forward pass of 16-bit products.
 """
@@ -27,6 +28,7 @@ from w4a8.rounding.settings import Indices
 from w4a8.rounding.training_samples import SampleBatch, cache_reader, split_samples
 
 HELD_SHARE, HOST_SHARE = 0.3, 0.5  # shares of the device's memory, and of the host's, that the samples may take
+AT_ONCE = 0.95  # share of the device's memory that an iteration and the samples beside it may take together
 IN_FILES, ON_DEVICE, ON_HOST = "files", "device", "host"  # where boundaries are kept
 # Each sample has a list: the block's input tokens, then its modulation input, as arrays of MLX or NumPy.
 SampleRows = list[list[Any]]
@@ -36,7 +38,7 @@ class HeldSamples:
     """A block's samples in memory, without its outputs (TrainingSamples)."""
 
     def __init__(self, sample_ids: Sequence[SampleId], key_timesteps: Sequence[int], rows: SampleRows):
-        """Store the rows, MLX arrays on the device or NumPy's on the host, and choose the samples that judge."""
+        """Store each sample's rows, MLX arrays on the device or NumPy's on the host, and choose the samples that judge."""
         self.rows, self.holds_velocity = rows, False
         self.held_bytes = sum(array.nbytes for row in rows for array in row if isinstance(array, np.ndarray))
         self._near: dict[int, list[mx.array]] = {}  # the host's samples that are on the device already
@@ -60,24 +62,26 @@ class HeldSamples:
 
     def _on_device(self, index: int) -> list[mx.array]:
         # A GPU takes a sample's arrays one by one sooner than one large array.
-        return self._near.get(index) or [mx.array(array) for array in self.rows[index]]
+        rows = self._near.get(index) or self.rows[index]
+        return [array if isinstance(array, mx.array) else mx.array(array) for array in rows]
 
 
 class HeldBoundaries:
     """The walk of all samples through the blocks, in memory; it stands in for `BlockBoundaries`."""
 
     def __init__(
-        self, cache: Mapping[str, Any], paths: WeightPaths, chunk: int, dtype: str, products: mx.Dtype, on_host: bool,
+        self, cache: Mapping[str, Any], paths: WeightPaths, chunk: int, dtype: str, products: mx.Dtype, on_device: int,
         opened: Callable[[], nn.Module], ranks: SingleProcess = SINGLE_PROCESS,
     ):  # fmt: skip
         """Store where the ends lie, and how samples walk.
 
         cache: metadata of the block cache; chunk: the number of samples that are run at once; dtype: of tokens between
-        blocks; products: the 16-bit dtype that blocks compute in; on_host: samples are in the host's memory; opened: gives
-        a transformer, whose weights are dropped after a block; ranks: the processes, each of which holds all samples.
+        blocks; products: the 16-bit dtype that blocks compute in; on_device: the number of samples in the device's memory,
+        the others are in the host's; opened: gives a transformer, whose weights are dropped after a block; ranks: the
+        processes, each of which holds all samples.
         """
         self._cache, self._paths, self._chunk, self._products = cache, paths, chunk, products
-        self._dtype, self._on_host, self._opened, self._ranks = getattr(mx, dtype), on_host, opened, ranks
+        self._dtype, self._on_device, self._opened, self._ranks = getattr(mx, dtype), on_device, opened, ranks
         self._blocks: list[str] = cache["block_names"]
         self._ids = sample_ids_of(cache)
         self._held: HeldSamples | None = None
@@ -85,7 +89,7 @@ class HeldBoundaries:
 
     def memory_bytes(self) -> int:
         """Return the bytes of the device's memory that the samples take."""
-        return 0 if self._on_host else held_bytes(self._cache, self._dtype)
+        return held_bytes(self._cache, self._dtype) * self._on_device // len(self._ids)
 
     def num_bytes(self) -> int:
         """Return the number of bytes on the disk: none."""
@@ -116,9 +120,9 @@ class HeldBoundaries:
     def _read(self, sample_ids: Sequence[SampleId]) -> HeldSamples:
         keys = [*block_keys(self._cache, self._blocks[0])[0], "modulation_input"]
         read, rows = cache_reader(self._paths.calib_dir, self._cache, keys), list[list[Any]]()
-        own = np.array if self._on_host else mx.array
         with progress_bar(len(sample_ids), "reading the cache", "sample", leave=False) as bar:
-            for sample_id in sample_ids:
+            for number, sample_id in enumerate(sample_ids):
+                own = mx.array if number < self._on_device else np.array
                 rows.append([own(array) for array in read(sample_id)])
                 bar.update()
         return HeldSamples(sample_ids, self._cache["key_timesteps"], rows)
@@ -140,10 +144,10 @@ class HeldBoundaries:
                 mx.eval(given, finite)
                 if not finite.item():
                     raise StoreError(f"{name}: {OVERFLOW}")
-                if self._on_host:
-                    writer.submit(replace_rows, rows, part, given, True)
+                if part[-1] < self._on_device:
+                    replace_rows(rows, part, given, self._on_device)
                 else:
-                    replace_rows(rows, part, given, False)
+                    writer.submit(replace_rows, rows, part, given, self._on_device)
                 bar.update(len(part))
             writer.drain()
 
@@ -167,10 +171,23 @@ def place_of_samples(num_bytes: int, least: int, ranks: SingleProcess) -> str:
     return next((place for place, fits in places.items() if ranks.total(int(fits)) == ranks.size), IN_FILES)
 
 
-def replace_rows(rows: SampleRows, part: Sequence[int], tokens: Sequence[mx.array], on_host: bool) -> None:
-    """Put tokens, rows of the samples `part` one below the other, in the place of these samples' own."""
-    arrays = [np.array(array) for array in tokens] if on_host else tokens
+def room_for_samples(num_bytes: int, count: int, peak: int) -> int:
+    """Return how many of the host's samples the device holds beside iterations that take `peak` bytes.
+
+    num_bytes: of all `count` samples. One more batch of each side is on the way there, which AT_ONCE leaves room for.
+    """
+    room = AT_ONCE * device_memory() - peak
+    return max(0, min(count, int(room // (num_bytes / count))))
+
+
+def replace_rows(rows: SampleRows, part: Sequence[int], tokens: Sequence[mx.array], on_device: int) -> None:
+    """Put tokens, rows of the samples `part` one below the other, in the place of these samples' own.
+
+    on_device: the number of samples that are the device's, the first ones.
+    """
+    on_host = [np.array(array) for array in tokens] if part[-1] >= on_device else []
     count = len(tokens[0]) // len(part)  # rows of a sample
     for number, index in enumerate(part):
+        arrays = tokens if index < on_device else on_host
         own = [array[number * count : (number + 1) * count] for array in arrays]
         rows[index] = [*own, rows[index][-1]]

@@ -10,7 +10,7 @@ from calibration_store.errors import OptionError
 from calibration_store.sizes import format_bytes
 from w4a8.backend.memory import device_memory
 from w4a8.backend.parallel import working_cores
-from w4a8.rounding.held_boundaries import IN_FILES, ON_DEVICE, held_bytes, place_of_samples
+from w4a8.rounding.held_boundaries import IN_FILES, ON_DEVICE, ON_HOST, held_bytes, place_of_samples, room_for_samples
 from w4a8.rounding.run import RoundingRun
 from w4a8.rounding.settings import FLOAT32
 from w4a8.rounding.training_samples import fit_in_memory
@@ -27,6 +27,7 @@ def choose_micro_batch(run: RoundingRun, given: int | None, before: Mapping[str,
     The micro-batch is the one given (--micro-batch), or the one that an earlier run of this folder noted (before), or
     the largest that fits. Raises OptionError when not even one sample fits.
     """
+    num_bytes = 0
     units, memory = [job for job in UnitPhase.of_run(run) if isinstance(job, UnitPhase)], device_memory()
     need = max((job.iteration_bytes() for job in units), key=lambda one: one.peak(1))
     noted = (before or {}).get("micro_batch")  # 0.8.0 noted more than there are samples
@@ -35,6 +36,7 @@ def choose_micro_batch(run: RoundingRun, given: int | None, before: Mapping[str,
         run = replace(run, place=place_of_samples(num_bytes, need.peak(noted or 1), run.ranks))
         memory -= num_bytes if run.place == ON_DEVICE else 0
     count = len(run.cache["samples"])
+    on_device = count if run.place == ON_DEVICE else 0
     size = min(run.settings.batch_size, count)  # a batch draws without replacement
     fits = need.micro_batch(size, memory)
     micro_batch = noted if noted and given in (None, noted) else run.ranks.from_rank_0(min(given or fits, size))
@@ -45,8 +47,10 @@ def choose_micro_batch(run: RoundingRun, given: int | None, before: Mapping[str,
             f"iterations with {micro_batch} samples at once take about {format_bytes(peak)} of memory, and "
             f"{format_bytes(memory)} are there: {way} takes less"
         )
+    if run.place == ON_HOST:
+        on_device = room_for_samples(num_bytes, count, peak)
     window = (before or {}).get("window", 0)
     if before is None and run.place == IN_FILES and not fit_in_memory(count * max(job.sample_bytes() for job in units)):
         window = WINDOW * size
     settings = replace(run.settings, micro_batch=micro_batch, window=run.ranks.from_rank_0(window))
-    return replace(run, settings=settings)
+    return replace(run, settings=settings, on_device=on_device)

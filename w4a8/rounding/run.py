@@ -24,7 +24,7 @@ from w4a8.model.layers import Layer, half_dtype, model_blocks, model_layers, num
 from w4a8.model.migration import migrate
 from w4a8.options import RoundingOptions
 from w4a8.rounding.block_boundaries import BlockBoundaries
-from w4a8.rounding.held_boundaries import IN_FILES, ON_HOST, HeldBoundaries
+from w4a8.rounding.held_boundaries import IN_FILES, HeldBoundaries
 from w4a8.rounding.rest import EVERYTHING, NO_REST, VECTORS, choose_rest
 from w4a8.rounding.settings import BFLOAT16, FLOAT32, Settings
 from w4a8.rounding.units import MODEL, UNITS, Unit
@@ -50,6 +50,7 @@ class RoundingRun:
     blocks: list[str]
     ranks: SingleProcess = SINGLE_PROCESS
     place: str = IN_FILES  # of the boundaries, where they are made
+    on_device: int = 0  # samples of them that the device's memory holds, beside those of the host's
 
     @classmethod
     def plan_run(
@@ -64,7 +65,7 @@ class RoundingRun:
         mmdit = opened()
         size = num_weights(model_layers(mmdit).values())
         effort = rounding_effort(options, size, before)
-        settings = Settings.of(options, effort)
+        settings = Settings.of(options, effort, before)
         precision = ranks.from_rank_0(PRODUCT_PRECISIONS.index(choose_precision(options.precision, size, before)))
         settings = replace(settings, precision=PRODUCT_PRECISIONS[precision])
         unit, blocks = choose_unit(mmdit, cache["block_names"], options.blocks, options.unit, settings.group_size)
@@ -140,7 +141,7 @@ class RoundingRun:
         half = half_dtype(self.mmdit)
         if self.place == IN_FILES:
             return BlockBoundaries(cache, paths, self.plan, chunk, self.ranks, dtype, half)
-        return HeldBoundaries(cache, paths, chunk, dtype, half, self.place == ON_HOST, self.open, self.ranks)
+        return HeldBoundaries(cache, paths, chunk, dtype, half, self.on_device, self.open, self.ranks)
 
     @cached_property
     def plan(self) -> dict[str, Any]:

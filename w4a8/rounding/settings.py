@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +23,10 @@ LR_REST = (
 REST_INPUTS, REST_BLOCKS = 192, 8
 BLOWN, SLOWER = 2.0, 0.25  # the last phase begins anew, slower, where its loss reaches so many times that of its start
 SLOWEST = 0.01  # the pace from which on it goes on as it is
-DEFAULT_LR_ALPHA = {"ste": 4e-3, "sigmoid": 1e-2}  # by rounding method
+# Learning rates of the rounding variables, by rounding method: the rate at LR_ITERS iterations, and the largest one. Few
+# iterations must move them as far as many do.
+DEFAULT_LR_ALPHA = {"ste": (4e-3, 8e-3), "sigmoid": (1e-2, 1e-2)}
+LR_ITERS = 1000
 EVALUATED = 64  # samples that a loss is measured on
 FLOAT32, BFLOAT16 = PRODUCT_PRECISIONS
 # Rules for the inputs: dynamic per token, or a learned range for each noise level.
@@ -45,7 +49,7 @@ class Settings:
     group_size: int = RoundingOptions.group_size
     rounding: str = RoundingOptions.rounding  # a name of methods.METHODS
     qdrop: float = RoundingOptions.qdrop  # share of input elements left unquantized while ranges are trained
-    lr_alpha: float = DEFAULT_LR_ALPHA["ste"]
+    lr_alpha: float = DEFAULT_LR_ALPHA["ste"][0]
     lr_activation_scale: float = RoundingOptions.lr_activation_scale
     regularizer_weight: float = 0.01  # weight of sigmoid's pull to 0 or 1; round-to-nearest has a loss of 1
     seed: int = RoundingOptions.seed
@@ -65,12 +69,13 @@ class Settings:
     excluded: Sequence[str] = ()  # layers that stay as they are
 
     @classmethod
-    def of(cls, options: RoundingOptions, effort: Effort) -> "Settings":
+    def of(cls, options: RoundingOptions, effort: Effort, before: Mapping[str, Any] | None = None) -> "Settings":
         """Return the settings that these options give; the model, memory and single layers' bits decide the rest.
 
-        effort: iterations, and samples of each.
+        effort: iterations, and samples of each; before: the plan that --resume goes on with.
         """
-        rate = DEFAULT_LR_ALPHA[options.rounding] if options.lr_alpha is None else options.lr_alpha
+        rate = default_lr_alpha(options.rounding, effort.iters) if before is None else before["lr_alpha"]
+        rate = rate if options.lr_alpha is None else options.lr_alpha
         return cls(
             iters=effort.iters,
             batch_size=effort.batch_size,
@@ -110,6 +115,12 @@ class Settings:
     def bits(self, layer: str) -> int:
         """Return the number of bits of a layer's codes."""
         return self.layer_bits.get(layer, self.weight_bits)
+
+
+def default_lr_alpha(rounding: str, iters: int) -> float:
+    """Return the learning rate of the rounding variables of a method, for a number of iterations: it falls with its root."""
+    rate, largest = DEFAULT_LR_ALPHA[rounding]
+    return min(largest, float(f"{rate * math.sqrt(LR_ITERS / iters):.2g}"))
 
 
 def warmed_cosine(iteration: int, iterations: int) -> float:
