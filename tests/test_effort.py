@@ -25,7 +25,7 @@ def test_more_effort_is_more_of_everything(size):
 def test_iterations_are_the_given_ones_the_runs_or_the_efforts():
     good = OF_SMALL_MODELS["good"]
     assert rounding_effort(RoundingOptions(), 1, None)[2:] == good[2:]
-    assert rounding_effort(RoundingOptions(effort="best"), SMALL_MODEL + 1, None).iters == 400
+    assert rounding_effort(RoundingOptions(effort="best"), SMALL_MODEL + 1, None).iters == 900
     given = rounding_effort(RoundingOptions(effort="best", iters=90), 1, None)
     assert given[2:] == (90, 45, 0, 16)
     assert rounding_effort(RoundingOptions(iters=90, end_to_end=0, unrolled=7, batch_size=3), 1, None)[2:] == (

@@ -41,7 +41,7 @@ OF_SMALL_MODELS = {
 OF_LARGE_MODELS = {
     "fast": Effort(128, 4, 100, 50, 0, 8),
     "good": Effort(512, 4, 450, 225, 0, 8),
-    "best": Effort(512, 8, 400, 200, 0),
+    "best": Effort(512, 8, 900, 450, 0, 8),
 }
 assert tuple(OF_SMALL_MODELS) == tuple(OF_LARGE_MODELS) == EFFORTS
 

@@ -11,6 +11,7 @@ import mlx.core as mx
 
 # MLX looks at its limit between kernels: on an H200 a run under a limit of 17 GB took 17.8 GB.
 LIMIT_SHARE = 0.92
+_given: list[int] = []  # limits of `limited_memory`, the one in force last
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
@@ -20,7 +21,7 @@ def device_memory() -> int:
     The limit is MLX's own, a share of the device's memory; on a CPU the limits of the process and its cgroup count,
     too.
     """
-    limits = [mx.get_memory_limit()]
+    limits = [_given[-1] if _given else mx.get_memory_limit()]
     if mx.default_device() == mx.Device(mx.cpu):
         limits += _process_limits()
     return min(limit for limit in limits if limit > 0)
@@ -35,11 +36,13 @@ def limited_memory(num_bytes: int | None) -> Iterator[None]:
     if num_bytes is None:
         yield
         return
-    before = mx.set_memory_limit(min(int(LIMIT_SHARE * num_bytes), mx.get_memory_limit()))
+    _given.append(min(num_bytes, device_memory()))
+    before = mx.set_memory_limit(int(LIMIT_SHARE * _given[-1]))
     try:
         yield
     finally:
         mx.set_memory_limit(before)
+        _given.pop()
 
 
 def memory_beside_gpu() -> int:
