@@ -59,6 +59,7 @@ class BlockBoundaries:
         self._whole: set[str] = set()  # blocks whose boundary this process has made, or seen to be whole
         self._in_memory = ranks.size == 1 and fit_in_memory(BOUNDARIES_AT_ONCE * self._largest())
         self._held: dict[str, dict[SampleId, list[np.ndarray]]] = {}  # in memory, by block: tokens in the order of its keys
+        self._modulations: dict[SampleId, list[np.ndarray]] = {}
 
     def samples(self, mmdit: nn.Module, block: str) -> Samples:
         """Return the samples that a block is trained on.
@@ -69,8 +70,7 @@ class BlockBoundaries:
         self._make(mmdit, block)
         kept = {self.paths.boundary(name).root for name in (before, block) if name}
         self._remove([each for each in self.paths.boundaries if each.root not in kept])
-        modulation = cache_reader(self.paths.calib_dir, self.cache, ["modulation_input"])
-        inputs, outputs = self._inputs(block), self._boundary(block)
+        modulation, inputs, outputs = self._modulation(), self._inputs(block), self._boundary(block)
         return Samples.load(
             self.sample_ids,
             lambda sample_id: [*inputs(sample_id), *modulation(sample_id), *outputs(sample_id)],
@@ -81,8 +81,7 @@ class BlockBoundaries:
     def few(self, mmdit: nn.Module, count: int) -> Samples:
         """Return some of the first block's samples, 2·count at most, for a trial run; write nothing."""
         block, sample_ids = self.blocks[0], self.sample_ids[: 2 * count]
-        inputs = self._inputs(block)
-        modulation = cache_reader(self.paths.calib_dir, self.cache, ["modulation_input"])
+        inputs, modulation = self._inputs(block), self._modulation()
         outputs = {
             sample_id: [np.array(tokens) for tokens in self._run(mmdit, block, self._given(block, [sample_id]))]
             for sample_id in sample_ids
@@ -132,6 +131,19 @@ class BlockBoundaries:
         if before is None:
             return cache_reader(self.paths.calib_dir, self.cache, block_keys(self.cache, block)[0])
         return self._boundary(before)
+
+    def _modulation(self) -> Reader:
+        """Return a reader of the modulation inputs, which all blocks share; in memory each of them is read once."""
+        read = cache_reader(self.paths.calib_dir, self.cache, ["modulation_input"])
+        if not self._in_memory:
+            return read
+
+        def kept(sample_id: SampleId) -> list[np.ndarray]:
+            if sample_id not in self._modulations:
+                self._modulations[sample_id] = [np.array(array) for array in read(sample_id)]
+            return self._modulations[sample_id]
+
+        return kept
 
     def _boundary(self, block: str) -> Reader:
         """Return a reader of the tokens that a block gives, mapped or in memory."""
@@ -186,8 +198,7 @@ class BlockBoundaries:
 
     def _given(self, block: str, chunk: Sequence[SampleId]) -> list[mx.array]:
         """Return a block's inputs for some samples, rows one below the other: its tokens, and the modulation input."""
-        modulation = cache_reader(self.paths.calib_dir, self.cache, ["modulation_input"])
-        return [mx.array(rows) for read in (self._inputs(block), modulation) for rows in stacked(read, chunk)]
+        return [mx.array(rows) for read in (self._inputs(block), self._modulation()) for rows in stacked(read, chunk)]
 
     def _run(self, mmdit: nn.Module, block: str, given: Sequence[mx.array]) -> list[mx.array]:
         """Return the tokens that a block gives, in the dtype between blocks, unevaluated."""

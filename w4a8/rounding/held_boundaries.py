@@ -144,10 +144,12 @@ class HeldBoundaries:
                 mx.eval(given, finite)
                 if not finite.item():
                     raise StoreError(f"{name}: {OVERFLOW}")
-                if part[-1] < self._on_device:
-                    replace_rows(rows, part, given, self._on_device)
-                else:
-                    writer.submit(replace_rows, rows, part, given, self._on_device)
+                of_device, of_host = (
+                    [index for index in part if (index < self._on_device) is whose] for whose in (True, False)
+                )
+                replace_rows(rows, part, of_device, given)  # here, since another thread has none of MLX's streams
+                if of_host:
+                    writer.submit(replace_rows, rows, part, of_host, given, True)
                 bar.update(len(part))
             writer.drain()
 
@@ -180,14 +182,15 @@ def room_for_samples(num_bytes: int, count: int, peak: int) -> int:
     return max(0, min(count, int(room // (num_bytes / count))))
 
 
-def replace_rows(rows: SampleRows, part: Sequence[int], tokens: Sequence[mx.array], on_device: int) -> None:
-    """Put tokens, rows of the samples `part` one below the other, in the place of these samples' own.
+def replace_rows(
+    rows: SampleRows, part: Sequence[int], chosen: Sequence[int], tokens: Sequence[mx.array], on_host: bool = False
+) -> None:
+    """Put tokens, rows of the samples `part` one below the other, in the place of the chosen samples' own.
 
-    on_device: the number of samples that are the device's, the first ones.
+    on_host: the chosen samples are the host's.
     """
-    on_host = [np.array(array) for array in tokens] if part[-1] >= on_device else []
+    arrays = [np.array(array) for array in tokens] if on_host else tokens
     count = len(tokens[0]) // len(part)  # rows of a sample
-    for number, index in enumerate(part):
-        arrays = tokens if index < on_device else on_host
-        own = [array[number * count : (number + 1) * count] for array in arrays]
-        rows[index] = [*own, rows[index][-1]]
+    for index in chosen:
+        begin = count * part.index(index)
+        rows[index] = [*(array[begin : begin + count] for array in arrays), rows[index][-1]]
