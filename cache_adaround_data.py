@@ -74,7 +74,7 @@ def run(options: CacheOptions) -> None:
     from w4a8.model.layers import model_layers, num_weights
     from w4a8.model.parts import TEXT, TRANSFORMER
     from w4a8.model.runs import load_run_pipeline
-    from w4a8.passes import StoredPasses, choose_amount, sample_ids_of, select_passes
+    from w4a8.passes import StoredPasses, choose_amount, sample_ids_of, say_how_few, select_passes
 
     manifest, paths = read_manifest(options.calib_dir), BlockCachePaths(options.calib_dir)
     ranks = join(options.calib_dir)
@@ -100,9 +100,7 @@ def run(options: CacheOptions) -> None:
             f"{len(sample_ids)} samples, {boundaries} of the boundaries"
         )
         if options.num_images is None and num_images < len(manifest["images"]):
-            few = f"{num_images} of {len(manifest['images'])} images"
-            more = f"{few} fit; a larger --max-bytes allows more." if before is None else f"This cache was begun with {few}."
-            click.echo(more)
+            click.echo(say_how_few(num_images, len(manifest["images"]), before is not None))
         folder.check(plan)
         passes = StoredPasses.open(
             pipeline, options.calib_dir, manifest, images, 1 if options.dry_run else options.text_group

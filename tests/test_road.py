@@ -43,7 +43,7 @@ def test_an_option_without_a_value_is_left_out():
 
 
 def test_missing_and_unknown_values_are_named():
-    with pytest.raises(click.UsageError, match=r"the road sd3_medium needs cache=…, checkpoint=…"):
+    with pytest.raises(click.UsageError, match=r"the road sd3_medium needs batch=…, cache=…, checkpoint=…"):
         commands("sd3_medium", "x")
     with pytest.raises(click.UsageError, match="the road demo knows no colour"):
         commands("demo", "x", colour="red")
@@ -138,7 +138,10 @@ def test_a_plan_takes_the_words_that_people_give(tmp_path):
         GROUP_SIZE="32",
     )
     assert f"--model models/sd3-emoji --lora {lora}:0.8 --num-images 5 --num-steps 28" in done.stdout, done.output
-    assert "--iters 40 --end-to-end 20 --no-alpha --group-size 32\n" in done.stdout and "--max-bytes 1GB" in done.stdout
+    assert (
+        "--iters 40 --batch-size 8 --end-to-end 20 --no-alpha --group-size 32\n" in done.stdout
+        and "--max-bytes 1GB" in done.stdout
+    )
     for variables, message in (
         ({"LORA": f"{lora}x:0.8"}, "style.safetensorsx not found"),
         ({"CHECKPOINT": "nowhere.safetensors"}, "CHECKPOINT=nowhere.safetensors: not found"),

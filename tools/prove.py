@@ -43,7 +43,7 @@ REHEARSALS: dict[str, tuple[str, dict[str, object]]] = {  # size -> a road, and 
     **{size: ("rehearsal", {"model": HUB_IDS[size], "t5": "--no-t5", "drawn": "", "stride": 5, "iters": 20, "unit": "block", "last": 4, "judged": 2}) for size in ("sd3-medium", "sd3.5-medium")},
     "tiny": ("tiny", {"blocks": "mm0"}),
 }  # fmt: skip
-Found = list[tuple[str, str | None]]  # name of a stage, and what was lost
+Found = list[tuple[str, str | None]]  # stage, what was lost
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -361,9 +361,16 @@ def rehearsal(size: str, keep: Path | None, output: Path | None) -> None:
             raise click.UsageError(f"{noted}: of another rehearsal; give another --keep")
         if size in HUB_IDS:
             environment |= {"HF_HOME": str(hub), "HF_HUB_OFFLINE": "1"}
+            make = [
+                sys.executable,
+                "benchmarks/random_model.py",
+                "--hf-home",
+                str(hub),
+                "--model",
+                size,
+                *["--outliers"] * (size == "sd3-medium"),
+            ]
             if not rows:
-                make = [sys.executable, "benchmarks/random_model.py", "--hf-home", str(hub), "--model", size]
-                make += ["--outliers"] if size == "sd3-medium" else []
                 subprocess.run(make, cwd=ROOT, check=True, env=environment)
         click.echo(f"{'stage':32}{'seconds':>9}{'MLX peak':>12}{'resident':>12}{'writes':>12}")
         for row in rows:

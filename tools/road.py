@@ -58,7 +58,7 @@ ROADS = {
         "cache_adaround_data.py --effort {effort} --num-images {images} --max-bytes {cache}",
         "collect_layer_activations.py --num-images {statistics} --stride 2",
         "analyze_activations.py",
-        "optimize_adaround.py --iters {iters} --end-to-end {last} --no-alpha --group-size {group}",
+        "optimize_adaround.py --iters {iters} --batch-size {batch} --end-to-end {last} --no-alpha --group-size {group}",
         "export_quantized_model.py",
         "evaluate_quantization.py --num-images {judged} --variants w4-rtn,native,native+a8-token --batch-size 2",
         "report_calibration.py",

@@ -26,16 +26,17 @@ from w4a8.effort import OF_LARGE_MODELS
 from w4a8.model.catalog import default_dtype, describe_model
 from w4a8.model.dual_attention import TransformerSizes, empty_transformer
 from w4a8.model.families import FOLDER_FAMILY, MODELS, family_of
-from w4a8.model.layers import Block, model_blocks
+from w4a8.model.layers import Block, model_blocks, model_layers, num_weights
 from w4a8.model.memory_needs import DUAL_TOKEN_ARRAYS, TOKEN_ARRAYS
 from w4a8.model.model_source import HUB_ID
+from w4a8.rounding.iteration_bytes import TRAINING_SHARE, IterationBytes
 
 STEPS, SAVED_EVERY, TEXT_TOKENS = 28, 3, 154  # tokens without T5
 ENCODERS, T5_BYTES, BESIDE = 1.83e9, 9.5e9, 1.1e9  # CLIP and VAE; T5-XXL; what a stage takes beside weights and pass
 # Ratios to a plain pass that were measured on an H200 with products in bfloat16, where a pass in float16 takes 0.018 s
-# (benchmarks/results/2026-11-29-precision-h200.txt): an iteration of 16 samples on one block takes 0.073 s, one of the last
-# phase 2.2 s, and 4 s for every block go into 2,048 samples' walk through it, its grids and its losses.
-BLOCK_ITERATION, LAST_ITERATION, BETWEEN_BLOCKS = 0.073 / 0.018, 2.2 / 0.018, 4 / 0.018 / 2048
+# (benchmarks/results/2026-11-30-good-h200.txt): an iteration of 8 samples on one block takes 0.044 s, one of the last phase
+# 0.052 s for every block, and 4.2 s for every block go into 2,048 samples' walk through it, its grids and its losses.
+BLOCK_ITERATION, LAST_ITERATION, BETWEEN_BLOCKS = 0.044 / 0.018, 0.052 / 0.018, 4.2 / 0.018 / 2048
 CACHING, COLLECTING = 1.15, 1.09  # stage 2A: benchmarks/results/2026-11-29-whole-runs-h200.txt
 USABLE = 0.7  # the share of a machine's memory that weights and a pass may take
 
@@ -100,6 +101,17 @@ class Model(NamedTuple):
         arrays = DUAL_TOKEN_ARRAYS if self.config.dual_attention_blocks else TOKEN_ARRAYS
         activations = 2 * arrays * self.rows * (self.tokens + TEXT_TOKENS) * self.config.hidden_size
         return self.weight_bytes + activations + BESIDE
+
+    def learning(self, memory: float) -> tuple[int, int]:
+        """Return the samples at once of stage 3W's iterations in a memory of so many bytes, and the peak that they take."""
+        layers = model_layers(empty_transformer(self.config)).values()
+        blocks = model_blocks(empty_transformer(self.config))
+        largest = max(num_weights(layer for layer in layers if layer.block == block) for block in blocks)
+        arrays = int(self.rows * (self.tokens + TEXT_TOKENS) * self.config.hidden_size)
+        need = IterationBytes.of_shapes(largest, arrays, 0, 0, 1, half=True)
+        fitting = (each for each in (8, 4, 3, 2) if need.peak(each) <= TRAINING_SHARE * memory)
+        at_once = next(fitting, 1)
+        return at_once, need.peak(at_once)
 
     @property
     def sample_bytes(self) -> float:
@@ -167,7 +179,7 @@ def main(
     size_2w = number * work.steps * plan_for.sample_bytes / 1e9 if cache is None else cache
     values = {
         "model": model, "checkpoint": checkpoint or "", "lora": lora, "images": number, "steps": steps, "t5": t5 or machine.t5,
-        "effort": effort, "cache": "" if cache is None else f"{cache:g}GB", "statistics": machine.statistics, "iters": count, "last": last, "judged": machine.judged,
+        "effort": effort, "cache": "" if cache is None else f"{cache:g}GB", "statistics": machine.statistics, "iters": count, "batch": work.batch_size, "last": last, "judged": machine.judged,
         "group": group_size or "",
     }  # fmt: skip
     lines = commands("sd3_medium", folder, **values)
@@ -194,6 +206,7 @@ def main(
         last,
         values["t5"] == "--t5",
         seconds,
+        size,
     )
     for row in rows:
         took = format_seconds(row.seconds) if row.seconds else ""
@@ -222,21 +235,23 @@ def planned(
     last: int,
     t5: bool,
     seconds: float,
+    size: float,
 ) -> list[Row]:
-    """Return the rows of a plan; own_file: nothing of the transformer is downloaded; seconds: of one pass. Sizes were measured on SD3-Medium at 512 px with guidance."""
+    """Return the rows of a plan; own_file: nothing of the transformer is downloaded; seconds: of one pass; size: GB of memory. Sizes were measured on SD3-Medium at 512 px with guidance."""
     samples, passes = int(cache * 1e9 / model.sample_bytes), machine.statistics * (steps // SAVED_EVERY // 2 + 1)
     latent, depth, weights = 128 * model.tokens, model.config.depth_multimodal, model.weight_bytes
     stored = images * ((steps // SAVED_EVERY + 1) * latent + 4.5 * latent)
     memory = f"{format_bytes(model.memory)} of memory"
     with_t5 = f"{format_bytes(max(model.memory, 10.8e9))} of memory" if t5 else memory
     blocks = depth * (iters * BLOCK_ITERATION + samples * BETWEEN_BLOCKS)
-    learning = (blocks + last * LAST_ITERATION) * seconds
+    learning = (blocks + depth * last * LAST_ITERATION) * seconds
+    at_once, peak = model.learning(size * 1e9)
     return [
         Row("download", (0 if own_file else weights) + ENCODERS + (T5_BYTES if t5 else 0), 0, "with T5, 9.5 GB; the hub's cache keeps it" if t5 else "without T5"),
         Row(f"1   {images} images", stored, images * steps * seconds, with_t5),
         Row(f"2W  {samples} samples", cache * 1e9, samples * seconds * CACHING, memory),
         Row(f"2A  {passes} passes", passes * 8.4e6 + 90e6, passes * seconds * COLLECTING, memory),
-        Row(f"3W  {depth} blocks, {iters} each, then {last}", 0.53 * weights, learning, "5 to 16 GB of memory, and the samples where they fit"),
+        Row(f"3W  {depth} blocks, {iters} each, then {last}", 0.53 * weights, learning, f"{format_bytes(peak)} of memory, {at_once} samples at once"),
         Row("5   the 4-bit model", 0.55 * weights, 0, memory),
         Row(f"4   {machine.judged} images, four ways", machine.judged * 4 * (steps + 1) * 2 * latent,
             machine.judged * 4 * steps * seconds, memory),

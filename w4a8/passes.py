@@ -274,6 +274,12 @@ def choose_amount(
     return num_images, stride, None
 
 
+def say_how_few(chosen: int, images: int, resumed: bool) -> str:
+    """Return a sentence about a cache of fewer images than the run has; resumed: an earlier command chose them."""
+    few = f"{chosen} of {images} images"
+    return f"This cache was begun with {few}." if resumed else f"{few} fit; a larger --max-bytes allows more."
+
+
 def sample_ids_of(plan: Mapping[str, Any]) -> list[SampleId]:
     """Return every sample of a plan, image by image."""
     return [SampleId(image_id, step) for image_id in plan["selected_image_ids"] for step in plan["key_timesteps"]]

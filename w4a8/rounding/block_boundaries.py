@@ -58,7 +58,9 @@ class BlockBoundaries:
         self.sample_ids = sample_ids_of(cache)
         self._whole: set[str] = set()  # blocks whose boundary this process has made, or seen to be whole
         self._in_memory = ranks.size == 1 and fit_in_memory(BOUNDARIES_AT_ONCE * self._largest())
-        self._held: dict[str, dict[SampleId, list[np.ndarray]]] = {}  # in memory, by block: tokens in the order of its keys
+        self._held: dict[
+            str, dict[SampleId, list[np.ndarray]]
+        ] = {}  # in memory, by block: tokens in the order of its keys
         self._modulations: dict[SampleId, list[np.ndarray]] = {}
 
     def samples(self, mmdit: nn.Module, block: str) -> Samples:

@@ -28,7 +28,7 @@ from w4a8.rounding.settings import Indices
 from w4a8.rounding.training_samples import SampleBatch, cache_reader, split_samples
 
 HELD_SHARE, HOST_SHARE = 0.3, 0.5  # shares of the device's memory, and of the host's, that the samples may take
-AT_ONCE = 0.95  # share of the device's memory that an iteration and the samples beside it may take together
+DEVICE_SHARE = 0.95  # share of the device's memory that an iteration and the samples beside it may take together
 IN_FILES, ON_DEVICE, ON_HOST = "files", "device", "host"  # where boundaries are kept
 # Each sample has a list: the block's input tokens, then its modulation input, as arrays of MLX or NumPy.
 SampleRows = list[list[Any]]
@@ -176,9 +176,9 @@ def place_of_samples(num_bytes: int, least: int, ranks: SingleProcess) -> str:
 def room_for_samples(num_bytes: int, count: int, peak: int) -> int:
     """Return how many of the host's samples the device holds beside iterations that take `peak` bytes.
 
-    num_bytes: of all `count` samples. One more batch of each side is on the way there, which AT_ONCE leaves room for.
+    num_bytes: of all `count` samples. One more batch of each side is on the way there, which DEVICE_SHARE leaves room for.
     """
-    room = AT_ONCE * device_memory() - peak
+    room = DEVICE_SHARE * device_memory() - peak
     return max(0, min(count, int(room // (num_bytes / count))))
 
 
