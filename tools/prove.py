@@ -43,6 +43,7 @@ REHEARSALS: dict[str, tuple[str, dict[str, object]]] = {  # size -> a road, and 
     **{size: ("rehearsal", {"model": HUB_IDS[size], "t5": "--no-t5", "drawn": "", "stride": 5, "iters": 20, "unit": "block", "last": 4, "judged": 2}) for size in ("sd3-medium", "sd3.5-medium")},
     "tiny": ("tiny", {"blocks": "mm0"}),
 }  # fmt: skip
+OUTLIERS = {"sd3-medium": ["--outliers"]}
 Found = list[tuple[str, str | None]]  # stage, what was lost
 
 
@@ -351,7 +352,6 @@ def rehearsal(size: str, keep: Path | None, output: Path | None) -> None:
     """Run every stage in turn, on the device that is there."""
     road, values = REHEARSALS[size]
     lines = [shlex.join(line) for line in commands(road, "run", **values)]
-    environment = dict(os.environ)
     with tempfile.TemporaryDirectory(prefix="rehearsal") as temporary:
         base = keep.resolve() if keep else Path(temporary)
         base.mkdir(parents=True, exist_ok=True)
@@ -359,19 +359,11 @@ def rehearsal(size: str, keep: Path | None, output: Path | None) -> None:
         rows = json.loads(noted.read_bytes()) if noted.exists() else []
         if [row["stage"] for row in rows] != lines[: len(rows)]:
             raise click.UsageError(f"{noted}: of another rehearsal; give another --keep")
+        environment = os.environ | ({"HF_HOME": str(hub), "HF_HUB_OFFLINE": "1"} if size in HUB_IDS else {})
         if size in HUB_IDS:
-            environment |= {"HF_HOME": str(hub), "HF_HUB_OFFLINE": "1"}
-            make = [
-                sys.executable,
-                "benchmarks/random_model.py",
-                "--hf-home",
-                str(hub),
-                "--model",
-                size,
-                *["--outliers"] * (size == "sd3-medium"),
-            ]
+            make = ["benchmarks/random_model.py", "--hf-home", str(hub), "--model", size, *OUTLIERS.get(size, [])]
             if not rows:
-                subprocess.run(make, cwd=ROOT, check=True, env=environment)
+                subprocess.run([sys.executable, *make], cwd=ROOT, check=True, env=environment)
         click.echo(f"{'stage':32}{'seconds':>9}{'MLX peak':>12}{'resident':>12}{'writes':>12}")
         for row in rows:
             show(row)
