@@ -51,7 +51,9 @@ from w4a8.options import DrawingOptions
 @click.option("--width", type=cli.COUNT, help="Width of the images in pixels, in place of --latent-size.")
 @click.option("--height", type=cli.COUNT, help="Height of the images in pixels, in place of --latent-size.")
 @click.option("--batch-size", type=cli.COUNT, help="Images in one forward pass.  [default: 1]")
-@click.option("--t5/--no-t5", "use_t5", help="Use the T5 text encoder.  [default: the model's]")
+@click.option(
+    "--t5/--no-t5", "use_t5", help="Use the T5 text encoder.  [default: the model's, of an export its calibration's]"
+)
 @click.option(
     "--text-bits",
     type=click.Choice([str(bits) for bits in TEXT_BITS]),

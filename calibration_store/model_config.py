@@ -145,6 +145,7 @@ class BasedConfig(_BasedConfig, total=False):
 
     name: Name
     sampler_shift: Shift  # absent: the base model's
+    use_t5: bool  # false where the calibration ran without T5; absent: as the base model
     export: Export
 
 

@@ -162,6 +162,7 @@ def _describe_name(name: str) -> ModelInfo:
         raise ModelError(f"{config_file(folder)}: base_model {config['base_model']} is none of {', '.join(HUB_MODELS)}")
     base = _describe_hub_model(config["base_model"])
     own = {"version": name, "folder": folder, "sampler_shift": float(config.get("sampler_shift", base.sampler_shift))}
+    own |= {"use_t5": config.get("use_t5", base.use_t5)}
     return ExportedHubModel(**(vars(base) | own))
 
 

@@ -206,6 +206,7 @@ def rest_of_model(export: ExportSource, complete: bool) -> RestOfModel:
         return parts, files + ([captions] if captions else []), read_model_config(info.folder)
     config: dict[str, Any] = {"name": info.version.rpartition("/")[2], "base_model": info.version}
     config |= {"sampler_shift": info.sampler_shift} if "shift" in export.manifest else {}
+    config |= {} if export.manifest["use_t5"] else {"use_t5": False}  # drawing follows; --t5 brings it back
     own = own_parts(info)
     parts = {"decoder": hub_decoder(info)} if complete or "decoder" in own else {}
     if not complete:
