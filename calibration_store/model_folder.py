@@ -153,14 +153,14 @@ def check_exported(folder: Path, config: Mapping[str, Any]) -> None:
     ]
     if "config" in note and note["config"] != config_digest(config):
         wrong.append(config_file(folder))
-    fault = packed_fault(config, weight_shapes(weight_file(folder, "mmdit"))) if note else None
-    if fault:
-        raise StoreError(f"{config_file(folder)}: {fault}; run export_quantized_model.py with --force")
     if wrong:
         raise StoreError(
             f"{wrong[0]}: not what was exported (damaged, or exchanged); run export_quantized_model.py with --force, "
             "or copy the whole folder again"
         )
+    fault = packed_fault(config, weight_shapes(weight_file(folder, "mmdit"))) if note else None
+    if fault:
+        raise StoreError(f"{config_file(folder)}: {fault}; run export_quantized_model.py with --force")
 
 
 def packed_fault(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> str | None:

@@ -6,9 +6,17 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from calibration_store.errors import StoreError
-from calibration_store.files import open_regular, why_unreadable
+from calibration_store.files import open_regular, read_bytes, why_unreadable
 
 MODEL_FILES = "models/sd3-emoji shows the layout of a model folder"
+
+
+def remedy_of(folder: Path) -> str:
+    """Return what to do about a damaged file of a model folder: an export is made anew."""
+    config = folder / "config.json"
+    if config.is_file() and b'"export"' in read_bytes(config, MODEL_FILES):
+        return "run export_quantized_model.py with --force, or copy the whole folder again"
+    return "copy or download it again"
 
 
 def weight_sizes(path: Path) -> dict[str, tuple[str, int]]:
@@ -36,7 +44,7 @@ def _weight_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     except OSError as error:
         raise StoreError(f"{path}: {why_unreadable(path, error, MODEL_FILES)}") from None
     except (SafetensorError, MemoryError) as error:  # MemoryError: a header that claims more bytes than can be mapped
-        raise StoreError(f"{path}: truncated or damaged ({error}); copy or download it again") from None
+        raise StoreError(f"{path}: truncated or damaged ({error}); {remedy_of(path.parent)}") from None
     if not header:
-        raise StoreError(f"{path}: holds no weights; copy or download it again")
+        raise StoreError(f"{path}: holds no weights; {remedy_of(path.parent)}")
     return header

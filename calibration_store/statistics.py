@@ -119,13 +119,15 @@ class ActivationStatistics:
         """
         index_path, path = self.timestep_dir / f"step_{key}_index.json", self.step_path(key)
         remedy = f"run {COLLECT} with --force to make it anew (TROUBLESHOOTING_GUIDE Issue 21)"
-        index = STEP_INDEX.read(index_path, remedy)
-        arrays = read_npz(path, remedy, _is_known)
+        own = CALIBRATION_RUN in self.metadata
+        anew = f"run {COLLECT} with --resume to make it anew" if own else "copy it again from where it is whole"
+        index = STEP_INDEX.read(index_path, anew)
+        arrays = read_npz(path, anew, _is_known)
         if "step_index" in arrays and arrays.pop("step_index").tolist() != int(key):
-            raise StoreError(f"{path}: of another step; {remedy}")
+            raise StoreError(f"{path}: of another step; {anew}")
         fault = run_fault(arrays, self.metadata.get(CALIBRATION_RUN))
         if fault:
-            raise StoreError(f"{path}: {fault}; {remedy}")
+            raise StoreError(f"{path}: {fault}; {anew}")
         fields: dict[str, dict[str, np.ndarray]] = {}
         for member, array in arrays.items():
             prefix, _, field = member.rpartition("__")
@@ -133,7 +135,6 @@ class ActivationStatistics:
                 fields.setdefault(prefix, {})[field] = array
         layers: dict[str, LayerStatistics] = {}
         known: dict[tuple[tuple[str, int], ...], LayerStatistics] = {}  # by the identities of a layer's arrays
-        own = CALIBRATION_RUN in self.metadata
         for name, entry in index.items():
             prefix = layer_prefix(name)
             found = fields.pop(prefix, {})

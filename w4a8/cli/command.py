@@ -27,6 +27,8 @@ from w4a8.cli.issues import with_issue
 from w4a8.cli.stages import STAGE_HELP, say_what_comes_next, script_of, write_epilog, write_options
 from w4a8.model.location import ModelLocation
 
+FIRST_STAGE = "generate_calibration_data.py"  # makes the folder that the others read
+
 
 class StageCommand(click.Command):
     """A click command whose every error is one line on stderr, with a non-zero exit code and no traceback."""
@@ -234,6 +236,8 @@ def stage(kind: type[Any]) -> Callable[[Callable[[Any], None]], click.Command]:
             options = kind(**values)
             elsewhere = getattr(options, "stats", None) is not None  # of another folder, or another tool
             working = hasattr(options, "calib_dir") and not getattr(options, "dry_run", False) and not elsewhere
+            if hasattr(options, "calib_dir") and not elsewhere and FIRST_STAGE not in script_of(main):
+                importlib.import_module("w4a8.cli.folders").refuse_missing_run(options.calib_dir)
             history = importlib.import_module("w4a8.cli.history")  # --help does without what it imports
             with history.noted_stage(script_of(main), options.calib_dir) if working else contextlib.nullcontext():
                 main(options)

@@ -13,6 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from calibration_store.errors import UserError
+from calibration_store.layout import CalibrationPaths, QuantizedModelPaths
 from calibration_store.model_folder import (
     BUNDLED_MODEL,
     captions_file,
@@ -192,6 +193,7 @@ def _find_folder(name: str) -> Path:
     except (RuntimeError, OSError, ValueError) as error:  # ~nobody, a link that leads back to itself, a null character
         raise ModelError(f"--model {name!r}: {error}") from None
     if name and os.path.isdir(folder):
+        refuse_calibration_folder(name, folder)
         return folder
     known = ", ".join((BUNDLED_MODEL, *HUB_MODELS))
     near = []
@@ -200,6 +202,19 @@ def _find_folder(name: str) -> Path:
     hint = f"; there is {min(str(near[0]), os.path.relpath(near[0]), key=len)}" if near else ""
     what = "file" if name.endswith(WEIGHT_ENDS) else "folder"
     raise ModelError(f"--model {name or repr(name)}: no such {what}, and not one of {known}{hint}")
+
+
+def refuse_calibration_folder(name: str, folder: Path) -> None:
+    """Raise ModelError for a calibration folder, which holds no model itself, and name the 4-bit model below it."""
+    if config_file(folder).exists() or not CalibrationPaths(folder).manifest.exists():
+        return
+    exported = QuantizedModelPaths.below(Path(name)).root
+    what = (
+        f"give --model {exported}"
+        if exported.is_dir()
+        else f"export_quantized_model.py --calib-dir {name} writes one there"
+    )
+    raise ModelError(f"--model {name}: a calibration folder, not a model; {what}")
 
 
 def model_files(info: ModelInfo, use_t5: bool, download: bool = False) -> dict[str, Path] | None:

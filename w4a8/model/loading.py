@@ -6,6 +6,7 @@ from typing import Any
 import mlx.core as mx
 
 from calibration_store.model_folder import BUNDLED_MODEL, LAYOUT, missing_files, weight_file
+from calibration_store.safetensors_header import remedy_of
 from w4a8.model.catalog import ExportedHubModel, FolderModel, ModelError, ModelInfo, cached_vae, describe_model
 from w4a8.model.checkpoint_contents import read_contents
 from w4a8.model.diffusionkit import MMDIT_CKPT, DiffusionPipeline, VAEDecoder
@@ -78,11 +79,12 @@ def check_folder(info: ModelInfo, use_t5: bool) -> None:
     """Raise ModelError for a model folder that lacks files, or with options that do not go with it."""
     if info.folder is None:
         return
-    if use_t5 and not info.use_t5:
+    if use_t5 and not info.use_t5 and info.hub_id is None:
         raise ModelError(f"--t5: {info.version} has no T5 text encoder; use --no-t5")
     missing = missing_files(info.folder, info.hub_id is not None, use_t5 and info.hub_id is None)
     if missing:
-        raise ModelError(f"{info.folder}: no {', '.join(missing)}; {LAYOUT}")
+        exported = f"{remedy_of(info.folder)}; " if "mmdit.safetensors" in missing else ""
+        raise ModelError(f"{info.folder}: no {', '.join(missing)}; {exported}{LAYOUT}")
 
 
 def diffusionkit_pipeline(folder: str | Path, **options: Any) -> DiffusionPipeline:
