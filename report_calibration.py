@@ -40,7 +40,7 @@ def run(options: ReportOptions) -> None:
     held = [title for key, title in SECTIONS.items() if key in page]
     click.echo(f"the page holds: {', '.join(held)}")
     for step in page["next"]:
-        click.echo(f"{step['why']}: {step['what']} ({step['script']})")
+        click.echo(f"{step['why']}: {step['what']} ({', then '.join(step['commands'])})")
     if "comparison" in page and page["comparison"]["shown"] < page["comparison"]["all"]:
         comparison = page["comparison"]
         click.echo(f"{comparison['shown']} of {comparison['all']} pairs of images are in it, the most damaged first")

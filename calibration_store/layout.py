@@ -218,6 +218,11 @@ class EvaluationPaths:
     def below(cls, calib_dir: Path) -> "EvaluationPaths":
         return cls(calib_dir / "evaluation")
 
+    @classmethod
+    def beside(cls, calib_dir: Path) -> list["EvaluationPaths"]:
+        """Return the other evaluations of a calibration folder, evaluation_NAME/, by name."""
+        return [cls(path.parent) for path in sorted(calib_dir.glob("evaluation_*/metrics.json"))]
+
     def image(self, variant: str, index: int) -> Path:
         """Return the picture that a variant drew for a prompt."""
         return self.images / variant / f"{index:04d}.png"

@@ -282,7 +282,7 @@ def changed(edit):
             "a.layer: True is neither an object nor false",
         ),
         (changed(lambda c: c.update(other=10**30)), "config.json: not valid JSON"),
-        (truncate, "mmdit.safetensors: truncated or damaged"),
+        (truncate, "mmdit.safetensors: not what was exported"),
         (flip_a_bit, "mmdit.safetensors: not what was exported"),
         (seven_bits, "bits 7, group_size 64"),
         (lambda folder: (folder / "config.json").unlink(), "config.json: not found"),

@@ -18,7 +18,9 @@ from calibration_store.sensitivity import write_sensitivity
 from calibration_store.sizes import format_bytes
 from tools.browser import find_browser
 from w4a8.model.catalog import BUNDLED_FOLDER
-from w4a8.report.page import PICTURE_BYTES, describe_folder, picture, write_page
+from w4a8.report.comparison import PICTURE_BYTES
+from w4a8.report.page import describe_folder, write_page
+from w4a8.report.page_values import picture
 from w4a8.report.variant_words import verdict_on, what_it_is
 
 CHROMIUM = find_browser()
@@ -82,7 +84,7 @@ def test_the_page_holds_what_the_folder_holds(reported):
     assert found and found.groups() == tuple(f"{mean:.1f}" for mean in means)
     original = sum(2 * elements for _, elements in weight_sizes(BUNDLED_FOLDER / "mmdit.safetensors").values())
     assert f"0.57 × its float16 ({format_bytes(original)})" in text  # as stage 5 says it
-    assert f'draw_images.py "your prompt" --model {folder}/quantized_model' in html.unescape(text)
+    assert f'draw_images.py --model {folder}/quantized_model "your prompt"' in html.unescape(text)
 
 
 def test_a_folder_with_less_says_how_to_go_on(reported, tmp_path):
@@ -95,7 +97,7 @@ def test_a_folder_with_less_says_how_to_go_on(reported, tmp_path):
     assert done.exit_code == 0 and "not there yet: learned rounding" in done.output, done.output
     text = (folder / "report/index.html").read_text()
     assert "How to go on" in text and "optimize_adaround.py" in text and 'id="activations"' not in text
-    one_line(invoke("report_calibration", "--calib-dir", tmp_path / "nothing"), "manifest.json: not found")
+    one_line(invoke("report_calibration", "--calib-dir", tmp_path / "nothing"), "no such folder; there are")
     assert not (tmp_path / "nothing").exists()
 
 
@@ -133,6 +135,24 @@ def test_what_another_run_left_is_left_out(reported, tmp_path):
     assert "images/0000.png: of another image or another calibration run, left out" in done.stderr
     data = data_of(folder / "report/index.html")
     assert {"activations", "weights", "export", "comparison"}.isdisjoint(data) and len(data["next"]) == 4
+
+
+def test_other_evaluations_and_the_way_on(reported, tmp_path):
+    """An evaluation of --config has a table of its own; commands have the folder, and stages that are missing come first."""
+    folder = shutil.copytree(reported[0], tmp_path / "run")
+    shutil.copytree(folder / "evaluation", folder / "evaluation_mine")
+    shutil.rmtree(folder / "quantized_model")
+    done = invoke("report_calibration", "--calib-dir", folder)
+    assert "more evaluations" in done.stdout and f"export_quantized_model.py --calib-dir {folder})" in done.stdout
+    page = folder / "report/index.html"
+    data, text = data_of(page), page.read_text()
+    assert [(other["folder"], other["images"]) for other in data["others"]] == [("evaluation_mine", 3)]
+    assert data["others"][0]["rows"] == data["comparison"]["rows"] and "evaluation_mine: 3 images, 2 steps" in text
+    assert "generate_calibration_data.py --resume --num-images 6 --calib-dir" in text and "Draw with it" not in text
+    metrics = json.loads((folder / "evaluation_mine/metrics.json").read_bytes())
+    (folder / "evaluation_mine/metrics.json").write_text(json.dumps({**metrics, "calibration_run": "0" * 64}))
+    done = invoke("report_calibration", "--calib-dir", folder)
+    assert "evaluation_mine/metrics.json: made from another calibration run, left out" in done.stderr
 
 
 def test_a_foreign_page_and_damaged_files_are_one_line(reported, tmp_path):
@@ -285,7 +305,7 @@ def test_no_page_is_wider_than_its_window(reported, browser, width):
         """
         document.getElementById("fold").open = true;
         const window_ = document.documentElement.clientWidth;
-        return [...document.querySelectorAll("#variants th, #variants td")].filter((e) => e.getBoundingClientRect().right > window_).length;
+        return [...document.querySelectorAll("table.cards th, table.cards td")].filter((e) => e.getBoundingClientRect().right > window_).length;
         """
     )
     hidden = page.run(

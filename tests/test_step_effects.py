@@ -14,7 +14,7 @@ from w4a8.model.catalog import describe_model
 from w4a8.model.loading import load_pipeline, whole_model
 from w4a8.model.prompt_encoder import encode_prompts
 from w4a8.model.sampling import euler_steps, initial_noise
-from w4a8.report.page import effects_of
+from w4a8.report.run_facts import effects_of
 
 STEPS, IMAGES = 4, 1
 

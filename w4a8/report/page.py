@@ -1,11 +1,10 @@
 """Write report/index.html, one page from whatever a calibration folder holds; the page fetches nothing."""
 
-import base64
-import io
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,10 @@ import click
 import jinja2
 import numpy as np
 import orjson
-from PIL import Image
 
 from calibration_store.configs import read_config
 from calibration_store.errors import StoreError
-from calibration_store.evaluation import METRICS, read_images
+from calibration_store.evaluation import METRICS
 from calibration_store.files import atomic_file, read_bytes
 from calibration_store.history import read_history
 from calibration_store.layout import (
@@ -39,27 +37,27 @@ from calibration_store.sensitivity import SENSITIVITY
 from calibration_store.sizes import format_bytes
 from calibration_store.weights import WEIGHTS_METADATA
 from w4a8 import __version__
-from w4a8.report.run_facts import diagnosis, effects_of, equal_variants, sizes_of_formats, stage_rows
+from w4a8.backend.words import interpreter
+from w4a8.report.comparison import comparison_of, other_evaluations
+from w4a8.report.page_values import picture, short
+from w4a8.report.run_facts import better_ways, commands, diagnosis, sizes_of_formats, stage_rows
 from w4a8.report.tables import held_out_losses
-from w4a8.report.variant_words import NATIVE, verdict_on, what_it_is
 
 TEMPLATES = Path(__file__).parent / "page"
 MOST_DRAWN, DRAWN_SIDE = (
     24,
     256,
 )  # the largest number of the run's pictures on the page, and their longer side in pixels
-PICTURE_BYTES = 13e6  # a limit for the pictures of the comparison; the least damaged ones are left out first
-DIGITS = 6  # significant digits of a figure, enough to look at
 STAGES = (  # section of the page, scripts that make it, and its content, in the order of the road
-    ("manifest", "generate_calibration_data.py", "prompts to latents"),
-    ("weights", "cache_adaround_data.py, then optimize_adaround.py", "learned rounding"),
-    ("activations", "collect_layer_activations.py, then analyze_activations.py", "ranges of the activations"),
-    ("export", "export_quantized_model.py", "the model on the disk"),
-    ("comparison", "evaluate_quantization.py", "original against quantized"),
+    ("manifest", ("generate_calibration_data.py",), "prompts to latents"),
+    ("weights", ("cache_adaround_data.py", "optimize_adaround.py"), "learned rounding"),
+    ("activations", ("collect_layer_activations.py", "analyze_activations.py"), "ranges of the activations"),
+    ("export", ("export_quantized_model.py",), "the model on the disk"),
+    ("comparison", ("evaluate_quantization.py",), "original against quantized"),
 )
 SECTIONS = {  # key of the page that describe_folder returns -> the section's name
     "manifest": "the run", "drawn": "its prompts and pictures", "activations": "ranges of the activations",
-    "weights": "learned rounding", "export": "the model on the disk", "comparison": "original against quantized",
+    "weights": "learned rounding", "export": "the model on the disk", "comparison": "original against quantized", "others": "more evaluations",
 }  # fmt: skip
 GENERATOR = b'name="generator" content="report_calibration.py"'
 
@@ -81,6 +79,7 @@ def describe_folder(calib_dir: Path) -> dict[str, Any]:
     page: dict[str, Any] = {
         "version": __version__,
         "title": title,
+        "python": interpreter(),
         "manifest": run_of(manifest),
         "drawn": drawn(calib_dir, manifest),
     }
@@ -129,11 +128,14 @@ def describe_folder(calib_dir: Path) -> dict[str, Any]:
         metrics = METRICS.read(path)
         if of_this_run("comparison", path, metrics, any_model=True):
             page["comparison"] = comparison_of(evaluation, metrics, bits)
+    if others := other_evaluations(calib_dir, partial(of_this_run, any_model=True)):
+        page["others"] = others
     page["next"] = [
-        {"script": script, "what": what, "why": left_out.get(key, "not there yet")}
-        for key, script, what in STAGES
+        {"commands": commands(scripts, calib_dir), "what": what, "why": left_out.get(key, "not there yet")}
+        for key, scripts, what in STAGES
         if key not in page
     ]
+    page["better"] = better_ways(manifest, calib_dir)
     return page
 
 
@@ -193,18 +195,6 @@ def most_pixels(manifest: Mapping[str, Any]) -> int:
     """
     height, width = manifest["latent_size"]
     return min(2**14 * height * width, MOST_PIXELS)
-
-
-def picture(image: Image.Image, side: int | None = None) -> str:
-    """Return an image as a data URL: WebP, lossless up to 256 pixels, so that differences of small images stay exact.
-
-    side: the longer side that the image is scaled down to, in pixels.
-    """
-    if side is not None and max(image.size) > side:
-        image.thumbnail((side, side), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    image.save(buffer, "WEBP", lossless=max(image.size) <= 256, quality=92, method=4)
-    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def ranges_of(config: Mapping[str, Any], tiers: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -277,78 +267,6 @@ def sensitivity_of(content: Mapping[str, Any]) -> dict[str, Any]:
     return {"widths": widths, "samples": content["num_samples"], "layers": layers}
 
 
-def comparison_of(paths: EvaluationPaths, metrics: Mapping[str, Any], exported_bits: int | None) -> dict[str, Any]:
-    """Return the table of stage 4, and for every variant its images beside the original's, the most damaged first."""
-    count, variants = len(metrics["prompts"]), metrics["variants"]
-    rows = [
-        {
-            "name": name,
-            "what": what_it_is(name),
-            "psnr": shorts(found["psnr"]),
-            "ssim": short(found["ssim"]["mean"]),
-            "flip": short(found["flip"]["mean"]),
-            "gain": found.get("gain"),
-            "above": found["share_above_40_db"],
-            "below": found["share_below_30_db"],
-        }
-        for name, found in variants.items()
-    ]
-    originals, pairs = pairs_of(paths, variants, count)
-    preferred = (NATIVE, *(name for name in variants if "adaround" in name))
-    first = next((name for name in preferred if name in variants), None)
-    return {
-        "verdict": verdict_on(first, variants, exported_bits), "equal": equal_variants(variants), "errors": error_plot(paths), "rows": rows, "prompts": metrics["prompts"],
-        "seed": metrics["seed"], "steps": metrics["num_steps"], "first": first, "originals": originals, "pairs": pairs,
-        "effects": effects_of(metrics.get("step_effects")), "all": len(pairs) * count, "shown": sum(map(len, pairs.values())),
-    }  # fmt: skip
-
-
-def error_plot(paths: EvaluationPaths) -> str | None:
-    """Return stage 4's plot of the latents' errors over the steps as a data URL; None where it is not there."""
-    if not paths.error_plot.is_file():
-        return None
-    with opened_png(paths.error_plot, "run evaluate_quantization.py", most_pixels=MOST_PIXELS) as png:
-        return picture(png.convert("RGB"))
-
-
-def pairs_of(
-    paths: EvaluationPaths, variants: Mapping[str, Any], count: int
-) -> tuple[dict[str, str], dict[str, list[dict[str, Any]]]]:
-    """Return the pictures of the comparison within PICTURE_BYTES: {image: the original's}, and {variant: its pictures}.
-
-    The worst picture of every variant comes first, then the second worst of every variant, and so on. variants: their
-    entries in metrics.json; count: the number of images. A variant whose file is not there is left out, and all of them
-    without the original's file.
-    """
-    original = read_images(paths, "fp", count)
-    if original is None:
-        return {}, {}
-    read = {name: read_images(paths, name, count) for name in variants}
-    images = {name: found for name, found in read.items() if found is not None}
-    orders = {
-        name: np.argsort(
-            [math.inf if image["psnr"] is None else image["psnr"] for image in variants[name]["images"]], kind="stable"
-        )
-        for name in images
-    }
-    sources: dict[int, str] = {}
-    pairs: dict[str, list[dict[str, Any]]] = {name: [] for name in images}
-    left = PICTURE_BYTES
-    for rank in range(count):
-        for name in images:
-            index = int(orders[name][rank])
-            if index not in sources and left > 0:
-                sources[index] = picture(Image.fromarray(original[index]))
-                left -= len(sources[index])
-            if index not in sources or left <= 0:
-                continue
-            source = picture(Image.fromarray(images[name][index]))
-            left -= len(source)
-            figures = {key: short(variants[name]["images"][index][key]) for key in ("psnr", "ssim", "flip")}
-            pairs[name].append({"image": index, "source": source} | figures)
-    return {str(index): source for index, source in sources.items()}, pairs
-
-
 def is_whole(folder: Path, content: Mapping[str, Any]) -> bool:
     """Return whether an export's files are those that were exported; print a line where they are not."""
     try:
@@ -374,18 +292,3 @@ def export_of(paths: QuantizedModelPaths, content: Mapping[str, Any]) -> dict[st
         formats = sizes_of_formats(weight_sizes(transformer), content["quantization"], size)
     rows += [(path.name, format_bytes(path.stat().st_size)) for path in files]
     return {"rows": rows, "formats": formats}
-
-
-def short(value: Any) -> Any:
-    """Return a finite number rounded to DIGITS; an integer, a boolean or a text as it is; None for anything else."""
-    if not isinstance(value, float | np.floating) or not math.isfinite(value):
-        return value if isinstance(value, bool | int | str) else None
-    return float(f"{float(value):.{DIGITS}g}")
-
-
-def shorts(figure: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a figure of metrics.json with `short` numbers, also those in its lists."""
-    return {
-        key: [short(one) for one in value] if isinstance(value, Sequence) else short(value)
-        for key, value in figure.items()
-    }

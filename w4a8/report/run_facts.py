@@ -2,12 +2,14 @@
 
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from calibration_store.history import HistoryLine
+from calibration_store.model_folder import BUNDLED_MODEL
 from calibration_store.quantized_model import float16_bytes
 from calibration_store.sizes import format_bytes
-from w4a8.backend.words import format_seconds
+from w4a8.backend.words import format_seconds, interpreter
 
 MOST_OF_IT = 0.8  # share of the effect of all steps that the named steps make
 OVERFIT, WELL_FIT = 1.5, 1.15  # held-out error over training error
@@ -40,6 +42,43 @@ def diagnosis(units: Mapping[str, Mapping[str, Any]]) -> str | None:
     if ratio < WELL_FIT:
         return said + "more iterations help most."
     return said + "more prompts and more iterations help alike."
+
+
+def commands(scripts: Sequence[str], calib_dir: Path) -> list[str]:
+    """Return the command lines of stages, for a shell in the toolkit's folder."""
+    return [shlex.join([interpreter(), *shlex.split(script), "--calib-dir", str(calib_dir)]) for script in scripts]
+
+
+def better_ways(manifest: Mapping[str, Any], calib_dir: Path) -> list[tuple[str, list[str]]]:
+    """Return (what it does, command lines) of ways to a better model than a run's."""
+    model, beside = manifest["model_version"], calib_dir.parent / f"{calib_dir.name}-good"
+    grow = (
+        f"generate_calibration_data.py --resume --num-images {2 * manifest['num_images']}",
+        "cache_adaround_data.py --force",
+    )
+    learn = (
+        "optimize_adaround.py --force --effort {effort}",
+        "export_quantized_model.py --force",
+        "evaluate_quantization.py",
+        "report_calibration.py",
+    )
+    ways = [
+        (
+            "twice the images, then learn anew",
+            commands([*grow, *(line.format(effort="good") for line in learn)], calib_dir),
+        ),
+        ("more iterations", commands([line.format(effort="best") for line in learn], calib_dir)),
+    ]
+    recipe = "runs/emoji.sh" if model == BUNDLED_MODEL else f"MODEL={shlex.quote(model)} runs/sd3_medium.sh"
+    if model == BUNDLED_MODEL or "stable-diffusion" in model:
+        ways.insert(
+            0,
+            (
+                "the whole road with more images and iterations, beside this run",
+                [f"EFFORT=good {recipe} {shlex.quote(str(beside))}"],
+            ),
+        )
+    return ways
 
 
 def effects_of(effects: Mapping[str, Any] | None) -> dict[str, Any] | None:
