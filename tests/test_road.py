@@ -9,6 +9,7 @@ import sys
 import time
 
 import click
+import mlx.core as mx
 import pytest
 from click.testing import CliRunner
 from conftest import ROOT, folder_bytes, interruptible
@@ -124,26 +125,37 @@ def test_the_plan_of_another_model(memory):
 
 
 def test_a_plan_takes_the_words_that_people_give(tmp_path):
-    lora, empty = tmp_path / "style.safetensors", tmp_path / "empty"
-    lora.touch()
+    lora, empty, other = tmp_path / "style.safetensors", tmp_path / "empty", tmp_path / "other.safetensors"
+    for path, layer in ((lora, "transformer_blocks.0.attn.to_q"), (other, "double_blocks.0.img_attn.proj")):
+        down, up = mx.zeros((4, 1536)), mx.zeros((1536, 4))
+        mx.save_safetensors(
+            str(path), {f"transformer.{layer}.lora_A.weight": down, f"transformer.{layer}.lora_B.weight": up}
+        )
+    (junk := tmp_path / "junk.safetensors").touch()
     empty.mkdir()
     done = sd3_medium(
-        MEMORY="32",
+        MEMORY="32GB",
         PASS_SECONDS="1",
         LORA=f"{lora}:0.8",
         IMAGES="5",
         ITERS="40",
         CACHE="1",
-        CHECKPOINT="models/sd3-emoji",
         GROUP_SIZE="32",
     )
-    assert f"--model models/sd3-emoji --lora {lora}:0.8 --num-images 5 --num-steps 28" in done.stdout, done.output
+    assert f"--lora {lora}:0.8 --num-images 5 --num-steps 28" in done.stdout, done.output
     assert (
         "--iters 40 --batch-size 8 --end-to-end 20 --no-alpha --group-size 32\n" in done.stdout
         and "--max-bytes 1GB" in done.stdout
     )
+    done = sd3_medium(MEMORY="32", PASS_SECONDS="1", CHECKPOINT="models/sd3-emoji")
+    assert "--model models/sd3-emoji --num-images" in done.stdout, done.output
     for variables, message in (
-        ({"LORA": f"{lora}x:0.8"}, "style.safetensorsx not found"),
+        ({"LORA": f"{lora}x:0.8"}, f"LORA={lora}x:0.8: '{lora}x': no such file"),
+        ({"LORA": f"{lora}:0,8"}, "'0,8' is no scale such as 0.8"),
+        ({"LORA": str(junk)}, "junk.safetensors: truncated or damaged"),
+        ({"LORA": str(other)}, "2 of its keys are no layer of this model's transformer"),
+        ({"LORA": str(lora), "CHECKPOINT": "models/sd3-emoji"}, f"--lora {lora}: "),
+        ({"MEMORY": "16x"}, "(env var: 'MEMORY'): '16x' is not a number of GB from 1 to 10000"),
         ({"CHECKPOINT": "nowhere.safetensors"}, "CHECKPOINT=nowhere.safetensors: not found"),
         ({"CHECKPOINT": str(empty)}, f"{empty}/config.json: not found"),
         ({"MODEL": "no/such/model"}, "no such folder, and not one of"),

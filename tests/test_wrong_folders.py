@@ -61,7 +61,10 @@ def test_damaged_files_say_what_makes_them_anew(tmp_path_factory, tmp_path):
     step = next((folder / "activations").glob("*/step_0.npz"))
     whole = step.read_bytes()
     step.write_bytes(whole[:500])
-    one_line(invoke("analyze_activations", *where), "run collect_layer_activations.py with --resume to make it anew (Issue 26)")
+    one_line(
+        invoke("analyze_activations", *where),
+        "run collect_layer_activations.py with --resume to make it anew (Issue 26)",
+    )
     assert invoke("collect_layer_activations", *where, "--num-images", 2, "--stride", 2, "--resume").exit_code == 0
     assert invoke("analyze_activations", *where).exit_code == 0
     assert invoke("export_quantized_model", *where).exit_code == 0

@@ -6,6 +6,7 @@ EFFORT=fast MEMORY=24 MODEL=stabilityai/stable-diffusion-3.5-medium python tools
 
 import dataclasses
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -22,13 +23,15 @@ from calibration_store.sizes import format_bytes
 from tools.road import SD3_MEDIUM, commands, run_commands
 from w4a8.backend.words import format_seconds, interpreter
 from w4a8.cli import stage_command
+from w4a8.cli.options import LoraFile
 from w4a8.effort import OF_LARGE_MODELS
-from w4a8.model.catalog import default_dtype, describe_model
+from w4a8.model.catalog import ModelInfo, default_dtype, describe_model
 from w4a8.model.dual_attention import TransformerSizes, empty_transformer
 from w4a8.model.families import FOLDER_FAMILY, MODELS, family_of
 from w4a8.model.layers import Block, model_blocks, model_layers, num_weights
 from w4a8.model.memory_needs import DUAL_TOKEN_ARRAYS, TOKEN_ARRAYS
-from w4a8.model.model_source import HUB_ID
+from w4a8.model.model_source import HUB_ID, lora_of
+from w4a8.model.transformer import check_loras
 from w4a8.rounding.iteration_bytes import TRAINING_SHARE, IterationBytes
 
 STEPS, SAVED_EVERY, TEXT_TOKENS = 28, 3, 154  # tokens without T5
@@ -119,6 +122,22 @@ class Model(NamedTuple):
         return self.rows * (2 * (self.tokens + TEXT_TOKENS) * self.config.hidden_size + 128 * self.tokens)
 
 
+class Gigabytes(click.ParamType):
+    """A number of GB: 16, 16GB, 1.5 GB."""
+
+    name = "GB"
+
+    def __init__(self, least: float):
+        self.least = least
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the number, or fail."""
+        found = re.fullmatch(r"([0-9]+\.?[0-9]*) ?(GB?)?", str(value).strip(), re.IGNORECASE)
+        if found is None or not self.least <= float(found[1]) <= 10_000:
+            self.fail(f"{value!r} is not a number of GB from {self.least:g} to 10000, such as 16", param, ctx)
+        return float(found[1])
+
+
 class Row(NamedTuple):
     """A stage in the plan: what it does, bytes that it writes, seconds, and what its memory is."""
 
@@ -131,28 +150,54 @@ class Row(NamedTuple):
 @stage_command
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False), default="calibration_data/sd3_medium")
 @click.option("--plan", "plan_only", is_flag=True, help="Print the plan and the commands, and stop.")
-@click.option("--effort", envvar="EFFORT", type=click.Choice(EFFORTS), default="good", help="Images and iterations.")
 @click.option(
-    "--memory", envvar="MEMORY", type=click.FloatRange(1, 10_000), help="GB to plan for.  [default: this machine's]"
+    "--effort",
+    envvar="EFFORT",
+    show_envvar=True,
+    type=click.Choice(EFFORTS),
+    default="good",
+    help="Images and iterations.",
 )
-@click.option("--model", envvar="MODEL", default=SD3_MEDIUM, help="Another model of SD3's kind.")
 @click.option(
-    "--checkpoint", envvar="CHECKPOINT", type=click.Path(path_type=Path), help="A fine-tune's file or folder."
+    "--memory", envvar="MEMORY", show_envvar=True, type=Gigabytes(1), help="GB to plan for.  [default: this machine's]"
 )
-@click.option("--lora", envvar="LORA", default="", help="A LoRA, FILE or FILE:SCALE.")
+@click.option("--model", envvar="MODEL", show_envvar=True, default=SD3_MEDIUM, help="Another model of SD3's kind.")
+@click.option(
+    "--checkpoint",
+    envvar="CHECKPOINT",
+    show_envvar=True,
+    type=click.Path(path_type=Path),
+    help="A fine-tune's file or folder.",
+)
+@click.option("--lora", envvar="LORA", show_envvar=True, default="", help="A LoRA, FILE or FILE:SCALE.")
 @click.option(
     "--pass-seconds",
     envvar="PASS_SECONDS",
+    show_envvar=True,
     type=click.FloatRange(1e-4, 1e4),
     help="Of a plain pass at the model's size with guidance.  [default: timed]",
 )
-@click.option("--images", envvar="IMAGES", type=click.IntRange(1), help="Instead of the effort's.")
-@click.option("--iters", envvar="ITERS", type=click.IntRange(10), help="Instead of the effort's.")
-@click.option("--steps", envvar="STEPS", type=click.IntRange(1), help="Of an image.  [default: 28; Turbo 4]")
-@click.option("--cache", envvar="CACHE", type=click.FloatRange(0.01), help="GB of stage 2W, instead of all images.")
-@click.option("--t5", envvar="T5", type=click.Choice(["--t5", "--no-t5"]), help="Instead of what the memory allows.")
+@click.option("--images", envvar="IMAGES", show_envvar=True, type=click.IntRange(1), help="Instead of the effort's.")
+@click.option("--iters", envvar="ITERS", show_envvar=True, type=click.IntRange(10), help="Instead of the effort's.")
 @click.option(
-    "--group-size", envvar="GROUP_SIZE", type=click.Choice(["32", "64", "128"]), help="32 for GGUF.  [default: 64]"
+    "--steps", envvar="STEPS", show_envvar=True, type=click.IntRange(1), help="Of an image.  [default: 28; Turbo 4]"
+)
+@click.option(
+    "--cache", envvar="CACHE", show_envvar=True, type=Gigabytes(0.01), help="GB of stage 2W, instead of all images."
+)
+@click.option(
+    "--t5",
+    envvar="T5",
+    show_envvar=True,
+    type=click.Choice(["--t5", "--no-t5"]),
+    help="Instead of what the memory allows.",
+)
+@click.option(
+    "--group-size",
+    envvar="GROUP_SIZE",
+    show_envvar=True,
+    type=click.Choice(["32", "64", "128"]),
+    help="32 for GGUF.  [default: 64]",
 )
 def main(
     folder: Path, plan_only: bool, effort: str, memory: float | None, model: str, checkpoint: Path | None, lora: str,
@@ -165,8 +210,7 @@ def main(
     if checkpoint is not None and model == SD3_MEDIUM:  # stage 1 finds out which model a file is
         model, checkpoint = str(checkpoint), None
     given = describe_model(model, (), checkpoint)  # a name that nobody knows, or no model's file, is one line
-    if lora and not (Path(lora_file := lora.rpartition(":")[0] or lora).exists() or HUB_ID.fullmatch(lora_file)):
-        raise click.UsageError(f"LORA={lora}: {lora_file} not found")
+    check_parts(given, lora)
     known, plan_for = this_memory() if memory is None else memory, Model.of_name(given.hub_id or SD3_MEDIUM)
     size = max((each for each in MACHINES if each <= known), default=None)
     least = next((each for each in MACHINES if each * 1e9 * USABLE >= plan_for.memory), None)
@@ -222,6 +266,22 @@ def main(
     for line in lines:
         click.echo(f"  {interpreter()} {shlex.join(line)}")
     return 0
+
+
+def check_parts(given: ModelInfo, lora: str) -> None:
+    """Raise UsageError for a checkpoint that is not complete or is another model's, or a LoRA that does not fit.
+
+    Headers decide. A LoRA of the hub that is not in its cache is left to stage 1, which fetches it.
+    """
+    try:
+        found = LoraFile().convert(lora, None, None) if lora else None
+        if found is not None and not (found.file.exists() or HUB_ID.fullmatch(str(found.file))):
+            raise click.UsageError(f"{found.file} not found")
+        local = (lora_of(found),) if found is not None and found.file.exists() else ()
+        if local or given.checkpoint is not None:
+            check_loras(dataclasses.replace(given, loras=local))
+    except click.UsageError as error:
+        raise click.UsageError(f"LORA={lora}: {error.message}") from None
 
 
 def planned(

@@ -26,6 +26,7 @@ ISSUES = (  # part of a message -> the number of its issue
     (r"no answer from rank|which this MLX has not", 34),
     (r"are no layer of this model's transformer|is no layer of (?:clip_l|clip_g|t5)", 35),
     (r"is run in \w+ or float32|is run without guidance|holds no VAE", 35),
+    (r"not the transformer that --model names|: not complete, it lacks", 35),
     (r"which this toolkit does not know|the calibration run's LoRA is not there", 35),
     (r"config\.json: \w+: '.*' is none of", 37),
     (r"a pipe or a device, not a file|more than such a file can have|the name of the folder is empty", 39),

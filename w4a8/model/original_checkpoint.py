@@ -114,6 +114,8 @@ def refuse_other_sizes(path: Path, original: Mapping[str, mx.array], family: Fam
     given = {key for key in original if key in needed or not key.startswith(family.checkpoint.ignored)}
     lacking, unknown = sorted(needed - given), sorted(given - needed)
     if lacking or unknown:
+        if not unknown:
+            raise UserError(f"{path}: not complete, it lacks {some(lacking)}; copy or download it again")
         faults = [f"{word} {some(keys)}" for word, keys in (("lacks", lacking), ("also has", unknown)) if keys]
         raise UserError(
             f"{path}: not the transformer that --model names ({', '.join(faults)}); name the model that it is of, "

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from calibration_store.model_folder import check_weight_file, read_model_config, weight_file
 from calibration_store.safetensors_header import weight_shapes
@@ -41,6 +42,19 @@ def open_transformer(info: ModelInfo, headers_only: bool = False) -> MMDiT:
     except (RuntimeError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load {path}: {' '.join(str(error).split())[:200]}") from None
     return model
+
+
+def check_loras(info: ModelInfo) -> None:
+    """Raise UserError for a LoRA that does not fit a model, whose own weights need not be there: headers decide."""
+    if info.folder is not None or info.checkpoint is not None:
+        open_transformer(info, headers_only=True)
+        return
+    size = info.family.config
+    model = original_transformer(size, original_names(size, info.guidance is not None), info.guidance)
+    weights = {
+        name: mx.zeros(array.shape, array.dtype) for name, array in dict(tree_flatten(model.parameters())).items()
+    }
+    with_loras(weights, info.family, info.loras)
 
 
 def _cached_file(info: ModelInfo) -> Path:
