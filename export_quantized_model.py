@@ -89,6 +89,14 @@ def run(options: ExportOptions) -> None:
     from w4a8.report.model_card import write_model_card
     from w4a8.report.tables import print_export
 
+    if (
+        options.output is not None
+        and options.output.suffix in (".gguf", ".safetensors")
+        and not options.output.is_dir()
+    ):
+        raise click.UsageError(
+            f"--output {options.output}: a folder is needed; the file in it is named after the model"
+        )
     manifest = read_manifest(options.calib_dir)
     variant, weights, activations = export_variant(options)
     info = describe_run_model(manifest, options.location)

@@ -104,7 +104,11 @@ def measured_of(metrics: dict[str, Any] | None, weights: str, layout: str) -> di
         return None
     names = (weights, "native") if layout == "mlx" else (weights,)
     own = {name: row for name, row in metrics["variants"].items() if name.partition("+")[0] in names}
-    nearest = {name: row for name, row in metrics["variants"].items() if name == re.sub(r"-.*", "-rtn", weights)}
+    nearest = {
+        name: row
+        for name, row in metrics["variants"].items()
+        if re.sub(r"-g\d+$", "", name) == re.sub(r"-.*", "-rtn", weights)
+    }
     return {**metrics, "variants": nearest | own} if own else None
 
 

@@ -48,8 +48,9 @@ def verdict_on(name: str | None, variants: Mapping[str, Any], exported_bits: int
     what = what_it_is(name)
     said = f"{what[0].upper()}{what[1:]} ({name}): {psnr['mean']:.1f} dB on average ({looks}), "
     said += f"the worst image {psnr['worst']:.1f} dB."
-    nearest = variants.get(f"w{bits}-rtn", {"psnr": {"mean": None}})["psnr"]["mean"]
+    gain = variants[name].get("gain")
+    over = f"w{bits}-rtn" if gain is None else gain["over"]
+    nearest = variants.get(over, {"psnr": {"mean": None}})["psnr"]["mean"]
     if nearest is not None:
         said += f" Rounding to nearest alone gives {nearest:.1f} dB."
-    gain = variants[name].get("gain")
     return said + (f" The gain is {gain_words(gain)}." if gain is not None else "")
