@@ -37,7 +37,7 @@ def roads(hub, tmp_path_factory):
     def road(name):
         if name not in made:
             model, t5 = MODELS[name]
-            precision = "bfloat16" if name == "medium" else "float32"
+            precision = "bfloat16" if name == "dev" else "float32"
             folder = base / name
             where = ("--calib-dir", folder)
             prompts = ("--prompts", base / "prompts.txt")
@@ -76,7 +76,7 @@ def test_every_stage(roads, name):
     ]
     assert len(second) == (4 if name == "medium 3.5" else 0)
     weights = json.loads((folder / "adaround_weights/metadata.json").read_bytes())
-    assert weights.get("precision", "float32") == ("bfloat16" if name == "medium" else "float32")
+    assert weights.get("precision", "float32") == ("bfloat16" if name == "dev" else "float32")
     assert weights["block_names"] == (["mm0", "mm1", "uni0", "uni1"] if flux else ["mm0", "mm1"])
     losses = {block: row["stages"][0] for block, row in weights["losses"].items()}
     assert all(row["end_training"] < 1 for row in losses.values())

@@ -1,6 +1,6 @@
 """kill -9 at random moments, then --resume: the very bytes of one clean run, and nothing else in the folder.
 
-KILLS=20 make test   kills each stage twenty times (the default is two, to keep the suite short).
+KILLS=20 make test   kills each stage twenty times (the default is three, to keep the suite short).
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from conftest import folder_bytes, generate, start
 
 pytestmark = pytest.mark.slow
 
-KILLS = int(os.environ.get("KILLS", "2"))
+KILLS = int(os.environ.get("KILLS", "3"))
 
 
 def newest(folder) -> int:
@@ -73,7 +73,7 @@ def test_collection_survives_kill_9(calibration, tmp_path, script, output):
     assert folder_bytes(tmp_path / "killed" / output) == folder_bytes(tmp_path / "clean" / output)
 
 
-@pytest.mark.parametrize("batch_size", [1, 4] if KILLS > 2 else [4])
+@pytest.mark.parametrize("batch_size", [1, 4] if KILLS > 3 else [4])
 def test_generation_survives_kill_9(tmp_path, batch_size):
     size = ["--num-images", 5 * KILLS, "--num-steps", 6]
     arguments = ["--model", "sd3-emoji", *size, "--batch-size", batch_size, "--calib-dir"]
