@@ -191,7 +191,10 @@ def continue_run(plan: dict[str, Any], manifest: dict[str, Any]) -> str:
         )
     started_with = manifest["num_images"]
     if plan["num_images"] < started_with:
-        raise OptionError(f"--resume: the run has --num-images {started_with}; it can grow, not shrink")
+        raise OptionError(
+            f"--resume: the run has --num-images {started_with}; it can grow, not shrink: "
+            "give the run's --effort or --num-images, or leave both out"
+        )
     if prompts_digest([image["prompt"] for image in plan["images"][:started_with]]) != manifest["prompts_sha256"]:
         raise OptionError("--resume: the run was started with other --prompts; give the same list or use --force")
     where = ("model_version", "local_checkpoint", "loras")
