@@ -76,7 +76,15 @@ def run(options: DrawingOptions) -> None:
     """Load, check the prompts, draw with one model, then with the other, write, compare."""
     from calibration_store.files import locked_folder
     from calibration_store.layout import DrawingPaths
-    from w4a8.drawing import Drawing, compare_drawings, draw, load_model, plan_drawing, transformer_bytes
+    from w4a8.drawing import (
+        Drawing,
+        compare_drawings,
+        describe_compared,
+        draw,
+        load_model,
+        plan_drawing,
+        transformer_bytes,
+    )
     from w4a8.model.catalog import describe_model, with_guidance, with_shift, with_text_bits
     from w4a8.model.hub_parts import describe_checkpoint
     from w4a8.model.prompt_encoder import say_what_is_not_read
@@ -97,7 +105,7 @@ def run(options: DrawingOptions) -> None:
         with_text_bits(
             with_guidance(describe_model(options.model, options.loras), options.guidance), options.text_bits
         ),
-        *([describe_model(options.compare)] if options.compare is not None else []),
+        *([describe_compared(options.compare)] if options.compare is not None else []),
     ]
     infos = [with_shift(info, options.shift) for info in infos]
     plan = plan_drawing(options, infos, wanted, seed)

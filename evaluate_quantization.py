@@ -43,7 +43,7 @@ from w4a8.options import EvaluationOptions
 @click.option("--batch-size", type=cli.COUNT, help="Images in one forward pass.")
 @click.option(
     "--variants",
-    help="Comma-separated, of w4-rtn, w4-adaround, native, a8, multitier, products such as w4-adaround+a8 (README).  [default: all that have files]",
+    help="Comma-separated, of w4-rtn, w4-adaround, native, a8, multitier, products such as w4-adaround+a8 (docs/stages.md).  [default: all that have files]",
 )
 @click.option("--min-psnr", type=cli.DECIBELS, help="Exit with 1 when a variant's mean PSNR is below this (dB).")
 @click.option(

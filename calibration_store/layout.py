@@ -3,6 +3,7 @@
 `owned_files` of a class are the files that a stage wrote, half-written temporary files included; --force removes them.
 """
 
+import difflib
 import os
 import re
 from collections.abc import Sequence
@@ -24,6 +25,29 @@ def _sample_name(image_id: int, step_index: int) -> str:
 
 def _owned(patterns: dict[Path, str]) -> list[Path]:
     return [path for folder, pattern in patterns.items() for path in files_matching(folder, pattern)]
+
+
+SHOWN = 5  # folders that a message names
+
+
+def runs_below(folder: Path) -> list[Path]:
+    """Return the folders with a calibration run right below a folder, sorted; none where it cannot be read."""
+    try:
+        return sorted(path.parent for path in folder.glob("*/manifest.json"))
+    except OSError:
+        return []
+
+
+def named(folders: Sequence[Path]) -> str:
+    """Return some folders' names for a message."""
+    return ", ".join(map(str, folders[:SHOWN])) + (", …" if len(folders) > SHOWN else "")
+
+
+def runs_nearby(folder: Path) -> str:
+    """Return "; there are …" with the runs below a folder, or else beside it, those of the most similar names first."""
+    found = runs_below(folder) or [path for path in runs_below(folder.parent) if path != folder]
+    found.sort(key=lambda path: -difflib.SequenceMatcher(None, path.name, folder.name).ratio())
+    return f"; there are {named(found)}" if found else ""
 
 
 class CalibrationPaths:

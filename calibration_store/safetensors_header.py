@@ -44,7 +44,9 @@ def _weight_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     except OSError as error:
         raise StoreError(f"{path}: {why_unreadable(path, error, MODEL_FILES)}") from None
     except (SafetensorError, MemoryError) as error:  # MemoryError: a header that claims more bytes than can be mapped
-        raise StoreError(f"{path}: truncated or damaged ({error}); {remedy_of(path.parent)}") from None
+        raise StoreError(
+            f"{path}: truncated or damaged, or no safetensors file ({error}); {remedy_of(path.parent)}"
+        ) from None
     if not header:
         raise StoreError(f"{path}: holds no weights; {remedy_of(path.parent)}")
     return header

@@ -148,7 +148,7 @@ def test_other_evaluations_and_the_way_on(reported, tmp_path):
     data, text = data_of(page), page.read_text()
     assert [(other["folder"], other["images"]) for other in data["others"]] == [("evaluation_mine", 3)]
     assert data["others"][0]["rows"] == data["comparison"]["rows"] and "evaluation_mine: 3 images, 2 steps" in text
-    assert "generate_calibration_data.py --resume --num-images 6 --calib-dir" in text and "Draw with it" not in text
+    assert "--num-images 6 --resume --calib-dir" in text and "Draw with it" not in text
     metrics = json.loads((folder / "evaluation_mine/metrics.json").read_bytes())
     (folder / "evaluation_mine/metrics.json").write_text(json.dumps({**metrics, "calibration_run": "0" * 64}))
     done = invoke("report_calibration", "--calib-dir", folder)

@@ -40,6 +40,28 @@ def test_a_folder_that_is_not_there_is_named_with_those_that_are(stage, runs):
     assert sorted(path.name for path in runs.rglob("*")) == ["demo", "good", "manifest.json", "manifest.json"]
 
 
+def test_resume_begins_no_run_of_the_default_model(runs):
+    done = invoke("generate_calibration_data", "--calib-dir", runs / "dem", "--resume")
+    assert done.exit_code == 2 and not (runs / "dem").exists()
+    where = (
+        f"--calib-dir {runs / 'dem'}; there are {runs / 'demo'}, {runs / 'good'}; give --model to begin one (Issue 42)"
+    )
+    assert done.stderr == f"Error: --resume: no run in {where}\n"
+    done = invoke("generate_calibration_data", "--calib-dir", runs, "--resume")
+    assert f"there are {runs / 'demo'}, {runs / 'good'}; give --model" in done.stderr
+
+
+def test_models_of_similar_names_and_of_compare_are_named(runs):
+    (runs / "quantized_model").mkdir()
+    done = invoke("draw_images", "red heart", "--model", runs / "quantized_modle")
+    assert f"there is {runs / 'quantized_model'}" in done.stderr
+    done = invoke("draw_images", "red heart", "--model", "sd3-emoji", "--compare", runs / "demo")
+    assert (
+        f"--compare {runs / 'demo'}: a calibration folder, not a model" in done.stderr
+        and "--model s" not in done.stderr
+    )
+
+
 @pytest.mark.parametrize("stage", ["draw_images", "generate_calibration_data"])
 def test_a_calibration_folder_is_no_model(stage, runs):
     words = ("red heart",) if stage == "draw_images" else ("--calib-dir", runs / "new")

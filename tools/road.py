@@ -165,6 +165,8 @@ def run_commands(lines: list[list[str]]) -> int:
         command = [*line, *again(line[0])]
         click.echo(f"\n$ {interpreter()} {shlex.join(command)}")
         code = subprocess.run([sys.executable, *command], cwd=ROOT, env=os.environ | {IN_A_ROAD: "1"}).returncode
+        if code in (130, -signal.SIGINT):
+            click.echo("Stopped: the same command goes on where it was.", err=True)
         if code:
             return code if code > 0 else 128 - code
     return 0

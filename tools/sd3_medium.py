@@ -41,6 +41,7 @@ ENCODERS, T5_BYTES, BESIDE = 1.83e9, 9.5e9, 1.1e9  # CLIP and VAE; T5-XXL; what 
 # 0.052 s for every block, and 4.2 s for every block go into 2,048 samples' walk through it, its grids and its losses.
 BLOCK_ITERATION, LAST_ITERATION, BETWEEN_BLOCKS = 0.044 / 0.018, 0.052 / 0.018, 4.2 / 0.018 / 2048
 CACHING, COLLECTING = 1.15, 1.09  # stage 2A: benchmarks/results/2026-11-29-whole-runs-h200.txt
+TOO_LONG = 14 * 24 * 3600  # seconds that nobody waits
 USABLE = 0.7  # the share of a machine's memory that weights and a pass may take
 
 
@@ -210,8 +211,10 @@ def main(
     if checkpoint is not None and model == SD3_MEDIUM:  # stage 1 finds out which model a file is
         model, checkpoint = str(checkpoint), None
     given = describe_model(model, (), checkpoint)  # a name that nobody knows, or no model's file, is one line
+    if given.hub_id is None:
+        raise click.UsageError(f"{given.title}: a model folder; run the stages one by one, as runs/emoji.sh does")
     check_parts(given, lora)
-    known, plan_for = this_memory() if memory is None else memory, Model.of_name(given.hub_id or SD3_MEDIUM)
+    known, plan_for = this_memory() if memory is None else memory, Model.of_name(given.hub_id)
     size = max((each for each in MACHINES if each <= known), default=None)
     least = next((each for each in MACHINES if each * 1e9 * USABLE >= plan_for.memory), None)
     if size is None or least is None or size < least:
@@ -256,7 +259,11 @@ def main(
         took = format_seconds(row.seconds) if row.seconds else ""
         click.echo(f"  {row.what:32} {row.bytes_written / 1e9:6.1f} GB  {took:>12}  {row.memory}")
     total = sum(row.bytes_written for row in rows)
-    click.echo(f"  {'in all':32} {total / 1e9:6.1f} GB  {format_seconds(sum(row.seconds for row in rows)):>12}")
+    click.echo(
+        f"  {'in all, with the download':32} {total / 1e9:6.1f} GB  {format_seconds(sum(row.seconds for row in rows)):>12}"
+    )
+    if sum(row.seconds for row in rows) > TOO_LONG and pass_seconds is None:
+        click.echo("  That is too long for this machine: MEMORY=16 PASS_SECONDS=0.7 plan for another one.")
     free = shutil.disk_usage(next(each for each in (folder, *folder.parents, Path()) if each.exists())).free
     if total > free:
         click.echo(f"  The disk has {free / 1e9:.1f} GB: give CACHE=… or EFFORT=fast, or another folder.")

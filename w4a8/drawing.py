@@ -20,7 +20,7 @@ from w4a8.evaluation.drawn_images import quantized_steps
 from w4a8.evaluation.metrics import image_metrics
 from w4a8.generation import decoding
 from w4a8.generation_plan import check_latent_size
-from w4a8.model.catalog import ModelInfo, choose_dtype, model_files
+from w4a8.model.catalog import ModelError, ModelInfo, choose_dtype, describe_model, model_files
 from w4a8.model.checkpoint_contents import checkpoint_files
 from w4a8.model.layers import model_layers
 from w4a8.model.loading import check_folder, load_pipeline
@@ -58,6 +58,14 @@ class Drawing:
     seconds: float  # for one image; the first batch does not count where there are more
     peak_bytes: int
     simulated: str | None  # such as A8: activations quantized in simulation
+
+
+def describe_compared(name: str) -> ModelInfo:
+    """Describe the model of `--compare`. Raises ModelError that names this option."""
+    try:
+        return describe_model(name)
+    except ModelError as error:
+        raise ModelError(error.message.replace("--model", "--compare")) from None
 
 
 def plan_drawing(options: DrawingOptions, infos: Sequence[ModelInfo], prompts: list[str], seed: int) -> Plan:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from calibration_store.errors import OptionError, StoreError
-from calibration_store.layout import CalibrationPaths
+from calibration_store.layout import CalibrationPaths, runs_nearby
 from calibration_store.manifest import MANIFEST_FORMAT, prompts_digest, read_manifest
 from calibration_store.samples import is_complete, sample_bytes
 from w4a8.backend.processes import SINGLE_PROCESS, SingleProcess
@@ -45,9 +45,17 @@ def with_those_of_the_run(options: GenerationOptions) -> GenerationOptions:
     """Return the options, under --resume with the run's values in place of those that are not given.
 
     The model and its LoRAs are the run's where neither is given. The file of prompts is not noted, so it stays as it is.
-    Raises StoreError for a damaged manifest.
+    Raises StoreError for a damaged manifest, and
+    OptionError where there is no run and no model is named.
     """
-    if not options.resume or not CalibrationPaths(options.calib_dir).manifest.exists():
+    if not options.resume:
+        return options
+    if not CalibrationPaths(options.calib_dir).manifest.exists():
+        if options.model is None and options.local_checkpoint is None:
+            raise OptionError(
+                f"--resume: no run in --calib-dir {options.calib_dir}{runs_nearby(options.calib_dir)}; "
+                "give --model to begin one"
+            )
         return options
     manifest = read_manifest(options.calib_dir)
     of_run = {key: manifest[noted] for key, noted in RUN_KEYS.items() if noted in manifest}

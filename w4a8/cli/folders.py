@@ -1,13 +1,10 @@
 """The check of `--calib-dir` before a stage runs: a folder that is not there, or that holds no run."""
 
-import difflib
 import os
 from pathlib import Path
 
 from calibration_store.errors import UserError
-from calibration_store.layout import ActivationPaths, BlockCachePaths, CalibrationPaths
-
-SHOWN = 5  # folders that a message names
+from calibration_store.layout import ActivationPaths, BlockCachePaths, CalibrationPaths, named, runs_below, runs_nearby
 
 
 def refuse_missing_run(calib_dir: Path) -> None:
@@ -23,20 +20,5 @@ def refuse_missing_run(calib_dir: Path) -> None:
         return
     if os.path.lexists(calib_dir):
         return  # a file, or a link to nothing: the stage says so
-    beside = runs_below(calib_dir.parent)
-    beside.sort(key=lambda path: -difflib.SequenceMatcher(None, path.name, calib_dir.name).ratio())  # as it was meant
-    hint = f"there are {named(beside)}" if beside else "generate_calibration_data.py makes one"
-    raise UserError(f"--calib-dir {calib_dir}: no such folder; {hint}")
-
-
-def runs_below(folder: Path) -> list[Path]:
-    """Return the folders with a calibration run right below a folder, sorted; none where it cannot be read."""
-    try:
-        return sorted(path.parent for path in folder.glob("*/manifest.json"))
-    except OSError:
-        return []
-
-
-def named(folders: list[Path]) -> str:
-    """Return some folders' names for a message."""
-    return ", ".join(map(str, folders[:SHOWN])) + (", …" if len(folders) > SHOWN else "")
+    hint = runs_nearby(calib_dir) or "; generate_calibration_data.py makes one"
+    raise UserError(f"--calib-dir {calib_dir}: no such folder{hint}")

@@ -33,6 +33,7 @@ ISSUES = (  # part of a message -> the number of its issue
     (r"not UTF-8, as JSON and MLX need it|this cannot be noted for the stages after it", 39),
     (r"no such (?:file|folder), and not one of", 39),
     (r"--calib-dir \S+: (?:no such folder|holds no run itself)|: a calibration folder, not a model", 42),
+    (r"--resume: no run in --calib-dir", 42),
     (r"no folder that can be written|cannot write to standard output", 40),
     (r"holds a run already", 41),
 )

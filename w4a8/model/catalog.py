@@ -1,6 +1,7 @@
 """Describe a model before its weights are read, and find the files that it consists of."""
 
 import dataclasses
+import difflib
 import glob
 import hashlib
 import importlib.metadata
@@ -199,6 +200,8 @@ def _find_folder(name: str) -> Path:
     near = []
     with suppress(OSError):  # a name that no folder can have
         near = sorted(filter(Path.is_dir, folder.parent.glob(f"*/{glob.escape(folder.name)}"))) if name else []
+        beside = [path.name for path in folder.parent.iterdir() if path.is_dir()] if name and not near else []
+        near += [folder.parent / found for found in difflib.get_close_matches(folder.name, beside, 1, 0.8)]
     hint = f"; there is {min(str(near[0]), os.path.relpath(near[0]), key=len)}" if near else ""
     what = "file" if name.endswith(WEIGHT_ENDS) else "folder"
     raise ModelError(f"--model {name or repr(name)}: no such {what}, and not one of {known}{hint}")

@@ -135,7 +135,7 @@ def describe_folder(calib_dir: Path) -> dict[str, Any]:
         for key, scripts, what in STAGES
         if key not in page
     ]
-    page["better"] = better_ways(manifest, calib_dir)
+    page["better"] = better_ways(manifest, calib_dir, history)
     return page
 
 

@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
@@ -49,36 +50,52 @@ def commands(scripts: Sequence[str], calib_dir: Path) -> list[str]:
     return [shlex.join([interpreter(), *shlex.split(script), "--calib-dir", str(calib_dir)]) for script in scripts]
 
 
-def better_ways(manifest: Mapping[str, Any], calib_dir: Path) -> list[tuple[str, list[str]]]:
-    """Return (what it does, command lines) of ways to a better model than a run's."""
+def better_ways(
+    manifest: Mapping[str, Any], calib_dir: Path, history: Sequence[HistoryLine]
+) -> list[tuple[str, list[str]]]:
+    """Return (what it does, command lines) of ways to a better model than a run's, with the options that its stages had."""
     model, beside = manifest["model_version"], calib_dir.parent / f"{calib_dir.name}-good"
-    grow = (
-        f"generate_calibration_data.py --resume --num-images {2 * manifest['num_images']}",
-        "cache_adaround_data.py --force",
-    )
-    learn = (
-        "optimize_adaround.py --force --effort {effort}",
-        "export_quantized_model.py --force",
-        "evaluate_quantization.py",
+    own = {line.script: line.arguments for line in history if line.ended == "done"}
+
+    def again(script: str, *more: str, but: Sequence[str] = ()) -> str:
+        kept = without(own.get(script, ()), {"--calib-dir", *but, *more[::2]}, {"--resume", "--force"})
+        return shlex.join([script, *kept, *more])
+
+    decided = ("--iters", "--end-to-end", "--unrolled", "--batch-size")
+    after = (
+        f"{again('export_quantized_model.py')} --force",
+        again("evaluate_quantization.py"),
         "report_calibration.py",
     )
+    images = str(2 * manifest["num_images"])
+    grow = (
+        f"{again('generate_calibration_data.py', '--num-images', images, but=('--effort',))} --resume",
+        f"{again('cache_adaround_data.py', but=('--num-images', '--effort'))} --force",
+    )
+    learn = {
+        effort: f"{again('optimize_adaround.py', '--effort', effort, but=decided)} --force"
+        for effort in ("good", "best")
+    }
     ways = [
-        (
-            "twice the images, then learn anew",
-            commands([*grow, *(line.format(effort="good") for line in learn)], calib_dir),
-        ),
-        ("more iterations", commands([line.format(effort="best") for line in learn], calib_dir)),
+        ("twice the images, then learn anew", commands([*grow, learn["good"], *after], calib_dir)),
+        ("more iterations", commands([learn["best"], *after], calib_dir)),
     ]
     recipe = "runs/emoji.sh" if model == BUNDLED_MODEL else f"MODEL={shlex.quote(model)} runs/sd3_medium.sh"
     if model == BUNDLED_MODEL or "stable-diffusion" in model:
-        ways.insert(
-            0,
-            (
-                "the whole road with more images and iterations, beside this run",
-                [f"EFFORT=good {recipe} {shlex.quote(str(beside))}"],
-            ),
-        )
+        what = "the whole road with more images and iterations, beside this run"
+        ways.insert(0, (what, [f"EFFORT=good {recipe} {shlex.quote(str(beside))}"]))
     return ways
+
+
+def without(arguments: Sequence[str], options: AbstractSet[str], flags: AbstractSet[str]) -> list[str]:
+    """Return a stage's arguments without these options and their values, and without these flags."""
+    kept, words = list[str](), iter(arguments)
+    for word in words:
+        if word in options:
+            next(words, None)
+        elif word not in flags and word.partition("=")[0] not in options:
+            kept.append(word)
+    return kept
 
 
 def effects_of(effects: Mapping[str, Any] | None) -> dict[str, Any] | None:
