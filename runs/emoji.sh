@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The whole road on the bundled model, in eight minutes on two idle cores, twice as long on slow ones; `make demo` runs it. Resumable as a whole.
+# The whole road on the bundled model, in 8 to 11 minutes on two idle cores; `make demo` runs it. Resumable as a whole.
 #
 #   runs/emoji.sh [folder]
 #   EFFORT=good runs/emoji.sh calibration_data/good      a quarter of an hour, and better images
 set -euo pipefail
 . "$(dirname "$0")/begin.bash"
 DIR=${1:-calibration_data/demo}
-echo "The whole road on the bundled model, effort ${EFFORT:-fast} (on two idle cores fast takes 8 minutes, good 20), into $DIR. Ctrl-C and the same command again go on."
+echo "The whole road on the bundled model, effort ${EFFORT:-fast} (on two idle cores fast takes 8 to 11 minutes, good 20 to 30), into $DIR. Ctrl-C and the same command again go on."
 $PY tools/road.py demo "$DIR" ${EFFORT:+effort="$EFFORT"}
 echo
 echo "Done. Open $DIR/report/index.html: what was measured, every image beside its original, and how to go on."
