@@ -247,7 +247,7 @@ def select_images(
     if len(images) < manifest["num_images"]:
         raise StoreError(
             f"the calibration run has {len(images)} of {manifest['num_images']} images; "
-            f"finish it with {GENERATE} --resume and the same --calib-dir and --prompts "
+            f"finish it with {GENERATE} --resume and the same --calib-dir, --prompts and --latent-size "
             "(TROUBLESHOOTING_GUIDE Issue 9)"
         )
     if num_images > len(images):

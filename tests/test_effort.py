@@ -72,7 +72,9 @@ def test_resume_takes_what_is_not_given_from_the_run(tmp_path):
     more = ("--negative-prompt", "rain", "--dtype", "float16", "--batch-size", 2, "--calib-dir", tmp_path)
     assert generate("--num-images", 3, *of_run, *more).exit_code == 0
     first = json.loads((tmp_path / "manifest.json").read_bytes())
-    done = invoke("generate_calibration_data", "--calib-dir", tmp_path, "--num-images", 4, "--resume")
+    done = invoke(
+        "generate_calibration_data", "--calib-dir", tmp_path, "--latent-size", 4, 8, "--num-images", 4, "--resume"
+    )
     assert done.exit_code == 0, done.output
     second = json.loads((tmp_path / "manifest.json").read_bytes())
     growing = ("num_images", "n_completed", "images", "prompts_sha256")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import folder_bytes, generate, invoke, start
 from finished_run import one_line
+from mlx.utils import tree_flatten
 
 from calibration_store.block_cache import read_cache_metadata, read_cached_block, read_cached_ends
 from calibration_store.errors import StoreError
@@ -25,6 +26,7 @@ from w4a8.model.parts import TEXT, TRANSFORMER
 from w4a8.model.runs import load_run_pipeline, run_schedule, run_transformer
 from w4a8.options import CacheOptions
 from w4a8.passes import SampleId, StoredPasses, choose_amount
+from w4a8.rounding import block_boundaries
 from w4a8.rounding.block_boundaries import BlockBoundaries
 from w4a8.rounding.phases import jobs_of
 from w4a8.rounding.run import RoundingRun
@@ -207,7 +209,24 @@ SETTINGS = Settings(
 )
 
 
-def test_the_walk_makes_the_boundaries_that_all_holds(copy, everything):
+@pytest.fixture
+def in_files(monkeypatch):
+    """Keep boundaries in files, as where they do not fit into memory."""
+    monkeypatch.setattr(block_boundaries, "fit_in_memory", lambda num_bytes: False)
+
+
+def test_boundaries_in_memory_are_those_in_files(copy, monkeypatch):
+    rounding = rounding_of(copy, SETTINGS)
+    held = rounding.boundaries.samples(rounding.open(), "mm1").batch([0, 3])
+    assert not (copy / "adaround_weights/boundaries").exists()
+    monkeypatch.setattr(block_boundaries, "fit_in_memory", lambda num_bytes: False)
+    again = BlockBoundaries(rounding.cache, rounding.paths, rounding.plan, 1)
+    filed = again.samples(rounding.open(), "mm1").batch([0, 3])
+    for (_, one), (_, other) in zip(tree_flatten(held), tree_flatten(filed), strict=True):
+        assert mx.array_equal(one, other)
+
+
+def test_the_walk_makes_the_boundaries_that_all_holds(copy, everything, in_files):
     rounding = rounding_of(copy, SETTINGS)
     mmdit = rounding.open()
     for block in ("mm0", "mm1", "mm5", "mm7"):
@@ -224,7 +243,7 @@ def test_the_walk_makes_the_boundaries_that_all_holds(copy, everything):
     assert not (copy / "adaround_weights/boundaries").exists()
 
 
-def test_a_damaged_boundary_is_made_anew(copy):
+def test_a_damaged_boundary_is_made_anew(copy, in_files):
     rounding = rounding_of(copy, SETTINGS)
     rounding.boundaries.samples(rounding.open(), "mm1")
     boundary = copy / "adaround_weights/boundaries/mm1"

@@ -86,7 +86,8 @@ def test_a_loss_that_is_not_finite_names_unit_and_iteration_and_resume_goes_on(r
     lower = (*arguments[:-1], slower, "--resume", "--lr-alpha", 1e-3)
     assert invoke("optimize_adaround", *lower).exit_code == 0  # allowed after such a fault
     one_line(
-        invoke("optimize_adaround", *arguments[:-1], slower, "--resume"), "--lr-alpha 0.001, not 0.004"
+        invoke("optimize_adaround", *arguments[:-1], slower, "--resume", "--lr-alpha", 4e-3),
+        "--lr-alpha 0.001, not 0.004",
     )  # and only then
     done = invoke("optimize_adaround", *arguments, "--resume")
     assert done.exit_code == 0, done.output

@@ -54,7 +54,7 @@ def test_resume_begins_no_run_of_the_default_model(runs):
 def test_models_of_similar_names_and_of_compare_are_named(runs):
     (runs / "quantized_model").mkdir()
     done = invoke("draw_images", "red heart", "--model", runs / "quantized_modle")
-    assert f"there is {runs / 'quantized_model'}" in done.stderr
+    assert "/runs/quantized_model (Issue 39)" in done.stderr and "; there is " in done.stderr
     done = invoke("draw_images", "red heart", "--model", "sd3-emoji", "--compare", runs / "demo")
     assert (
         f"--compare {runs / 'demo'}: a calibration folder, not a model" in done.stderr

@@ -36,7 +36,7 @@ SMALL_BATCH = 16  # images of a small model in one pass
 HUB_WEIGHTS = 2_000_000_000  # of the smallest hub model, SD3-Medium
 RUN_KEYS = {  # option -> key of the manifest: what --resume takes from the run where the option is not given
     "num_steps": "num_steps", "cfg_weight": "cfg_scale", "guidance": "guidance", "shift": "shift", "seed": "seed_base",
-    "negative_prompt": "negative_prompt", "latent_size": "latent_size", "text_bits": "text_bits", "use_t5": "use_t5",
+    "negative_prompt": "negative_prompt", "text_bits": "text_bits", "use_t5": "use_t5",
     "dtype": "activation_dtype", "stride": "stride", "batch_size": "batch_option", "save_images": "save_images",
 }  # fmt: skip
 
@@ -45,6 +45,7 @@ def with_those_of_the_run(options: GenerationOptions) -> GenerationOptions:
     """Return the options, under --resume with the run's values in place of those that are not given.
 
     The model and its LoRAs are the run's where neither is given. The file of prompts is not noted, so it stays as it is.
+    So does the latent size, since nothing else in the manifest would contradict a wrong one.
     Raises StoreError for a damaged manifest, and
     OptionError where there is no run and no model is named.
     """
@@ -59,7 +60,7 @@ def with_those_of_the_run(options: GenerationOptions) -> GenerationOptions:
         return options
     manifest = read_manifest(options.calib_dir)
     of_run = {key: manifest[noted] for key, noted in RUN_KEYS.items() if noted in manifest}
-    of_run |= {"latent_size": tuple(manifest["latent_size"]), "text_bits": str(manifest.get("text_bits", 16))}
+    of_run |= {"text_bits": str(manifest.get("text_bits", 16))}
     if not options.is_given("effort"):
         of_run["num_images"] = manifest["num_images"]
     if not (options.is_given("model") or options.is_given("local_checkpoint") or options.is_given("loras")):
