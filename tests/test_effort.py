@@ -81,7 +81,7 @@ def test_resume_takes_what_is_not_given_from_the_run(tmp_path):
     assert all(second[key] == value for key, value in first.items() if key not in growing)
     assert second["images"][:3] == first["images"] and second["n_completed"] == 4
     done = invoke(
-        "generate_calibration_data", "--calib-dir", tmp_path, "--seed", 42, "--resume"
+        "generate_calibration_data", "--calib-dir", tmp_path, "--latent-size", 4, 8, "--seed", 42, "--resume"
     )  # the default, but given
     assert done.exit_code and "has --seed 9, not 42" in done.stderr
 
