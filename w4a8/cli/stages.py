@@ -138,5 +138,6 @@ def say_what_comes_next(script: str, calib_dir: Path, output: Path | None = None
     analyzed = output is not None and script.startswith("analyze_")
     if following and IN_A_ROAD not in os.environ and (output is None or analyzed):
         where = "" if calib_dir == Path("calibration_data") else f" --calib-dir {shlex.quote(str(calib_dir))}"
-        where += f" --config {shlex.quote(str(output))}" if analyzed else ""
+        measured = "multitier" if "multitier" in script else "a8"
+        where += f" --config {shlex.quote(str(output))} --variants {measured}" if analyzed else ""
         click.echo("next: " + ", or ".join(f"{interpreter()} {each}{where}" for each in following))
