@@ -28,7 +28,7 @@ from w4a8.rounding.settings import Indices
 from w4a8.rounding.training_samples import SampleBatch, cache_reader, split_samples
 
 HELD_SHARE, HOST_SHARE = 0.3, 0.5  # shares of the device's memory, and of the host's, that the samples may take
-DEVICE_SHARE = 0.95  # share of the device's memory that an iteration and the samples beside it may take together
+DEVICE_SHARE = 0.85  # share of the device's memory that an iteration and samples may take together, below LIMIT_SHARE
 IN_FILES, ON_DEVICE, ON_HOST = "files", "device", "host"  # where boundaries are kept
 # Each sample has a list: the block's input tokens, then its modulation input, as arrays of MLX or NumPy.
 SampleRows = list[list[Any]]
