@@ -118,6 +118,8 @@ def run(options: CacheOptions) -> None:
         if options.dry_run:
             ranks.print_shares([len(one.owned_items(todo, sample_ids)) for one in ranks.every_rank()], "samples")
             return
+        if folder.discards():
+            passes.check(sample_ids)
         folder.begin(plan)
         with cli.interruptible(lambda: f"finished samples are kept in {paths.samples}"):
             with (

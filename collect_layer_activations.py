@@ -91,6 +91,8 @@ def run(options: CollectionOptions) -> None:
         if options.dry_run:
             ranks.print_shares([len(one.owned_items(todo, sample_ids)) for one in ranks.every_rank()], "passes")
             return
+        if folder.discards():
+            passes.check(sample_ids)
         folder.begin(plan)
         with cli.interruptible(lambda: f"finished passes are kept in {paths.partials}"):
             with (
@@ -99,15 +101,8 @@ def run(options: CollectionOptions) -> None:
                 closing(passes.over(mine)) as taken,
             ):
                 for one in taken:
-                    writer.submit(
-                        write_pass,
-                        paths,
-                        plan["calibration_run"],
-                        collect_pass(one, way),
-                        one.image_id,
-                        one.step,
-                        dtype,
-                    )
+                    found = collect_pass(one, way)
+                    writer.submit(write_pass, paths, plan["calibration_run"], found, one.image_id, one.step, dtype)
                     ranks.advance(bar)
                 writer.drain()
                 ranks.complete(bar)

@@ -140,8 +140,7 @@ def run(options: ExportOptions) -> None:
             quantization = pack_transformer(mmdit, weights, bar)
             with cli.finishing("writing"):
                 written = write_folder(paths, export, mmdit, quantization, rest, hub_file)
-        beside = options.layout != "mlx" and paths.config.exists()  # the card is that of the folder's MLX model
-        card = None if beside else write_model_card(paths, export, size, options.calib_dir, options.layout, written)
+        card = write_model_card(paths, export, size, options.calib_dir, options.layout, written)
     click.echo(f"wrote {written}" + ("" if card is None else f", {card.name}"))
     if options.layout == "mlx":
         click.echo(f"draw with it: {cli.interpreter()} draw_images.py --model {paths.root} PROMPT")

@@ -206,12 +206,12 @@ def run(options: RoundingOptions) -> None:
             print_shares(rounding, jobs, todo)
             return
         require_space(paths.root, bytes_written(todo), "give fewer --blocks, and no --alpha", options.max_bytes)
-        folder.begin(plan, anew="diverged" in (before or {}))
         with cli.interruptible(lambda: kept_after_interrupt(paths)):
             with cli.progress_bar(len(cache["samples"]), "checking the cache", "sample", leave=False) as bar:
                 for _ in verified(calib_dir, cache, [job.spec.blocks for job in todo], ranks):
                     ranks.advance(bar)
                 ranks.complete(bar)
+            folder.begin(plan, anew="diverged" in (before or {}))  # now, since --force removes an earlier run's files
             note_migration(rounding)
             with cli.progress_bar(sum(job.iterations for job in jobs), jobs[0].name, "it") as bar:
                 run_jobs(jobs, todo, bar, options.checkpoint_seconds, options.alpha)

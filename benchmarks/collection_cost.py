@@ -89,7 +89,7 @@ def time_statistics(one: Pass, folder: Path, repeats: int, twin: bool, label: st
 def time_cache(one: Pass, folder: Path, samples: int, plain: float, label: str) -> None:
     """Print the cost of a sample of the block cache beside a plain pass and a plain write of the same bytes."""
     recording = Recording(one.pipeline.mmdit, None, ends=False)
-    arrays = recording.record(one)
+    (arrays,) = recording.record(one)
     stored = sum(array.nbytes for array in arrays.values())
     separate = sum(arrays[key].nbytes for part in recording.keys.values() for half in part for key in half)
     content = [np.asarray(array).tobytes() for array in arrays.values()]
@@ -103,7 +103,7 @@ def time_cache(one: Pass, folder: Path, samples: int, plain: float, label: str) 
     start = time.perf_counter()
     with BackgroundWriter(pending=0) as writer:
         for index in range(samples):
-            writer.submit(write_cached_sample, BlockCachePaths(folder), RUN, index, 0, recording.record(one))
+            writer.submit(write_cached_sample, BlockCachePaths(folder), RUN, index, 0, *recording.record(one))
     per_sample = (time.perf_counter() - start) / samples
     write = median(writes)
     if label == "sd3-emoji":

@@ -116,6 +116,10 @@ class StageFolder:
         """Return the items that are left to do: all with --force, else those that are not done."""
         return [item for item in items if self.force or not is_done(item)]
 
+    def discards(self) -> bool:
+        """Return whether `begin` removes what an earlier run finished. Check all inputs before, so that nothing is lost."""
+        return self.force and self._is_used()
+
     def begin(self, plan: Mapping[str, Any], anew: bool = False) -> None:
         """Remove half-written files, or with --force all files of an earlier run, and write the plan, after `check`.
 

@@ -147,7 +147,7 @@ def test_what_does_not_fit_float16_is_an_error_that_names_the_block():
     tokens = mx.ones((2, 4, 1, 8))
     recorder.record("mm0", (tokens, tokens, None), (tokens * 1e5, tokens))
     with pytest.raises(StoreError, match="mm0: mm0__out0 does not fit float16 .* at step 3 of image 1"):
-        recorder.finish(tokens, tokens, "step 3 of image 1")
+        recorder.finish(tokens, tokens, "step 3 of image 1").checked()
 
 
 def test_resume_makes_what_is_missing_anew_and_refuses_another_run(run, tmp_path):

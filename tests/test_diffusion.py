@@ -168,7 +168,7 @@ def test_t5_runs_without_metals_memory_limits():
     ("name", "message"),
     [
         ("no/such/model", "no such folder, and not one of sd3-emoji, argmaxinc/mlx-stable-diffusion-3-medium"),
-        (str(ROOT / "tests"), "config.json: not found; models/sd3-emoji shows the layout"),
+        (str(ROOT / "tests"), "tests: the folder holds no model, neither a checkpoint"),
     ],
 )
 def test_unknown_models_are_one_line(name, message):

@@ -112,6 +112,15 @@ def test_files_of_other_bits_lie_side_by_side(run, tmp_path):
     assert (tmp_path / "sd3-emoji-q4_1.gguf").exists()
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\nlicense: apache-2.0\n") and "`sd3-emoji-q5_1.gguf`" in card and "5-bit weights" in card
+    assert "`sd3-emoji-q4_1.gguf`" in card
+    done = export(run, "--weights", "w4-rtn", "--output", tmp_path, "--force")
+    assert done.exit_code == 0, done.output
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in card for name in ("mmdit.safetensors", "sd3-emoji-q4_1.gguf", "sd3-emoji-q5_1.gguf"))
+    (tmp_path / "README.md").write_text(edited := card.replace("| file |", "My notes.\n\n| file |"))
+    done = export(run, "--weights", "w4-rtn-g32", "--format", "gguf", "--output", tmp_path, "--force")
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == edited
     (tmp_path / "README.md").write_text("my own notes")
     one_line(
         export(run, "--weights", "w4-rtn-g32", "--format", "gguf", "--output", tmp_path, "--force"), "holds README.md"

@@ -156,7 +156,7 @@ def test_a_plan_takes_the_words_that_people_give(tmp_path):
         ({"MODEL": "sd3-emoji"}, "sd3-emoji: a model folder; run the stages one by one"),
         ({"MEMORY": "16x"}, "(env var: 'MEMORY'): '16x' is not a number of GB from 1 to 10000"),
         ({"CHECKPOINT": "nowhere.safetensors"}, "CHECKPOINT=nowhere.safetensors: not found"),
-        ({"CHECKPOINT": str(empty)}, f"{empty}/config.json: not found"),
+        ({"CHECKPOINT": str(empty)}, f"--model {empty}: the folder holds no model, neither a checkpoint"),
         ({"MODEL": "no/such/model"}, "no such folder, and not one of"),
         ({"MEMORY": "8"}, "8 GB: SD3-Medium needs 16 GB or more"),
         ({"EFFORT": "most"}, "'most' is not one of"),

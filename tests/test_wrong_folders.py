@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import invoke
+from conftest import folder_bytes, invoke
 from finished_run import finished_run, one_line
 
 from w4a8.cli.stages import STAGE_HELP
@@ -99,3 +99,23 @@ def test_damaged_files_say_what_makes_them_anew(tmp_path_factory, tmp_path):
     assert invoke("export_quantized_model", *where, "--force").exit_code == 0
     assert invoke("draw_images", *draw).exit_code == 0
     assert json.loads((weights.parent / "config.json").read_bytes())["export"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "made", "damaged", "options"),
+    [
+        ("cache_adaround_data", "adaround_cache", "samples/0002_003.npz", ("--stride", 1)),
+        ("collect_layer_activations", "activations", "samples/0002_003.npz", ("--num-images", 3, "--stride", 1)),
+        ("optimize_adaround", "adaround_weights", "adaround_cache/samples/0002_002.npz", ()),
+    ],
+)
+def test_a_damaged_input_is_found_before_force_removes_anything(
+    stage, made, damaged, options, tmp_path_factory, tmp_path
+):
+    run = shutil.copytree(finished_run(tmp_path_factory.getbasetemp()), tmp_path / "run")
+    (run / damaged).write_bytes((run / damaged).read_bytes()[:-300])
+    before = folder_bytes(run / made)
+    done = invoke(stage, "--calib-dir", run, *options, "--force")
+    one_line(done, damaged)
+    assert folder_bytes(run / made) == before

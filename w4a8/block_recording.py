@@ -3,7 +3,7 @@
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,6 +12,7 @@ import numpy as np
 from calibration_store.block_cache import VELOCITY, boundary_keys, ends_of
 from calibration_store.errors import OptionError, StoreError
 from calibration_store.names import MULTIMODAL, block_kind, split_key
+from w4a8.backend.parallel import streams_for
 from w4a8.model.hooks import hooked_blocks
 from w4a8.model.layers import model_blocks
 from w4a8.model.parts import Pipeline
@@ -35,26 +36,38 @@ class BlockRecorder:
 
     def finish(
         self, output: mx.array, modulation_input: mx.array, where: str, first: Sequence[str] | None = None
-    ) -> dict[str, mx.array]:
-        """Evaluate the pass with one `mx.eval`, and return its arrays in float16 by key.
+    ) -> "RecordedPass":
+        """Return the pass's arrays in float16 by key, unevaluated.
 
         output: of the model; where: the sample in words; first: keys of the first block's inputs where only the ends
-        are recorded. Raises StoreError that names the block when a value does not fit float16.
+        are recorded.
         """
         kept = self.boundaries | {"modulation_input": modulation_input}
         if first is not None:
             kept = ends_of(kept | {VELOCITY: output}, first)
         halves = {key: array.astype(mx.float16) for key, array in kept.items()}
-        finite = mx.stack([mx.isfinite(array).all() for array in halves.values()])
-        mx.eval(output, finite, halves)
-        for key, fits in zip(halves, np.array(finite), strict=True):
+        self.boundaries.clear()
+        return RecordedPass(where, output, halves, mx.stack([mx.isfinite(array).all() for array in halves.values()]))
+
+
+class RecordedPass(NamedTuple):
+    """A pass before its evaluation."""
+
+    where: str
+    output: mx.array  # of the model
+    halves: dict[str, mx.array]  # float16, by key
+    finite: mx.array  # (keys,) bool: no value of the array is infinite or NaN
+
+    def checked(self) -> dict[str, mx.array]:
+        """Return the arrays by key. Raises StoreError that names the block when a value does not fit float16."""
+        mx.eval(self)
+        for key, fits in zip(self.halves, np.array(self.finite), strict=True):
             if not fits:
                 raise StoreError(
                     f"{split_key(key)[0] or 'the model'}: {key} does not fit float16 (above 65504 or not finite) "
-                    f"at {where}"
+                    f"at {self.where}"
                 )
-        self.boundaries.clear()
-        return halves
+        return self.halves
 
 
 class Recording:
@@ -81,24 +94,25 @@ class Recording:
     ) -> Generator[tuple[SampleId, Mapping[str, mx.array | np.ndarray]], None, None]:
         """Yield every sample with the arrays of its file.
 
-        Several samples share a pass where only ends are recorded and a GPU takes no longer for it.
+        Several samples share a pass where only ends are recorded and a GPU takes no longer for it. On a CPU small passes
+        run side by side.
         """
         size = self._at_once(passes)
         if size == 1:
-            with closing(passes.over(sample_ids)) as left:
-                for one in left:
-                    yield SampleId(one.image_id, one.step), self.record(one)
+            with closing(passes.groups(sample_ids, passes.side_by_side())) as groups:
+                for group in groups:
+                    yield from zip(
+                        [SampleId(one.image_id, one.step) for one in group], self.record(*group), strict=True
+                    )
             return
         for batch in passes.batches(sample_ids, size):
-            arrays = {key: np.array(array) for key, array in self.record(batch).items()}
+            arrays = {key: np.array(array) for key, array in self.record(batch)[0].items()}
             for index, sample_id in enumerate(batch.sample_ids):
                 yield sample_id, {key: array[index :: len(batch.sample_ids)] for key, array in arrays.items()}
 
     def probe(self, passes: StoredPasses, sample_ids: Sequence[SampleId]) -> tuple[float, Mapping[str, Any]]:
         """Return the seconds of a sample in the second of two runs, and the arrays of the first sample's file."""
-        size = self._at_once(passes)
-        if size == 1:
-            return passes.probe(sample_ids[0].step, self.record)
+        size = max(self._at_once(passes), passes.side_by_side())
         for _ in range(2):
             start = time.perf_counter()
             found = list(self.record_all(passes, sample_ids[:size]))
@@ -109,13 +123,20 @@ class Recording:
         """Return the number of samples in one pass."""
         return passes.samples_at_once() if self._first is not None else 1
 
-    def record(self, one: Pass | PassBatch) -> dict[str, mx.array]:
-        """Run a pass, and return the float16 arrays of its sample's file; a PassBatch gives the rows of all samples."""
-        recorder = BlockRecorder(self.keys)
-        hooked = self.blocks if self._first is None else self.blocks[:1]
-        with hooked_blocks(one.pipeline.mmdit, recorder.record, hooked):
-            output = one.forward()
-        return recorder.finish(output, one.modulation_input(), one.where, self._first)
+    def record(self, *passes: Pass | PassBatch) -> list[dict[str, mx.array]]:
+        """Run passes, on a CPU at the same time, and return the float16 arrays of each sample's file.
+
+        A PassBatch gives the rows of all its samples. Raises StoreError that names the block when a value does not fit float16.
+        """
+        hooked, taken = self.blocks if self._first is None else self.blocks[:1], []
+        with streams_for(len(passes)) as streams:
+            for one, stream in zip(passes, streams, strict=True):
+                recorder = BlockRecorder(self.keys)
+                with mx.stream(stream), hooked_blocks(one.pipeline.mmdit, recorder.record, hooked):
+                    output = one.forward()
+                    taken.append(recorder.finish(output, one.modulation_input(), one.where, self._first))
+            mx.eval(taken)
+        return [one.checked() for one in taken]
 
     def bytes_of_sample(self, pipeline: Pipeline, latent_size: Sequence[int], guidance: bool) -> int:
         """Return the size of a sample's file in bytes, from shapes alone, within a percent."""

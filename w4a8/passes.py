@@ -18,7 +18,8 @@ from calibration_store.layout import CalibrationPaths
 from calibration_store.manifest import run_identity, select_images, select_steps
 from calibration_store.samples import read_sample
 from w4a8 import __version__
-from w4a8.backend.parallel import threads_for
+from w4a8.backend.parallel import SMALL, threads_for, working_cores
+from w4a8.backend.progress import progress_bar
 from w4a8.backend.words import shortened
 from w4a8.effort import Effort, late_steps
 from w4a8.model.memory_needs import needs_of, refuse_too_large
@@ -141,29 +142,54 @@ class StoredPasses:
 
         return cls(pipeline, size, 2 if guidance > 0 else 1, prompts, texts, read)
 
+    def check(self, sample_ids: Sequence[SampleId]) -> None:
+        """Read samples before an earlier run's files are removed. Raises StoreError for a missing or damaged one."""
+        with progress_bar(len(sample_ids), "checking the samples", "sample", leave=False) as bar:
+            for sample_id in sample_ids:
+                self.read(sample_id)
+                bar.update()
+
     def over(self, sample_ids: Sequence[SampleId]) -> Generator[Pass, None, None]:
         """Yield a pass for every sample; the samples are ordered by image.
 
         Hooks go inside the loop; close the generator when you leave early.
         """
+        with closing(self.groups(sample_ids, 1)) as groups:
+            for (one,) in groups:
+                yield one
+
+    def groups(self, sample_ids: Sequence[SampleId], count: int) -> Generator[list[Pass], None, None]:
+        """Yield the passes of `over`, `count` at most of an image at once, for work side by side."""
         for image_id, group in groupby(sample_ids, key=lambda sample_id: sample_id.image_id):
             steps = [step for _, step in group]
             samples = [self.read(SampleId(image_id, step)) for step in steps]
             text = self.texts.encode([self.prompts[image_id]])
             with (
                 replaying(self.pipeline, text, [sample["timestep"] for sample in samples]) as replay,
-                threads_for(replay.tokens_size(self.latent_size)),
+                threads_for(self._token_elements()),
             ):
-                for step, sample in zip(steps, samples, strict=True):
-                    yield Pass(self.pipeline, image_id, step, sample, replay)
+                own = [
+                    Pass(self.pipeline, image_id, step, sample, replay)
+                    for step, sample in zip(steps, samples, strict=True)
+                ]
+                for start in range(0, len(own), count):
+                    yield own[start : start + count]
+
+    def side_by_side(self) -> int:
+        """Return the number of passes that run at the same time: one a core where a second thread is of no use to a pass."""
+        return working_cores() if self._token_elements() <= SMALL else 1
+
+    def _token_elements(self) -> int:
+        """Return the number of elements in the token arrays (R, tokens, hidden) of one sample's pass."""
+        config, (height, width) = self.pipeline.mmdit_config, self.latent_size
+        tokens = height * width // config.patch_size**2 + self.pipeline.text_tokens
+        return self.rows * tokens * config.hidden_size
 
     def samples_at_once(self) -> int:
         """Return the number of samples in one pass that cost a GPU no more than a single one; 1 on a CPU."""
         if mx.default_device() == mx.Device(mx.cpu):
             return 1
-        config, (height, width) = self.pipeline.mmdit_config, self.latent_size
-        tokens = height * width // config.patch_size**2 + self.pipeline.text_tokens
-        return max(1, min(MOST_AT_ONCE, LAUNCH_BOUND // (self.rows * tokens * config.hidden_size)))
+        return max(1, min(MOST_AT_ONCE, LAUNCH_BOUND // self._token_elements()))
 
     def batches(self, sample_ids: Sequence[SampleId], size: int) -> Iterator[PassBatch]:
         """Yield passes over `size` samples at once, which may belong to several images."""

@@ -80,9 +80,11 @@ def threads_for(elements: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _blas_threads(groups: int) -> Iterator[None]:
-    """Use one BLAS thread per group when several run side by side."""
-    if groups > 1:
-        blas.set_threads(1)
+    """Use one BLAS thread per group when several run side by side; a single group changes nothing."""
+    if groups == 1:
+        yield
+        return
+    blas.set_threads(1)
     try:
         yield
     finally:

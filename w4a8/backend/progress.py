@@ -46,7 +46,7 @@ class ProgressLines:
     """A progress bar for a log file, used as tqdm is: a line at most every `interval` seconds and one at the end.
 
     The rate is that of the last minute, in the last line that of the whole time. It counts only what `update` was given:
-    `initial`, and values assigned to `n`, took no time.
+    `initial`, and values assigned to `n`, took no time. The first update is left out, since kernels are compiled for it.
     """
 
     def __init__(self, total: int, description: str, unit: str, initial: int = 0, interval: float | None = LOG_SECONDS):
@@ -68,7 +68,9 @@ class ProgressLines:
         self.n += count
         self._done += count
         now = time.monotonic()
-        if now - self._marks[-1][0] >= 1:
+        if self._done == count:
+            self._marks = deque([(now, count)])
+        elif now - self._marks[-1][0] >= 1:
             self._marks.append((now, self._done))
             while len(self._marks) > 2 and now - self._marks[1][0] > RATE_SECONDS:
                 self._marks.popleft()

@@ -59,7 +59,7 @@ class StageCommand(click.Command):
             with only_rank_0_speaks(Path(sys.argv[0]).name):
                 code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
         except (UserError, click.ClickException) as error:
-            message = error.message if isinstance(error, UserError) else error.format_message()
+            message = error.message if isinstance(error, UserError) else in_plain_words(error.format_message())
             line = one_line(message, whole=isinstance(error, Interrupted))
             said, code = f"Error: {line if isinstance(error, Interrupted) else with_issue(line)}", error.exit_code
         except click.Abort:
@@ -104,6 +104,13 @@ class StageCommand(click.Command):
         check_temporary_folder()
         with without_empty_line(), output_errors():
             return super().invoke(ctx)
+
+
+def in_plain_words(message: str) -> str:
+    """Return click's message about a number as a user would say it: a range's kind has another name there."""
+    return message.replace("is not a valid float range.", "is not a number.").replace(
+        "is not a valid integer range.", "is not a whole number."
+    )
 
 
 def not_utf8(text: str) -> bool:

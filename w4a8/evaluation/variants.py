@@ -29,14 +29,9 @@ REST = {None: None, "r8": OtherLayers(8), "all": OtherLayers(4, all_linears=True
 NATIVE_VARIANT = "native"
 NO_LORA_VARIANT = "no-lora"  # the original weights, without the LoRAs that are fused into the transformer
 DEFAULT_GROUP_SIZE, GGUF_GROUP = 64, 32
-WEIGHT_VOCABULARY = (
-    "w4-adaround, w4-adaround-g32 (of a second run), w4-rtn, w4-rtn-g0 (2, 3, 4, 5, 6 or 8 bits, groups of 32, 64, 128 or 0: what MLX runs natively), "
-    "the same with -r8 (adaLN and embedders at 8 bits) or -all (every linear layer at 4)"
-)
 VARIANT_WORDS = (
-    f"fp, {WEIGHT_VOCABULARY}, {NATIVE_VARIANT} (the folder that export_quantized_model.py wrote), "
-    f"{NO_LORA_VARIANT} (the original without its LoRAs, and what rounding leaves of their effect), "
-    f"{', '.join(rule.spelled for rule in RULES)}, and products such as w4-adaround+a8"
+    f"fp, w4-adaround, w4-rtn, {NATIVE_VARIANT}, {NO_LORA_VARIANT}, {', '.join(rule.spelled.split()[0] for rule in RULES)}, and "
+    "w4-adaround+a8; docs/stages.md explains them, and names for other bits and groups"
 )
 
 

@@ -21,6 +21,7 @@ from calibration_store.model_folder import (
     config_file,
     folder_files,
     read_model_config,
+    weight_file,
     weights_fingerprint,
 )
 from w4a8 import __version__
@@ -195,6 +196,11 @@ def _find_folder(name: str) -> Path:
         raise ModelError(f"--model {name!r}: {error}") from None
     if name and os.path.isdir(folder):
         refuse_calibration_folder(name, folder)
+        if not (config_file(folder).exists() or weight_file(folder, "mmdit").exists()):
+            raise ModelError(
+                f"--model {name}: the folder holds no model, neither a checkpoint (….safetensors, its index, or transformer/ of "
+                "diffusers) nor the config.json of a model folder"
+            )
         return folder
     known = ", ".join((BUNDLED_MODEL, *HUB_MODELS))
     near = []

@@ -69,7 +69,7 @@ class HubPipeline(Pipeline):
         except HubFileError as error:
             reason = f"{self.unreachable}; {error.reason}" if self.unreachable else error.reason
             way = (
-                f"bring the cache of a machine that has it (HF_HOME; Issue 14; hf download {error.repository})"
+                f"bring the cache of a machine that has it (HF_HOME; Issue 14; hf download {error.repository}){self._own_file(error)}"
                 if self.unreachable
                 else f"accept the licence on https://huggingface.co/{error.repository} and log in with `hf auth login`"
             )
@@ -79,6 +79,12 @@ class HubPipeline(Pipeline):
         except (RuntimeError, ValueError, KeyError, OSError) as error:
             source = self.info.checkpoint or self.info.version
             raise ModelError(f"cannot load {source}: {' '.join(str(error).split())[:200]}") from None
+
+    def _own_file(self, error: HubFileError) -> str:
+        """Return the way of somebody who has the transformer's file, where it is the one that is missing."""
+        if self.info.checkpoint is not None or error.repository != self.info.hub_id:
+            return ""
+        return ", or give the file that you have with --model FILE (CHECKPOINT=FILE in runs/sd3_medium.sh)"
 
     def load_mmdit(self) -> None:
         """Open the transformer as DiffusionKit's loader does, with LoRAs fused; its weights are not read yet."""

@@ -22,12 +22,6 @@ class Replay:
         self._tokens = mx.expand_dims(text.tokens, 2)
         self._rows = text.pooled.shape[0]
 
-    def tokens_size(self, latent_size: Sequence[int]) -> int:
-        """Return the number of elements in a pass's token arrays (R, tokens, hidden)."""
-        config = self._mmdit.config
-        tokens = latent_size[0] * latent_size[1] // config.patch_size**2 + self._tokens.shape[1]
-        return self._rows * tokens * config.hidden_size
-
     def forward(self, x: np.ndarray, timestep: np.ndarray) -> mx.array:
         """Run the transformer on x (1, h, w, 16) at timestep (), both as stored.
 

@@ -22,15 +22,21 @@ from w4a8.quantized.export import ExportSource, Size
 from w4a8.quantized.model import StoredWeights
 from w4a8.report.page import TEMPLATES
 
+FILE_TABLE = re.compile(r"(^\| file \| bytes \| what \|\n\| --- .*\n)(?:\|.*\n)*", re.MULTILINE)
+
 
 def write_model_card(
     paths: QuantizedModelPaths, export: ExportSource, size: Size, calib_dir: Path, layout: str, exported: Path
-) -> Path:
+) -> Path | None:
     """Write README.md beside an export, and the picture of stage 4 where there is one; return its path.
 
-    layout: the value of --format; exported: the file or the folder that was written. Figures come from metrics.json in the calibration folder, where stage 4
-    has measured this run. Raises WriteError.
+    layout: the value of --format; exported: the file or the folder that was written. Figures come from metrics.json in
+    the calibration folder, where stage 4 has measured this run. Beside a model in MLX's layout the card is that model's:
+    another layout's files are added to its table, and None is returned. Raises WriteError.
     """
+    if layout != "mlx" and paths.config.exists():
+        list_files(paths)
+        return None
     info, note = export.info, export.note({})
     metrics = measured_of(measured(calib_dir), export.weights_name, layout)
     grid = EvaluationPaths.below(calib_dir).grid
@@ -39,9 +45,6 @@ def write_model_card(
         with atomic_path(picture) as temporary:
             shutil.copyfile(grid, temporary)
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), keep_trailing_newline=True)
-    written = {"gguf": [exported], "mflux": [paths.mflux_weights, paths.mflux_index]}.get(
-        layout, sorted(paths.owned_files())
-    )
     groups = f"groups of {note['group_size']}" if note["group_size"] else "one scale per output channel"
     content = environment.get_template(
         "model_card.md.jinja"
@@ -56,7 +59,7 @@ def write_model_card(
         learned=isinstance(export.weights, StoredWeights),
         groups=groups + (", single layers at other bits" if note["layer_bits"] else ""),
         activations=export.rule.exported()["rule"] if export.rule is not None else None,  # type: ignore[index]
-        files=[file_row(path) for path in written],
+        files=file_rows(paths),
         transformer=format_bytes(size.transformer),
         share=f"{size.transformer / size.transformer_float16:.2f}",
         rows=[] if metrics is None else [variant_row(name, row) for name, row in metrics["variants"].items()],
@@ -112,10 +115,29 @@ def measured_of(metrics: dict[str, Any] | None, weights: str, layout: str) -> di
     return {**metrics, "variants": nearest | own} if own else None
 
 
-def file_row(path: Path) -> dict[str, str]:
-    """Return the row of a file in the card's table."""
-    what = "the transformer, under the original names" if path.suffix == ".gguf" else FILE_WORDS.get(path.name, "")
-    return {"name": path.name, "size": format_bytes(path.stat().st_size), "what": what or "DiffusionKit's 4-bit layout"}
+def list_files(paths: QuantizedModelPaths) -> None:
+    """Put the files that the folder holds now into the table of its card; the rest of the card stays. Raises WriteError.
+
+    A card that stage 5 did not write is left alone.
+    """
+    if paths.card not in paths.card_files():
+        return
+    rows = "".join(f"| `{row['name']}` | {row['size']} | {row['what']} |\n" for row in file_rows(paths))
+    content = paths.card.read_text(encoding="utf-8")
+    content = FILE_TABLE.sub(lambda found: found[1] + rows, content, count=1)
+    with atomic_path(paths.card) as temporary:
+        temporary.write_text(content, encoding="utf-8")
+
+
+def file_rows(paths: QuantizedModelPaths) -> list[dict[str, str]]:
+    """Return a row of the card's table for each file that stage 5 wrote to a folder, in every layout."""
+    mflux = sorted(file for folder in paths.mflux_files() for file in folder.iterdir())
+    rows = []
+    for path in [*sorted(paths.owned_files()), *sorted(paths.gguf_files()), *mflux]:
+        what = "the transformer, under the original names" if path.suffix == ".gguf" else FILE_WORDS.get(path.name, "")
+        name, size = path.relative_to(paths.root).as_posix(), format_bytes(path.stat().st_size)
+        rows.append({"name": name, "size": size, "what": what or "DiffusionKit's 4-bit layout"})
+    return rows
 
 
 def variant_row(name: str, metrics: Mapping[str, Any]) -> dict[str, str]:
