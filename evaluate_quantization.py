@@ -84,6 +84,7 @@ from w4a8.options import EvaluationOptions
     is_flag=True,
     help="Take over variants that an earlier call finished with the same parameters and files.",
 )
+@click.option("--force", is_flag=True, help="Replace an evaluation of other prompts, or of more variants.")
 def main(options: EvaluationOptions) -> None:
     """Stage 4: same prompts, same seeds, original against quantized."""
     run(options)
@@ -91,7 +92,7 @@ def main(options: EvaluationOptions) -> None:
 
 def run(options: EvaluationOptions) -> None:
     """Read what the variants name, load, check, sample every variant, measure, draw, judge."""
-    from calibration_store.evaluation import write_metrics
+    from calibration_store.evaluation import refuse_to_replace, write_metrics
     from calibration_store.files import locked_folder
     from calibration_store.layout import EvaluationPaths
     from calibration_store.manifest import read_manifest
@@ -112,15 +113,13 @@ def run(options: EvaluationOptions) -> None:
     from w4a8.model.prompt_encoder import PromptEncoder, say_what_is_not_read
     from w4a8.model.prompt_files import read_prompt_file
     from w4a8.report.evaluation_figures import draw_grid, plot_errors, write_sheets
+    from w4a8.report.model_card import show_measured
     from w4a8.report.tables import print_variants
 
     manifest = read_manifest(options.calib_dir)
     ranks = join(options.calib_dir)
-    names = (
-        [name.strip() for name in options.variants.split(",")]
-        if options.variants is not None
-        else default_variants(options.calib_dir)
-    )
+    names = [name.strip() for name in (options.variants or "").split(",")]
+    names = names if options.variants is not None else default_variants(options.calib_dir)
     refuse_gain_without_nearest(names, options.min_gain)
     chosen = [
         make_variant(name, options.calib_dir, options.scale_is, options.native, options.config)
@@ -154,6 +153,8 @@ def run(options: EvaluationOptions) -> None:
         click.echo(estimate_evaluation(pipeline, sampling, chosen, paths.root, ranks))
         ranks.print_shares([sampling.images_of(one) for one in ranks.every_rank()], "images of each variant")
         return
+    if not options.force:
+        refuse_to_replace(paths, prompts, sampling.num_steps, sampling.seed, names)
     paths.refuse_foreign_images([variant.name for variant in chosen], len(prompts))
     with contextlib.nullcontext() if ranks.rank else locked_folder(paths.root):
         if ranks.rank == 0:
@@ -173,6 +174,7 @@ def run(options: EvaluationOptions) -> None:
         plot_errors(paths.error_plot, results)
         write_sheets(paths, prompts, options.seed, original, images)
         write_metrics(paths, sampling.parameters(manifest, info, overlap), LOW_PSNR, results, effects)
+    show_measured(options.calib_dir, paths)
     click.echo(f"wrote {paths.metrics}, {paths.grid}, {paths.error_plot}, {paths.images}/")
     print_variants(results, simulated=any(variant.rule is not None for variant in chosen), effects=effects)
     check_gate(results, options.min_psnr, options.max_step_error, options.min_gain)

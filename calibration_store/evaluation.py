@@ -1,6 +1,6 @@
 """Files of stage 4: images and latents of each variant, and the metrics."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
@@ -132,6 +132,27 @@ def metrics_fault(metrics: Metrics) -> str | None:
 
 
 METRICS = JsonFormat(EVALUATION_FORMAT, Metrics, "evaluate_quantization.py", metrics_fault, flag="")
+
+
+def refuse_to_replace(
+    paths: EvaluationPaths, prompts: Sequence[str], steps: int, seed: int, variants: Iterable[str]
+) -> None:
+    """Raise StoreError where a new evaluation would lose rows or images of the one in its folder.
+
+    Nothing is lost where it has all of that one's variants, and its prompts first, with the same steps and seed. prompts,
+    steps, seed, variants: of the new one. A file that cannot be read holds nothing that could be lost.
+    """
+    try:
+        old = METRICS.read(paths.metrics)
+    except StoreError:
+        return
+    count, lost = len(old["prompts"]), old["variants"].keys() - set(variants)
+    same = (old["prompts"], old["num_steps"], old["seed"]) == (list(prompts[:count]), steps, seed)
+    if lost or not same:
+        raise StoreError(
+            f"{paths.root}: holds an evaluation already, {count} images of {old['num_steps']} steps of "
+            f"{', '.join(old['variants'])}; --output FOLDER leaves it alone, --force replaces it"
+        )
 
 
 def read_images(paths: EvaluationPaths, variant: str, count: int) -> np.ndarray | None:

@@ -21,6 +21,9 @@ def test_options_of_the_run_are_kept():
         line("export_quantized_model", "--format", "gguf", "--force"),
         line("evaluate_quantization", "--num-images", "32", "--variants", "w4-rtn,native"),
         line("evaluate_quantization", "--num-images", "1", ended="interrupted"),
+        line("evaluate_quantization", "--num-images", "2", "--variants", "a8", "--output=runs/demo/evaluation_default"),
+        line("evaluate_quantization", "--config", "runs/demo/p999.json", "--variants", "a8"),
+        line("export_quantized_model", "--output", "elsewhere"),
     ]
     (whole, recipe), (more, lines), (_, longer) = better_ways(MANIFEST, Path("runs/demo"), history)
     assert recipe == ["EFFORT=good runs/emoji.sh runs/demo-good"] and "whole road" in whole and "images" in more

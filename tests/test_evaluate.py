@@ -6,7 +6,7 @@ import shutil
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import generate, invoke
+from conftest import folder_bytes, generate, invoke
 from finished_run import one_line
 from mlx.utils import tree_flatten
 from PIL import Image
@@ -118,11 +118,19 @@ def test_images_of_an_earlier_run_go_and_a_users_stay(run, tmp_path):
     (folder / "images/mine").mkdir()
     mine = folder / "images/mine/0000.png"
     Image.new("RGB", (2, 2)).save(mine)
-    done = invoke(*evaluate, "--num-images", 1)
+    before = folder_bytes(folder)
+    held = f"{folder}: holds an evaluation already, 2 images of 1 steps of w8-rtn; --output FOLDER leaves it alone"
+    for more in (("--num-images", 1), ("--num-images", 1, "--resume"), ("--num-images", 2, "--seed", 3)):
+        one_line(invoke(*evaluate, *more), held)
+    one_line(invoke(*evaluate[:-1], "w4-rtn", "--num-images", 2), held)
+    assert folder_bytes(folder) == before
+    done = invoke(*evaluate, "--num-images", 1, "--force")
     assert done.exit_code == 0 and mine.exists(), done.output
     assert [path.name for path in (folder / "images/w8-rtn").iterdir()] == ["0000.png"]
     Image.new("RGB", (2, 2)).save(folder / "images/w8-rtn/0000.png")
     one_line(invoke(*evaluate, "--num-images", 1), "w8-rtn/0000.png: not written by this stage")
+    (folder / "images/w8-rtn/0000.png").unlink()
+    assert invoke(*evaluate, "--num-images", 2).exit_code == 0  # more images: nothing is lost
 
 
 def test_metrics_against_numpy(run, results):
@@ -234,7 +242,7 @@ def test_tokens_are_quantized_each_on_its_own_grid(bits):
 def test_second_run_takes_the_original_over(run, results):
     runs = run / "evaluation/runs"
     times = {path.name: path.stat().st_mtime_ns for path in runs.iterdir()}
-    assert evaluate(run, "--variants", "w4-rtn").exit_code == 0
+    assert evaluate(run, "--variants", "w4-rtn", "--force").exit_code == 0
     again = {path.name: path.stat().st_mtime_ns for path in runs.iterdir()}
     changed = [name for name in times if times[name] != again[name]]
     assert len(changed) == 1 and changed[0].startswith("w4-rtn_")
@@ -263,11 +271,14 @@ def test_other_pictures_as_reference(run, results, tmp_path):
 
 
 def test_gate(run, results):
-    done = evaluate(run, "--variants", "w4-rtn", "--resume", "--min-psnr", 90, "--max-step-error", 0)
+    done = evaluate(run, "--variants", "w4-rtn", "--resume", "--force", "--min-psnr", 90, "--max-step-error", 0)
     assert done.exit_code == 1
     assert "w4-rtn: mean PSNR" in done.stderr and "is below --min-psnr 90" in done.stderr
     assert "is above --max-step-error 0" in done.stderr
-    assert evaluate(run, "--variants", "w4-rtn", "--resume", "--min-psnr", 5, "--max-step-error", 9).exit_code == 0
+    assert (
+        evaluate(run, "--variants", "w4-rtn", "--resume", "--force", "--min-psnr", 5, "--max-step-error", 9).exit_code
+        == 0
+    )
 
 
 @pytest.mark.parametrize(
@@ -316,21 +327,21 @@ def test_config_of_another_tool(run, tmp_path):
     path.write_text(json.dumps(config))
     done = evaluate(tmp_path / "run", "--variants", "a8")
     assert done.exit_code == 2 and "say --scale-is range or --scale-is step" in done.stderr
-    assert evaluate(tmp_path / "run", "--variants", "a8", "--scale-is", "range").exit_code == 0
+    assert evaluate(tmp_path / "run", "--variants", "a8", "--force", "--scale-is", "range").exit_code == 0
     as_range = json.loads((tmp_path / "run/evaluation/metrics.json").read_bytes())["variants"]["a8"]["psnr"]
     for layers in config["per_timestep"].values():
         for entry in layers.values():
             entry |= {key: entry[key] / 127 for key in ("scale", "shifted_scale") if key in entry}
     path.write_text(json.dumps(config))
-    assert evaluate(tmp_path / "run", "--variants", "a8", "--scale-is", "step").exit_code == 0
+    assert evaluate(tmp_path / "run", "--variants", "a8", "--force", "--scale-is", "step").exit_code == 0
     as_step = json.loads((tmp_path / "run/evaluation/metrics.json").read_bytes())["variants"]["a8"]["psnr"]
     assert as_step["mean"] == pytest.approx(as_range["mean"], abs=0.5)
-    assert evaluate(tmp_path / "run", "--variants", "a8", "--scale-is", "range").exit_code == 0
+    assert evaluate(tmp_path / "run", "--variants", "a8", "--force", "--scale-is", "range").exit_code == 0
     misread = json.loads((tmp_path / "run/evaluation/metrics.json").read_bytes())["variants"]["a8"]["psnr"]
     assert misread["mean"] < as_range["mean"] - 10
     del next(iter(config["per_timestep"].values()))["mm0.img.attn.o_proj"]
     path.write_text(json.dumps(config))
-    done = evaluate(tmp_path / "run", "--variants", "a8", "--scale-is", "range")
+    done = evaluate(tmp_path / "run", "--variants", "a8", "--force", "--scale-is", "range")
     assert done.exit_code == 2 and "a8: 1 of 93 layers are missing (sigma " in done.stderr
     del config["sigma_map"]
     path.write_text(json.dumps(config))

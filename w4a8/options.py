@@ -195,6 +195,7 @@ class EvaluationOptions(FolderOptions):
     text_group: int | None = None
     dry_run: bool = False
     resume: bool = False
+    force: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

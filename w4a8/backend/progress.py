@@ -20,7 +20,30 @@ def progress_bar(
     """Return a tqdm bar with rate and time to go; in a log file whole lines, and none for a bar that would not stay."""
     if not sys.stderr.isatty():
         return ProgressLines(total, description, unit, initial, LOG_SECONDS if leave else None)
-    return tqdm(total=total, desc=description, unit=unit, initial=initial, leave=leave, dynamic_ncols=True)
+    return Bar(total=total, desc=description, unit=unit, initial=initial, leave=leave, dynamic_ncols=True)
+
+
+class Bar(tqdm):
+    """A bar whose rate leaves out the first update, since kernels are compiled for it; the time that it took stays."""
+
+    _compiled = False
+
+    def update(self, n: float | None = 1) -> bool | None:
+        """Advance by this count."""
+        if self._compiled or self.n + (n or 0) >= (self.total or 0):
+            return super().update(n)
+        self._compiled = True
+        self.n += n or 0
+        self.initial, self.last_print_n, self.last_print_t = self.n, self.n, self._time()
+        return self.refresh()
+
+
+def say_aside(bar: "ProgressBar", sentence: str) -> None:
+    """Print a sentence above a bar, or between its lines in a log."""
+    if isinstance(bar, tqdm):
+        bar.write(sentence, file=sys.stderr)
+    else:
+        click.echo(sentence, err=True)
 
 
 class ProgressBar(Protocol):

@@ -35,7 +35,7 @@ ISSUES = (  # part of a message -> the number of its issue
     (r"--calib-dir \S+: (?:no such folder|holds no run itself)|: a calibration folder, not a model", 42),
     (r"--resume: no run in --calib-dir", 42),
     (r"no folder that can be written|cannot write to standard output", 40),
-    (r"holds a run already", 41),
+    (r"holds a run already|holds an evaluation already", 41),
 )
 
 

@@ -12,7 +12,8 @@ from calibration_store.api import read_metrics
 from calibration_store.errors import StoreError
 from calibration_store.files import atomic_path
 from calibration_store.layout import CARD_MARKER, EvaluationPaths, QuantizedModelPaths
-from calibration_store.model_folder import BUNDLED_MODEL, FILE_WORDS
+from calibration_store.model_folder import BUNDLED_MODEL, FILE_WORDS, read_model_config
+from calibration_store.quantized_model import is_export
 from calibration_store.sizes import format_bytes
 from w4a8 import __version__
 from w4a8.model.catalog import ModelInfo
@@ -22,6 +23,7 @@ from w4a8.quantized.export import ExportSource, Size
 from w4a8.quantized.model import StoredWeights
 from w4a8.report.page import TEMPLATES
 
+MEASURED = re.compile(r"^## Measured\n.*?(?=^## )", re.MULTILINE | re.DOTALL)
 FILE_TABLE = re.compile(r"(^\| file \| bytes \| what \|\n\| --- .*\n)(?:\|.*\n)*", re.MULTILINE)
 
 
@@ -38,17 +40,10 @@ def write_model_card(
         list_files(paths)
         return None
     info, note = export.info, export.note({})
-    metrics = measured_of(measured(calib_dir), export.weights_name, layout)
-    grid = EvaluationPaths.below(calib_dir).grid
-    picture = paths.comparison if metrics is not None and grid.exists() else None
-    if picture is not None:
-        with atomic_path(picture) as temporary:
-            shutil.copyfile(grid, temporary)
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), keep_trailing_newline=True)
     groups = f"groups of {note['group_size']}" if note["group_size"] else "one scale per output channel"
-    content = environment.get_template(
-        "model_card.md.jinja"
-    ).render(
+    metrics = measured_of(measured(calib_dir), export.weights_name, layout)
+    content = filled(
+        "model_card.md.jinja",
         marker=CARD_MARKER,
         title=f"{base_name(info)}, {note['weights']}",
         base=original_of(info),
@@ -62,10 +57,7 @@ def write_model_card(
         files=file_rows(paths),
         transformer=format_bytes(size.transformer),
         share=f"{size.transformer / size.transformer_float16:.2f}",
-        rows=[] if metrics is None else [variant_row(name, row) for name, row in metrics["variants"].items()],
-        images=0 if metrics is None else len(metrics["prompts"]),
-        steps=0 if metrics is None else metrics["num_steps"],
-        picture=None if picture is None else picture.name,
+        **measured_values(paths, calib_dir, metrics),
         layout=layout,
         gguf=exported.name,
         sd3=info.family.architecture == "sd3",
@@ -113,6 +105,48 @@ def measured_of(metrics: dict[str, Any] | None, weights: str, layout: str) -> di
         if re.sub(r"-g\d+$", "", name) == re.sub(r"-.*", "-rtn", weights)
     }
     return {**metrics, "variants": nearest | own} if own else None
+
+
+def show_measured(calib_dir: Path, evaluation: EvaluationPaths) -> None:
+    """Put what stage 4 has measured into the card of the folder's export; the rest of the card stays. Raises WriteError.
+
+    Nothing changes where the evaluation is another one than the folder's, the export's weights were not measured, or
+    stage 5 did not write the card.
+    """
+    paths, own = QuantizedModelPaths.below(calib_dir), EvaluationPaths.below(calib_dir)
+    if evaluation.root != own.root or paths.card not in paths.card_files() or not is_export(paths.config):
+        return
+    note = read_model_config(paths.root)["export"]
+    metrics = measured_of(measured(calib_dir), note["weights"], "mlx")
+    if metrics is None:
+        return
+    section = filled("model_card_measured.md.jinja", **measured_values(paths, calib_dir, metrics)) + "\n"
+    content = MEASURED.sub(lambda _: section, paths.card.read_text(encoding="utf-8"), count=1)
+    with atomic_path(paths.card) as temporary:
+        temporary.write_text(content, encoding="utf-8")
+
+
+def measured_values(paths: QuantizedModelPaths, calib_dir: Path, metrics: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the words of the card's section on what was measured, and copy stage 4's picture beside the card."""
+    grid = EvaluationPaths.below(calib_dir).grid
+    if metrics is None or not grid.exists():
+        picture = None
+    else:
+        picture = paths.comparison.name
+        with atomic_path(paths.comparison) as temporary:
+            shutil.copyfile(grid, temporary)
+    return {
+        "rows": [] if metrics is None else [variant_row(name, row) for name, row in metrics["variants"].items()],
+        "images": 0 if metrics is None else len(metrics["prompts"]),
+        "steps": 0 if metrics is None else metrics["num_steps"],
+        "picture": picture,
+    }
+
+
+def filled(template: str, **values: Any) -> str:
+    """Return one of the card's templates with its words filled in."""
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), keep_trailing_newline=True)
+    return environment.get_template(template).render(values)
 
 
 def list_files(paths: QuantizedModelPaths) -> None:

@@ -55,7 +55,7 @@ def better_ways(
 ) -> list[tuple[str, list[str]]]:
     """Return (what it does, command lines) of ways to a better model than a run's, with the options that its stages had."""
     model, beside = manifest["model_version"], calib_dir.parent / f"{calib_dir.name}-good"
-    own = {line.script: line.arguments for line in history if line.ended == "done"}
+    own = {line.script: line.arguments for line in history if line.ended == "done" and wrote_below(line.arguments)}
 
     def again(script: str, *more: str, but: Sequence[str] = ()) -> str:
         kept = without(own.get(script, ()), {"--calib-dir", *but, *more[::2]}, {"--resume", "--force"})
@@ -85,6 +85,11 @@ def better_ways(
         what = "the whole road with more images and iterations, beside this run"
         ways.insert(0, (what, [f"EFFORT=good {recipe} {shlex.quote(str(beside))}"]))
     return ways
+
+
+def wrote_below(arguments: Sequence[str]) -> bool:
+    """Return whether a stage with these arguments wrote to its place in the calibration folder, and not beside it."""
+    return not {"--output", "--config"} & {word.partition("=")[0] for word in arguments}
 
 
 def without(arguments: Sequence[str], options: AbstractSet[str], flags: AbstractSet[str]) -> list[str]:

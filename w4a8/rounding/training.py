@@ -14,13 +14,14 @@ from mlx.utils import tree_flatten, tree_map
 from calibration_store.names import block_of
 from w4a8.backend.interrupts import finishing
 from w4a8.backend.parallel import compiled
-from w4a8.backend.progress import ProgressBar
+from w4a8.backend.progress import ProgressBar, say_aside
 from w4a8.rounding.methods import Arrays
 from w4a8.rounding.rest import size_of
 from w4a8.rounding.settings import Indices, Settings, cosine
 from w4a8.rounding.training_samples import TrainingSamples
 from w4a8.rounding.units import Gradients
 
+SAID_FROM = 60.0  # seconds of a training after which its last measurement is announced
 CURVE_POINTS = 50  # points of the curve of training losses that is kept
 OPTIMIZERS = ("alpha", "scale", "range", "rest")  # named after what they move; `scale`: zero points and biases, too
 
@@ -302,7 +303,8 @@ def train(
     save: writes a checkpoint, called every checkpoint_seconds; count: called after every iteration. Ctrl-C waits for
     the iteration's end, and leaves a checkpoint.
     """
-    last_saved, average, changed = time.monotonic(), None, "0.0%"
+    begun = last_saved = time.monotonic()
+    average, changed = None, f"{training.changed_share():.1%}"
     with finishing("the iteration") as interrupted:
         while training.iteration < training.iters:
             loss = training.step()
@@ -316,4 +318,6 @@ def train(
                 last_saved = time.monotonic()
             if interrupted():
                 raise KeyboardInterrupt
+    if time.monotonic() - begun > SAID_FROM:
+        say_aside(bar, f"{training.unit.name}: measuring the error on held-out samples")
     return training.measure() | {"curve": training.mean_losses()}
