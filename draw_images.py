@@ -115,6 +115,8 @@ def run(options: DrawingOptions) -> None:
     with locked_folder(paths.root), cli.interruptible(lambda: f"finished images are kept in {paths.root}", None):
         paths.clear_temporaries()
         for info in infos:
+            for lora in info.loras:
+                click.echo(f"with {lora.file} x {lora.scale:g}")
             for sentence in describe_checkpoint(info, info.use_t5 if plan.use_t5 is None else plan.use_t5):
                 click.echo(sentence)
             pipeline, rule = load_model(info, plan, options.activations and info is infos[0])
@@ -128,7 +130,8 @@ def run(options: DrawingOptions) -> None:
             found = compare_drawings(*drawings)
             draw_pairs(paths.comparison, plan.prompts, drawings, found)
             print_comparison(plan.prompts, found)
-    wrote = str(paths.only) if paths.only else f"{len(plan.prompts)} images to {paths.root}"
+    count = len(plan.prompts)
+    wrote = str(paths.only) if paths.only else f"{count} image{'s' if count > 1 else ''} to {paths.root}"
     click.echo(f"wrote {wrote}" + (f", and {paths.comparison}" if options.compare else ""))
 
 

@@ -52,3 +52,4 @@ TEXT_BITS: tuple[int, ...] = get_args(TextBits)
 EXPORT_FORMATS: tuple[str, ...] = get_args(ExportFormat)
 GridMap = Literal["difference", "flip"]  # map that stage 4's grid shows beside each image
 GRID_MAPS: tuple[str, ...] = get_args(GridMap)
+GGUF_GROUP = 32  # the size of the groups of ggml's Q4_1 and Q5_1

@@ -116,6 +116,7 @@ class Metrics(_Metrics, total=False):
     weights_fingerprint: Digest | None
     model_version: Name
     w4a8_version: Name
+    config: Name  # name of the file of ranges that --config gave
 
 
 def metrics_fault(metrics: Metrics) -> str | None:

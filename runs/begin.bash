@@ -4,6 +4,12 @@ case "${1:-}" in
   -*) echo "Error: $1: not known; $0 --help says what is" >&2; exit 2 ;;
 esac
 [ $# -le 1 ] || { echo "Error: one folder at most, not $*" >&2; exit 2; }
+case "$0" in
+  *sd3_medium.sh) ;;
+  *) for name in MODEL CHECKPOINT LORA; do
+       [ -z "${!name:-}" ] || { echo "Error: $name=${!name}: this recipe takes the bundled model; runs/sd3_medium.sh takes others" >&2; exit 2; }
+     done ;;
+esac
 cd "$(dirname "$0")/.."
 PY=${PYTHON:-.venv/bin/python}
 command -v ${PY%% *} > /dev/null || { echo "Error: $PY: not found; run \`make setup\` first, or give PYTHON=…" >&2; exit 2; }

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The whole road on the bundled model, in 8 to 11 minutes on two idle cores; `make demo` runs it. Resumable as a whole.
 #
-#   runs/emoji.sh [folder]
-#   EFFORT=good runs/emoji.sh calibration_data/good      a quarter of an hour, and better images
+#   runs/emoji.sh [folder]                               the folder of the run (default: calibration_data/demo)
+#   EFFORT=good runs/emoji.sh calibration_data/good      20 to 30 minutes, and better images; EFFORT=best takes hours
 set -euo pipefail
 . "$(dirname "$0")/begin.bash"
 DIR=${1:-calibration_data/demo}

@@ -2,7 +2,7 @@
 # SD3-Medium (or your fine-tune of it), from prompts to a 4-bit model that draws and a page that says how well. Resumable as a whole.
 #
 #   runs/sd3_medium.sh --plan                what it will take on this machine; needs no model, writes nothing
-#   runs/sd3_medium.sh [folder]              run it; call it again after an interruption
+#   runs/sd3_medium.sh [folder]              run it; call it again after an interruption (default: calibration_data/sd3_medium)
 #
 #   EFFORT=fast|good|best   images and iterations (default: good)
 #   MEMORY=24               GB to plan for (default: what this machine has, a GPU's own where it has one)

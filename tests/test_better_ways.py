@@ -32,7 +32,7 @@ def test_options_of_the_run_are_kept():
         "cache_adaround_data.py --steps 10,14 --force --calib-dir runs/demo",
         "optimize_adaround.py --group-size 32 --no-alpha --effort good --force --calib-dir runs/demo",
         "export_quantized_model.py --format gguf --force --calib-dir runs/demo",
-        "evaluate_quantization.py --num-images 32 --variants w4-rtn,native --calib-dir runs/demo",
+        "evaluate_quantization.py --num-images 32 --variants w4-rtn,native --force --calib-dir runs/demo",
         "report_calibration.py --calib-dir runs/demo",
     ]
     assert [each.split(maxsplit=1)[1] for each in longer[1:]] == [each.split(maxsplit=1)[1] for each in lines[3:]]

@@ -13,10 +13,12 @@ import mlx.core as mx
 import pytest
 from click.testing import CliRunner
 from conftest import ROOT, folder_bytes, interruptible
+from test_limits import MANIFEST_PLAN
 
 import tools.sd3_medium
 from calibration_store.choices import EFFORTS
-from tools.road import ROADS, again, commands
+from tools.road import ROADS, again, commands, refuse_another_run
+from w4a8.effort import OF_SMALL_MODELS
 
 TINY = [line.split()[0] for line in ROADS["tiny"]]
 
@@ -216,9 +218,9 @@ def test_a_finished_road_goes_on_without_changing_its_files(rehearsed):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert re.findall(r"^\$ \S+ (\S+)", done.stdout, re.MULTILINE) == TINY
-    assert [line for line in done.stderr.splitlines() if line.startswith("step ")] == [
-        f"step {i} of 10" for i in range(1, 11)
-    ]
+    steps = [line.partition(":") for line in done.stderr.splitlines() if line.startswith("step ")]
+    assert [number for number, *_ in steps] == [f"step {i} of 10" for i in range(1, 11)]
+    assert steps[5][2] == " stage 3W, learn the rounding"
     after = folder_bytes(base / "run")
     card = before["quantized_model/README.md"].decode()  # stage 4 put its figures there, as a new export does
     assert "| w4-rtn | " in card and "(comparison.png)" in card and card == after["quantized_model/README.md"].decode()
@@ -249,3 +251,27 @@ def test_a_stage_that_fails_ends_the_road(tmp_path):
     command = [sys.executable, "tools/road.py", "tiny", tmp_path / "run", "model=/nowhere"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout.count("\n$ ") == 1 and done.stderr.count("Error: ") == 1, done.stderr
+
+
+def test_a_recipe_leaves_a_run_of_another_effort_alone_and_announces_a_new_one(tmp_path, capsys):
+    (tmp_path / "good").mkdir()
+    (tmp_path / "good/manifest.json").write_text(json.dumps({**MANIFEST_PLAN, "num_images": 240}))
+
+    def recipe(*words, **variables):
+        environment = {**os.environ, "PYTHON": sys.executable, **variables}
+        return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=environment)
+
+    before = folder_bytes(tmp_path)
+    done = recipe("runs/emoji.sh", tmp_path / "good")
+    where = f"give another folder, such as {tmp_path}/fast"
+    assert done.returncode == 2 and f"another effort (EFFORT=good goes on with it); {where}" in done.stderr
+    done = recipe("runs/sd3_medium.sh", tmp_path / "good", MEMORY="16", EFFORT="fast")
+    assert done.returncode == 2 and f"it has 240 images, and effort fast 128); {where}" in done.stderr
+    done = recipe("runs/emoji.sh", tmp_path / "x", EFFORT="most")
+    assert done.returncode == 2 and done.stderr == "Error: EFFORT=most: one of fast, good, best\n"
+    for name in ("MODEL", "CHECKPOINT", "LORA"):
+        done = recipe("runs/emoji.sh", tmp_path / "x", **{name: "mine"})
+        assert done.returncode == 2 and f"Error: {name}=mine: this recipe takes the bundled model" in done.stderr
+    assert folder_bytes(tmp_path) == before
+    refuse_another_run(tmp_path / "godo", 128, "fast", OF_SMALL_MODELS)
+    assert capsys.readouterr().out == f"A new run in {tmp_path}/godo; there are {tmp_path}/good.\n"

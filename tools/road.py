@@ -5,18 +5,24 @@ python tools/road.py tiny /tmp/road                      # every stage in second
 python tools/road.py tiny /tmp/road blocks=mm0            # with other values for the words in braces
 """
 
+import contextlib
 import os
 import shlex
 import signal
 import string
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
 
+from calibration_store.errors import StoreError
+from calibration_store.layout import CalibrationPaths, runs_nearby
+from calibration_store.manifest import read_manifest
 from w4a8.cli import interpreter, stage_command
 from w4a8.cli.stages import IN_A_ROAD
+from w4a8.effort import OF_SMALL_MODELS, Effort
 
 ROOT = Path(__file__).resolve().parent.parent
 SD3_MEDIUM = "argmaxinc/mlx-stable-diffusion-3-medium"
@@ -109,6 +115,19 @@ VALUES: dict[str, dict[str, object]] = {  # of the words in braces, where a call
     "demo": {"effort": "fast"},
     "emoji_gpu": {"iters": 700},
 }
+DOES = {  # what a script does, for the line before its command
+    "generate_calibration_data.py": "stage 1, draw prompts and keep the latents",
+    "tools/contact_sheet.py": "put the pictures on one sheet",
+    "cache_adaround_data.py": "stage 2W, keep what the blocks see",
+    "collect_layer_activations.py": "stage 2A, measure every layer's inputs",
+    "analyze_activations.py": "stage 3A, choose 8-bit ranges",
+    "analyze_activations_multitier.py": "stage 3A', choose 4, 6 or 8 bits",
+    "optimize_adaround.py": "stage 3W, learn the rounding",
+    "export_quantized_model.py": "stage 5, write the 4-bit model",
+    "evaluate_quantization.py": "stage 4, compare images with the original's",
+    "draw_images.py": "draw with the 4-bit model and with the original",
+    "report_calibration.py": "put it all on one page",
+}
 AGAIN = {  # the option with which a stage goes on after an interruption; the others take --resume
     "export_quantized_model.py": "--force",
     **dict.fromkeys(("analyze_activations.py", "analyze_activations_multitier.py", "tools/contact_sheet.py"), ""),
@@ -153,7 +172,33 @@ def main(road: str, folder: Path, values: tuple[str, ...]) -> int:
     """Run a ROAD in FOLDER, and print each command before it runs. Called again, the road goes on where it was."""
     if wrong := [value for value in values if "=" not in value]:
         raise click.UsageError(f"{wrong[0]}: not NAME=VALUE")
-    return run_commands(commands(road, folder, **dict(value.split("=", 1) for value in values)))
+    given = dict(value.split("=", 1) for value in values)
+    lines = commands(road, folder, **given)
+    if road == "demo":
+        effort = given.get("effort", str(VALUES[road]["effort"]))
+        if effort not in OF_SMALL_MODELS:
+            raise click.UsageError(f"EFFORT={effort}: one of {', '.join(OF_SMALL_MODELS)}")
+        refuse_another_run(folder, OF_SMALL_MODELS[effort].num_images, effort, OF_SMALL_MODELS)
+    return run_commands(lines)
+
+
+def refuse_another_run(folder: Path, images: int, effort: str, efforts: Mapping[str, Effort]) -> None:
+    """Raise UsageError for a folder with a run of another number of images, which a recipe cannot go on with.
+
+    Where there is no run, but there are some nearby, say that a new one begins. efforts: those of the recipe's model.
+    """
+    if not CalibrationPaths(folder).manifest.exists():
+        if nearby := runs_nearby(folder):
+            click.echo(f"A new run in {folder}{nearby}.")
+        return
+    with contextlib.suppress(StoreError):  # stage 1 tells what is wrong with the file
+        found = read_manifest(folder)["num_images"]
+        if found != images:
+            other = next((name for name, one in efforts.items() if one.num_images == found), None)
+            way = f"EFFORT={other} goes on with it" if other else f"it has {found} images, and effort {effort} {images}"
+            raise click.UsageError(
+                f"{folder}: holds a run of another effort ({way}); give another folder, such as {folder.parent / effort}"
+            )
 
 
 def run_commands(lines: list[list[str]]) -> int:
@@ -161,7 +206,7 @@ def run_commands(lines: list[list[str]]) -> int:
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is the stage's: it finishes, and says how to go on
     for number, line in enumerate(lines, 1):
-        click.echo(f"step {number} of {len(lines)}", err=True)
+        click.echo(f"step {number} of {len(lines)}: {DOES[line[0]]}", err=True)
         command = [*line, *again(line[0])]
         click.echo(f"\n$ {interpreter()} {shlex.join(command)}")
         code = subprocess.run([sys.executable, *command], cwd=ROOT, env=os.environ | {IN_A_ROAD: "1"}).returncode

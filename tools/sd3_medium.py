@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from calibration_store.choices import EFFORTS
 from calibration_store.sizes import format_bytes
-from tools.road import SD3_MEDIUM, commands, run_commands
+from tools.road import SD3_MEDIUM, commands, refuse_another_run, run_commands
 from w4a8.backend.words import format_seconds, interpreter
 from w4a8.cli import stage_command
 from w4a8.cli.options import LoraFile
@@ -231,6 +231,7 @@ def main(
     }  # fmt: skip
     lines = commands("sd3_medium", folder, **values)
     if not plan_only:
+        refuse_another_run(folder, number, effort, OF_LARGE_MODELS)
         return run_commands(lines)
     seconds = timed_pass(plan_for) if pass_seconds is None else pass_seconds
     rounded = "" if known == size else f" (of {known:.3g})"

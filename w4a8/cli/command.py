@@ -26,6 +26,7 @@ from w4a8.backend.words import interpreter
 from w4a8.cli.issues import with_issue
 from w4a8.cli.stages import STAGE_HELP, say_what_comes_next, script_of, write_epilog, write_options
 from w4a8.model.location import ModelLocation
+from w4a8.options import RoundingOptions
 
 FIRST_STAGE = "generate_calibration_data.py"  # makes the folder that the others read
 
@@ -251,7 +252,11 @@ def stage(kind: type[Any]) -> Callable[[Callable[[Any], None]], click.Command]:
             if working and not getattr(options, "sensitivity_only", False):
                 mlx = getattr(options, "layout", "mlx") == "mlx"
                 output = getattr(options, "output", None) or (None if mlx else options.calib_dir)
-                say_what_comes_next(script_of(main), options.calib_dir, output)
+                more = ("", "")
+                if isinstance(options, RoundingOptions):
+                    folders = importlib.import_module("w4a8.cli.folders")
+                    more = folders.export_of(options.calib_dir, options.group_size, options.weight_bits)
+                say_what_comes_next(script_of(main), options.calib_dir, output, *more)
 
         command = stage_command(collected)
         for parameter in command.params:

@@ -3,8 +3,18 @@
 import os
 from pathlib import Path
 
+from calibration_store.choices import GGUF_GROUP
 from calibration_store.errors import UserError
-from calibration_store.layout import ActivationPaths, BlockCachePaths, CalibrationPaths, named, runs_below, runs_nearby
+from calibration_store.layout import (
+    ActivationPaths,
+    BlockCachePaths,
+    CalibrationPaths,
+    WeightPaths,
+    named,
+    runs_below,
+    runs_nearby,
+)
+from calibration_store.weights import weight_paths
 
 
 def refuse_missing_run(calib_dir: Path) -> None:
@@ -22,3 +32,10 @@ def refuse_missing_run(calib_dir: Path) -> None:
         return  # a file, or a link to nothing: the stage says so
     hint = runs_nearby(calib_dir) or "; generate_calibration_data.py makes one"
     raise UserError(f"--calib-dir {calib_dir}: no such folder{hint}")
+
+
+def export_of(calib_dir: Path, group_size: int, bits: int) -> tuple[str, str]:
+    """Return the options that export learned weights with groups of this size, and a sentence about GGUF or nothing."""
+    second = weight_paths(calib_dir, group_size).root != WeightPaths(calib_dir).root
+    words = "With --format gguf the same command writes a file for ComfyUI, stable-diffusion.cpp and diffusers."
+    return f"--weights w{bits}-adaround-g{group_size}" if second else "", words if group_size == GGUF_GROUP else ""

@@ -129,15 +129,21 @@ def write_epilog(script: str, formatter: click.HelpFormatter) -> None:
     formatter.write(f"example  python {entry.example}\n")  # whole, so that it can be copied
 
 
-def say_what_comes_next(script: str, calib_dir: Path, output: Path | None = None) -> None:
+def say_what_comes_next(
+    script: str, calib_dir: Path, output: Path | None = None, more: str = "", remark: str = ""
+) -> None:
     """Print the commands of the stages that may come next, unless a recipe runs them.
 
-    output: what was written elsewhere; only a config has a next stage then, which measures it.
+    output: what was written elsewhere; only a config has a next stage then, which measures it; more: options that the
+    next stage needs; remark: a sentence after the commands.
     """
     following = STAGE_HELP[script].following if script in STAGE_HELP else ()
     analyzed = output is not None and script.startswith("analyze_")
     if following and IN_A_ROAD not in os.environ and (output is None or analyzed):
         where = "" if calib_dir == Path("calibration_data") else f" --calib-dir {shlex.quote(str(calib_dir))}"
         measured = "multitier" if "multitier" in script else "a8"
+        where += f" {more}" if more else ""
         where += f" --config {shlex.quote(str(output))} --variants {measured}" if analyzed else ""
         click.echo("next: " + ", or ".join(f"{interpreter()} {each}{where}" for each in following))
+        if remark:
+            click.echo(remark)

@@ -21,8 +21,8 @@ Derivative = Callable[[np.ndarray, np.ndarray, int], np.ndarray]  # (latents, th
 
 
 def variant_of_steps(variants: list[Variant]) -> Variant | None:
-    """Return the variant whose weights are tried at single steps: the first one that has quantized weights alone."""
-    return next((one for one in variants if one.weights is not None and one.rule is None), None)
+    """Return the variant whose weights are tried at single steps: the last one that has quantized weights alone."""
+    return next((one for one in reversed(variants) if one.weights is not None and one.rule is None), None)
 
 
 def refuse_effects_without_weights(variants: list[Variant], images: int) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from calibration_store.choices import GGUF_GROUP
 from calibration_store.configs import is_multitier
 from calibration_store.errors import OptionError, StoreError
 from calibration_store.layout import ActivationPaths, QuantizedModelPaths, WeightPaths
@@ -28,7 +29,7 @@ WEIGHT_PART = re.compile(
 REST = {None: None, "r8": OtherLayers(8), "all": OtherLayers(4, all_linears=True)}
 NATIVE_VARIANT = "native"
 NO_LORA_VARIANT = "no-lora"  # the original weights, without the LoRAs that are fused into the transformer
-DEFAULT_GROUP_SIZE, GGUF_GROUP = 64, 32
+DEFAULT_GROUP_SIZE = 64
 VARIANT_WORDS = (
     f"fp, w4-adaround, w4-rtn, {NATIVE_VARIANT}, {NO_LORA_VARIANT}, {', '.join(rule.spelled.split()[0] for rule in RULES)}, and "
     "w4-adaround+a8; docs/stages.md explains them, and names for other bits and groups"

@@ -14,6 +14,7 @@ import mlx.nn as nn
 import orjson
 from mlx.utils import tree_flatten, tree_unflatten
 
+from calibration_store.choices import GGUF_GROUP
 from calibration_store.errors import OptionError, StoreError
 from calibration_store.files import (
     Replacements,
@@ -334,7 +335,7 @@ def estimate_export(mmdit: MMDiT, weights: Codes, size: Size, folder: Path) -> E
 def refuse_options(export: ExportSource, layout: str, complete: bool, text_bits: str | None) -> None:
     """Raise OptionError for options that a layout cannot hold, or that would change nothing."""
     weights, others = export.weights, export.weights.other_layers
-    if layout == "gguf" and (weights.bits > GGUF_BITS or weights.group_size != 32):
+    if layout == "gguf" and (weights.bits > GGUF_BITS or weights.group_size != GGUF_GROUP):
         groups = f"groups of {weights.group_size}" if weights.group_size else "a scale per channel"
         raise OptionError(
             f"--format gguf: Q4_1 and Q5_1 have 4 and 5 bits and groups of 32, and {export.weights_name} has "

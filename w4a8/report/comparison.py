@@ -61,7 +61,9 @@ def other_evaluations(
         if of_this_run("comparison", paths.metrics, metrics):
             images, steps = len(metrics["prompts"]), metrics["num_steps"]
             rows = variant_rows(metrics["variants"])
-            found.append({"folder": paths.root.name, "images": images, "steps": steps, "rows": rows})
+            found.append({
+                "folder": paths.root.name, "images": images, "steps": steps, "rows": rows, "config": metrics.get("config"),
+            })  # fmt: skip
     return found
 
 

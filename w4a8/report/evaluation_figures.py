@@ -15,6 +15,7 @@ from w4a8.evaluation.metrics import flip_map
 from w4a8.report.figures import save_figure
 
 GRID_ROWS = 8
+DASHES = ("-", "--", ":", "-.")  # of curves, which may lie on each other
 SMALLEST_CELL, LARGEST_CELL = 96, 256  # pixels; limits of a cell's longer side, which else is that of the images
 
 
@@ -109,14 +110,12 @@ def plot_errors(path: Path, results: dict[str, dict]) -> None:
 
     results: {variant: its entry in metrics.json}.
     """
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for name, row in results.items():
+    figure, axes = pyplot.subplots(figsize=(6, 4.2), layout="constrained")
+    for number, (name, row) in enumerate(results.items()):
         if any(row["step_error"]["mean"]):
-            errors = row["step_error"]["mean"]
-            axes.plot(range(1, len(errors)), errors[1:], label=name)  # the first is 0: all start from the same noise
-    axes.set(
-        xlabel="Euler step (noise on the left, image on the right)", ylabel="relative error of the latent", yscale="log"
-    )
+            errors, dash = row["step_error"]["mean"][1:], DASHES[number % len(DASHES)]  # all start from the same noise
+            axes.plot(range(1, len(errors) + 1), errors, label=name, linestyle=dash, linewidth=2.2)
+    axes.set(xlabel="step (noise on the left, image on the right)", ylabel="relative error of the latent", yscale="log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     if axes.lines:

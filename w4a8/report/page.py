@@ -42,12 +42,10 @@ from w4a8.report.comparison import comparison_of, other_evaluations
 from w4a8.report.page_values import picture, short
 from w4a8.report.run_facts import better_ways, commands, diagnosis, sizes_of_formats, stage_rows
 from w4a8.report.tables import held_out_losses
+from w4a8.report.variant_words import GLOSSARY
 
 TEMPLATES = Path(__file__).parent / "page"
-MOST_DRAWN, DRAWN_SIDE = (
-    24,
-    256,
-)  # the largest number of the run's pictures on the page, and their longer side in pixels
+MOST_DRAWN, DRAWN_SIDE = 24, 256  # the largest number of the run's pictures, and their longer side in pixels
 STAGES = (  # section of the page, scripts that make it, and its content, in the order of the road
     ("manifest", ("generate_calibration_data.py",), "prompts to latents"),
     ("weights", ("cache_adaround_data.py", "optimize_adaround.py"), "learned rounding"),
@@ -79,6 +77,7 @@ def describe_folder(calib_dir: Path) -> dict[str, Any]:
     page: dict[str, Any] = {
         "version": __version__,
         "title": title,
+        "words": GLOSSARY,
         "python": interpreter(),
         "manifest": run_of(manifest),
         "drawn": drawn(calib_dir, manifest),
@@ -277,9 +276,10 @@ def is_whole(folder: Path, content: Mapping[str, Any]) -> bool:
     return True
 
 
-def export_of(paths: QuantizedModelPaths, content: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
-    """Return (label, value) rows on the exported folder, its files and their sizes, and (format, size) of other formats."""
+def export_of(paths: QuantizedModelPaths, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return (label, value) rows on the exported folder and its files, (format, size) of other formats, and what is packed."""
     note, transformer, formats = content["export"], weight_file(paths.root, "mmdit"), list[tuple[str, str]]()
+    packed = ""
     files = [path for path in paths.owned_files() if path != paths.config] + paths.gguf_files()
     rows = [
         ("Folder", str(paths.root)),
@@ -290,5 +290,7 @@ def export_of(paths: QuantizedModelPaths, content: Mapping[str, Any]) -> dict[st
         size, whole = transformer.stat().st_size, float16_bytes(weight_sizes(transformer), content["quantization"])
         rows.append(("Transformer", f"{format_bytes(size)}, {size / whole:.2f} × its float16 ({format_bytes(whole)})"))
         formats = sizes_of_formats(weight_sizes(transformer), content["quantization"], size)
+        layers = sum(dtype == "U32" for dtype, _ in weight_sizes(transformer).values())
+        packed = f"{layers} linear layers are packed, and everything else stays in 16 bits."
     rows += [(path.name, format_bytes(path.stat().st_size)) for path in files]
-    return {"rows": rows, "formats": formats}
+    return {"rows": rows, "formats": formats, "packed": packed}

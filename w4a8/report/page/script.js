@@ -23,7 +23,7 @@ if (page.comparison && element("variant")) {
         make("img", { src: page.comparison.originals[pair.image], alt: `${prompt}, original`, className: "original" }));
       const slider = make("input", { type: "range", min: 0, max: 100, value: 50, ariaLabel: `original against quantized, ${prompt}` });
       slider.addEventListener("input", () => two.style.setProperty("--at", `${slider.value}%`));
-      two.append(slider, make("span"));
+      two.append(slider, make("span"), make("em", { className: "which original-now", textContent: "original" }), make("em", { className: "which quantized-now", textContent: "quantized" }));
       const figures = `${pair.psnr === null ? "equal" : pair.psnr.toFixed(1) + " dB"}, SSIM ${pair.ssim.toFixed(4)}, FLIP ${pair.flip === null ? "–" : pair.flip.toFixed(4)}`;
       return make("figure", { className: "pair" }, two,
         make("figcaption", {}, make("b", { textContent: figures }), make("br"), `${prompt} `, make("small", { textContent: `seed ${page.comparison.seed + pair.image}` })));
@@ -140,7 +140,8 @@ if (page.activations) {
   });
   if (layers.length) {
     const [widest] = [...layers].sort(orders.range), [most] = [...layers].sort(orders.outliers);
-  element("look").textContent = `Widest: ${widest.name}, ${widest.widest}.` + (most.outliers.length ? ` Most outlier channels: ${most.name}, ${most.outliers.length}.` : "");
+    element("look").textContent = `The widest input is ${widest.name}'s, up to ${widest.widest}: the wider a range, the coarser its 255 steps.`
+      + (most.outliers.length ? ` ${most.name} has most outlier channels, ${most.outliers.length}: they are much wider than the others, and are divided before they are quantized.` : "");
   }
   drawings.push(draw);
 }
