@@ -173,9 +173,7 @@ def run(options: EvaluationOptions) -> None:
         draw_grid(paths.grid, prompts, original, images, results, options.grid_map == "flip")
         plot_errors(paths.error_plot, results)
         write_sheets(paths, prompts, options.seed, original, images)
-        parameters = sampling.parameters(manifest, info, overlap)
-        parameters |= {"config": options.config.name} if options.config is not None else {}
-        write_metrics(paths, parameters, LOW_PSNR, results, effects)
+        write_metrics(paths, sampling.parameters(manifest, info, overlap, options.config), LOW_PSNR, results, effects)
     show_measured(options.calib_dir, paths)
     click.echo(f"wrote {paths.metrics}, {paths.grid}, {paths.error_plot}, {paths.images}/")
     print_variants(results, simulated=any(variant.rule is not None for variant in chosen), effects=effects)

@@ -248,7 +248,7 @@ def select_images(
         raise StoreError(
             f"the calibration run has {len(images)} of {manifest['num_images']} images; "
             f"finish it with {GENERATE} --resume and the same --calib-dir, --prompts and --latent-size "
-            "(TROUBLESHOOTING_GUIDE Issue 9)"
+            "(Issue 9)"
         )
     if num_images > len(images):
         raise StoreError(

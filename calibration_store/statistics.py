@@ -118,7 +118,7 @@ class ActivationStatistics:
         Layers of one input, as q, k and v are, have equal arrays and entries, and share one object. Raises StoreError, one line that names file and layer, when an array is missing, not finite or impossible.
         """
         index_path, path = self.timestep_dir / f"step_{key}_index.json", self.step_path(key)
-        remedy = f"run {COLLECT} with --force to make it anew (TROUBLESHOOTING_GUIDE Issue 21)"
+        remedy = f"run {COLLECT} with --force to make it anew (Issue 21)"
         own = CALIBRATION_RUN in self.metadata
         anew = f"run {COLLECT} with --resume to make it anew" if own else "copy it again from where it is whole"
         index = STEP_INDEX.read(index_path, anew)

@@ -235,6 +235,7 @@ def main(
         return run_commands(lines)
     seconds = timed_pass(plan_for) if pass_seconds is None else pass_seconds
     rounded = "" if known == size else f" (of {known:.3g})"
+    rounded += ", this machine's" if memory is None else ""
     how = (
         f"random blocks, timed here, for all {plan_for.config.depth_multimodal}"
         if pass_seconds is None
@@ -259,6 +260,10 @@ def main(
     for row in rows:
         took = format_seconds(row.seconds) if row.seconds else ""
         click.echo(f"  {row.what:32} {row.bytes_written / 1e9:6.1f} GB  {took:>12}  {row.memory}")
+    if size > least:
+        click.echo(
+            f"  With more memory more images are compared ({machine.judged} instead of {MACHINES[least].judged}), which takes longer."
+        )
     total = sum(row.bytes_written for row in rows)
     click.echo(
         f"  {'in all, with the download':32} {total / 1e9:6.1f} GB  {format_seconds(sum(row.seconds for row in rows)):>12}"
@@ -321,7 +326,7 @@ def planned(
         Row(f"2A  {passes} passes", passes * 8.4e6 + 90e6, passes * seconds * COLLECTING, memory),
         Row(f"3W  {depth} blocks, {iters} each, then {last}", 0.53 * weights, learning, f"{format_bytes(peak)} of memory, {at_once} samples at once"),
         Row("5   the 4-bit model", 0.55 * weights, 0, memory),
-        Row(f"4   {machine.judged} images, four ways", machine.judged * 4 * (steps + 1) * 2 * latent,
+        Row(f"4   {machine.judged} images × 4 variants", machine.judged * 4 * (steps + 1) * 2 * latent,
             machine.judged * 4 * steps * seconds, memory),
     ]  # fmt: skip
 

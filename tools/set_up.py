@@ -160,7 +160,7 @@ def main() -> int:
         check_machine(mlx)
         install(mlx)
     except SetupError as error:
-        print(f"Error: {error}; then make setup again (TROUBLESHOOTING_GUIDE Issue 13)", file=sys.stderr)
+        print(f"Error: {error}; then make setup again (Issue 13)", file=sys.stderr)
         return 1
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)

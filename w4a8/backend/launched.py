@@ -31,7 +31,7 @@ LOST_SECONDS = 30.0  # without a sign of life, after which a rank is lost
 STUCK_SECONDS = 30.0  # in one collective with all ranks alive, after which the network is down
 BEAT_SECONDS = 1.0  # between two signs of life
 STALE_SECONDS = 120.0  # age of a sign that a killed rank has left
-HELP = "TROUBLESHOOTING_GUIDE Issue 34"
+HELP = "Issue 34"
 
 
 class LaunchedProcesses(SingleProcess):

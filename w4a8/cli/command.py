@@ -255,7 +255,7 @@ def stage(kind: type[Any]) -> Callable[[Callable[[Any], None]], click.Command]:
                 more = ("", "")
                 if isinstance(options, RoundingOptions):
                     folders = importlib.import_module("w4a8.cli.folders")
-                    more = folders.export_of(options.calib_dir, options.group_size, options.weight_bits)
+                    more = folders.options_of_export(options.calib_dir, options.group_size, options.weight_bits)
                 say_what_comes_next(script_of(main), options.calib_dir, output, *more)
 
         command = stage_command(collected)

@@ -34,7 +34,7 @@ def refuse_missing_run(calib_dir: Path) -> None:
     raise UserError(f"--calib-dir {calib_dir}: no such folder{hint}")
 
 
-def export_of(calib_dir: Path, group_size: int, bits: int) -> tuple[str, str]:
+def options_of_export(calib_dir: Path, group_size: int, bits: int) -> tuple[str, str]:
     """Return the options that export learned weights with groups of this size, and a sentence about GGUF or nothing."""
     second = weight_paths(calib_dir, group_size).root != WeightPaths(calib_dir).root
     words = "With --format gguf the same command writes a file for ComfyUI, stable-diffusion.cpp and diffusers."

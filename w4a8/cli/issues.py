@@ -25,6 +25,7 @@ ISSUES = (  # part of a message -> the number of its issue
     (r"does not see this folder|not every rank came within|the ranks do not reach each other", 34),
     (r"no answer from rank|which this MLX has not", 34),
     (r"are no layer of this model's transformer|is no layer of (?:clip_l|clip_g|t5)", 35),
+    (r"it was made for another model", 35),
     (r"is run in \w+ or float32|is run without guidance|holds no VAE", 35),
     (r"not the transformer that --model names|: not complete, it lacks", 35),
     (r"which this toolkit does not know|the calibration run's LoRA is not there", 35),

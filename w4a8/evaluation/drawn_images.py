@@ -72,8 +72,13 @@ class EvaluationPlan:
         """Return the number of images of a variant that a rank draws."""
         return sum(len(self.batches[number]) for number in rank.owned_indices(len(self.batches)))
 
-    def parameters(self, manifest: Mapping[str, Any], info: ModelInfo, overlap: int) -> dict[str, Any]:
-        """Return the entries of metrics.json that describe the evaluation; overlap: prompts that the calibration used."""
+    def parameters(
+        self, manifest: Mapping[str, Any], info: ModelInfo, overlap: int, config: Path | None = None
+    ) -> dict[str, Any]:
+        """Return the entries of metrics.json that describe the evaluation.
+
+        overlap: the number of prompts that the calibration used; config: a value of --config.
+        """
         image_ids = [image["image_id"] for image in manifest["images"]]
         run = (
             {"calibration_run": run_identity(manifest, image_ids), "selected_image_ids": image_ids} if image_ids else {}
@@ -90,6 +95,7 @@ class EvaluationPlan:
             "weights_fingerprint": self.weights_fingerprint,
             **run,
             "dtype": self.dtype,
+            **({} if config is None else {"config": config.name}),
         }
 
     def identity(self, variant: Variant) -> str:

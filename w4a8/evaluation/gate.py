@@ -56,4 +56,4 @@ def check_gate(
         if min_gain is not None and gain is not None and not gain["mean"] >= min_gain:
             failing.append(f"{name}: {gain_words(gain)}, which is below --min-gain {min_gain:g}")
     if failing:
-        raise GateFailure("; ".join(failing) + " (TROUBLESHOOTING_GUIDE Issue 24)")
+        raise GateFailure("; ".join(failing) + " (Issue 24)")

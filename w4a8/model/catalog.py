@@ -206,11 +206,19 @@ def _find_folder(name: str) -> Path:
     near = []
     with suppress(OSError):  # a name that no folder can have
         near = sorted(filter(Path.is_dir, folder.parent.glob(f"*/{glob.escape(folder.name)}"))) if name else []
-        beside = [path.name for path in folder.parent.iterdir() if path.is_dir()] if name and not near else []
-        near += [folder.parent / found for found in difflib.get_close_matches(folder.name, beside, 1, 0.8)]
+        near += similar_paths(folder) if name and not near else []
     hint = f"; there is {min(str(near[0]), os.path.relpath(near[0]), key=len)}" if near else ""
     what = "file" if name.endswith(WEIGHT_ENDS) else "folder"
     raise ModelError(f"--model {name or repr(name)}: no such {what}, and not one of {known}{hint}")
+
+
+def similar_paths(folder: Path) -> list[Path]:
+    """Return existing folders that differ from a missing one by a letter or two of one part."""
+    above = next(path for path in folder.parents if path.is_dir())
+    missing, *rest = folder.relative_to(above).parts
+    beside = [path.name for path in above.iterdir() if path.is_dir()]
+    found = [above.joinpath(name, *rest) for name in difflib.get_close_matches(missing, beside, 3, 0.7)]
+    return [path for path in found if path.is_dir()]
 
 
 def refuse_calibration_folder(name: str, folder: Path) -> None:

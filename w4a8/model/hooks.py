@@ -25,9 +25,7 @@ class LiveHooksError(RuntimeError):
     """Hooks are live where none may be: at a second install, or a weight reload. TROUBLESHOOTING_GUIDE Issue 11."""
 
     def __init__(self, action: str):
-        super().__init__(
-            f"{action} while hooks are live: leave their `with` block first (TROUBLESHOOTING_GUIDE Issue 11)"
-        )
+        super().__init__(f"{action} while hooks are live: leave their `with` block first (Issue 11)")
 
 
 class _Proxy:

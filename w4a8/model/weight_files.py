@@ -60,13 +60,10 @@ def refuse_other_kinds(path: Path) -> None:
             head = file.read(64)
     except OSError:
         return  # the header's reader says what is wrong
-    kind = None
     if head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
-        kind = "a pickle, which may run code when it is read; convert it to safetensors"
-    elif b"\0" not in head[:8] and head.lstrip().startswith(b"{") and not path.name.endswith(".index.json"):
-        kind = "JSON"
-    if kind is not None:
-        raise UserError(f"{path}: {kind}; give a safetensors file of the original model")
+        raise UserError(f"{path}: a pickle, which may run code when it is read; convert it to safetensors")
+    if b"\0" not in head[:8] and head.lstrip().startswith(b"{") and not path.name.endswith(".index.json"):
+        raise UserError(f"{path}: JSON; give a safetensors file of the original model")
 
 
 def refuse_integers(path: Path, dtypes: dict[str, str], packed: bool) -> None:

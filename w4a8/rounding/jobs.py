@@ -228,5 +228,5 @@ def train_or_explain(
         raise StoreError(
             f"{training.unit.name}: {error}; the last good state, iteration {training.iteration}, is kept: "
             "--resume goes on from it, also with a lower --lr-alpha or --lr-activation-scale "
-            "(TROUBLESHOOTING_GUIDE Issue 25)"
+            "(Issue 25)"
         ) from None
