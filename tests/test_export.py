@@ -235,7 +235,7 @@ def test_an_export_is_a_model_for_the_stages(run, tmp_path):
     assert all(len(layers) == QUANTIZED_LAYERS for layers in config["per_timestep"].values())
     one_line(invoke("optimize_adaround", "--iters", 10, *where), "packed already")
     one_line(export(tmp_path / "run", "--weights", "w4-rtn"), "packed already")
-    quick = ("--num-images", 1, "--num-steps", 1, "--variants", "w4-rtn")
+    quick = ("--num-images", 1, "--num-steps", 1, "--variants", "w4-rtn", "--force")
     one_line(invoke("evaluate_quantization", *quick, *where), "packed already")
     assert not (tmp_path / "run/adaround_weights").exists() and not (tmp_path / "run/quantized_model").exists()
 

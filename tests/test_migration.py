@@ -214,7 +214,17 @@ def test_learned_ranges_go_with_the_migrated_weights_alone(ends, tmp_path):  # n
     shutil.copytree(ends, folder)
     static = ("--activation-rule", "static", "--no-tune-rest")
     assert invoke("optimize_adaround", "--calib-dir", folder, *OPTIMIZE, *static).exit_code == 0
-    evaluate = ("evaluate_quantization", "--calib-dir", folder, "--num-images", 1, "--num-steps", 1, "--variants")
+    evaluate = (
+        "evaluate_quantization",
+        "--calib-dir",
+        folder,
+        "--num-images",
+        1,
+        "--num-steps",
+        1,
+        "--force",
+        "--variants",
+    )
     assert invoke(*evaluate, "w4-adaround+a8-learned").exit_code == 0
     for variant in ("a8-learned", "w4-rtn+a8-learned"):
         one_line(invoke(*evaluate, variant), f"{variant}: the learned ranges are of inputs that --migrate divided")

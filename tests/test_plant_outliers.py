@@ -219,7 +219,7 @@ def test_errors_are_one_line(tmp_path):
         (("--output", tmp_path / "full"), "full is not empty: give a new folder"),
         (("--output", tmp_path / "full" / "file"), "is a file"),
         (("--output", tmp_path / "full" / "file" / "below", *one), "cannot write"),
-        (("--output", tmp_path / "new", "--model", tmp_path), "config.json: not found"),
+        (("--output", tmp_path / "new", "--model", tmp_path), "the folder holds no model"),
         (("--output", tmp_path / "new", "--model", HUB_MODELS[0]), "give sd3-emoji or a folder"),
         (("--output", tmp_path / "new", "--calibration-images", 5000), "8 + 5000 images, and only 3764 prompts"),
         (("--output", tmp_path / "new", "--strength", 3, *one), "lower --strength"),

@@ -12,8 +12,8 @@ from calibration_store.api import read_metrics
 from calibration_store.errors import StoreError
 from calibration_store.files import atomic_path
 from calibration_store.layout import CARD_MARKER, EvaluationPaths, QuantizedModelPaths
-from calibration_store.model_folder import BUNDLED_MODEL, FILE_WORDS, read_model_config
-from calibration_store.quantized_model import is_export
+from calibration_store.model_folder import BUNDLED_MODEL, FILE_WORDS
+from calibration_store.quantized_model import is_export, read_export
 from calibration_store.sizes import format_bytes
 from w4a8 import __version__
 from w4a8.model.catalog import ModelInfo
@@ -116,7 +116,10 @@ def show_measured(calib_dir: Path, evaluation: EvaluationPaths) -> None:
     paths, own = QuantizedModelPaths.below(calib_dir), EvaluationPaths.below(calib_dir)
     if evaluation.root != own.root or paths.card not in paths.card_files() or not is_export(paths.config):
         return
-    note = read_model_config(paths.root)["export"]
+    try:
+        note = read_export(paths.root)["export"]
+    except StoreError:  # stage 5 and the report say what is wrong with the export
+        return
     metrics = measured_of(measured(calib_dir), note["weights"], "mlx")
     if metrics is None:
         return

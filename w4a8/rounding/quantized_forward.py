@@ -11,7 +11,7 @@ from w4a8.model.layers import Block
 from w4a8.quantized.activation_rules import Quantize
 from w4a8.quantized.dynamic_rules import DynamicPerToken
 from w4a8.rounding.fused_inputs import dropped_inputs
-from w4a8.rounding.sixteen_bits import in_sixteen_bits
+from w4a8.rounding.sixteen_bits import in_sixteen_bits, product
 
 OVERFLOW = "a value does not fit 16 bits, or is not finite; give --precision float32 --force"
 PRODUCT_DTYPES = {"float32": None, "bfloat16": mx.bfloat16}  # by the name of a precision; None: as the inputs are
@@ -55,7 +55,7 @@ class QuantizedForward:
             return layer(x)
         if self._last is None or self._last[0] is not x:
             self._last = x, self._quantize_input(name, x)
-        y = self._last[1] @ self._cast(self.weights[name]).T
+        y = product(self._last[1], self._cast(self.weights[name]).T)
         return y + self._cast(self.biases[name]) if name in self.biases else y
 
     def _cast(self, array: mx.array) -> mx.array:

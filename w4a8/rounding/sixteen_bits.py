@@ -56,6 +56,24 @@ def _gelu(approximation: str) -> Callable:
     return activate
 
 
+def product(a: mx.array, b: mx.array) -> mx.array:
+    """Return a @ b in the dtype of both.
+
+    A CPU multiplies 16-bit arrays in float32, for which it has a fast library, and rounds the result.
+    """
+    if a.dtype == mx.float32 or mx.default_device() != mx.Device(mx.cpu):
+        return a @ b
+    return (a.astype(mx.float32) @ b.astype(mx.float32)).astype(a.dtype)
+
+
+def attended(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
+    """Return softmax(scale·q·kᵀ)·v in the dtype of all three; a CPU computes it as `product` does."""
+    if q.dtype == mx.float32 or mx.default_device() != mx.Device(mx.cpu):
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)
+    wide = [array.astype(mx.float32) for array in (q, k, v)]
+    return mx.fast.scaled_dot_product_attention(*wide, scale=scale).astype(q.dtype)
+
+
 def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, dtype: mx.Dtype) -> mx.array:
     """Return softmax(scale·q·kᵀ)·v in dtype, (rows, heads, tokens, channels), as q, k and v are shaped."""
     q, k, v = (array.astype(dtype) for array in (q, k, v))
@@ -87,7 +105,7 @@ def _recomputed(scale: float) -> Callable:
         given: list[mx.array] = []
         for begin in range(0, q.shape[2], QUERIES):
             (queries,) = mx.depends([q[:, :, begin : begin + QUERIES]], given[-1:])
-            given.append(mx.fast.scaled_dot_product_attention(queries, k, v, scale=scale))
+            given.append(attended(queries, k, v, scale))
         return mx.concatenate(given, axis=2)
 
     @attend.vjp
@@ -101,12 +119,12 @@ def _recomputed(scale: float) -> Callable:
             rows = (slice(None), slice(None), slice(begin, begin + QUERIES))
             # The next queries wait for these, so that the scores of few tokens are in memory.
             queries, given = mx.depends([q[rows], slope[rows]], of_queries[-1:] + sums)
-            weights = mx.softmax((queries @ k.swapaxes(2, 3)).astype(mx.float32) * scale, axis=-1)
-            of_scores = weights * ((given @ v.swapaxes(2, 3)).astype(mx.float32) - inner[rows])
+            weights = mx.softmax(product(queries, k.swapaxes(2, 3)).astype(mx.float32) * scale, axis=-1)
+            of_scores = weights * (product(given, v.swapaxes(2, 3)).astype(mx.float32) - inner[rows])
             of_scores = (of_scores * scale).astype(dtype)
-            of_queries.append(of_scores @ k)
-            of_keys = (of_scores.swapaxes(2, 3) @ queries).astype(mx.float32)
-            of_values = (weights.astype(dtype).swapaxes(2, 3) @ given).astype(mx.float32)
+            of_queries.append(product(of_scores, k))
+            of_keys = product(of_scores.swapaxes(2, 3), queries).astype(mx.float32)
+            of_values = product(weights.astype(dtype).swapaxes(2, 3), given).astype(mx.float32)
             sums = [sums[0] + of_keys, sums[1] + of_values]
         return mx.concatenate(of_queries, axis=2), sums[0].astype(dtype), sums[1].astype(dtype)
 
