@@ -95,9 +95,9 @@ class Training(ABC):
         """Return the arrays that the rounding method keeps beside α, at the start."""
         return {}
 
-    def changed_share(self) -> float:
-        """Return the share of the weights that no longer round as they did at the start, 0 to 1."""
-        return 0.0
+    def changed_share(self) -> float | None:
+        """Return the share of the weights that no longer round as they did at the start, 0 to 1; None: codes stay."""
+        return None
 
     @abstractmethod
     def measure(self) -> dict[str, Any]:
@@ -304,15 +304,16 @@ def train(
     the iteration's end, and leaves a checkpoint.
     """
     begun = last_saved = time.monotonic()
-    average, changed = None, f"{training.changed_share():.1%}"
+    average, share = None, training.changed_share()
     with finishing("the iteration") as interrupted:
         while training.iteration < training.iters:
             loss = training.step()
             average = loss if average is None else 0.9 * average + 0.1 * loss
             count()
             if training.iteration % 10 == 0:
-                changed = f"{training.changed_share():.1%}"
-            bar.set_postfix(loss=f"{average:.3f}", changed=changed, refresh=False)
+                share = training.changed_share()
+            changed = {} if share is None else {"changed": f"{share:.1%}"}
+            bar.set_postfix(loss=f"{average:.3f}", **changed, refresh=False)
             if interrupted() or time.monotonic() - last_saved > checkpoint_seconds:
                 save()
                 last_saved = time.monotonic()
