@@ -10,6 +10,11 @@ case "$0" in
        [ -z "${!name:-}" ] || { echo "Error: $name=${!name}: this recipe takes the bundled model; runs/sd3_medium.sh takes others" >&2; exit 2; }
      done ;;
 esac
+case "$0" in
+  *emoji_gpu.sh) for name in EFFORT GROUP_SIZE; do
+       [ -z "${!name:-}" ] || { echo "Error: $name=${!name}: this recipe has its own; runs/emoji.sh takes it" >&2; exit 2; }
+     done ;;
+esac
 cd "$(dirname "$0")/.."
 PY=${PYTHON:-.venv/bin/python}
 command -v ${PY%% *} > /dev/null || { echo "Error: $PY: not found; run \`make setup\` first, or give PYTHON=…" >&2; exit 2; }

@@ -3,11 +3,12 @@
 #
 #   runs/emoji.sh [folder]                               the folder of the run (default: calibration_data/demo)
 #   EFFORT=good runs/emoji.sh calibration_data/good      20 to 30 minutes, and better images; EFFORT=best takes hours
+#   GROUP_SIZE=32 runs/emoji.sh calibration_data/gguf    groups that GGUF files need
 set -euo pipefail
 . "$(dirname "$0")/begin.bash"
 DIR=${1:-calibration_data/demo}
 echo "The whole road on the bundled model, effort ${EFFORT:-fast} (on two idle cores fast takes 8 to 11 minutes, good 20 to 30), into $DIR. Ctrl-C and the same command again go on."
-$PY tools/road.py demo "$DIR" ${EFFORT:+effort="$EFFORT"}
+$PY tools/road.py demo "$DIR" ${EFFORT:+effort="$EFFORT"} ${GROUP_SIZE:+group="$GROUP_SIZE"}
 echo
 echo "Done. Open $DIR/report/index.html: what was measured, every image beside its original, and how to go on."
 echo "The quantized model is $DIR/quantized_model; draw with it: $PY draw_images.py --model $DIR/quantized_model \"red heart\""

@@ -112,7 +112,9 @@ def test_files_of_other_bits_lie_side_by_side(run, tmp_path):
     assert (tmp_path / "sd3-emoji-q4_1.gguf").exists()
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\nlicense: apache-2.0\n") and "`sd3-emoji-q5_1.gguf`" in card and "5-bit weights" in card
-    assert "`sd3-emoji-q4_1.gguf`" in card
+    for bits in (4, 5):
+        assert f"original names: w{bits}-rtn-g32, not measured |" in card
+    assert "--variants w5-rtn-g32 --output FOLDER/evaluation_w5-rtn-g32" in card
     done = export(run, "--weights", "w4-rtn", "--output", tmp_path, "--force")
     assert done.exit_code == 0, done.output
     card = (tmp_path / "README.md").read_text(encoding="utf-8")

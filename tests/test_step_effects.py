@@ -94,7 +94,7 @@ def test_the_report_names_the_steps_that_make_the_image(measured):
         {"step": step, "sigma": 0.5, "velocity_error": 0.1, "moves": moves, "left": 0.5}
         for step, moves in enumerate((0.01, 0.02, 0.5, 0.07))
     ]})  # fmt: skip
-    assert effects["sentence"].startswith("Step 2 of 4 makes 80%") and effects_of(None) is None
+    assert effects["sentence"].startswith("Step 2 of 4 (counted from 0) causes 80% of") and effects_of(None) is None
     done = invoke("report_calibration", "--calib-dir", measured)
     assert done.exit_code == 0, done.output
     page = (measured / "report/index.html").read_text()

@@ -47,7 +47,7 @@ ROADS = {
         "cache_adaround_data.py --effort {effort}",
         "collect_layer_activations.py --num-images 6 --stride 2",
         "analyze_activations.py --plot",
-        "optimize_adaround.py --effort {effort}",
+        "optimize_adaround.py --effort {effort} --group-size {group}",
         "export_quantized_model.py",
         "evaluate_quantization.py --num-images 32 --num-steps 20 --batch-size 16 --variants w4-rtn,native,native+a8-token --step-effects 2",
         "draw_images.py 'red heart' 'police car' mango --model {dir}/quantized_model --compare sd3-emoji --num-steps 20 --output {dir}/drawn",
@@ -112,7 +112,7 @@ VALUES: dict[str, dict[str, object]] = {  # of the words in braces, where a call
         "micro": "",
         "blocks": "",
     },
-    "demo": {"effort": "fast"},
+    "demo": {"effort": "fast", "group": ""},
     "emoji_gpu": {"iters": 700},
 }
 DOES = {  # what a script does, for the line before its command
@@ -188,8 +188,10 @@ def refuse_another_run(folder: Path, images: int, effort: str, efforts: Mapping[
     Where there is no run, but there are some nearby, say that a new one begins. efforts: those of the recipe's model.
     """
     if not CalibrationPaths(folder).manifest.exists():
-        if nearby := runs_nearby(folder):
-            click.echo(f"A new run in {folder}{nearby}.")
+        others = [path.name for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
+        if foreign := sorted(set(others) - {"samples", "images", "history.jsonl"}):
+            raise click.UsageError(f"{folder}: holds {foreign[0]} and no run; give a new folder{runs_nearby(folder)}")
+        click.echo(f"A new run in {folder}{runs_nearby(folder)}.")
         return
     with contextlib.suppress(StoreError):  # stage 1 tells what is wrong with the file
         found = read_manifest(folder)["num_images"]

@@ -230,6 +230,9 @@ def main(
         "group": group_size or "",
     }  # fmt: skip
     lines = commands("sd3_medium", folder, **values)
+    if group_size == "32":
+        at = next(number for number, line in enumerate(lines) if line[0] == "export_quantized_model.py")
+        lines.insert(at + 1, [*lines[at], "--format", "gguf"])
     if not plan_only:
         refuse_another_run(folder, number, effort, OF_LARGE_MODELS)
         return run_commands(lines)
@@ -269,7 +272,9 @@ def main(
         f"  {'in all, with the download':32} {total / 1e9:6.1f} GB  {format_seconds(sum(row.seconds for row in rows)):>12}"
     )
     if sum(row.seconds for row in rows) > TOO_LONG and pass_seconds is None:
-        click.echo("  That is too long for this machine: MEMORY=16 PASS_SECONDS=0.7 plan for another one.")
+        click.echo(
+            "  That is too long for this machine: MEMORY=16 PASS_SECONDS=0.7 runs/sd3_medium.sh --plan is a plan for another one."
+        )
     free = shutil.disk_usage(next(each for each in (folder, *folder.parents, Path()) if each.exists())).free
     if total > free:
         click.echo(f"  The disk has {free / 1e9:.1f} GB: give CACHE=… or EFFORT=fast, or another folder.")
@@ -326,7 +331,7 @@ def planned(
         Row(f"2A  {passes} passes", passes * 8.4e6 + 90e6, passes * seconds * COLLECTING, memory),
         Row(f"3W  {depth} blocks, {iters} each, then {last}", 0.53 * weights, learning, f"{format_bytes(peak)} of memory, {at_once} samples at once"),
         Row("5   the 4-bit model", 0.55 * weights, 0, memory),
-        Row(f"4   {machine.judged} images × 4 variants", machine.judged * 4 * (steps + 1) * 2 * latent,
+        Row(f"4   {machine.judged} images, 3 variants", machine.judged * 4 * (steps + 1) * 2 * latent,
             machine.judged * 4 * steps * seconds, memory),
     ]  # fmt: skip
 

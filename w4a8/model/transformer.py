@@ -24,7 +24,10 @@ def open_transformer(info: ModelInfo, headers_only: bool = False) -> MMDiT:
     if info.folder is not None:
         config = read_model_config(info.folder)
         if "quantization" in config:
-            raise ModelError(f"{info.version}: its weights are packed already; quantize the original model's")
+            way = "quantize the original model's"
+            if info.loras:
+                way = "a LoRA is fused in before, by generate_calibration_data.py --lora"
+            raise ModelError(f"{info.version}: its weights are packed already; {way}")
         path = weight_file(info.folder, "mmdit")
         check_weight_file(path)
         names = weight_shapes(path)

@@ -24,6 +24,8 @@ from w4a8.quantized.model import StoredWeights
 from w4a8.report.page import TEMPLATES
 
 MEASURED = re.compile(r"^## Measured\n.*?(?=^## )", re.MULTILINE | re.DOTALL)
+GGUF_ROW = re.compile(r"^\| `(.+?\.gguf)` \| [^|]+ \| (.+?) \|$", re.MULTILINE)
+OTHER_FILES = {".gguf": "the transformer, under the original names", ".safetensors": "DiffusionKit's 4-bit layout"}
 FILE_TABLE = re.compile(r"(^\| file \| bytes \| what \|\n\| --- .*\n)(?:\|.*\n)*", re.MULTILINE)
 
 
@@ -36,8 +38,13 @@ def write_model_card(
     the calibration folder, where stage 4 has measured this run. Beside a model in MLX's layout the card is that model's:
     another layout's files are added to its table, and None is returned. Raises WriteError.
     """
+    said = words_of_gguf(paths)
+    if layout == "gguf":
+        said[exported.name] = (
+            f"the transformer, under the original names: {export.weights_name}, {figure_of(export, calib_dir)}"
+        )
     if layout != "mlx" and paths.config.exists():
-        list_files(paths)
+        list_files(paths, said)
         return None
     info, note = export.info, export.note({})
     groups = f"groups of {note['group_size']}" if note["group_size"] else "one scale per output channel"
@@ -54,7 +61,9 @@ def write_model_card(
         learned=isinstance(export.weights, StoredWeights),
         groups=groups + (", single layers at other bits" if note["layer_bits"] else ""),
         activations=export.rule.exported()["rule"] if export.rule is not None else None,  # type: ignore[index]
-        files=file_rows(paths),
+        files=file_rows(paths, said),
+        weights_name=export.weights_name,
+        variants=",".join(dict.fromkeys((export.weights_name.replace("adaround", "rtn"), export.weights_name))),
         transformer=format_bytes(size.transformer),
         share=f"{size.transformer / size.transformer_float16:.2f}",
         **measured_values(paths, calib_dir, metrics),
@@ -152,28 +161,47 @@ def filled(template: str, **values: Any) -> str:
     return environment.get_template(template).render(values)
 
 
-def list_files(paths: QuantizedModelPaths) -> None:
+def words_of_gguf(paths: QuantizedModelPaths) -> dict[str, str]:
+    """Return {file: what the card says of it} of the GGUF files in the card's table; none where stage 5 wrote no card."""
+    if paths.card not in paths.card_files():
+        return {}
+    found = FILE_TABLE.search(paths.card.read_text(encoding="utf-8"))
+    return dict(GGUF_ROW.findall(found[0])) if found else {}
+
+
+def figure_of(export: ExportSource, calib_dir: Path) -> str:
+    """Return what stage 4 measured of an export's weights, in dB, or that it did not."""
+    metrics = measured(calib_dir)
+    row = metrics["variants"].get(export.weights_name) if metrics is not None else None
+    mean = None if row is None else row["psnr"]["mean"]
+    return "not measured" if row is None else "equal images" if mean is None else f"{mean:.1f} dB"
+
+
+def list_files(paths: QuantizedModelPaths, said: Mapping[str, str]) -> None:
     """Put the files that the folder holds now into the table of its card; the rest of the card stays. Raises WriteError.
 
-    A card that stage 5 did not write is left alone.
+    A card that stage 5 did not write is left alone. said: what is said of the GGUF files.
     """
     if paths.card not in paths.card_files():
         return
-    rows = "".join(f"| `{row['name']}` | {row['size']} | {row['what']} |\n" for row in file_rows(paths))
+    rows = "".join(f"| `{row['name']}` | {row['size']} | {row['what']} |\n" for row in file_rows(paths, said))
     content = paths.card.read_text(encoding="utf-8")
     content = FILE_TABLE.sub(lambda found: found[1] + rows, content, count=1)
     with atomic_path(paths.card) as temporary:
         temporary.write_text(content, encoding="utf-8")
 
 
-def file_rows(paths: QuantizedModelPaths) -> list[dict[str, str]]:
-    """Return a row of the card's table for each file that stage 5 wrote to a folder, in every layout."""
+def file_rows(paths: QuantizedModelPaths, said: Mapping[str, str]) -> list[dict[str, str]]:
+    """Return a row of the card's table for each file that stage 5 wrote to a folder, in every layout.
+
+    said: what is said of the GGUF files, by name.
+    """
     mflux = sorted(file for folder in paths.mflux_files() for file in folder.iterdir())
     rows = []
     for path in [*sorted(paths.owned_files()), *sorted(paths.gguf_files()), *mflux]:
-        what = "the transformer, under the original names" if path.suffix == ".gguf" else FILE_WORDS.get(path.name, "")
+        what = said.get(path.name) or FILE_WORDS.get(path.name, "")
         name, size = path.relative_to(paths.root).as_posix(), format_bytes(path.stat().st_size)
-        rows.append({"name": name, "size": size, "what": what or "DiffusionKit's 4-bit layout"})
+        rows.append({"name": name, "size": size, "what": what or OTHER_FILES[path.suffix]})
     return rows
 
 

@@ -116,7 +116,9 @@ def effects_of(effects: Mapping[str, Any] | None) -> dict[str, Any] | None:
         if sum(row["moves"] for row in steps if row["step"] in chosen) >= MOST_OF_IT * total:
             break
     listed = ", ".join(map(str, sorted(chosen)))
-    said = f"Step{'s' * (len(chosen) > 1)} {listed} of {len(steps)} make{'' if len(chosen) > 1 else 's'} {MOST_OF_IT:.0%} of what all steps do one by one."
+    plural = len(chosen) > 1
+    said = f"Step{'s' * plural} {listed} of {len(steps)} (counted from 0) cause{'s' * (not plural)} {MOST_OF_IT:.0%} "
+    said += "of the change that all steps cause, each alone."
     return {**effects, "sentence": said, "most": ranked[0]["moves"] or 1.0}
 
 

@@ -25,12 +25,13 @@ END_WORDS = (  # a suffix of a part -> words
 )  # fmt: skip
 
 GLOSSARY = (  # words of the page
-    ("fp, w4-rtn, w4-adaround, native", "the original; its weights rounded to the nearest 4-bit code; rounded as was learned; and the model on the disk, as MLX runs it"),
+    ("fp, w4-rtn, w4-adaround, native", "the original; its weights rounded to the nearest 4-bit code; rounded as was learned; and the model on the disk, as MLX runs it: 4-bit weights, 16-bit inputs"),
     ("a8, a8-token", "inputs of the layers at 8 bits, too: with the config's ranges, or with a range of its own for every token"),
     ("PSNR", "how far pixels are from the original's, in dB: more is better"),
     ("SSIM, FLIP", "SSIM compares structure, and 1 is equal; FLIP is the difference that a viewer sees, and 0 is none"),
     ("latent, velocity", "the picture as the transformer sees it before it is decoded, and what the transformer predicts at a step: where the latent moves"),
-    ("group", "weights of a layer that share a scale"),
+    ("code, scale, group", "a weight's integer; what turns it back into a number; and the weights of a layer that share a scale"),
+    ("guidance", "how strongly the prompt steers; every step then computes the picture with and without it"),
     ("sample, held out", "one step of one image; a tenth of the images is held out: learning does not see them, and is judged by them"),
     ("unit", "what learns at once: a block, or the whole model"),
     ("mm5.txt.mlp.fc1", "a layer: the first one of the MLP in the text half (txt; img is the image half) of block 5"),

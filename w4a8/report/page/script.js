@@ -98,7 +98,7 @@ if (page.activations) {
     const most = Math.log(Math.max(...rows.map((layer) => layer.widest), 1e-9)), least = Math.log(Math.max(1e-9, Math.min(...rows.flatMap((layer) => layer.range))));
     const ends = !rows.length ? ["", ""] : shown === "bits" ? ["A4", "A8"] : [least, most].map((end) => Math.exp(end).toPrecision(3));
     ["least", "most"].forEach((id, i) => { element(id).textContent = ends[i]; });
-    element("hover").textContent = rows.length ? "Point at a cell, tap it, or use the arrow keys for its figures." : "No layer of this kind is in this block.";
+    element("hover").textContent = rows.length ? `Point at a cell, tap it, or use the arrow keys for its figures.${width > element("map").clientWidth && element("map").clientWidth ? " Swipe sideways for the later steps." : ""}` : "No layer of this kind is in this block.";
     head.fillStyle = color("--soft");
     head.fillText("step", label - 30, cell.height / 2);
     steps.forEach((step, column) => { if (column % Math.ceil(24 / cell.width) === 0) head.fillText(step, label + cell.width * column + 1, cell.height / 2); });
@@ -140,7 +140,7 @@ if (page.activations) {
   });
   if (layers.length) {
     const [widest] = [...layers].sort(orders.range), [most] = [...layers].sort(orders.outliers);
-    element("look").textContent = `The widest input is ${widest.name}'s, up to ${widest.widest}: the wider a range, the coarser its 255 steps.`
+    element("look").textContent = `The widest input is ${widest.name}'s, up to ${widest.widest}: the wider a range, the coarser its 255 levels.`
       + (most.outliers.length ? ` ${most.name} has most outlier channels, ${most.outliers.length}: they are much wider than the others, and are divided before they are quantized.` : "");
   }
   drawings.push(draw);
