@@ -31,7 +31,7 @@ GROUPS = {  # of options, by the names of their parameters; all others are for e
         "step_effects",
     ),
     "Gate": ("min_psnr", "min_gain", "max_step_error"),
-    "Running": ("resume", "force", "dry_run", "max_bytes", "max_memory", "micro_batch", "checkpoint_seconds", "text_group", "help"),
+    "Running": ("resume", "force", "dry_run", "max_bytes", "max_memory", "micro_batch", "checkpoint_seconds", "text_group"),
 }  # fmt: skip
 
 
@@ -102,7 +102,9 @@ def script_of(function: Callable) -> str:
 
 
 def group_of(parameter: click.Parameter) -> str:
-    """Return the group of an option."""
+    """Return the group of an option. Versions of click differ in the name of --help's parameter."""
+    if "--help" in parameter.opts:
+        return "Running"
     return next((group for group, names in GROUPS.items() if parameter.name in names), EXPERT)
 
 
