@@ -52,6 +52,7 @@ def test_many_samples_are_drawn_from_a_window(cached, monkeypatch):
     assert seen == set(range(4))
     from_files = unit.samples.batch(near[:2])
     unit.samples.keep(near)
+    kept = unit.samples.batch(near[:2])
     monkeypatch.setattr(unit.samples, "_read", None)  # what is kept is not read again
     kept = unit.samples.batch(near[:2])
     for (_, one), (_, other) in zip(tree_flatten(kept), tree_flatten(from_files), strict=True):
@@ -66,8 +67,10 @@ def test_a_sample_is_read_once_an_iteration(cached, monkeypatch):
     spec = BlockUnit.specs(model_layers(mmdit), list(model_blocks(mmdit)))[1]
     samples = Samples.of_stretch(cached, read_cache_metadata(cached), spec.blocks)
     unit = BlockUnit.build(mmdit, spec, samples, Settings(iters=10, batch_size=2, micro_batch=1, activation_bits=0))
-    read, stacked = list[int](), samples._stacked
-    monkeypatch.setattr(samples, "_stacked", lambda indices: read.extend(indices) or stacked(indices))
+    read, unwatched = list[int](), samples._read
+    monkeypatch.setattr(
+        samples, "_read", lambda sample_id: read.append(samples.sample_ids.index(sample_id)) or unwatched(sample_id)
+    )
     state = unit.nearest_state()
     unit.gradients(state, [0, 1], 0, [2, 3])
     unit.gradients(state, [2, 3], 1, [0, 2])

@@ -23,6 +23,7 @@ from w4a8.backend.progress import progress_bar
 from w4a8.model.layers import model_blocks
 from w4a8.passes import SampleId, sample_ids_of
 from w4a8.rounding.block_boundaries import remove_boundaries
+from w4a8.rounding.near_samples import NearSamples
 from w4a8.rounding.quantized_forward import OVERFLOW, original_forward
 from w4a8.rounding.settings import Indices
 from w4a8.rounding.training_samples import SampleBatch, cache_reader, split_samples
@@ -41,7 +42,7 @@ class HeldSamples:
         """Store each sample's rows, MLX arrays on the device or NumPy's on the host, and choose the samples that judge."""
         self.rows, self.holds_velocity = rows, False
         self.held_bytes = sum(array.nbytes for row in rows for array in row if isinstance(array, np.ndarray))
-        self._near: dict[int, list[mx.array]] = {}  # the host's samples that are on the device already
+        self._near = NearSamples(lambda index: list(map(mx.array, self.rows[index])))  # the host's
         self._steps = np.array([list(key_timesteps).index(step) for _, step in sample_ids])
         self.all_steps = range(len(key_timesteps))
         self.training, self.held_out = split_samples([image_id for image_id, _ in sample_ids])
@@ -52,18 +53,21 @@ class HeldSamples:
 
     def batch(self, indices: Indices) -> SampleBatch:
         """Return a batch as TrainingSamples.batch says, but no outputs."""
-        members = zip(*(self._on_device(index) for index in indices), strict=True)
-        *tokens, modulation = [mx.concatenate(list(each)).astype(mx.float32) for each in members]
+        near = iter(self._near.arrays(self._of_host(indices)))
+        # A GPU takes a sample's arrays one by one sooner than one large array.
+        rows = [self.rows[index] if self._is_on_device(index) else next(near) for index in indices]
+        *tokens, modulation = [mx.concatenate(list(each)).astype(mx.float32) for each in zip(*rows, strict=True)]
         return SampleBatch(tokens, modulation, [])
 
     def keep(self, indices: Indices) -> None:
         """Keep samples as TrainingSamples.keep says; those on the device are there anyway."""
-        self._near = {index: self._on_device(index) for index in indices} if self.held_bytes else {}
+        self._near.keep(self._of_host(indices))
 
-    def _on_device(self, index: int) -> list[mx.array]:
-        # A GPU takes a sample's arrays one by one sooner than one large array.
-        rows = self._near.get(index) or self.rows[index]
-        return [array if isinstance(array, mx.array) else mx.array(array) for array in rows]
+    def _is_on_device(self, index: int) -> bool:
+        return isinstance(self.rows[index][0], mx.array)
+
+    def _of_host(self, indices: Indices) -> list[int]:
+        return [index for index in indices if not self._is_on_device(index)]
 
 
 class HeldBoundaries:
@@ -100,7 +104,6 @@ class HeldBoundaries:
         index = self._blocks.index(block)
         if self._held is None or index < self._at:
             self._held, self._at = self._read(self._ids), 0
-        self._held.keep(())  # those that it has are of the block before
         while self._at < index:
             self._walk(self._opened(), self._blocks[self._at], self._held)
             self._at += 1
@@ -130,14 +133,15 @@ class HeldBoundaries:
     def _walk(self, mmdit: nn.Module, name: str, held: HeldSamples) -> None:
         """Replace the inputs of a block by what it gives. Raises StoreError where a token is not finite."""
         block, rows = model_blocks(mmdit)[name], held.rows
+        parts = [range(begin, min(begin + self._chunk, len(rows))) for begin in range(0, len(rows), self._chunk)]
         forward = original_forward([block], self._products)
         with (
             forward.installed(mmdit, [block]),
             BackgroundWriter(pending=2, threads=2) as writer,  # brings tokens to the host while the next ones are made
             progress_bar(len(rows), f"{name} of every sample", "sample", leave=False) as bar,
         ):
-            for begin in range(0, len(rows), self._chunk):
-                part = range(begin, min(begin + self._chunk, len(rows)))
+            for part, following in zip(parts, [*parts[1:], range(0)], strict=True):
+                held.keep([*part, *following])
                 tokens, modulation, _ = held.batch(part)
                 given = [array.astype(self._dtype) for array in block.run(tokens, modulation)]
                 finite = mx.stack([mx.isfinite(array).all() for array in given]).all()
@@ -152,6 +156,7 @@ class HeldBoundaries:
                     writer.submit(replace_rows, rows, part, of_host, given, True)
                 bar.update(len(part))
             writer.drain()
+            held.keep(())  # the samples that it has near are of the block before
 
 
 def held_bytes(cache: Mapping[str, Any], dtype: mx.Dtype) -> int:

@@ -18,11 +18,13 @@ from calibration_store.block_cache import (
 )
 from calibration_store.errors import StoreError
 from calibration_store.layout import BlockCachePaths, BoundaryPaths
+from w4a8.backend.blas import cores
 from w4a8.backend.memory import device_memory
 from w4a8.backend.parallel import on_every_core
 from w4a8.backend.processes import SINGLE_PROCESS, SingleProcess
 from w4a8.model.diffusionkit import MMDiTConfig
 from w4a8.passes import SampleId, sample_ids_of
+from w4a8.rounding.near_samples import NearSamples
 from w4a8.rounding.settings import Indices
 
 HELD_OUT, MOST_HELD_OUT = 0.1, 32  # share and largest number of the images that are never trained on: they judge
@@ -68,7 +70,7 @@ class TrainingSamples(Protocol):
         """Return inputs, modulation input and outputs of these samples."""
 
     def keep(self, indices: Indices) -> None:
-        """Have these samples, which are drawn from next, in memory, and no others; called while a GPU computes."""
+        """Begin to bring these samples, which are drawn from next, into memory in this order, and let all others go."""
 
 
 # Share of the device's memory that samples may take, and bytes in all; more samples stay in their files.
@@ -100,7 +102,7 @@ class Samples:
         self._read, self._inputs, self._arrays = read, inputs, arrays
         self._steps = np.array([list(key_timesteps).index(step) for _, step in sample_ids])
         self.all_steps = range(len(key_timesteps))
-        self._near: dict[int, list[mx.array]] = {}  # the samples that `keep` has in memory
+        self._near = NearSamples(self._brought, threads=cores())  # mapped pages come one by one
         self.training, self.held_out = split_samples([image_id for image_id, _ in sample_ids])
 
     @classmethod
@@ -163,34 +165,25 @@ class Samples:
         if self._arrays:
             found = [rows.astype(mx.float32) for rows in self._picked(np.asarray(indices))]
         else:
-            if all(index in self._near for index in indices):
-                members = zip(*(self._near[index] for index in indices), strict=True)
-                rows = [mx.concatenate(list(each)) for each in members]
-            else:
-                rows = [mx.array(each) for each in self._stacked(indices)]
-            found = [array.astype(mx.float32) for array in rows]
+            members = zip(*self._near.arrays(indices), strict=True)
+            found = [mx.concatenate(list(each)).astype(mx.float32) for each in members]
         *tokens, modulation = found[: self._inputs + 1]
         return SampleBatch(tokens, modulation, found[self._inputs + 1 :])
 
     def keep(self, indices: Indices) -> None:
         """Keep samples as TrainingSamples.keep says."""
-        if self._arrays or not len(indices):
-            return
-        kept = {index: self._near[index] for index in indices if index in self._near}
-        new = [index for index in indices if index not in kept]
-        if new:
-            parts = [np.split(rows, len(new)) for rows in self._stacked(new)]
-            kept |= {index: list(map(mx.array, arrays)) for index, *arrays in zip(new, *parts, strict=True)}
-        self._near = kept
+        if not self._arrays:
+            self._near.keep(indices)
+
+    def _brought(self, index: int) -> list[mx.array]:
+        # NumPy reads the mapped pages, because it lets other threads run meanwhile.
+        return [mx.array(np.array(member)) for member in self._read(self.sample_ids[index])]
 
     def _picked(self, indices: np.ndarray) -> list[mx.array]:
         """Return rows of the arrays in memory, one sample below the other."""
         on_device = mx.array(indices)
         picked = (array[on_device if isinstance(array, mx.array) else indices] for array in self._arrays)
         return [mx.array(array.reshape(-1, *array.shape[2:])) for array in picked]
-
-    def _stacked(self, indices: Indices) -> list[np.ndarray]:
-        return stacked(self._read, [self.sample_ids[index] for index in indices])
 
 
 def stacked(read: Reader, sample_ids: Sequence[SampleId]) -> list[np.ndarray]:

@@ -180,7 +180,9 @@ class Unit:
         ranks, chunks = self.ranks, self.settings.micro_batches(indices)
         totals: list[list[float]] = [[] for _ in states]
         for start in range(0, len(chunks), ranks.size):
-            chosen = chunks[min(start + ranks.rank, len(chunks) - 1)]  # a rank without one does the last again
+            last = len(chunks) - 1  # a rank without a chunk does the last one again
+            chosen, following = (chunks[min(at + ranks.rank, last)] for at in (start, start + ranks.size))
+            self.samples.keep(list(dict.fromkeys([*chosen, *following])))
             batch = self.samples.batch(chosen)
             if not batch.outputs:
                 batch = batch._replace(outputs=self.targets(batch))
@@ -225,6 +227,8 @@ class Unit:
         own = self.ranks.owned_indices(len(parts))
 
         def found_of(numbers: Sequence[int]) -> list[tuple[mx.array, Gradients]]:
+            left = [index for number in own if number >= min(numbers, default=0) for index in parts[number]]
+            self.samples.keep(list(dict.fromkeys([*left, *near])))
             found = []
             for number, stream in zip(numbers, streams, strict=False):
                 part = parts[number]
@@ -234,10 +238,6 @@ class Unit:
                     share = len(part) / len(indices)
                     given = loss_of(parameters, batch, step_rows(self.samples, part, batch.modulation), key)
                     found.append(tree_map(partial(mx.multiply, share), given))
-            mx.async_eval(found)
-            left = [number for number in own if number > max(numbers, default=-1)]
-            later = [index for number in left for index in parts[number]]  # of this iteration
-            self.samples.keep(list(dict.fromkeys([*later, *near])))
             mx.eval(found)
             return found
 
