@@ -72,8 +72,10 @@ def test_a_sample_is_read_once_an_iteration(cached, monkeypatch):
         samples, "_read", lambda sample_id: read.append(samples.sample_ids.index(sample_id)) or unwatched(sample_id)
     )
     state = unit.nearest_state()
+    samples.keep([])  # those that the norms were measured on
     unit.gradients(state, [0, 1], 0, [2, 3])
     unit.gradients(state, [2, 3], 1, [0, 2])
+    samples.batch([0, 2])
     assert sorted(read) == [0, 0, 1, 2, 3]  # 0 twice: it had been let go
 
 
