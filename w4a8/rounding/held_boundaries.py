@@ -141,10 +141,10 @@ class HeldBoundaries:
             progress_bar(len(rows), f"{name} of every sample", "sample", leave=False) as bar,
         ):
             for part, following in zip(parts, [*parts[1:], range(0)], strict=True):
-                held.keep([*part, *following])
                 tokens, modulation, _ = held.batch(part)
                 given = [array.astype(self._dtype) for array in block.run(tokens, modulation)]
                 finite = mx.stack([mx.isfinite(array).all() for array in given]).all()
+                held.keep(following)
                 mx.eval(given, finite)
                 if not finite.item():
                     raise StoreError(f"{name}: {OVERFLOW}")

@@ -75,6 +75,7 @@ class TrainingSamples(Protocol):
 
 # Share of the device's memory that samples may take, and bytes in all; more samples stay in their files.
 SAMPLES_SHARE, MOST_SAMPLES = 0.25, 4e9
+WORTH_THREADS = 2**23  # bytes of arrays that are read on every core
 
 
 def fit_in_memory(num_bytes: int) -> bool:
@@ -189,15 +190,16 @@ class Samples:
 def stacked(read: Reader, sample_ids: Sequence[SampleId]) -> list[np.ndarray]:
     """Return the arrays of some samples, rows one below the other.
 
-    They are read on every core, since mapped pages come one by one.
+    Many bytes are read on every core, since mapped pages come one by one; a few are read sooner than threads start.
     """
     arrays = [np.empty((len(sample_ids), *member.shape), member.dtype) for member in read(sample_ids[0])]
+    every = on_every_core if sum(array.nbytes for array in arrays) > WORTH_THREADS else map
 
     def copy(at: int) -> None:
         for array, member in zip(arrays, read(sample_ids[at]), strict=True):
             array[at] = member
 
-    for _ in on_every_core(copy, range(len(sample_ids))):
+    for _ in every(copy, range(len(sample_ids))):
         pass
     return [array.reshape(-1, *array.shape[2:]) for array in arrays]
 

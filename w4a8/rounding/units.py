@@ -227,8 +227,6 @@ class Unit:
         own = self.ranks.owned_indices(len(parts))
 
         def found_of(numbers: Sequence[int]) -> list[tuple[mx.array, Gradients]]:
-            left = [index for number in own if number >= min(numbers, default=0) for index in parts[number]]
-            self.samples.keep(list(dict.fromkeys([*left, *near])))
             found = []
             for number, stream in zip(numbers, streams, strict=False):
                 part = parts[number]
@@ -238,6 +236,9 @@ class Unit:
                     share = len(part) / len(indices)
                     given = loss_of(parameters, batch, step_rows(self.samples, part, batch.modulation), key)
                     found.append(tree_map(partial(mx.multiply, share), given))
+            left = [number for number in own if number > max(numbers, default=-1)]
+            later = [index for number in left for index in parts[number]]  # of this iteration
+            self.samples.keep(list(dict.fromkeys([*later, *near])))  # now, since Python is free while MLX evaluates
             mx.eval(found)
             return found
 
