@@ -30,7 +30,6 @@ from w4a8.rounding.quantized_forward import original_forward
 from w4a8.rounding.training_samples import Reader, Samples, cache_reader, fit_in_memory, reader, stacked
 
 BOUNDARIES_AT_ONCE = 3  # that are held or on the disk at the same time
-ENTRY, MODULATION = "before the first block", "modulation"
 REMEDY = "run optimize_adaround.py with --resume to make it anew"
 
 
@@ -59,9 +58,10 @@ class BlockBoundaries:
         self.sample_ids = sample_ids_of(cache)
         self._whole: set[str] = set()  # blocks whose boundary this process has made, or seen to be whole
         self._in_memory = ranks.size == 1 and fit_in_memory(BOUNDARIES_AT_ONCE * self._largest())
-        # In memory, by block, the tokens that it gives in the order of its keys; by ENTRY those that the first block takes,
-        # by MODULATION what all blocks take. An array is (samples, rows, …).
-        self._held: dict[str, list[np.ndarray]] = {}
+        self._held: dict[
+            str, dict[SampleId, list[np.ndarray]]
+        ] = {}  # in memory, by block: tokens in the order of its keys
+        self._modulations: dict[SampleId, list[np.ndarray]] = {}
 
     def samples(self, mmdit: nn.Module, block: str) -> Samples:
         """Return the samples that a block is trained on.
@@ -72,18 +72,12 @@ class BlockBoundaries:
         self._make(mmdit, block)
         kept = {self.paths.boundary(name).root for name in (before, block) if name}
         self._remove([each for each in self.paths.boundaries if each.root not in kept])
-        if before:
-            self._held.pop(ENTRY, None)  # no later block takes them
-        count = len(self._keys(before) if before else block_keys(self.cache, block)[0])
-        if self._in_memory:
-            arrays = [*self._entering(block), *self._modulation_rows(), *self._held[block]]
-            return Samples.of_arrays(self.sample_ids, arrays, self.cache["key_timesteps"], count)
         modulation, inputs, outputs = self._modulation(), self._inputs(block), self._boundary(block)
         return Samples.load(
             self.sample_ids,
             lambda sample_id: [*inputs(sample_id), *modulation(sample_id), *outputs(sample_id)],
             self.cache["key_timesteps"],
-            inputs=count,
+            inputs=len(self._keys(before) if before else block_keys(self.cache, block)[0]),
         )
 
     def few(self, mmdit: nn.Module, count: int) -> Samples:
@@ -104,7 +98,6 @@ class BlockBoundaries:
     def finish(self) -> None:
         """Remove all boundaries that are left."""
         self._remove(self.paths.boundaries)
-        self._held.clear()
 
     def memory_bytes(self) -> int:
         """Return the bytes of the device's memory that all samples take: none, since files hold them."""
@@ -142,32 +135,28 @@ class BlockBoundaries:
         return self._boundary(before)
 
     def _modulation(self) -> Reader:
-        """Return a reader of the modulation inputs, which all blocks share."""
-        return cache_reader(self.paths.calib_dir, self.cache, ["modulation_input"])
+        """Return a reader of the modulation inputs, which all blocks share; in memory each of them is read once."""
+        read = cache_reader(self.paths.calib_dir, self.cache, ["modulation_input"])
+        if not self._in_memory:
+            return read
+
+        def kept(sample_id: SampleId) -> list[np.ndarray]:
+            if sample_id not in self._modulations:
+                self._modulations[sample_id] = [np.array(array) for array in read(sample_id)]
+            return self._modulations[sample_id]
+
+        return kept
 
     def _boundary(self, block: str) -> Reader:
-        """Return a reader of the tokens that a block gives, mapped."""
+        """Return a reader of the tokens that a block gives, mapped or in memory."""
+        if self._in_memory:
+            return self._held[block].__getitem__
         return reader(
             self.paths.boundary(block),
             {key: self.shapes[key] for key in self._keys(block)},
             REMEDY,
             self.dtype,
         )
-
-    def _entering(self, block: str) -> list[np.ndarray]:
-        """Return all samples' input tokens of a block, in memory."""
-        before = self._before(block)
-        return self._held[before] if before else self._read_once(ENTRY, self._inputs(block))
-
-    def _modulation_rows(self) -> list[np.ndarray]:
-        """Return all samples' modulation inputs, in memory."""
-        return self._read_once(MODULATION, self._modulation())
-
-    def _read_once(self, name: str, read: Reader) -> list[np.ndarray]:
-        if name not in self._held:
-            rows = stacked(read, self.sample_ids)
-            self._held[name] = [array.reshape(len(self.sample_ids), -1, *array.shape[1:]) for array in rows]
-        return self._held[name]
 
     # how boundaries are made
 
@@ -185,9 +174,7 @@ class BlockBoundaries:
         before = self._before(block)
         if before is not None:
             self._make(mmdit, before)
-        if self._in_memory:
-            count = len(self.sample_ids)
-            self._held[block] = [np.empty((count, *self.shapes[key]), self.dtype) for key in keys]
+        self._held[block] = {}
         with (
             progress_bar(len(self.sample_ids), f"{block} of every sample", "sample", leave=False) as bar,
             BackgroundWriter(pending=2, threads=min(4, blas.cores())) as writer,
@@ -213,10 +200,6 @@ class BlockBoundaries:
 
     def _given(self, block: str, chunk: Sequence[SampleId]) -> list[mx.array]:
         """Return a block's inputs for some samples, rows one below the other: its tokens, and the modulation input."""
-        if self._in_memory:
-            begin = self.sample_ids.index(chunk[0])
-            held = (array[begin : begin + len(chunk)] for array in (*self._entering(block), *self._modulation_rows()))
-            return [mx.array(rows.reshape(-1, *rows.shape[2:])) for rows in held]
         return [mx.array(rows) for read in (self._inputs(block), self._modulation()) for rows in stacked(read, chunk)]
 
     def _run(self, mmdit: nn.Module, block: str, given: Sequence[mx.array]) -> list[mx.array]:
@@ -233,16 +216,14 @@ class BlockBoundaries:
         for key, array in tokens.items():
             if not np.isfinite(array).all():
                 raise StoreError(f"{block}: {key} does not fit {self.dtype}, or is not finite")
-        if self._in_memory:
-            begin = self.sample_ids.index(chunk[0])
-            for held, array in zip(self._held[block], tokens.values(), strict=True):
-                held[begin : begin + len(chunk)] = array.reshape(len(chunk), *held.shape[1:])
-            return
         for index, sample_id in enumerate(chunk):
             rows = {
                 key: array[slice(*np.array([index, index + 1]) * (len(array) // len(chunk)))]
                 for key, array in tokens.items()
             }
+            if self._in_memory:
+                self._held[block][sample_id] = list(rows.values())
+                continue
             arrays = cached_sample_arrays(*sample_id, rows, self.run)
             write_npz(boundary.sample(*sample_id), arrays, durable=False)  # it is checked when it is read again
 
@@ -263,7 +244,7 @@ class BlockBoundaries:
             remove_boundaries(boundaries)
         for boundary in boundaries:
             self._whole = {each for each in self._whole if self.paths.boundary(each).root != boundary.root}
-        self._held = {name: found for name, found in self._held.items() if name in {*self._whole, ENTRY, MODULATION}}
+        self._held = {block: found for block, found in self._held.items() if block in self._whole}
 
 
 def remove_boundaries(boundaries: Sequence[BoundaryPaths]) -> None:

@@ -118,27 +118,15 @@ class Samples:
         """
         first = read(sample_ids[0])
         num_bytes = len(sample_ids) * sum(member.nbytes for member in first)
-        arrays: Sequence[np.ndarray] | Sequence[mx.array] = []
+        arrays: list[np.ndarray] | list[mx.array] = []
         if fit_in_memory(num_bytes):
-            filled = [np.empty((len(sample_ids), *member.shape), member.dtype) for member in first]
+            arrays = filled = [np.empty((len(sample_ids), *member.shape), member.dtype) for member in first]
             for index, sample_id in enumerate(sample_ids):
                 for array, member in zip(filled, read(sample_id), strict=True):
                     array[index] = member
-            arrays = on_device(filled)
+            if mx.default_device() != mx.Device(mx.cpu):
+                arrays = [mx.array(array) for array in filled]
         return cls(sample_ids, read, key_timesteps, inputs, num_bytes, arrays, holds_velocity)
-
-    @classmethod
-    def of_arrays(
-        cls, sample_ids: Sequence[SampleId], arrays: Sequence[np.ndarray], key_timesteps: Sequence[int], inputs: int
-    ) -> "Samples":
-        """Return samples whose arrays, (samples, …) each, are in the host's memory; the device has them, too, if they fit."""
-        num_bytes, numbers = sum(array.nbytes for array in arrays), {each: at for at, each in enumerate(sample_ids)}
-        fitting = on_device(arrays) if fit_in_memory(num_bytes) else arrays
-
-        def read(sample_id: SampleId) -> list[np.ndarray]:
-            return [array[numbers[sample_id]] for array in arrays]
-
-        return cls(sample_ids, read, key_timesteps, inputs, num_bytes, fitting)
 
     @classmethod
     def of_cache(cls, calib_dir: Path, cache: Mapping[str, Any], mmdit: nn.Module, blocks: Sequence[str]) -> "Samples":
@@ -197,11 +185,6 @@ class Samples:
         on_device = mx.array(indices)
         picked = (array[on_device if isinstance(array, mx.array) else indices] for array in self._arrays)
         return [mx.array(array.reshape(-1, *array.shape[2:])) for array in picked]
-
-
-def on_device(arrays: Sequence[np.ndarray]) -> Sequence[np.ndarray] | Sequence[mx.array]:
-    """Return the arrays in the GPU's memory; as they are where there is no GPU."""
-    return arrays if mx.default_device() == mx.Device(mx.cpu) else list(map(mx.array, arrays))
 
 
 def stacked(read: Reader, sample_ids: Sequence[SampleId]) -> list[np.ndarray]:
