@@ -8,9 +8,4 @@ set -euo pipefail
 . "$(dirname "$0")/begin.bash"
 DIR=${1:-calibration_data/demo}
 echo "The whole road on the bundled model, effort ${EFFORT:-fast} (on two idle cores fast takes 8 to 11 minutes, good 20 to 30), into $DIR. Ctrl-C and the same command again go on."
-$PY tools/road.py demo "$DIR" ${EFFORT:+effort="$EFFORT"} ${GROUP_SIZE:+group="$GROUP_SIZE"}
-echo
-echo "Done. Open $DIR/report/index.html: what was measured, every image beside its original, and how to go on."
-echo "The quantized model is $DIR/quantized_model; draw with it: $PY draw_images.py --model $DIR/quantized_model \"red heart\""
-echo "It knows captions of emoji in lower case, without commas: models/sd3-emoji/captions.txt has all 3,764."
-echo "$DIR/drawn/compare.png has images of it beside the original's; docs/formats.md explains every file."
+exec $PY tools/road.py demo "$DIR" ${EFFORT:+effort="$EFFORT"} ${GROUP_SIZE:+group="$GROUP_SIZE"}

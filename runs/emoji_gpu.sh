@@ -5,4 +5,4 @@
 set -euo pipefail
 . "$(dirname "$0")/begin.bash"
 DIR=${1:-calibration_data/emoji_gpu}
-$PY tools/road.py emoji_gpu "$DIR" ${ITERS:+iters="$ITERS"}
+exec $PY tools/road.py emoji_gpu "$DIR" ${ITERS:+iters="$ITERS"}

@@ -16,7 +16,4 @@ set -euo pipefail
 PLAN=; [ "${1:-}" = --plan ] && { PLAN=--plan; shift; }
 . "$(dirname "$0")/begin.bash"
 DIR=${1:-calibration_data/sd3_medium}
-$PY tools/sd3_medium.py $PLAN "$DIR"
-[ -n "$PLAN" ] && exit 0
-echo
-echo "Done. Open $DIR/report/index.html. Draw: $PY draw_images.py --model $DIR/quantized_model \"your prompt\""
+exec $PY tools/sd3_medium.py $PLAN "$DIR"

@@ -229,21 +229,38 @@ def test_a_finished_road_goes_on_without_changing_its_files(rehearsed):
     assert len(data) > 20 and [name for name in data if before[name] != after[name]] == []
 
 
-@pytest.mark.slow
-def test_ctrl_c_is_the_stages(tmp_path):
-    """The stage says what it keeps; the road ends with its exit code, and begins no other stage."""
-    command = [sys.executable, "tools/road.py", "tiny", tmp_path / "run", "images=60", "steps=20"]
+def begun_road(folder, *values):
+    """Start the road "tiny" in a session of its own, and return its process when stage 1 has begun."""
+    command = [sys.executable, "tools/road.py", "tiny", folder, *values]
     pipe = subprocess.PIPE
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, start_new_session=True, preexec_fn=interruptible
     )
-    while not (tmp_path / "run/samples").exists():
+    while not (folder / "samples").exists():
         assert process.poll() is None
         time.sleep(0.05)
+    return process
+
+
+@pytest.mark.slow
+def test_ctrl_c_is_the_stages(tmp_path):
+    """The stage says what it keeps; the road ends with its exit code, and begins no other stage."""
+    process = begun_road(tmp_path / "run", "images=60", "steps=20")
     os.killpg(process.pid, signal.SIGINT)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in errors
     assert errors.count("Error: interrupted: ") == 1 and output.count("\n$ ") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "images"), [(signal.SIGTERM, 600), (signal.SIGINT, 2)])
+def test_a_signal_for_the_road_alone(tmp_path, number, images):
+    """SIGTERM ends the stage with it, at once; SIGINT lets the stage finish. No other stage begins."""
+    process = begun_road(tmp_path / "run", f"images={images}", "steps=20")
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=60)  # a stage that is left would keep the pipes open
+    assert process.returncode == 128 + number and output.count("\n$ ") == 1
+    assert errors.endswith("Stopped: the same command goes on where it was.\n"), errors
 
 
 @pytest.mark.slow

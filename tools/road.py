@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import FrameType
 
 import click
 
@@ -115,6 +116,11 @@ VALUES: dict[str, dict[str, object]] = {  # of the words in braces, where a call
     "demo": {"effort": "fast", "group": ""},
     "emoji_gpu": {"iters": 700},
 }
+DONE = """
+Done. Open {dir}/report/index.html: what was measured, every image beside its original, and how to go on.
+The quantized model is {dir}/quantized_model; draw with it: {python} draw_images.py --model {dir}/quantized_model "red heart"
+It knows captions of emoji in lower case, without commas: models/sd3-emoji/captions.txt has all 3,764.
+{dir}/drawn/compare.png has images of it beside the original's; docs/formats.md explains every file."""  # of the demo
 DOES = {  # what a script does, for the line before its command
     "generate_calibration_data.py": "stage 1, draw prompts and keep the latents",
     "tools/contact_sheet.py": "put the pictures on one sheet",
@@ -179,7 +185,10 @@ def main(road: str, folder: Path, values: tuple[str, ...]) -> int:
         if effort not in OF_SMALL_MODELS:
             raise click.UsageError(f"EFFORT={effort}: one of {', '.join(OF_SMALL_MODELS)}")
         refuse_another_run(folder, OF_SMALL_MODELS[effort].num_images, effort, OF_SMALL_MODELS)
-    return run_commands(lines)
+    code = run_commands(lines)
+    if road == "demo" and not code:
+        click.echo(DONE.format(dir=folder, python=interpreter()))
+    return code
 
 
 def refuse_another_run(folder: Path, images: int, effort: str, efforts: Mapping[str, Effort]) -> None:
@@ -204,18 +213,37 @@ def refuse_another_run(folder: Path, images: int, effort: str, efforts: Mapping[
 
 
 def run_commands(lines: list[list[str]]) -> int:
-    """Run a road's commands, each printed before, and return the first code that is not 0."""
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is the stage's: it finishes, and says how to go on
-    for number, line in enumerate(lines, 1):
-        click.echo(f"step {number} of {len(lines)}: {DOES[line[0]]}", err=True)
+    """Run a road's commands, each printed before, and return the first code that is not 0.
+
+    Ctrl-C is the stage's, which finishes and says how to go on; where this process alone gets SIGINT, it begins no other
+    stage. SIGTERM ends the stage, too.
+    """
+    signals: list[int] = []
+    running: list[subprocess.Popen] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        signals.append(number)
+        if number == signal.SIGTERM and running:
+            running[0].terminate()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, note)
+    for position, line in enumerate(lines, 1):
+        click.echo(f"step {position} of {len(lines)}: {DOES[line[0]]}", err=True)
         command = [*line, *again(line[0])]
         click.echo(f"\n$ {interpreter()} {shlex.join(command)}")
-        code = subprocess.run([sys.executable, *command], cwd=ROOT, env=os.environ | {IN_A_ROAD: "1"}).returncode
-        if code in (130, -signal.SIGINT):
+        running = [subprocess.Popen([sys.executable, *command], cwd=ROOT, env=os.environ | {IN_A_ROAD: "1"})]
+        if signal.SIGTERM in signals:  # it came before there was a stage to end
+            running[0].terminate()
+        code = running[0].wait()
+        code = code if code >= 0 else 128 - code
+        if signals and not code:
+            code = 128 + signals[0]
+        if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
             click.echo("Stopped: the same command goes on where it was.", err=True)
         if code:
-            return code if code > 0 else 128 - code
+            return code
     return 0
 
 

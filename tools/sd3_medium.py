@@ -235,7 +235,13 @@ def main(
         lines.insert(at + 1, [*lines[at], "--format", "gguf"])
     if not plan_only:
         refuse_another_run(folder, number, effort, OF_LARGE_MODELS)
-        return run_commands(lines)
+        code = run_commands(lines)
+        if not code:
+            click.echo(
+                f"\nDone. Open {folder}/report/index.html. Draw: {interpreter()} draw_images.py --model {folder}/quantized_model "
+                '"your prompt"'
+            )
+        return code
     seconds = timed_pass(plan_for) if pass_seconds is None else pass_seconds
     rounded = "" if known == size else f" (of {known:.3g})"
     rounded += ", this machine's" if memory is None else ""
