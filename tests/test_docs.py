@@ -77,7 +77,7 @@ def test_commands_in_sources_exist():
 @pytest.mark.parametrize("recipe", sorted(path.name for path in (ROOT / "runs").glob("*.sh")))
 def test_recipes_run_a_road(recipe):
     text = (ROOT / "runs" / recipe).read_text()
-    (road,) = re.findall(r"^\$PY tools/(?:road\.py (?=\w+ )|(?=sd3_medium\.py))(\w+)", text, re.MULTILINE)
+    (road,) = re.findall(r"^exec \$PY tools/(?:road\.py (?=\w+ )|(?=sd3_medium\.py))(\w+)", text, re.MULTILINE)
     assert len(ROADS[road]) >= 4
 
 
