@@ -23,7 +23,7 @@ LAUNCHER = Path(sys.executable).with_name("mlx.launch")
 FOLDER = "THE FOLDER"
 ROAD = commands("tiny", FOLDER, images=3, steps=3, used=3, batch=3, micro=1, blocks="mm0")
 GENERATE, CACHE, COLLECT, ANALYZE, _, OPTIMIZE, _, EVALUATE, *_ = ROAD
-EVALUATE += ["--num-images", "3", "--batch-size", "2", "--num-steps", "2"]
+EVALUATE += ["--num-images", "3", "--batch-size", "2"]
 STAGES = (GENERATE, CACHE, COLLECT, OPTIMIZE, EVALUATE)
 
 

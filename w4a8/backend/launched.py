@@ -50,7 +50,7 @@ class LaunchedProcesses(SingleProcess):
         self._closed = threading.Event()
         self._run = f"{self.from_rank_0(secrets.randbits(30)):08x}"
         self._peers = [_Peer(self._path(rank)) for rank in range(self.size) if rank != self.rank]
-        self._pipe = _wakeups()
+        self._pipe, self._wakeups = _wakeups()
         try:
             self._beat()
         except OSError as error:
@@ -127,6 +127,7 @@ class LaunchedProcesses(SingleProcess):
     def close(self) -> None:
         """End the watch and remove this rank's sign; every rank is done, and nobody waits for this one any more."""
         self._closed.set()
+        os.write(self._wakeups, b"\0")  # the watch need not wait for its next sign
         self._watch.join()
         remove_signs(self._folder, [self._path(self.rank)])
 
@@ -297,8 +298,8 @@ class _Peer:
         return self._waits[1] if collective and self._waits[0] == collective else None
 
 
-def _wakeups() -> int:
-    """Return a pipe that tells which signals came, also while the main thread waits in a collective.
+def _wakeups() -> tuple[int, int]:
+    """Return both ends of a pipe that tells which signals came, also while the main thread waits in a collective.
 
     SIGTERM by itself no longer ends the process.
     """
@@ -306,7 +307,7 @@ def _wakeups() -> int:
     os.set_blocking(writing, False)
     signal.signal(signal.SIGTERM, lambda signum, frame: None)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    return reading
+    return reading, writing
 
 
 def join(folder: Path) -> SingleProcess:
