@@ -18,12 +18,22 @@ from calibration_store.rest_weights import read_rest
 from calibration_store.weights import read_quantized_block
 from w4a8.model.catalog import BUNDLED_FOLDER
 from w4a8.model.folder import load_folder_transformer
-from w4a8.model.layers import model_layers
+from w4a8.model.layers import model_blocks, model_layers
 from w4a8.options import RoundingOptions
 from w4a8.quantized.layer import QuantizedLayer
 from w4a8.rounding.final_phase import FinalPhase, before_phase
 from w4a8.rounding.finished_latents import FinishedLatents
-from w4a8.rounding.rest import EVERYTHING, VECTORS, bytes_of_rest, deployed_rest, nearest_dense, rest_places, size_of
+from w4a8.rounding.rest import (
+    EVERYTHING,
+    VECTORS,
+    bytes_of_rest,
+    deployed_rest,
+    narrow_untrained,
+    nearest_dense,
+    rest_places,
+    size_of,
+    untrained_matrices,
+)
 from w4a8.rounding.run import choose_end_to_end
 from w4a8.rounding.units import UnitSpec
 from w4a8.rounding.whole_model import WholeModel
@@ -45,6 +55,20 @@ def ends(tmp_path_factory):
 @pytest.fixture(scope="module")
 def transformer():
     return load_folder_transformer(BUNDLED_FOLDER, mx.float32)
+
+
+def test_matrices_that_no_phase_trains_take_16_bits():
+    """They are stored so, and a block gives the same float32 tokens with them."""
+    mmdit = load_folder_transformer(BUNDLED_FOLDER, mx.float32)
+    block, hidden = model_blocks(mmdit)["mm1"], mmdit.config.hidden_size
+    *tokens, modulation = (mx.random.normal((2, count, 1, hidden), key=mx.random.key(count)) for count in (12, 5, 1))
+    before = block.run(tokens, modulation)
+    assert untrained_matrices(mmdit, EVERYTHING) == []
+    narrow_untrained(mmdit, VECTORS, mx.float16)
+    found = [place.owner[place.key] for place in untrained_matrices(mmdit, VECTORS)]
+    assert len(found) == 2 * len(model_blocks(mmdit)) and all(array.dtype == mx.float16 for array in found)
+    for one, other in zip(block.run(tokens, modulation), before, strict=True):
+        assert one.dtype == mx.float32 and mx.array_equal(one, other)
 
 
 @pytest.fixture(scope="module")

@@ -19,16 +19,17 @@ from calibration_store.rest_weights import read_rest, write_rest
 from calibration_store.rounding_checkpoint import Layers
 from calibration_store.weights import read_losses, read_quantized_block, write_losses, write_quantized_block
 from w4a8.backend.parallel import working_cores
-from w4a8.model.layers import num_weights
+from w4a8.model.layers import half_dtype, num_weights
 from w4a8.quantized.layer import deployed_grid
 from w4a8.rounding.finished_latents import UNROLLED, FinishedLatents, LastSteps, read_ends
 from w4a8.rounding.jobs import Job
 from w4a8.rounding.methods import Arrays
-from w4a8.rounding.rest import bytes_of_rest
+from w4a8.rounding.rest import bytes_of_rest, narrow_untrained, untrained_matrices
 from w4a8.rounding.run import RoundingRun
 from w4a8.rounding.settings import (
     BLOWN,
     EVALUATED,
+    FLOAT32,
     LR_LAST_SCALES,
     LR_REST,
     LR_UNROLLED_REST,
@@ -233,6 +234,8 @@ class FinalPhase(Job):
         largest = max((job.iteration_bytes() for job in units), key=lambda one: one.peak(1))
         one = replace(largest, weights=4 * max(sizes), blocks=1)
         rest = bytes_of_rest(run.mmdit, settings.rest)
+        left = sum(place.owner[place.key].size for place in untrained_matrices(run.mmdit, settings.rest))
+        rest += left * (4 if settings.precision == FLOAT32 else 2)
         return sum(sizes) + grids + rest + at_once * tokens * len(run.blocks) + one.peak(at_once)
 
     def losses_paths(self) -> list[Path]:
@@ -256,8 +259,10 @@ class FinalPhase(Job):
             read_ends(run.paths.calib_dir, read_manifest(run.paths.calib_dir), run.cache["selected_image_ids"])
 
     def open(self) -> nn.Module:
-        """Return the transformer."""
-        return self.run.open()
+        """Return the transformer; beside 16-bit products, matrices that no phase trains have 16 bits, too."""
+        run, settings = self.run, self.run.settings
+        mmdit = run.open()
+        return mmdit if settings.precision == FLOAT32 else narrow_untrained(mmdit, settings.rest, half_dtype(run.mmdit))
 
     def samples(self, mmdit: nn.Module) -> Samples:
         """Return the inputs of the first block, and the outputs of the whole model."""
@@ -271,7 +276,7 @@ class FinalPhase(Job):
             layers |= read_quantized_block(run.paths, block, run.plan)
         before = {name: before_phase(fields) for name, fields in layers.items()}
         small = run.unit == MODEL
-        opened = None if small else run.open
+        opened = None if small else self.open
         whole = WholeModel.build(mmdit, run.blocks, samples, run.settings, before, run.ranks, small, opened)
         if not run.settings.unrolled:
             return FinalTraining(whole)

@@ -72,6 +72,27 @@ def bytes_of_rest(mmdit: nn.Module, kind: RestKind) -> int:
     return BYTES_PER_PARAMETER * sum(owner[key].size for owner, key in places)
 
 
+def untrained_matrices(mmdit: nn.Module, kind: RestKind) -> list[Place]:
+    """Return the matrices of the blocks that are neither quantized nor trained, such as adaLN's where vectors are."""
+    trained = {(id(place.owner), place.key) for group in rest_places(mmdit, kind).values() for place in group.values()}
+    every = [
+        place
+        for name, group in rest_places(mmdit, EVERYTHING).items()
+        for place in group.values()
+        if name != FINAL_LAYER
+    ]
+    return [
+        place for place in every if place.owner[place.key].ndim == 2 and (id(place.owner), place.key) not in trained
+    ]
+
+
+def narrow_untrained(mmdit: nn.Module, kind: RestKind, half: mx.Dtype) -> nn.Module:
+    """Return the model with its `untrained_matrices` in 16 bits, as they are deployed; products with them stay float32."""
+    for place in untrained_matrices(mmdit, kind):
+        place.owner[place.key] = place.owner[place.key].astype(half)
+    return mmdit
+
+
 @contextlib.contextmanager
 def placed(places: Mapping[str, Place], arrays: Mapping[str, mx.array]) -> Iterator[None]:
     """Put arrays in the places of their paths until the block ends."""
