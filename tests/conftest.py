@@ -20,6 +20,7 @@ from w4a8.model.catalog import describe_model
 from w4a8.model.loading import load_pipeline, whole_model
 
 ROOT = Path(__file__).resolve().parent.parent
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # hundreds of processes would compile the package, each anew
 pytest_configure = processor_time.pytest_configure
 pytest_runtest_protocol = worker_cores.pytest_runtest_protocol
 

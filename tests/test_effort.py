@@ -90,21 +90,21 @@ def test_resume_takes_what_is_not_given_from_the_run(tmp_path):
 def test_stages_without_numbers(tmp_path, monkeypatch):
     """2W takes all images at late steps, as far as they fit, and --resume goes on with what a run began with."""
     folder = tmp_path / "run"
-    assert generate("--num-images", 6, "--num-steps", 10, "--no-images", "--calib-dir", folder).exit_code == 0
+    assert generate("--num-images", 2, "--num-steps", 10, "--no-images", "--calib-dir", folder).exit_code == 0
     done = invoke("cache_adaround_data", "--calib-dir", folder)
-    assert done.exit_code == 0 and "5 steps each, 30 samples" in done.stdout, done.output
+    assert done.exit_code == 0 and "5 steps each, 10 samples" in done.stdout, done.output
     metadata = json.loads((folder / "adaround_cache/metadata.json").read_bytes())
     assert metadata["key_timesteps"] == [5, 6, 7, 8, 9] and "images fit" not in done.stdout
-    monkeypatch.setattr("w4a8.passes.MOST_CACHED", 15 * 93_000)
+    monkeypatch.setattr("w4a8.passes.MOST_CACHED", 5 * 93_000)
     done = invoke("cache_adaround_data", "--calib-dir", folder, "--force")
-    assert "15 samples" in done.stdout and "3 of 6 images fit; a larger --max-bytes allows more." in done.stdout, (
+    assert "5 samples" in done.stdout and "1 of 2 images fit; a larger --max-bytes allows more." in done.stdout, (
         done.output
     )
     monkeypatch.undo()
     done = invoke("cache_adaround_data", "--calib-dir", folder, "--resume")
-    assert done.exit_code == 0 and "15 samples" in done.stdout
+    assert done.exit_code == 0 and "5 samples" in done.stdout
     done = invoke("optimize_adaround", "--calib-dir", folder, "--effort", "best", "--dry-run")
-    assert re.search(r"700 iterations of 15 \(\d+ at once\), then 350 end to end", done.stdout), done.output
+    assert re.search(r"700 iterations of 5 \(\d+ at once\), then 350 end to end", done.stdout), done.output
     assert "150 against finished latents" in done.stdout
     done = invoke("optimize_adaround", "--calib-dir", folder, "--effort", "best", "--no-tune-rest", "--dry-run")
     assert "700 iterations" in done.stdout and "end to end" not in done.stdout, done.output

@@ -332,9 +332,9 @@ def test_kills_in_every_phase_leave_the_same_files(copy):
     expected = folder_bytes(copy / "adaround_weights")
     shutil.rmtree(copy / "adaround_weights")
     generator, kills = random.Random(3), 0
-    for attempt in range(7):
+    for attempt in range(5):
         process = start("optimize_adaround", "--calib-dir", copy, *command, "--resume")
-        deadline = time.monotonic() + (generator.uniform(2.5, 7) if attempt < 6 else 600)
+        deadline = time.monotonic() + (generator.uniform(2.5, 7) if attempt < 4 else 600)
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
         if process.poll() is not None:
