@@ -11,6 +11,7 @@ checkpoint has the original keys, so DiffusionKit's own conversion runs on it.
         --model argmaxinc/mlx-FLUX.1-schnell --num-images 1 --num-steps 2 --latent-size 8 8
 """
 
+import functools
 import io
 import itertools
 import json
@@ -150,17 +151,24 @@ def random_transformer_weights(config: TransformerSizes, family: Family, guided:
     return {family.checkpoint.prefix + key: random.draw(key, shape) for key, shape in ends.items()}
 
 
-def random_vae(family: Family) -> dict[str, mx.array]:
-    """Return random weights of the VAE, whose size all models share, keyed as the original checkpoint has them."""
-    random, weights = Random(getattr(mx, family.half), seed=1), {}
+@functools.cache
+def random_vae_arrays(dtype: mx.Dtype) -> dict[tuple[str, str], mx.array]:
+    """Return {(part, name of DiffusionKit): random array as the original checkpoint shapes it}, drawn once for all models."""
+    random, arrays = Random(dtype, seed=1), {}
     for part, model in (("decoder", VAEDecoder()), ("encoder", VAEEncoder())):
         for name, shape in parameter_shapes(model).items():
             if len(shape) == 4:
                 shape = (shape[0], shape[3], shape[1], shape[2])
             elif len(shape) == 2:
                 shape = (*shape, 1, 1)
-            weights[vae_key(name, f"{family.checkpoint.vae_prefix}{part}.")] = random.draw(name, shape)
-    return weights
+            arrays[part, name] = random.draw(name, shape)
+    return arrays
+
+
+def random_vae(family: Family) -> dict[str, mx.array]:
+    """Return random weights of the VAE, whose size all models share, keyed as the original checkpoint has them."""
+    arrays, prefix = random_vae_arrays(getattr(mx, family.half)), family.checkpoint.vae_prefix
+    return {vae_key(name, f"{prefix}{part}."): array for (part, name), array in arrays.items()}
 
 
 def widen_channels(weights: dict[str, mx.array], config: TransformerSizes) -> None:

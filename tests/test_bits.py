@@ -42,10 +42,10 @@ QUICK = ("--iters", 10, "--batch-size", 2, "--no-tune-rest")
 
 @pytest.fixture(scope="module")
 def cached(tmp_path_factory):
-    """Return a calibration run of 2 images × 3 steps with the ends cached."""
+    """Return a calibration run of one image × 3 steps with the ends cached."""
     folder = tmp_path_factory.mktemp("bits") / "run"
-    assert generate("--num-images", 2, "--num-steps", 3, "--no-images", "--calib-dir", folder).exit_code == 0
-    done = invoke("cache_adaround_data", "--calib-dir", folder, "--num-images", 2, "--stride", 2)
+    assert generate("--num-images", 1, "--num-steps", 3, "--no-images", "--calib-dir", folder).exit_code == 0
+    done = invoke("cache_adaround_data", "--calib-dir", folder, "--num-images", 1, "--stride", 2)
     assert done.exit_code == 0, done.output
     return folder
 
@@ -162,7 +162,7 @@ def test_it_is_measured_once(measured, tmp_path):
     content = json.loads(before)
     content["sigmas"] = content["sigmas"][:1]
     path.write_text(json.dumps(content))
-    done = invoke("collect_layer_activations", "--calib-dir", folder, "--num-images", 2, "--stride", 2)
+    done = invoke("collect_layer_activations", "--calib-dir", folder, "--num-images", 1, "--stride", 2)
     assert done.exit_code == 0, done.output
     arguments = ("--calib-dir", folder, "--policy", "sensitivity", "--average-bits", 6)
     one_line(invoke("analyze_activations_multitier", *arguments), "sensitivity.json: 1 sigmas for 2 key_timesteps")
