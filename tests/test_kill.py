@@ -1,6 +1,6 @@
 """kill -9 at random moments, then --resume: the very bytes of one clean run, and nothing else in the folder.
 
-KILLS=20 make test   kills each stage twenty times (the default is three, to keep the suite short).
+KILLS=20 make test   kills each stage twenty times (the default is two, to keep the suite short).
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from conftest import folder_bytes, generate, start
 
 pytestmark = pytest.mark.slow
 
-KILLS = int(os.environ.get("KILLS", "3"))
+KILLS = int(os.environ.get("KILLS", "2"))
 
 
 def newest(folder) -> int:

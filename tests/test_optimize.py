@@ -334,7 +334,7 @@ def test_killed_and_resumed_gives_the_codes_of_one_run(copy, tmp_path):
     assert invoke("optimize_adaround", "--calib-dir", clean, *arguments).exit_code == 0
     chance = random.Random(int(os.environ.get("SEED", 0)))
     paths = WeightPaths(copy)
-    for kill in range(int(os.environ.get("KILLS", 3))):
+    for kill in range(int(os.environ.get("KILLS", 2))):
         process = start("optimize_adaround", "--calib-dir", copy, *arguments, *(["--resume"] if kill else []))
         while process.poll() is None and not (paths.checkpoint.exists() or paths.block("mm2").exists()):
             time.sleep(0.02)
