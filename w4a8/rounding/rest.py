@@ -74,15 +74,12 @@ def bytes_of_rest(mmdit: nn.Module, kind: RestKind) -> int:
 
 def untrained_matrices(mmdit: nn.Module, kind: RestKind) -> list[Place]:
     """Return the matrices of the blocks that are neither quantized nor trained, such as adaLN's where vectors are."""
-    trained = {(id(place.owner), place.key) for group in rest_places(mmdit, kind).values() for place in group.values()}
-    every = [
-        place
-        for name, group in rest_places(mmdit, EVERYTHING).items()
-        for place in group.values()
-        if name != FINAL_LAYER
-    ]
+    trained, every = rest_places(mmdit, kind), rest_places(mmdit, EVERYTHING)
     return [
-        place for place in every if place.owner[place.key].ndim == 2 and (id(place.owner), place.key) not in trained
+        place
+        for owner, places in every.items()
+        for path, place in places.items()
+        if owner != FINAL_LAYER and path not in trained[owner] and place.owner[place.key].ndim == 2
     ]
 
 
