@@ -13,7 +13,7 @@ def summed(
 ) -> Tree:
     """Return the sum of the trees of the numbers 0 … count - 1, added in their order whatever the number of ranks.
 
-    made: gives the evaluated trees of at most `at_once` numbers, all of which this rank owns; like: arrays of the same
+    The sum may still be at work. made: gives the trees of at most `at_once` numbers, all of which this rank owns; like: arrays of the same
     shapes.
     """
     total, own, rounds = None, ranks.owned_indices(count), -(-count // ranks.size)
@@ -23,5 +23,5 @@ def summed(
             mine = found[turn - start] if turn < len(own) else None
             for each in ranks.gathered(mine, like)[: count - turn * ranks.size]:
                 total = each if total is None else tree_map(mx.add, total, each)
-        mx.eval(total)
+        mx.async_eval(total)
     return total

@@ -101,11 +101,13 @@ class FinalTraining(Training):
             rate = warmed_cosine(self.iteration - before, self.settings.unrolled)
             rates = LR_UNROLLED_SCALES * rate, LR_UNROLLED_REST * rate
         else:
-            loss, slopes = self.unit.slopes(self.state, self.drawn(self.iteration), self.iteration)
+            drawn = self.drawn(self.iteration)
+            self.unit.samples.keep([*drawn, *self.drawn(self.iteration + 1)])
+            loss, slopes = self.unit.slopes(self.state, drawn, self.iteration)
             rate = warmed_cosine(self.iteration, before)
             rate *= float(self.fixed["pace"])
             rates = LR_LAST_SCALES * rate, LR_REST * rate
-        self._check(loss, slopes)
+        self._note(loss, slopes)
         ranges, rest = slopes.pop("ranges"), slopes.pop("rest")
         self.move_grids(slopes, rates[0])
         if rest:

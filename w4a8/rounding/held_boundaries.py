@@ -194,8 +194,19 @@ def replace_rows(
 
     on_host: the chosen samples are the host's.
     """
-    arrays = [np.array(array) for array in tokens] if on_host else tokens
+    arrays: Sequence[Any] = [np.asarray(array) for array in tokens] if on_host else tokens
     count = len(tokens[0]) // len(part)  # rows of a sample
     for index in chosen:
-        begin = count * part.index(index)
-        rows[index] = [*(array[begin : begin + count] for array in arrays), rows[index][-1]]
+        begin, (*before, modulation) = count * part.index(index), rows[index]
+        given = [array[begin : begin + count] for array in arrays]
+        if on_host:
+            given = [overwritten(old, new) for old, new in zip(before, given, strict=True)]
+        rows[index] = [*given, modulation]
+
+
+def overwritten(old: np.ndarray, new: np.ndarray) -> np.ndarray:
+    """Return a copy of `new`: in the memory of `old` where it fits, since an operating system takes longer for new pages."""
+    if old.shape != new.shape or old.dtype != new.dtype:
+        return np.array(new)
+    np.copyto(old, new)
+    return old

@@ -1,6 +1,7 @@
 """The training that every phase of stage 3W shares: state, optimizers, batches, checkpoints, grids and ranges."""
 
 import functools
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -70,6 +71,8 @@ class Training(ABC):
 
     codes_per_step = 10.0  # codes that a zero point moves where a scale moves by a factor of e
     unit: TrainedUnit
+    _finite: mx.array  # whether the gradients of the iteration at work are
+    _before: dict[str, Any]  # the state that they belong to
 
     def __init__(self, unit: TrainedUnit):
         """Begin at the unit's start, with fresh optimizers."""
@@ -183,22 +186,27 @@ class Training(ABC):
         begin = iteration * (len(training) - window) // max(1, self.iters - 1)
         return order[begin : begin + window]
 
-    def _check(self, loss: mx.array, gradients: Any) -> None:
-        """Note the state as good, or go back to the last good one and raise NotFiniteError."""
+    def _note(self, loss: mx.array, gradients: Any) -> None:
+        """Note the state, before it moves, for `_finished`, which keeps it as good where its loss and gradients are finite."""
         leaves = tree_flatten([loss, gradients])
         assert isinstance(leaves, list)  # MLX's types allow a dictionary, which needs a `destination`
-        finite = [mx.isfinite(array).all() for _, array in leaves]
-        if not mx.stack(finite).all().item():
-            found, self.iteration = self.iteration, self._good[1]
-            self._set(self._good[0])
-            what = "a gradient is" if mx.isfinite(loss).item() else "the loss is"
-            raise NotFiniteError(f"{what} not finite at iteration {found}")
-        self._good = (self._parts(), self.iteration)
+        self._finite = mx.stack([mx.isfinite(array).all() for _, array in leaves]).all()
+        self._before = self._parts()
 
     def _finished(self, loss: mx.array) -> float:
-        """Evaluate the moved state, count the iteration and its loss, and return the loss."""
-        mx.eval(self.state, self.fixed, [each.state for each in self.optimizers.values()])
+        """Evaluate the moved state, count the iteration and its loss, and return the loss.
+
+        An iteration waits for the device here alone, so that a GPU makes the gradients while Python describes the movement.
+        Where they are not finite, go back to the last good state and raise NotFiniteError.
+        """
+        mx.eval(loss, self._finite, self.state, self.fixed, [each.state for each in self.optimizers.values()])
         value = float(loss)
+        if not self._finite.item():
+            found, self.iteration = self.iteration, self._good[1]
+            self._set(self._good[0])
+            what = "a gradient is" if math.isfinite(value) else "the loss is"
+            raise NotFiniteError(f"{what} not finite at iteration {found}")
+        self._good = (self._before, self.iteration)
         self.curve[self._stretch(self.iteration)] += np.float32(value)
         self.iteration += 1
         return value

@@ -52,7 +52,7 @@ class UnitTraining(Training):
         following = min(self.iteration + 1, self.iters - 1)
         near = self.near(following) if settings.window else self.drawn(following)
         loss, gradients = unit.gradients(quantized, self.drawn(self.iteration), self.iteration, near)
-        self._check(loss, gradients)
+        self._note(loss, gradients)
         slopes = grid_slopes(codes, self.state["scale"], self.state["zero_point"], gradients["weights"])
         done, whole = self.iteration, self.rounding_iters
         if tuning:

@@ -222,7 +222,7 @@ class Unit:
         """
         settings, loss_of = self.settings, self._loss_and_gradients(state.rule is not None)
         parameters = {"weights": state.weights, "biases": state.biases, "ranges": state.ranges}
-        mx.eval(parameters)
+        mx.async_eval(parameters)
         parts = settings.micro_batches(indices)
         own = self.ranks.owned_indices(len(parts))
 
@@ -238,8 +238,11 @@ class Unit:
                     found.append(tree_map(partial(mx.multiply, share), given))
             left = [number for number in own if number > max(numbers, default=-1)]
             later = [index for number in left for index in parts[number]]  # of this iteration
-            self.samples.keep(list(dict.fromkeys([*later, *near])))  # now, since Python is free while MLX evaluates
-            mx.eval(found)
+            wait = (
+                left or len(streams) > 1
+            )  # more at once would take more memory, and streams share the BLAS threads here
+            (mx.eval if wait else mx.async_eval)(found)
+            self.samples.keep(list(dict.fromkeys([*later, *near])))  # while MLX evaluates
             return found
 
         with streams_for(len(parts)) as streams:  # a stream for each part, since threads decide the last bits

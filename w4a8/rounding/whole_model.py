@@ -7,6 +7,7 @@ block is run again where its gradients are made, and its weights are unpacked th
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -224,14 +225,16 @@ class WholeModel:
         tokens = [self.samples.batch(part).tokens for part in parts]
         modulations = [self.samples.batch(part).modulation for part in parts]
         mx.eval(tokens, modulations)
-        source = self._source(state)
+        source, working = self._source(state), list[mx.array]()
         for block in self._blocks:
             parameters = self._parameters(block.name, state, source)
             mx.eval(parameters)
             for index, part in enumerate(parts):
                 rows = step_rows(self.samples, part, modulations[index]) if with_inputs else None
                 tokens[index] = self._run(block, parameters, tokens[index], modulations[index], rows, None)
-                mx.eval(tokens[index])
+                mx.eval(working)  # the micro-batch before
+                working = tokens[index]
+                mx.async_eval(working)
         rest = self.rest_of(FINAL_LAYER, state)
         squares = [
             self._square(given[0], rest, self.samples.batch(part)) for given, part in zip(tokens, parts, strict=True)
@@ -333,19 +336,23 @@ class WholeModel:
     ) -> list[list[list[mx.array]]]:
         """Run micro-batches through all blocks, and return the inputs of every block and the last outputs of each.
 
-        tokens: the first block's inputs by micro-batch. keep: without it the last outputs alone are returned.
+        tokens: the first block's inputs by micro-batch. keep: without it the last outputs alone are returned. A block is
+        described while the device computes the one before, and begins after that one's end, so that memory is one block's.
         """
         kept, source = [[each] for each in tokens], self._source(state)
+        working: list[list[mx.array]] = []
         for block in self._blocks:
             parameters = self._parameters(block.name, state, source)
-            mx.eval(parameters)
             for index, stream in passes.ways:
                 with mx.stream(stream):
                     modulation, rows, key = passes.modulations[index], passes.rows[index], passes.key_of(index, block)
                     kept[index].append(self._run(block, parameters, kept[index][-1], modulation, rows, key))
                     if not keep:
                         del kept[index][0]
-            mx.eval([each[-1] for each in kept])
+            mx.eval(working)
+            working = [each[-1] for each in kept]
+            mx.async_eval(parameters, working)
+        mx.eval(working)
         return kept
 
     def _backward(
@@ -355,18 +362,21 @@ class WholeModel:
         """Take slopes from the last block back to the first one, and put the slopes of the parameters into totals.
 
         kept: every block's inputs by micro-batch, which are used up. slopes_of: d loss / d tokens that the last block
-        gives, by micro-batch; afterwards those of the first block's inputs.
+        gives, by micro-batch; afterwards those of the first block's inputs. Blocks follow each other as in `forward`.
         """
+        working: list[Any] = []
         for block in reversed(self._blocks):
             parameters = self._block_parameters(block.name, state)
-            mx.eval(parameters)
             for index, stream in passes.ways:
                 with mx.stream(stream):
                     modulation, rows, key = passes.modulations[index], passes.rows[index], passes.key_of(index, block)
                     run = partial(self._weighted, block, modulation, rows, key, slopes_of[index])
                     given, slopes_of[index] = mx.grad(run, argnums=(0, 1))(parameters, kept[index].pop())
                     totals[index] = merged(totals[index], self._reduced(block.name, state, given))
-            mx.eval(slopes_of, totals)
+            mx.eval(working)
+            working = [list(slopes_of), list(totals)]
+            mx.async_eval(parameters, working)
+        mx.eval(working)
 
     def _weighted(
         self, block: Block, modulation: mx.array, rows: mx.array | None, key: mx.array | None, slopes: Sequence[mx.array],
