@@ -118,7 +118,7 @@ WITHOUT_AN_OPTION = {
 @click.option(
     "--checkpoint-seconds",
     type=click.FloatRange(0, MOST_SECONDS),
-    help="How much of a unit's work a kill may cost.",
+    help="How much of a unit's work a kill may cost.  [default: 30, or ten times what a checkpoint takes]",
 )
 @click.option(
     "--alpha/--no-alpha",

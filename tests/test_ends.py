@@ -1,11 +1,13 @@
 """The road from a cache of the ends: what 2W stores, 3W's walk and last phase, activation rules as trained, resumption."""
 
+import gc
 import json
 import random
 import re
 import shutil
 import signal
 import time
+import weakref
 from dataclasses import replace
 
 import mlx.core as mx
@@ -28,6 +30,7 @@ from w4a8.options import CacheOptions
 from w4a8.passes import SampleId, StoredPasses, choose_amount
 from w4a8.rounding import block_boundaries
 from w4a8.rounding.block_boundaries import BlockBoundaries
+from w4a8.rounding.held_boundaries import ON_HOST, HeldSamples
 from w4a8.rounding.phases import jobs_of
 from w4a8.rounding.run import RoundingRun
 from w4a8.rounding.settings import Settings
@@ -224,6 +227,23 @@ def test_boundaries_in_memory_are_those_in_files(copy, monkeypatch):
     filed = again.samples(rounding.open(), "mm1").batch([0, 3])
     for (_, one), (_, other) in zip(tree_flatten(held), tree_flatten(filed), strict=True):
         assert mx.array_equal(one, other)
+
+
+def test_the_last_phase_finds_the_memory_of_held_samples_free(copy):
+    rounding = rounding_of(copy, replace(SETTINGS, precision="bfloat16"))
+    rounding = replace(rounding, place=ON_HOST)
+    samples = rounding.boundaries.samples(rounding.open(), "mm1")
+    assert isinstance(samples, HeldSamples) and samples.held_bytes
+    samples.keep([0, 3])
+    samples.batch([0, 3])
+    reference = weakref.ref(samples)
+    del samples
+    gc.disable()
+    try:
+        rounding.boundaries.finish()
+        assert reference() is None
+    finally:
+        gc.enable()
 
 
 def test_the_walk_makes_the_boundaries_that_all_holds(copy, everything, in_files):

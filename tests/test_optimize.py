@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from conftest import folder_bytes, generate, invoke, start
 
+import w4a8.rounding.training as training_module
 from calibration_store.block_cache import read_cache_metadata
 from calibration_store.layout import WeightPaths
 from calibration_store.manifest import read_manifest
 from calibration_store.weights import read_quantized_block
+from w4a8.backend.progress import progress_bar
 from w4a8.model.layers import model_blocks, model_layers
 from w4a8.model.parts import TRANSFORMER
 from w4a8.model.runs import load_run_pipeline
@@ -249,6 +251,20 @@ def test_a_restored_training_goes_on_as_if_nothing_happened(cached, rounding):
     if rounding == "sigmoid":
         decided = np.concatenate([np.abs(np.array(a)).ravel() for a in second.state["alpha"].values()])
         assert (decided == 10).mean() > 0.5  # more at every tenth iteration
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(None, [1]), (0.0, list(range(1, 21)))])
+def test_checkpoints_take_a_tenth_of_the_time_unless_told_otherwise(unit, monkeypatch, seconds, expected):
+    monkeypatch.setattr(training_module, "CHECKPOINT_SECONDS", 0.0)
+    training, saves = UnitTraining(unit), []
+
+    def save():  # the first takes as long as three iterations: the next one would be due after thirty
+        saves.append(training.iteration)
+        time.sleep(3 * (time.monotonic() - begun) if len(saves) == 1 else 0)
+
+    begun = time.monotonic()
+    training_module.train(training, progress_bar(20, "", "it", leave=False), save, seconds, lambda: None)
+    assert saves == expected
 
 
 # --- the stage ----------------------------------------------------------------------------------------------

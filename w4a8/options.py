@@ -158,7 +158,7 @@ class RoundingOptions(WritingOptions):
     lr_alpha: float | None = None
     lr_activation_scale: float = 5e-3
     seed: int = 0
-    checkpoint_seconds: float = 30.0
+    checkpoint_seconds: float | None = None
     alpha: bool = False
 
     def __post_init__(self) -> None:

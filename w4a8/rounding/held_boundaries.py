@@ -42,7 +42,8 @@ class HeldSamples:
         """Store each sample's rows, MLX arrays on the device or NumPy's on the host, and choose the samples that judge."""
         self.rows, self.holds_velocity = rows, False
         self.held_bytes = sum(array.nbytes for row in rows for array in row if isinstance(array, np.ndarray))
-        self._near = NearSamples(lambda index: list(map(mx.array, self.rows[index])))  # the host's
+        # Of the host's. It must not refer to self: all samples would stay in memory until Python looks for such circles.
+        self._near = NearSamples(lambda index: list(map(mx.array, rows[index])))
         self._steps = np.array([list(key_timesteps).index(step) for _, step in sample_ids])
         self.all_steps = range(len(key_timesteps))
         self.training, self.held_out = split_samples([image_id for image_id, _ in sample_ids])
@@ -59,9 +60,9 @@ class HeldSamples:
         *tokens, modulation = [mx.concatenate(list(each)).astype(mx.float32) for each in zip(*rows, strict=True)]
         return SampleBatch(tokens, modulation, [])
 
-    def keep(self, indices: Indices) -> None:
+    def keep(self, indices: Indices) -> bool:
         """Keep samples as TrainingSamples.keep says; those on the device are there anyway."""
-        self._near.keep(self._of_host(indices))
+        return self._near.keep(self._of_host(indices))
 
     def _is_on_device(self, index: int) -> bool:
         return isinstance(self.rows[index][0], mx.array)

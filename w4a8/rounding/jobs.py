@@ -176,7 +176,12 @@ class Job(ABC):
 
 
 def run_job(
-    job: Job, bar: ProgressBar, count: Callable[[], Any], checkpoint_seconds: float, keep_alpha: bool, own: bool = False
+    job: Job,
+    bar: ProgressBar,
+    count: Callable[[], Any],
+    checkpoint_seconds: float | None,
+    keep_alpha: bool,
+    own: bool = False,
 ) -> None:
     """Train a job from its checkpoint, if there is one, and let rank 0 write its files.
 
@@ -211,7 +216,7 @@ def run_job(
 
 
 def train_or_explain(
-    job: Job, training: Training, bar: ProgressBar, save: Callable[[], None], checkpoint_seconds: float,
+    job: Job, training: Training, bar: ProgressBar, save: Callable[[], None], checkpoint_seconds: float | None,
     count: Callable[[], Any],
 ) -> dict[str, Any]:  # fmt: skip
     """Train, and return the losses.

@@ -17,12 +17,13 @@ class NearSamples:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="samples")
         self._near: dict[int, Future[list[mx.array]]] = {}
 
-    def keep(self, indices: Indices) -> None:
-        """Begin to bring these samples, in this order, and let all others go."""
+    def keep(self, indices: Indices) -> bool:
+        """Begin to bring these samples, in this order, and let all others go; return whether any is on its way."""
         kept = {index: self._future(index) for index in map(int, indices)}
         for index in self._near.keys() - kept.keys():
             self._near[index].cancel()  # nobody waits for it any more
         self._near = kept
+        return not all(future.done() for future in kept.values())
 
     def arrays(self, indices: Indices) -> list[list[mx.array]]:
         """Return the arrays of each of these samples, kept or not. Raises what `bring` raises."""

@@ -28,7 +28,7 @@ def jobs_of(run: RoundingRun) -> list[Job]:
 
 
 def run_jobs(
-    jobs: Sequence[Job], todo: Sequence[Job], bar: ProgressBar, checkpoint_seconds: float, keep_alpha: bool
+    jobs: Sequence[Job], todo: Sequence[Job], bar: ProgressBar, checkpoint_seconds: float | None, keep_alpha: bool
 ) -> None:
     """Train what is left, job by job.
 

@@ -23,6 +23,10 @@ from w4a8.rounding.training_samples import TrainingSamples
 from w4a8.rounding.units import Gradients
 
 SAID_FROM = 60.0  # seconds of a training after which its last measurement is announced
+CHECKPOINT_SECONDS, CHECKPOINT_SHARE = (
+    30.0,
+    0.1,
+)  # between checkpoints, and the share of the time that writing them takes
 CURVE_POINTS = 50  # points of the curve of training losses that is kept
 OPTIMIZERS = ("alpha", "scale", "range", "rest")  # named after what they move; `scale`: zero points and biases, too
 
@@ -304,14 +308,17 @@ def unflatten(arrays: Mapping[str, mx.array]) -> dict[str, Any]:
 
 
 def train(
-    training: Training, bar: ProgressBar, save: Callable[[], None], checkpoint_seconds: float, count: Callable[[], None]
-) -> dict[str, Any]:
+    training: Training, bar: ProgressBar, save: Callable[[], None], checkpoint_seconds: float | None,
+    count: Callable[[], None],
+) -> dict[str, Any]:  # fmt: skip
     """Run the training to its end, and return its losses and their curve.
 
-    save: writes a checkpoint, called every checkpoint_seconds; count: called after every iteration. Ctrl-C waits for
-    the iteration's end, and leaves a checkpoint.
+    save: writes a checkpoint, called every checkpoint_seconds, or where they are None every CHECKPOINT_SECONDS as long as
+    this takes no more than CHECKPOINT_SHARE of the time; count: called after every iteration. Ctrl-C waits for the
+    iteration's end, and leaves a checkpoint.
     """
     begun = last_saved = time.monotonic()
+    pause = CHECKPOINT_SECONDS if checkpoint_seconds is None else checkpoint_seconds
     average, share = None, training.changed_share()
     with finishing("the iteration") as interrupted:
         while training.iteration < training.iters:
@@ -322,9 +329,12 @@ def train(
                 share = training.changed_share()
             changed = {} if share is None else {"changed": f"{share:.1%}"}
             bar.set_postfix(loss=f"{average:.3f}", **changed, refresh=False)
-            if interrupted() or time.monotonic() - last_saved > checkpoint_seconds:
+            now = time.monotonic()
+            if interrupted() or now - last_saved > pause:
                 save()
                 last_saved = time.monotonic()
+                if checkpoint_seconds is None:
+                    pause = max(CHECKPOINT_SECONDS, (last_saved - now) / CHECKPOINT_SHARE)
             if interrupted():
                 raise KeyboardInterrupt
     if time.monotonic() - begun > SAID_FROM:

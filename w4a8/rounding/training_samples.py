@@ -69,8 +69,11 @@ class TrainingSamples(Protocol):
     def batch(self, indices: Indices) -> SampleBatch:
         """Return inputs, modulation input and outputs of these samples."""
 
-    def keep(self, indices: Indices) -> None:
-        """Begin to bring these samples, which are drawn from next, into memory in this order, and let all others go."""
+    def keep(self, indices: Indices) -> bool:
+        """Begin to bring these samples, which are drawn from next, into memory in this order, and let all others go.
+
+        Return whether threads are at work on it.
+        """
 
 
 # Share of the device's memory that samples may take, and bytes in all; more samples stay in their files.
@@ -171,10 +174,9 @@ class Samples:
         *tokens, modulation = found[: self._inputs + 1]
         return SampleBatch(tokens, modulation, found[self._inputs + 1 :])
 
-    def keep(self, indices: Indices) -> None:
+    def keep(self, indices: Indices) -> bool:
         """Keep samples as TrainingSamples.keep says."""
-        if not self._arrays:
-            self._near.keep(indices)
+        return not self._arrays and self._near.keep(indices)
 
     def _brought(self, index: int) -> list[mx.array]:
         # NumPy reads the mapped pages, because it lets other threads run meanwhile.

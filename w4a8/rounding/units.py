@@ -238,11 +238,11 @@ class Unit:
                     found.append(tree_map(partial(mx.multiply, share), given))
             left = [number for number in own if number > max(numbers, default=-1)]
             later = [index for number in left for index in parts[number]]  # of this iteration
-            wait = (
-                left or len(streams) > 1
-            )  # more at once would take more memory, and streams share the BLAS threads here
+            bringing = self.samples.keep(list(dict.fromkeys([*later, *near])))
+            # A busy Python and threads that bring samples hold each other up; more parts at once would take more memory;
+            # and streams share the BLAS threads here.
+            wait = bringing or left or len(streams) > 1
             (mx.eval if wait else mx.async_eval)(found)
-            self.samples.keep(list(dict.fromkeys([*later, *near])))  # while MLX evaluates
             return found
 
         with streams_for(len(parts)) as streams:  # a stream for each part, since threads decide the last bits

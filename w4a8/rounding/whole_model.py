@@ -222,8 +222,9 @@ class WholeModel:
         """
         every = self.settings.micro_batches(indices)
         parts = [every[number] for number in self.ranks.owned_indices(len(every))]
-        tokens = [self.samples.batch(part).tokens for part in parts]
-        modulations = [self.samples.batch(part).modulation for part in parts]
+        batches = [self.samples.batch(part) for part in parts]
+        tokens, modulations = [batch.tokens for batch in batches], [batch.modulation for batch in batches]
+        del batches  # their outputs are large
         mx.eval(tokens, modulations)
         source, working = self._source(state), list[mx.array]()
         for block in self._blocks:
@@ -236,9 +237,8 @@ class WholeModel:
                 working = tokens[index]
                 mx.async_eval(working)
         rest = self.rest_of(FINAL_LAYER, state)
-        squares = [
-            self._square(given[0], rest, self.samples.batch(part)) for given, part in zip(tokens, parts, strict=True)
-        ]
+        ends = zip(tokens, parts, strict=True)
+        squares = [self._square(given[0], rest, self.samples.batch(part)) for given, part in ends]
         own = mx.array([float(one) for one in squares] + [0.0] * (-(-len(every) // self.ranks.size) - len(parts)))
         gathered = mx.stack(self.ranks.gathered(own, own), axis=1).reshape(-1)  # in the order of the micro-batches
         found: list[float] = np.array(gathered).tolist()
