@@ -11,6 +11,7 @@ from pathlib import Path
 
 import filelock
 import mlx.core as mx
+import numpy as np
 import processor_time
 import pytest
 import worker_cores
@@ -84,3 +85,9 @@ def folder_bytes(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != "history.jsonl"
     }
+
+
+def on_grid(codes, scale, zero_point):
+    """scale·(code − zero point) in float64, as FORMATS has it."""
+    grouped = codes.astype(np.float64).reshape(*scale.shape, -1) - zero_point.astype(np.float64)[..., None]
+    return (grouped * scale.astype(np.float64)[..., None]).reshape(codes.shape)
