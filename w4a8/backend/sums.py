@@ -13,8 +13,8 @@ def summed(
 ) -> Tree:
     """Return the sum of the trees of the numbers 0 … count - 1, added in their order whatever the number of ranks.
 
-    The sum may still be at work. made: gives the trees of at most `at_once` numbers, all of which this rank owns; like: arrays of the same
-    shapes.
+    made: gives the trees of at most `at_once` numbers, all of which this rank owns; like: arrays of the same shapes. The
+    device may still be computing the sum.
     """
     total, own, rounds = None, ranks.owned_indices(count), -(-count // ranks.size)
     for start in range(0, rounds, at_once):

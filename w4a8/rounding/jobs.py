@@ -176,13 +176,9 @@ class Job(ABC):
 
 
 def run_job(
-    job: Job,
-    bar: ProgressBar,
-    count: Callable[[], Any],
-    checkpoint_seconds: float | None,
-    keep_alpha: bool,
+    job: Job, bar: ProgressBar, count: Callable[[], Any], checkpoint_seconds: float | None, keep_alpha: bool,
     own: bool = False,
-) -> None:
+) -> None:  # fmt: skip
     """Train a job from its checkpoint, if there is one, and let rank 0 write its files.
 
     count: called after every iteration; own: every process has a job of its own, and checkpoints bear the job's name.

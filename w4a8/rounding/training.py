@@ -23,10 +23,8 @@ from w4a8.rounding.training_samples import TrainingSamples
 from w4a8.rounding.units import Gradients
 
 SAID_FROM = 60.0  # seconds of a training after which its last measurement is announced
-CHECKPOINT_SECONDS, CHECKPOINT_SHARE = (
-    30.0,
-    0.1,
-)  # between checkpoints, and the share of the time that writing them takes
+CHECKPOINT_SECONDS = 30.0  # between checkpoints
+CHECKPOINT_SHARE = 0.1  # of the time, which writing them may take
 CURVE_POINTS = 50  # points of the curve of training losses that is kept
 OPTIMIZERS = ("alpha", "scale", "range", "rest")  # named after what they move; `scale`: zero points and biases, too
 
@@ -200,8 +198,8 @@ class Training(ABC):
     def _finished(self, loss: mx.array) -> float:
         """Evaluate the moved state, count the iteration and its loss, and return the loss.
 
-        An iteration waits for the device here alone, so that a GPU makes the gradients while Python describes the movement.
-        Where they are not finite, go back to the last good state and raise NotFiniteError.
+        An iteration waits for the device here, so that a GPU makes the gradients while Python describes how they move the
+        state. Where a gradient is not finite, go back to the last good state and raise NotFiniteError.
         """
         mx.eval(loss, self._finite, self.state, self.fixed, [each.state for each in self.optimizers.values()])
         value = float(loss)
@@ -313,8 +311,8 @@ def train(
 ) -> dict[str, Any]:  # fmt: skip
     """Run the training to its end, and return its losses and their curve.
 
-    save: writes a checkpoint, called every checkpoint_seconds, or where they are None every CHECKPOINT_SECONDS as long as
-    this takes no more than CHECKPOINT_SHARE of the time; count: called after every iteration. Ctrl-C waits for the
+    save: writes a checkpoint, called every checkpoint_seconds; None means every CHECKPOINT_SECONDS, or less often where
+    that would take more than CHECKPOINT_SHARE of the time. count: called after every iteration. Ctrl-C waits for the
     iteration's end, and leaves a checkpoint.
     """
     begun = last_saved = time.monotonic()

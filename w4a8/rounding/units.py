@@ -239,8 +239,8 @@ class Unit:
             left = [number for number in own if number > max(numbers, default=-1)]
             later = [index for number in left for index in parts[number]]  # of this iteration
             bringing = self.samples.keep(list(dict.fromkeys([*later, *near])))
-            # A busy Python and threads that bring samples hold each other up; more parts at once would take more memory;
-            # and streams share the BLAS threads here.
+            # Python would hold up the threads that bring samples, and they Python. More parts at once would take more
+            # memory. On a CPU, parts side by side share the BLAS threads until this function returns.
             wait = bringing or left or len(streams) > 1
             (mx.eval if wait else mx.async_eval)(found)
             return found
