@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import importlib
+import io
 import os
 import pty
 import re
@@ -18,7 +19,7 @@ import pytest
 from conftest import ROOT, generate, interruptible, invoke, start
 
 from calibration_store.stage_folder import shown
-from w4a8.backend.progress import ProgressLines, progress_bar
+from w4a8.backend.progress import BAR_FORMAT, Bar, ProgressLines, progress_bar
 from w4a8.backend.words import interpreter
 from w4a8.cli.command import resume_command
 
@@ -269,6 +270,27 @@ def test_the_time_to_go_follows_the_last_minute(capsys, monkeypatch):
     bar.n = 150
     bar.close()
     assert "s to go" not in capsys.readouterr().err
+
+
+def test_the_time_to_go_knows_what_later_phases_cost(capsys, monkeypatch):
+    """Ten iterations of a second, then ten of five seconds."""
+    now = 1000.0
+    monkeypatch.setattr("w4a8.backend.progress.time.monotonic", lambda: now)
+    bar = ProgressLines(20, "mm0", "it", interval=0)
+    for later, seconds in ((40.0, 1.0), (0.0, 5.0)):
+        bar.begin_phase(later)
+        for _ in range(10):
+            now += seconds
+            bar.update()
+    lines = capsys.readouterr().err.splitlines()
+    assert "mm0 2/20 (10%), 2.0 s, 58 s to go, 1.0 s/it" in lines
+    assert "mm0 10/20 (50%), 10 s, 50 s to go, 1.0 s/it" in lines
+    assert "mm0 12/20 (60%), 20 s, 40 s to go, 5.0 s/it" in lines
+    in_terminal = Bar(total=20, desc="mm0", file=io.StringIO(), bar_format=BAR_FORMAT)
+    in_terminal.begin_phase(40.0)
+    in_terminal.n, in_terminal.start_t = 10, in_terminal._time() - 10
+    assert "10/20 [00:10<00:50,  1.00s/it]" in str(in_terminal)
+    in_terminal.close()
 
 
 def test_progress_without_anything_to_do_and_slow_progress(capsys):

@@ -11,22 +11,37 @@ from tqdm import tqdm
 from w4a8.backend.words import format_seconds
 
 LOG_SECONDS = 10.0
+BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{to_go}, {rate_fmt}{postfix}]"
 RATE_SECONDS = 60.0  # the time to go follows the rate of so many seconds, since phases and neighbours change it
 
 
 def progress_bar(
     total: int, description: str, unit: str, initial: int = 0, leave: bool = True
-) -> "tqdm | ProgressLines":
+) -> "Bar | ProgressLines":
     """Return a tqdm bar with rate and time to go; in a log file whole lines, and none for a bar that would not stay."""
     if not sys.stderr.isatty():
         return ProgressLines(total, description, unit, initial, LOG_SECONDS if leave else None)
-    return Bar(total=total, desc=description, unit=unit, initial=initial, leave=leave, dynamic_ncols=True)
+    options: dict[str, Any] = {"leave": leave, "dynamic_ncols": True, "bar_format": BAR_FORMAT}
+    return Bar(total=total, desc=description, unit=unit, initial=initial, **options)
 
 
 class Bar(tqdm):
     """A bar whose rate leaves out the first update, since kernels are compiled for it; the time that it took stays."""
 
     _compiled = False
+    _later = 0.0
+
+    def begin_phase(self, later: float) -> None:
+        """Begin a phase as ProgressBar.begin_phase says."""
+        self._later = later
+
+    @property
+    def format_dict(self) -> Any:
+        """The values of a line: tqdm's, and `to_go`."""
+        values = super().format_dict
+        rate = values["rate"] or (values["n"] - self.initial) / (values["elapsed"] or 1)
+        left = (values["total"] or 0) - values["n"] + self._later
+        return values | {"to_go": self.format_interval(left / rate) if rate else "?"}
 
     def update(self, n: float | None = 1) -> bool | None:
         """Advance by this count."""
@@ -55,6 +70,12 @@ class ProgressBar(Protocol):
     def update(self, count: int = 1) -> Any:
         """Advance by this count."""
 
+    def begin_phase(self, later: float) -> None:
+        """Begin a phase whose counts take a time of their own.
+
+        later: the counts of this phase that would take as long as all later phases do, beyond the counts that these have.
+        """
+
     def set_description(self, description: str) -> Any:
         """Set the text in front."""
 
@@ -69,14 +90,15 @@ class ProgressLines:
     """A progress bar for a log file, used as tqdm is: a line at most every `interval` seconds and one at the end.
 
     The rate is that of the last minute, in the last line that of the whole time. It counts only what `update` was given:
-    `initial`, and values assigned to `n`, took no time. The first update is left out, since kernels are compiled for it.
+    `initial`, and values assigned to `n`, took no time. A phase's first update is left out, since kernels are compiled for it.
     """
 
     def __init__(self, total: int, description: str, unit: str, initial: int = 0, interval: float | None = LOG_SECONDS):
         """Start at `initial` of `total`; an interval of None prints nothing."""
         self.total, self.description, self.unit, self.n = total, description, unit, initial
         self.interval = interval
-        self._done, self._postfix, self._closed = 0, "", False
+        self._done, self._later, self._postfix = 0, 0.0, ""
+        self._fresh, self._closed = True, False
         self._begin = self._printed = time.monotonic()
         self._marks = deque([(self._begin, 0)])  # (time, count) of about every second of the last minute
 
@@ -91,14 +113,18 @@ class ProgressLines:
         self.n += count
         self._done += count
         now = time.monotonic()
-        if self._done == count:
-            self._marks = deque([(now, count)])
+        if self._fresh:
+            self._marks, self._fresh = deque([(now, self._done)]), count == 0
         elif now - self._marks[-1][0] >= 1:
             self._marks.append((now, self._done))
             while len(self._marks) > 2 and now - self._marks[1][0] > RATE_SECONDS:
                 self._marks.popleft()
         if self.interval is not None and now - self._printed >= self.interval:
             self._print()
+
+    def begin_phase(self, later: float) -> None:
+        """Begin a phase as ProgressBar.begin_phase says."""
+        self._later, self._fresh = later, True
 
     def set_description(self, description: str, refresh: bool = True) -> None:
         """Set the text in front of later lines."""
@@ -123,6 +149,6 @@ class ProgressLines:
         if self._done > counted and self._printed > since:
             each = (self._printed - since) / (self._done - counted)
             if self.n < self.total:
-                parts.append(f"{format_seconds(each * (self.total - self.n))} to go")
+                parts.append(f"{format_seconds(each * (self.total - self.n + self._later))} to go")
             parts.append(f"{each:.1f} s/{self.unit}" if each >= 1 else f"{1 / each:.1f} {self.unit}/s")
         click.echo(", ".join(parts) + self._postfix, err=True)

@@ -42,12 +42,18 @@ def run_jobs(
     if todo and ranks.rank == 0:
         remove_file(paths.metadata)  # it describes files that are about to change
     bar.n = sum(job.iterations for job in own if job not in todo)
+    if own:
+        bar.begin_phase(beyond_count(jobs))
     for number, job in enumerate(own):
         if job in todo and ranks.owns(number):
             bar.set_description(job.name)
             run_job(job.alone, bar, partial(ranks.advance, bar), checkpoint_seconds, keep_alpha, own=True)
     ranks.barrier()
+    cost = None
     for number, job in list(enumerate(jobs))[len(own) :]:
+        if job.iteration_cost != cost:
+            cost = job.iteration_cost
+            bar.begin_phase(beyond_count(jobs[number:]))
         bar.n = sum(one.iterations for one in jobs[:number])
         bar.set_description(job.name)
         if run.boundaries is not None and not isinstance(job, UnitPhase):
@@ -59,6 +65,11 @@ def run_jobs(
         remove_file(paths.checkpoint)  # an earlier run's: `own` jobs remove only the checkpoints that bear their names
     if run.boundaries is not None:
         run.boundaries.finish()
+
+
+def beyond_count(jobs: Sequence[Job]) -> float:
+    """Return the iterations of the first job that take as long as these jobs take beyond their number of iterations."""
+    return sum(job.iterations * (job.iteration_cost / jobs[0].iteration_cost - 1) for job in jobs)
 
 
 def bytes_written(todo: Sequence[Job]) -> int:
@@ -112,7 +123,7 @@ def estimate_rounding(jobs: Sequence[Job], todo: Sequence[Job], resumed: bool) -
     saved = JobCheckpoint(run.paths, todo[0].spec, run.plan).load() if resumed else None
     if saved is not None:
         left -= min(saved[0], todo[0].iterations)
-    costs = left + sum(job.iterations * (job.iteration_cost / tried.iteration_cost - 1) for job in todo)
+    costs = left + beyond_count([tried, *todo])
     peak = max(mx.get_peak_memory(), *(job.peak_bytes() for job in jobs))
     peak += settings.window * max(job.sample_bytes() for job in jobs)
     if run.boundaries is not None and any(isinstance(job, UnitPhase) for job in todo):
