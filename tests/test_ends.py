@@ -30,6 +30,7 @@ from w4a8.options import CacheOptions
 from w4a8.passes import SampleId, StoredPasses, choose_amount
 from w4a8.rounding import block_boundaries
 from w4a8.rounding.block_boundaries import BlockBoundaries
+from w4a8.rounding.final_phase import FinalPhase
 from w4a8.rounding.held_boundaries import ON_HOST, HeldSamples
 from w4a8.rounding.phases import jobs_of
 from w4a8.rounding.run import RoundingRun
@@ -342,6 +343,21 @@ def compare_slopes(given, loss, expected):
             np.testing.assert_allclose(
                 np.array(found[kind][name]), np.array(array), atol=1e-4 * largest, err_msg=f"{kind} {name}"
             )
+
+
+@pytest.mark.slow
+def test_the_last_phase_in_one_piece_is_that_of_block_by_block(copy, tmp_path, monkeypatch):
+    """The last phase of a GPU with room, after blocks: the same codes, and nearly the same grids."""
+    whole, arguments = tmp_path / "whole", ("--unit", "block", "--end-to-end", 4, "--bits", "mm[123456].*=16")
+    shutil.copytree(copy, whole)
+    assert optimize(copy, *arguments).exit_code == 0
+    monkeypatch.setattr(FinalPhase, "in_one_piece", True)
+    assert optimize(whole, *arguments).exit_code == 0
+    for block in ("mm0", "mm7"):
+        one, other = (read_quantized_block(WeightPaths(folder), block) for folder in (whole, copy))
+        for name, fields in one.items():
+            assert np.array_equal(fields["q"], other[name]["q"]) and "scale_before" in fields
+            np.testing.assert_allclose(fields["scale"], other[name]["scale"], rtol=2e-3)
 
 
 def test_kills_in_every_phase_leave_the_same_files(copy):

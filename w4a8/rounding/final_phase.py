@@ -18,6 +18,7 @@ from calibration_store.manifest import read_manifest
 from calibration_store.rest_weights import read_rest, write_rest
 from calibration_store.rounding_checkpoint import Layers
 from calibration_store.weights import read_losses, read_quantized_block, write_losses, write_quantized_block
+from w4a8.backend.memory import device_memory
 from w4a8.backend.parallel import working_cores
 from w4a8.model.layers import half_dtype, num_weights
 from w4a8.quantized.layer import deployed_grid
@@ -207,6 +208,23 @@ class FinalPhase(Job):
         return self.run.settings.end_to_end + self.run.settings.unrolled
 
     @property
+    def whole(self) -> UnitPhase:
+        """All blocks as one unit."""
+        return UnitPhase(self.run, self.spec)
+
+    @property
+    def in_one_piece(self) -> bool:
+        """True where gradients come from one graph of all blocks: the unit is the model, or a GPU has room for the graph.
+
+        On a CPU a run of blocks goes block by block, as it did in 0.8.0, to the last bit.
+        """
+        run, settings = self.run, self.run.settings
+        if run.unit == MODEL or mx.default_device() == mx.Device(mx.cpu):
+            return run.unit == MODEL
+        size = min(settings.batch_size, len(run.cache["samples"]))
+        return self.whole.iteration_bytes().micro_batch(size, device_memory()) >= min(settings.chunk, size)
+
+    @property
     def iteration_cost(self) -> float:
         """The cost of one iteration, in iterations of a block, whose parts cost alike: once forwards, twice backwards.
 
@@ -214,7 +232,7 @@ class FinalPhase(Job):
         images pass every unrolled step, once more forwards.
         """
         settings = self.run.settings
-        parts = 3 if self.run.unit == MODEL else 4
+        parts = 3 if self.in_one_piece else 4
         unrolled = settings.unrolled * UNROLLED * (parts + 1) / parts / 2
         return len(self.run.blocks) * parts / 3 * (settings.end_to_end + unrolled) / self.iterations
 
@@ -227,6 +245,8 @@ class FinalPhase(Job):
         run, settings = self.run, self.run.settings
         if run.unit == MODEL:
             return 0
+        if self.in_one_piece:
+            return self.whole.iteration_bytes().peak(settings.chunk)
         units = [job for job in UnitPhase.of_run(run) if isinstance(job, UnitPhase)]
         sizes = [num_weights(run.layers[name] for name in job.spec.layers) for job in units]
         cached = boundary_shapes(run.cache)
@@ -277,9 +297,9 @@ class FinalPhase(Job):
         for block in self.trained_blocks:
             layers |= read_quantized_block(run.paths, block, run.plan)
         before = {name: before_phase(fields) for name, fields in layers.items()}
-        small = run.unit == MODEL
-        opened = None if small else self.open
-        whole = WholeModel.build(mmdit, run.blocks, samples, run.settings, before, run.ranks, small, opened)
+        in_one_piece = self.in_one_piece
+        opened = None if in_one_piece else self.open
+        whole = WholeModel.build(mmdit, run.blocks, samples, run.settings, before, run.ranks, in_one_piece, opened)
         if not run.settings.unrolled:
             return FinalTraining(whole)
         assert isinstance(samples, Samples)  # as `samples` gives them
