@@ -118,7 +118,7 @@ WITHOUT_AN_OPTION = {
 @click.option(
     "--checkpoint-seconds",
     type=click.FloatRange(0, MOST_SECONDS),
-    help="How much of a unit's work a kill may cost.  [default: 30, or ten times what a checkpoint takes]",
+    help="How much of a unit's work a kill may cost.  [default: 30, longer where a checkpoint takes more than 3 s to write]",
 )
 @click.option(
     "--alpha/--no-alpha",

@@ -287,9 +287,15 @@ def test_the_time_to_go_knows_what_later_phases_cost(capsys, monkeypatch):
     assert "mm0 10/20 (50%), 10 s, 50 s to go, 1.0 s/it" in lines
     assert "mm0 12/20 (60%), 20 s, 40 s to go, 5.0 s/it" in lines
     in_terminal = Bar(total=20, desc="mm0", file=io.StringIO(), bar_format=BAR_FORMAT)
-    in_terminal.begin_phase(40.0)
-    in_terminal.n, in_terminal.start_t = 10, in_terminal._time() - 10
-    assert "10/20 [00:10<00:50,  1.00s/it]" in str(in_terminal)
+    shown_later = []
+    for later, seconds in ((40.0, 1.0), (0.0, 5.0)):
+        in_terminal.begin_phase(later)
+        for _ in range(10):
+            now += seconds
+            in_terminal.update()
+            shown_later.append(in_terminal.format_dict["to_go"])
+    assert shown_later[:3] == ["?", "00:58", "00:57"] and shown_later[9:12] == ["00:50", "?", "00:40"]
+    assert shown_later[-1] == "00:00" and "20/20 [" in str(in_terminal)
     in_terminal.close()
 
 

@@ -228,6 +228,26 @@ def test_samples_in_memory_and_in_files_learn_alike(ends, monkeypatch):
     assert done.exit_code == 2 and "--precision" in done.output
 
 
+def test_rows_of_the_host_are_overwritten_where_they_fit():
+    """A block of FLUX takes two arrays and gives one."""
+
+    def tokens(count, value):
+        return mx.full((2, count, 2), value, mx.float16)  # of two samples
+
+    rows = [[np.zeros((1, 4, 2), np.float16), np.zeros((1, 3, 2), np.float16), "modulation"] for _ in range(2)]
+    kept = rows[1][0]
+    held_boundaries.replace_rows(rows, range(2), [1], [tokens(4, 3), tokens(3, 1)], on_host=True)
+    assert rows[1][0] is kept and (kept == 3).all() and len(rows[1]) == 3 and (rows[0][0] == 0).all()
+    held_boundaries.replace_rows(rows, range(2), [0, 1], [tokens(7, 5)], on_host=True)
+    assert all(len(row) == 2 and row[0].shape == (1, 7, 2) and (row[0] == 5).all() for row in rows)
+
+
+def test_a_micro_batch_of_one_need_not_fit():
+    need = IterationBytes(weights=10**9, sample=10**9, blocks=24)
+    assert need.micro_batch(8, 10**9) == 1 and not need.fits(1, 10**9) and need.fits(1, 10**12) is False
+    assert IterationBytes(weights=10**6, sample=10**6, blocks=24).fits(8, 10**9)
+
+
 @pytest.mark.slow
 def test_less_memory_is_less_at_once(ends):
     """--max-memory stands in for a smaller device, and only while the command runs."""

@@ -1,5 +1,6 @@
 """Progress bars, in a terminal and in a log."""
 
+import functools
 import sys
 import time
 from collections import deque
@@ -25,6 +26,35 @@ def progress_bar(
     return Bar(total=total, desc=description, unit=unit, initial=initial, **options)
 
 
+class LastMinute:
+    """The seconds of one count over the last minute of a phase. The first update of a phase is left out: kernels are compiled."""
+
+    def __init__(self) -> None:
+        self._done, self._fresh = 0.0, True
+        self._marks = deque([(time.monotonic(), 0.0)])  # (time, count) of about every second of the last minute
+
+    def begin_phase(self) -> None:
+        """Forget the rate at the next update."""
+        self._fresh = True
+
+    def add(self, count: float) -> None:
+        """Note that so many more are done."""
+        self._done += count
+        now = time.monotonic()
+        if self._fresh:
+            self._marks, self._fresh = deque([(now, self._done)]), count == 0
+        elif now - self._marks[-1][0] >= 1:
+            self._marks.append((now, self._done))
+            while len(self._marks) > 2 and now - self._marks[1][0] > RATE_SECONDS:
+                self._marks.popleft()
+
+    def seconds(self, now: float) -> float | None:
+        """Return the seconds of one count until now, None before the second update of a phase."""
+        since, counted = self._marks[0]
+        unknown = self._fresh or self._done <= counted or now <= since
+        return None if unknown else (now - since) / (self._done - counted)
+
+
 class Bar(tqdm):
     """A bar whose rate leaves out the first update, since kernels are compiled for it; the time that it took stays."""
 
@@ -34,17 +64,23 @@ class Bar(tqdm):
     def begin_phase(self, later: float) -> None:
         """Begin a phase as ProgressBar.begin_phase says."""
         self._later = later
+        self._recent.begin_phase()
+
+    @functools.cached_property
+    def _recent(self) -> LastMinute:
+        return LastMinute()
 
     @property
     def format_dict(self) -> Any:
         """The values of a line: tqdm's, and `to_go`."""
         values = super().format_dict
-        rate = values["rate"] or (values["n"] - self.initial) / (values["elapsed"] or 1)
-        left = (values["total"] or 0) - values["n"] + self._later
-        return values | {"to_go": self.format_interval(left / rate) if rate else "?"}
+        left = max(0, (values["total"] or 0) - values["n"] + self._later)
+        each = self._recent.seconds(time.monotonic())
+        return values | {"to_go": self.format_interval(left * each) if left and each else "?" if left else "00:00"}
 
     def update(self, n: float | None = 1) -> bool | None:
         """Advance by this count."""
+        self._recent.add(n or 0)
         if self._compiled or self.n + (n or 0) >= (self.total or 0):
             return super().update(n)
         self._compiled = True
@@ -73,7 +109,7 @@ class ProgressBar(Protocol):
     def begin_phase(self, later: float) -> None:
         """Begin a phase whose counts take a time of their own.
 
-        later: the counts of this phase that would take as long as all later phases do, beyond the counts that these have.
+        later: the extra time of later phases, whose counts take longer, in counts of this phase.
         """
 
     def set_description(self, description: str) -> Any:
@@ -97,10 +133,9 @@ class ProgressLines:
         """Start at `initial` of `total`; an interval of None prints nothing."""
         self.total, self.description, self.unit, self.n = total, description, unit, initial
         self.interval = interval
-        self._done, self._later, self._postfix = 0, 0.0, ""
-        self._fresh, self._closed = True, False
+        self._done, self._later, self._postfix, self._closed = 0, 0.0, "", False
         self._begin = self._printed = time.monotonic()
-        self._marks = deque([(self._begin, 0)])  # (time, count) of about every second of the last minute
+        self._recent = LastMinute()
 
     def __enter__(self) -> "ProgressLines":
         return self
@@ -112,19 +147,14 @@ class ProgressLines:
         """Advance by this count."""
         self.n += count
         self._done += count
-        now = time.monotonic()
-        if self._fresh:
-            self._marks, self._fresh = deque([(now, self._done)]), count == 0
-        elif now - self._marks[-1][0] >= 1:
-            self._marks.append((now, self._done))
-            while len(self._marks) > 2 and now - self._marks[1][0] > RATE_SECONDS:
-                self._marks.popleft()
-        if self.interval is not None and now - self._printed >= self.interval:
+        self._recent.add(count)
+        if self.interval is not None and time.monotonic() - self._printed >= self.interval:
             self._print()
 
     def begin_phase(self, later: float) -> None:
         """Begin a phase as ProgressBar.begin_phase says."""
-        self._later, self._fresh = later, True
+        self._later = later
+        self._recent.begin_phase()
 
     def set_description(self, description: str, refresh: bool = True) -> None:
         """Set the text in front of later lines."""
@@ -145,9 +175,10 @@ class ProgressLines:
         spent = self._printed - self._begin
         percent = 100 * self.n // self.total if self.total else 100
         parts = [f"{self.description} {self.n}/{self.total} ({percent}%)", format_seconds(spent)]
-        since, counted = (self._begin, 0) if self.n >= self.total else self._marks[0]
-        if self._done > counted and self._printed > since:
-            each = (self._printed - since) / (self._done - counted)
+        each = self._recent.seconds(self._printed)
+        if self.n >= self.total:  # the mean of the whole time
+            each = spent / self._done if self._done and spent else None
+        if each is not None:
             if self.n < self.total:
                 parts.append(f"{format_seconds(each * (self.total - self.n + self._later))} to go")
             parts.append(f"{each:.1f} s/{self.unit}" if each >= 1 else f"{1 / each:.1f} {self.unit}/s")

@@ -18,7 +18,6 @@ from calibration_store.manifest import read_manifest
 from calibration_store.rest_weights import read_rest, write_rest
 from calibration_store.rounding_checkpoint import Layers
 from calibration_store.weights import read_losses, read_quantized_block, write_losses, write_quantized_block
-from w4a8.backend.memory import device_memory
 from w4a8.backend.parallel import working_cores
 from w4a8.model.layers import half_dtype, num_weights
 from w4a8.quantized.layer import deployed_grid
@@ -102,8 +101,8 @@ class FinalTraining(Training):
             rate = warmed_cosine(self.iteration - before, self.settings.unrolled)
             rates = LR_UNROLLED_SCALES * rate, LR_UNROLLED_REST * rate
         else:
-            drawn = self.drawn(self.iteration)
-            self.unit.samples.keep([*drawn, *self.drawn(self.iteration + 1)])
+            drawn, following = self.drawn(self.iteration), min(self.iteration + 1, before - 1)
+            self.unit.samples.keep([*drawn, *self.drawn(following)])
             loss, slopes = self.unit.slopes(self.state, drawn, self.iteration)
             rate = warmed_cosine(self.iteration, before)
             rate *= float(self.fixed["pace"])
@@ -208,21 +207,9 @@ class FinalPhase(Job):
         return self.run.settings.end_to_end + self.run.settings.unrolled
 
     @property
-    def whole(self) -> UnitPhase:
-        """All blocks as one unit."""
-        return UnitPhase(self.run, self.spec)
-
-    @property
     def in_one_piece(self) -> bool:
-        """True where gradients come from one graph of all blocks: the unit is the model, or a GPU has room for the graph.
-
-        On a CPU a run of blocks goes block by block, as it did in 0.8.0, to the last bit.
-        """
-        run, settings = self.run, self.run.settings
-        if run.unit == MODEL or mx.default_device() == mx.Device(mx.cpu):
-            return run.unit == MODEL
-        size = min(settings.batch_size, len(run.cache["samples"]))
-        return self.whole.iteration_bytes().micro_batch(size, device_memory()) >= min(settings.chunk, size)
+        """True where gradients come from one graph of all blocks."""
+        return self.run.unit == MODEL or self.run.one_graph
 
     @property
     def iteration_cost(self) -> float:
@@ -240,13 +227,14 @@ class FinalPhase(Job):
         """Estimate the peak memory in bytes.
 
         It is the codes and grids of all layers, the tokens between the blocks, and the gradients of one block. In one piece
-        it takes less than the first phase, whose trial tells: there are no rounding variables.
+        it takes less than an iteration of the model as a unit, which has rounding variables, too: where that is the first
+        phase, its trial tells.
         """
         run, settings = self.run, self.run.settings
         if run.unit == MODEL:
             return 0
         if self.in_one_piece:
-            return self.whole.iteration_bytes().peak(settings.chunk)
+            return UnitPhase(run, self.spec).iteration_bytes().peak(settings.chunk)
         units = [job for job in UnitPhase.of_run(run) if isinstance(job, UnitPhase)]
         sizes = [num_weights(run.layers[name] for name in job.spec.layers) for job in units]
         cached = boundary_shapes(run.cache)

@@ -7,6 +7,7 @@ run that was killed walks through the finished blocks anew, in a forward pass of
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import mlx.core as mx
@@ -201,13 +202,13 @@ def replace_rows(
         begin, (*before, modulation) = count * part.index(index), rows[index]
         given = [array[begin : begin + count] for array in arrays]
         if on_host:
-            given = [overwritten(old, new) for old, new in zip(before, given, strict=True)]
+            given = [overwritten(old, new) for old, new in zip_longest(before[: len(given)], given)]
         rows[index] = [*given, modulation]
 
 
-def overwritten(old: np.ndarray, new: np.ndarray) -> np.ndarray:
+def overwritten(old: np.ndarray | None, new: np.ndarray) -> np.ndarray:
     """Return a copy of `new`: in the memory of `old` where it fits, since an operating system takes longer for new pages."""
-    if old.shape != new.shape or old.dtype != new.dtype:
+    if old is None or old.shape != new.shape or old.dtype != new.dtype:
         return np.array(new)
     np.copyto(old, new)
     return old

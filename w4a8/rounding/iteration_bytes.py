@@ -45,10 +45,14 @@ class IterationBytes:
         arrays = HALF_WEIGHT_ARRAYS if self.half else WEIGHT_ARRAYS
         return int(arrays * self.weights + samples * (ONCE + EACH_BLOCK * self.blocks) * self.sample)
 
+    def fits(self, samples: int, memory: int) -> bool:
+        """Return whether this number of samples at the same time leaves room in a memory of so many bytes."""
+        most = MOST_HALF_MEMORY if self.half else MOST_MEMORY
+        return self.peak(samples) <= min(TRAINING_SHARE * memory, most)
+
     def micro_batch(self, batch_size: int, memory: int) -> int:
         """Return the largest micro-batch that fits the memory in bytes, at least 1; a CPU's cores share the batch."""
-        streams, allowed = min(working_cores(), batch_size), TRAINING_SHARE * memory
-        allowed = min(allowed, MOST_HALF_MEMORY if self.half else MOST_MEMORY)
+        streams = min(working_cores(), batch_size)
         parts = range(streams, batch_size + 1)  # micro-batches of about the same size
         sizes = (-(-batch_size // count) for count in parts)
-        return next((size for size in sizes if self.peak(size * streams) <= allowed), 1)
+        return next((size for size in sizes if self.fits(size * streams, memory)), 1)

@@ -15,7 +15,7 @@ from w4a8.rounding.run import RoundingRun
 from w4a8.rounding.settings import FLOAT32
 from w4a8.rounding.training_samples import fit_in_memory
 from w4a8.rounding.unit_phase import UnitPhase
-from w4a8.rounding.units import UNITS
+from w4a8.rounding.units import UNITS, UnitSpec
 
 WINDOW = 4  # batches that are kept in memory where there is no room for all samples
 SMALLER = dict.fromkeys(UNITS, "a smaller --latent-size in stage 1") | {"model": "--unit block"}
@@ -53,4 +53,16 @@ def choose_micro_batch(run: RoundingRun, given: int | None, before: Mapping[str,
     if before is None and run.place == IN_FILES and not fit_in_memory(count * max(job.sample_bytes() for job in units)):
         window = WINDOW * size
     settings = replace(run.settings, micro_batch=micro_batch, window=run.ranks.from_rank_0(window))
-    return replace(run, settings=settings, on_device=on_device)
+    one_graph = bool(run.ranks.from_rank_0(int(room_for_one_graph(run, micro_batch))))
+    return replace(run, settings=settings, on_device=on_device, one_graph=one_graph)
+
+
+def room_for_one_graph(run: RoundingRun, micro_batch: int) -> bool:
+    """Return whether a GPU has room for a graph of all blocks at once.
+
+    A CPU goes block by block, as 0.8.0 did, to the last bit.
+    """
+    if mx.default_device() == mx.Device(mx.cpu):
+        return False
+    every = UnitPhase(run, UnitSpec("", run.blocks, list(run.layers)))
+    return every.iteration_bytes().fits(micro_batch, device_memory())

@@ -19,7 +19,7 @@ class NearSamples:
 
     def keep(self, indices: Indices) -> bool:
         """Begin to bring these samples, in this order, and let all others go; return whether any is on its way."""
-        kept = {index: self._future(index) for index in map(int, indices)}
+        kept = {index: self._future(index) for index in dict.fromkeys(map(int, indices))}
         for index in self._near.keys() - kept.keys():
             self._near[index].cancel()  # nobody waits for it any more
         self._near = kept

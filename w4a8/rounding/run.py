@@ -51,6 +51,7 @@ class RoundingRun:
     ranks: SingleProcess = SINGLE_PROCESS
     place: str = IN_FILES  # of the boundaries, where they are made
     on_device: int = 0  # samples of them that the device's memory holds, beside those of the host's
+    one_graph: bool = False  # the last phase makes gradients from one graph of all blocks, though blocks are the units
 
     @classmethod
     def plan_run(

@@ -24,7 +24,7 @@ from w4a8.rounding.units import Gradients
 
 SAID_FROM = 60.0  # seconds of a training after which its last measurement is announced
 CHECKPOINT_SECONDS = 30.0  # between checkpoints
-CHECKPOINT_SHARE = 0.1  # of the time, which writing them may take
+CHECKPOINT_SHARE = 0.1  # the share of the time that writing them may take
 CURVE_POINTS = 50  # points of the curve of training losses that is kept
 OPTIMIZERS = ("alpha", "scale", "range", "rest")  # named after what they move; `scale`: zero points and biases, too
 
@@ -201,14 +201,18 @@ class Training(ABC):
         An iteration waits for the device here, so that a GPU makes the gradients while Python describes how they move the
         state. Where a gradient is not finite, go back to the last good state and raise NotFiniteError.
         """
-        mx.eval(loss, self._finite, self.state, self.fixed, [each.state for each in self.optimizers.values()])
+        mx.eval(loss, self._finite)
         value = float(loss)
         if not self._finite.item():
             found, self.iteration = self.iteration, self._good[1]
             self._set(self._good[0])
             what = "a gradient is" if math.isfinite(value) else "the loss is"
             raise NotFiniteError(f"{what} not finite at iteration {found}")
-        self._good = (self._before, self.iteration)
+        self._good = (
+            self._before,
+            self.iteration,
+        )  # before the state moves, so that two of them are in memory, not three
+        mx.eval(self.state, self.fixed, [each.state for each in self.optimizers.values()])
         self.curve[self._stretch(self.iteration)] += np.float32(value)
         self.iteration += 1
         return value

@@ -238,9 +238,9 @@ class Unit:
                     found.append(tree_map(partial(mx.multiply, share), given))
             left = [number for number in own if number > max(numbers, default=-1)]
             later = [index for number in left for index in parts[number]]  # of this iteration
-            bringing = self.samples.keep(list(dict.fromkeys([*later, *near])))
-            # Python would hold up the threads that bring samples, and they Python. More parts at once would take more
-            # memory. On a CPU, parts side by side share the BLAS threads until this function returns.
+            bringing = self.samples.keep([*later, *near])
+            # Wait, so that Python is idle while threads bring samples, which need its lock; so that the next part finds
+            # memory; and so that parts side by side on a CPU end before BLAS has all its threads again.
             wait = bringing or left or len(streams) > 1
             (mx.eval if wait else mx.async_eval)(found)
             return found

@@ -167,7 +167,8 @@ class WholeModel:
 
     def stored_rest(self, state: Mapping[str, Arrays]) -> dict[str, np.ndarray]:
         """Return the rest as rest.npz holds it, by path: float16 values, or bfloat16's where the model has these."""
-        return {path: np.array(array.astype(self._half).astype(mx.float16)) for path, array in state["rest"].items()}
+        found = state["rest"]  # in an order that depends on the number of processes
+        return {path: np.array(found[path].astype(self._half).astype(mx.float16)) for path in self.start["rest"]}
 
     def rest_of(self, owner: str, state: Mapping[str, Arrays] | None) -> Arrays:
         """Return the rest of a block, or of the final layer, as it is deployed, by path; none where it is not trained."""
@@ -237,8 +238,7 @@ class WholeModel:
                 working = tokens[index]
                 mx.async_eval(working)
         rest = self.rest_of(FINAL_LAYER, state)
-        ends = zip(tokens, parts, strict=True)
-        squares = [self._square(given[0], rest, self.samples.batch(part)) for given, part in ends]
+        squares = [self._square(tokens[at][0], rest, self.samples.batch(part)) for at, part in enumerate(parts)]
         own = mx.array([float(one) for one in squares] + [0.0] * (-(-len(every) // self.ranks.size) - len(parts)))
         gathered = mx.stack(self.ranks.gathered(own, own), axis=1).reshape(-1)  # in the order of the micro-batches
         found: list[float] = np.array(gathered).tolist()
@@ -337,7 +337,7 @@ class WholeModel:
         """Run micro-batches through all blocks, and return the inputs of every block and the last outputs of each.
 
         tokens: the first block's inputs by micro-batch. keep: without it the last outputs alone are returned. A block is
-        described while the device computes the one before, and begins after that one's end, so that memory is one block's.
+        described while the device computes the one before, and begins at that one's end, which frees its memory.
         """
         kept, source = [[each] for each in tokens], self._source(state)
         working: list[list[mx.array]] = []
