@@ -27,7 +27,10 @@ def progress_bar(
 
 
 class LastMinute:
-    """The seconds of one count over the last minute of a phase. The first update of a phase is left out: kernels are compiled."""
+    """The seconds that one count took over the last minute of a phase.
+
+    They leave out a phase's first update, which compiles kernels.
+    """
 
     def __init__(self) -> None:
         self._done, self._fresh = 0.0, True
@@ -75,8 +78,8 @@ class Bar(tqdm):
         """The values of a line: tqdm's, and `to_go`."""
         values = super().format_dict
         left = max(0, (values["total"] or 0) - values["n"] + self._later)
-        each = self._recent.seconds(time.monotonic())
-        return values | {"to_go": self.format_interval(left * each) if left and each else "?" if left else "00:00"}
+        each = self._recent.seconds(time.monotonic()) if left else 0.0
+        return values | {"to_go": "?" if each is None else self.format_interval(left * each)}
 
     def update(self, n: float | None = 1) -> bool | None:
         """Advance by this count."""

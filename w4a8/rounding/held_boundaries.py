@@ -43,7 +43,8 @@ class HeldSamples:
         """Store each sample's rows, MLX arrays on the device or NumPy's on the host, and choose the samples that judge."""
         self.rows, self.holds_velocity = rows, False
         self.held_bytes = sum(array.nbytes for row in rows for array in row if isinstance(array, np.ndarray))
-        # Of the host's. It must not refer to self: all samples would stay in memory until Python looks for such circles.
+        # This function brings samples from the host. If it referred to self, the two would form a reference cycle, and all
+        # samples would stay in memory until Python's collector runs.
         self._near = NearSamples(lambda index: list(map(mx.array, rows[index])))
         self._steps = np.array([list(key_timesteps).index(step) for _, step in sample_ids])
         self.all_steps = range(len(key_timesteps))

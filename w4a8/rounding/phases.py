@@ -68,7 +68,7 @@ def run_jobs(
 
 
 def beyond_count(jobs: Sequence[Job]) -> float:
-    """Return the iterations of the first job that take as long as these jobs take beyond their number of iterations."""
+    """Return the extra time of jobs whose iterations cost more than the first job's, in iterations of the first job."""
     return sum(job.iterations * (job.iteration_cost / jobs[0].iteration_cost - 1) for job in jobs)
 
 

@@ -208,10 +208,8 @@ class Training(ABC):
             self._set(self._good[0])
             what = "a gradient is" if math.isfinite(value) else "the loss is"
             raise NotFiniteError(f"{what} not finite at iteration {found}")
-        self._good = (
-            self._before,
-            self.iteration,
-        )  # before the state moves, so that two of them are in memory, not three
+        # This drops the older state before the moved one is made, so that memory holds two states and not three.
+        self._good = (self._before, self.iteration)
         mx.eval(self.state, self.fixed, [each.state for each in self.optimizers.values()])
         self.curve[self._stretch(self.iteration)] += np.float32(value)
         self.iteration += 1

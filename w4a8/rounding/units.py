@@ -239,8 +239,8 @@ class Unit:
             left = [number for number in own if number > max(numbers, default=-1)]
             later = [index for number in left for index in parts[number]]  # of this iteration
             bringing = self.samples.keep([*later, *near])
-            # Wait, so that Python is idle while threads bring samples, which need its lock; so that the next part finds
-            # memory; and so that parts side by side on a CPU end before BLAS has all its threads again.
+            # Three cases need to wait here. Threads that bring samples need Python's lock. The next part needs the memory
+            # of this one. Parts side by side on a CPU must end before BLAS gets all its threads back.
             wait = bringing or left or len(streams) > 1
             (mx.eval if wait else mx.async_eval)(found)
             return found
